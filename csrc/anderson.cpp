@@ -1,0 +1,127 @@
+// Anderson's history: one pass that enters the newest pair and its inner products, and one that
+// mixes the images. Each sample is cut into chunks of fixed size whose sums are added in order, so a
+// result depends neither on the thread count nor on the rest of the batch.
+#include "isa.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace jfbfast {
+namespace JFBFAST_ISA {
+namespace {
+
+constexpr std::int64_t kChunk = 2048;
+
+struct Chunk {
+    std::int64_t sample, begin, size;
+};
+
+struct Chunks {
+    Chunks(std::int64_t samples, std::int64_t size)
+        : size(size), per_sample((size + kChunk - 1) / kChunk), count(samples * per_sample) {}
+    Chunk operator[](std::int64_t k) const {
+        const std::int64_t begin = k % per_sample * kChunk;
+        return {k / per_sample, begin, smaller(kChunk, size - begin)};
+    }
+    std::int64_t size, per_sample, count;
+};
+
+// Writes g = f - x in the history's type H, and to sums[0], sums[1] its |g|^2 and |f|^2.
+template <class S, class H>
+void enter_pair(const S* x, const S* f, H* g, std::int64_t n, double* sums) {
+    Doubles gg = {}, ff = {};
+    for_each_vector<kDoubleLanes>(0, n, [&](std::int64_t i, auto lanes) {
+        typedef Storage<H, Wide<H>, kDoubleLanes> History;
+        const auto image = load_as<Wide<S>, kDoubleLanes>(f + i, lanes);
+        const auto difference = image - load_as<Wide<S>, kDoubleLanes>(x + i, lanes);
+        const auto stored = History::narrow(convert<typename History::Wide>(difference));
+        std::memcpy(static_cast<void*>(g + i), &stored, lane_count(lanes, kDoubleLanes) * sizeof(H));
+        const Doubles wide = to_doubles(History::widen(stored)), wide_image = to_doubles(image);
+        gg += wide * wide;
+        ff += wide_image * wide_image;
+    });
+    sums[0] = sum_lanes<kDoubleLanes>(gg);
+    sums[1] = sum_lanes<kDoubleLanes>(ff);
+}
+
+// sums[k] = <g, others[k]>, for `Count` others at once.
+template <class H, int Count>
+void inner_products(const H* g, const H* const* others, std::int64_t n, double* sums) {
+    Doubles partial[Count] = {};
+    for_each_vector<kDoubleLanes>(0, n, [&](std::int64_t i, auto lanes) {
+        const Doubles newest = to_doubles(load_as<Wide<H>, kDoubleLanes>(g + i, lanes));
+#pragma GCC unroll 4
+        for (int k = 0; k < Count; ++k)
+            partial[k] += newest * to_doubles(load_as<Wide<H>, kDoubleLanes>(others[k] + i, lanes));
+    });
+    for (int k = 0; k < Count; ++k) sums[k] = sum_lanes<kDoubleLanes>(partial[k]);
+}
+
+template <class H>
+void inner_products(const H* g, const H* const* others, int count, std::int64_t n, double* sums) {
+    for (; count >= 4; count -= 4, others += 4, sums += 4) inner_products<H, 4>(g, others, n, sums);
+    if (count == 3) inner_products<H, 3>(g, others, n, sums);
+    if (count == 2) inner_products<H, 2>(g, others, n, sums);
+    if (count == 1) inner_products<H, 1>(g, others, n, sums);
+}
+
+template <class S, class H>
+void append_pair(const Append& a, std::int64_t samples, std::int64_t size, int threads) {
+    const Chunks chunks(samples, size);
+    const int sums = a.filled + 1;  // in a chunk: <g, g_j> for the others, then |g|^2 and |f|^2
+    const Buffer<double> partial(chunks.count * sums);
+    parallel_for(chunks.count, useful_threads(threads, samples * size), [&](std::int64_t k, int) {
+        const Chunk chunk = chunks[k];
+        const std::int64_t at = chunk.sample * size + chunk.begin;
+        double* mine = partial.data() + k * sums;
+        const H* others[kMaxMemory];
+        int count = 0;
+        for (int j = 0; j < a.filled; ++j)
+            if (j != a.slot) others[count++] = static_cast<const H*>(a.residuals[j]) + at;
+        H* newest = static_cast<H*>(a.residuals[a.slot]) + at;
+        enter_pair(static_cast<const S*>(a.x) + at, static_cast<const S*>(a.f) + at, newest, chunk.size, mine + count);
+        inner_products<H>(newest, others, count, chunk.size, mine);
+    });
+    for (std::int64_t sample = 0; sample < samples; ++sample)
+        for (int j = 0; j < sums; ++j) {
+            const int kept = j < a.slot || j == a.filled ? j : j == a.slot ? a.filled - 1 : j - 1;
+            double sum = 0;
+            for (std::int64_t k = 0; k < chunks.per_sample; ++k)
+                sum += partial.data()[(sample * chunks.per_sample + k) * sums + kept];
+            a.products[sample * sums + j] = sum;
+        }
+}
+
+template <class S>
+void mix_images(const Mix& m, std::int64_t samples, std::int64_t size, int threads) {
+    typedef Wide<S> T;
+    const Chunks chunks(samples, size);
+    parallel_for(chunks.count, useful_threads(threads, samples * size), [&](std::int64_t k, int) {
+        const Chunk chunk = chunks[k];
+        const std::int64_t at = chunk.sample * size + chunk.begin;
+        T alpha[kMaxMemory];
+        for (int i = 0; i < m.count; ++i) alpha[i] = T(m.alpha[chunk.sample * m.count + i]);
+        for_each_vector<kLanes<T>>(0, chunk.size, [&](std::int64_t c, auto lanes) {
+            Vec<T> sum = alpha[0] * load(static_cast<const S*>(m.images[0]) + at + c, lanes);
+            for (int i = 1; i < m.count; ++i)
+                sum += alpha[i] * load(static_cast<const S*>(m.images[i]) + at + c, lanes);
+            store(static_cast<S*>(m.out) + at + c, sum, lanes);
+        });
+    });
+}
+
+}  // namespace
+
+void append(DType dtype, DType history, const Append& a, std::int64_t samples, std::int64_t size, int threads) {
+    with_dtype(dtype, [&](auto s) {
+        typedef decltype(s) S;
+        if (history == dtype) return append_pair<S, S>(a, samples, size, threads);
+        if (history == DType::kBFloat16) return append_pair<S, bfloat16>(a, samples, size, threads);
+    });
+}
+
+void mix(DType dtype, const Mix& m, std::int64_t samples, std::int64_t size, int threads) {
+    with_dtype(dtype, [&](auto s) { mix_images<decltype(s)>(m, samples, size, threads); });
+}
+
+}  // namespace JFBFAST_ISA
+}  // namespace jfbfast

@@ -1,0 +1,131 @@
+// jfbfast._native: the CPU kernels by address. Shapes and dtypes are the caller's to check.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace jfbfast;
+
+namespace {
+
+typedef std::uintptr_t Address;
+typedef std::pair<Address, int> BandAddress;  // the table and its radius
+
+template <class T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Band band(const BandAddress& b) { return {pointer(b.first), b.second}; }
+
+Bands bands(const BandAddress& y, const BandAddress& x, bool circular) { return {band(y), band(x), circular}; }
+
+Shape shape_of(const std::vector<std::int64_t>& shape) { return {shape.at(0), shape.at(1), shape.at(2)}; }
+
+void check_memory(std::size_t count) {
+    if (count > kMaxMemory) throw py::value_error("memory: got more than 64 pairs");
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    py::enum_<DType>(module, "DType")
+        .value("float64", DType::kFloat64)
+        .value("float32", DType::kFloat32)
+        .value("bfloat16", DType::kBFloat16)
+        .value("float16", DType::kFloat16);
+
+    module.attr("isa") = kernels().name;
+    module.attr("openmp") = has_openmp();
+
+    const auto release = py::call_guard<py::gil_scoped_release>();
+
+    module.def(
+        "blur",
+        [](DType dtype, Address x, Address out, const std::vector<std::int64_t>& shape, const BandAddress& y_band,
+           const BandAddress& x_band, bool circular, int threads) {
+            kernels().blur(dtype, pointer(x), pointer(out), shape_of(shape), bands(y_band, x_band, circular), threads);
+        },
+        release);
+
+    module.def(
+        "gradient",
+        [](DType dtype, Address x, Address d, Address r, Address out, const std::vector<std::int64_t>& shape,
+           const BandAddress& y_band, const BandAddress& x_band, const BandAddress& y_adjoint,
+           const BandAddress& x_adjoint, bool circular, bool step, double step_size, Address norms,
+           std::int64_t samples, int threads) {
+            const Shape s = shape_of(shape);
+            const std::int64_t rows = s.planes * s.height;
+            std::vector<double> row_norms(norms ? rows : 0);
+            kernels().gradient(dtype,
+                               {pointer(x), pointer(d), pointer(r), pointer(out), norms ? row_norms.data() : nullptr,
+                                step, step_size, bands(y_band, x_band, circular),
+                                bands(y_adjoint, x_adjoint, circular)},
+                               s, threads);
+            for (std::int64_t sample = 0; norms && sample < samples; ++sample) {
+                double sum = 0;
+                for (std::int64_t i = 0; i < rows / samples; ++i) sum += row_norms[sample * (rows / samples) + i];
+                pointer<float>(norms)[sample] = float(sum);
+            }
+        },
+        release);
+
+    module.def(
+        "anderson_append",
+        [](DType dtype, DType history, Address x, Address f, const std::vector<Address>& residuals, int slot,
+           Address gram, Address image_norms, int memory, std::int64_t samples, std::int64_t size, int threads) {
+            const int filled = int(residuals.size());
+            check_memory(residuals.size());
+            Append append = {};
+            append.x = pointer(x);
+            append.f = pointer(f);
+            for (int j = 0; j < filled; ++j) append.residuals[j] = pointer(residuals[j]);
+            append.slot = slot;
+            append.filled = filled;
+            std::vector<double> products(samples * (filled + 1));
+            append.products = products.data();
+            kernels().append(dtype, history, append, samples, size, threads);
+            for (std::int64_t sample = 0; sample < samples; ++sample) {
+                double* g = pointer<double>(gram) + sample * memory * memory;
+                const double* row = products.data() + sample * (filled + 1);
+                for (int j = 0; j < filled; ++j) g[slot * memory + j] = g[j * memory + slot] = row[j];
+                pointer<double>(image_norms)[sample] = row[filled];
+            }
+        },
+        release);
+
+    module.def(
+        "anderson_weights",
+        [](Address gram, Address valid, double regularization, Address alpha, std::int64_t samples, int memory) {
+            check_memory(memory);
+            anderson_weights(pointer<double>(gram), pointer<bool>(valid), regularization, pointer<double>(alpha),
+                             samples, memory);
+        },
+        release);
+
+    module.def(
+        "anderson_mix",
+        [](DType dtype, Address alpha, const std::vector<Address>& images, Address out, std::int64_t samples,
+           std::int64_t size, int threads) {
+            check_memory(images.size());
+            Mix mix = {};
+            for (std::size_t i = 0; i < images.size(); ++i) mix.images[i] = pointer(images[i]);
+            mix.count = int(images.size());
+            mix.alpha = pointer<double>(alpha);
+            mix.out = pointer(out);
+            kernels().mix(dtype, mix, samples, size, threads);
+        },
+        release);
+}

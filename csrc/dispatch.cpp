@@ -1,0 +1,43 @@
+// Picks the kernels for this CPU. The build defines JFBFAST_X86 where it compiled all three sets.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace jfbfast {
+
+namespace baseline {
+extern const Kernels table;
+}
+
+#ifdef JFBFAST_X86
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+const Kernels& choose() {
+#ifdef JFBFAST_X86
+    const char* wanted = std::getenv("JFBFAST_ISA");
+    const auto allowed = [wanted](const char* name) { return !wanted || std::strcmp(wanted, name) == 0; };
+    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return avx512::table;
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+#endif
+    return baseline::table;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+}  // namespace jfbfast

@@ -1,0 +1,91 @@
+// The kernels' interface. Images are contiguous [planes, height, width]; bands are the tables of
+// jfbfast/reference.py, in float64 for float64 images and in float32 otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace jfbfast {
+
+struct bfloat16 {
+    std::uint16_t bits;
+};
+struct float16 {
+    std::uint16_t bits;
+};
+
+// The type in which arithmetic on images stored as S is done.
+template <class S>
+struct WideOf {
+    typedef float type;
+};
+template <>
+struct WideOf<double> {
+    typedef double type;
+};
+template <class S>
+using Wide = typename WideOf<S>::type;
+
+enum class DType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+// One band table [n, 2 * radius + 1].
+struct Band {
+    const void* weights;
+    int radius;
+};
+
+struct Bands {
+    Band y, x;
+    bool circular;
+};
+
+struct Shape {
+    std::int64_t planes, height, width;
+    std::int64_t pixels() const { return planes * height * width; }
+};
+
+struct Gradient {
+    const void* x;
+    const void* d;  // null for zero
+    const void* r;  // null for zero
+    void* out;
+    double* row_norms;  // the squared norm of each of the planes * height rows, or null
+    bool step;          // x - step_size * g, or g itself
+    double step_size;
+    Bands bands, adjoint;
+};
+
+constexpr int kMaxMemory = 64;  // of Anderson's history
+
+// The history of Anderson's method for `samples` of `size` elements.
+struct Append {
+    const void* x;
+    const void* f;
+    void* residuals[kMaxMemory];  // [samples, size] each; the one at `slot` is written
+    int slot, filled;
+    double* products;  // [samples, filled + 1]: <g, g_j> for each filled slot j, then |f|^2
+};
+
+struct Mix {
+    const void* images[kMaxMemory];  // [samples, size] each
+    int count;
+    const double* alpha;  // [samples, count]
+    void* out;
+};
+
+// alpha of reference.anderson_weights; gram is [samples, m, m], valid and alpha are [samples, m].
+void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha,
+                      std::int64_t samples, int m);
+
+// One set of kernels for each instruction set.
+struct Kernels {
+    const char* name;
+    void (*blur)(DType, const void* x, void* out, Shape, const Bands&, int threads);
+    void (*gradient)(DType, const Gradient&, Shape, int threads);
+    void (*append)(DType, DType history, const Append&, std::int64_t samples, std::int64_t size, int threads);
+    void (*mix)(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
+};
+
+// The widest set that this CPU runs, or the narrower one that the variable JFBFAST_ISA names.
+const Kernels& kernels();
+
+}  // namespace jfbfast

@@ -1,0 +1,219 @@
+"""The CPU kernels: the functions of ``reference`` in C++ (csrc/), which get addresses and shapes.
+
+Where the compiled module is missing, ``AVAILABLE`` is False and ``WHY_NOT`` says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch  # before the compiled module, so that both share one OpenMP runtime
+from torch import Tensor
+
+from .reference import Bands, band_dtype
+
+_native: ModuleType | None
+try:
+    from . import _native
+except ImportError as error:
+    _native = None
+    WHY_NOT = f"the compiled module jfbfast._native did not load: {error}".splitlines()[0]
+else:
+    WHY_NOT = ""
+AVAILABLE = not WHY_NOT
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads() -> int:
+    """torch's thread count; one in a forked child, where OpenMP's threads no longer exist."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _module() -> ModuleType:
+    if _native is None:
+        raise RuntimeError(f"no C++ kernels: {WHY_NOT}")
+    return _native
+
+
+def describe() -> str:
+    """The kernels in use, such as "C++ (AVX-512, OpenMP, 2 threads)"."""
+    if _native is None:
+        return f"unavailable: {WHY_NOT}"
+    isa = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline"}[_native.isa]
+    threads = f"OpenMP, {_threads()} threads" if _native.openmp else "1 thread"
+    return f"C++ ({isa}, {threads})"
+
+
+def _dtype(tensor: Tensor) -> object:
+    return getattr(_module().DType, str(tensor.dtype).removeprefix("torch."))
+
+
+def _contiguous(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device.type != "cpu":
+        raise ValueError(
+            f"d and r: got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, "
+            f"want {like.dtype} of shape {tuple(like.shape)} on cpu"
+        )
+    return tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _planes(x: Tensor) -> tuple[int, int, int]:
+    height, width = x.shape[-2:]
+    return x.shape[:-2].numel(), height, width
+
+
+def _tables(bands: Bands, x: Tensor) -> Bands:
+    for table, n in zip(bands[:2], x.shape[-2:]):
+        if table.dtype != band_dtype(x.dtype) or table.shape[0] != n:
+            raise ValueError(
+                f"bands: got a {table.dtype} table of {table.shape[0]} rows, "
+                f"want {band_dtype(x.dtype)} and {n} rows"
+            )
+    return Bands(bands.y.contiguous(), bands.x.contiguous(), bands.circular)
+
+
+def _bands(tables: Bands) -> tuple[tuple[int, int], tuple[int, int]]:
+    y, x = ((table.data_ptr(), table.shape[1] // 2) for table in tables[:2])
+    return y, x
+
+
+def blur(x: Tensor, bands: Bands) -> Tensor:
+    """As `reference.blur`."""
+    x, tables = x.contiguous(), _tables(bands, x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if x.numel():
+        _module().blur(
+            _dtype(x), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads()
+        )
+    return out
+
+
+def _gradient(
+    x: Tensor,
+    d: Tensor | None,
+    r: Tensor | None,
+    step_size: Tensor | None,
+    bands: Bands,
+    adjoint: Bands,
+    norms: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    x, d, r = x.contiguous(), _contiguous(d, x), _contiguous(r, x)
+    tables, adjoint_tables = _tables(bands, x), _tables(adjoint, x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    squares = torch.zeros(x.shape[0] if norms else 0, dtype=torch.float32)
+    if x.numel():
+        _module().gradient(
+            _dtype(x),
+            *(_address(t) for t in (x, d, r, out)),
+            _planes(x),
+            *_bands(tables),
+            *_bands(adjoint_tables),
+            tables.circular,
+            step_size is not None,
+            0.0 if step_size is None else float(step_size),
+            _address(squares) if norms else 0,
+            x.shape[0],
+            _threads(),
+        )
+    return (out, squares) if norms else out
+
+
+def gradient(
+    x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, *, norms: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `reference.gradient`."""
+    return _gradient(x, d, r, None, bands, adjoint, norms)
+
+
+def gradient_step(
+    x: Tensor,
+    d: Tensor | None,
+    r: Tensor | None,
+    step_size: Tensor,
+    bands: Bands,
+    adjoint: Bands,
+    *,
+    norms: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `reference.gradient_step`."""
+    return _gradient(x, d, r, step_size, bands, adjoint, norms)
+
+
+def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:
+    """As `reference.anderson_append`, for a history of which the first ``filled`` slots are in use.
+
+    ``residuals`` [m, B, N] may be in bfloat16 beside wider images; its products are those of what is
+    stored. Other slots, and the Gram entries of other slots, are left alone.
+    """
+    x, f = x.contiguous(), f.contiguous()
+    if not (residuals.is_contiguous() and gram.is_contiguous()):
+        raise ValueError("residuals and gram: got strided tensors, want contiguous ones, which are written")
+    if not 0 <= slot < filled <= len(residuals):
+        raise ValueError(
+            f"slot, filled: got {slot} and {filled}, want 0 <= slot < filled <= {len(residuals)}"
+        )
+    if residuals.dtype not in (x.dtype, torch.bfloat16):
+        raise ValueError(f"residuals: got {residuals.dtype}, want {x.dtype} or bfloat16")
+    samples, size = x.shape
+    image_norms = torch.zeros(samples, dtype=torch.float64)
+    if samples:
+        _module().anderson_append(
+            _dtype(x),
+            _dtype(residuals),
+            x.data_ptr(),
+            f.data_ptr(),
+            [residual.data_ptr() for residual in residuals[:filled]],
+            slot,
+            gram.data_ptr(),
+            image_norms.data_ptr(),
+            len(residuals),
+            samples,
+            size,
+            _threads(),
+        )
+    return image_norms
+
+
+def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tensor:
+    """As `reference.anderson_weights`."""
+    gram, valid = gram.contiguous(), valid.contiguous()
+    alpha = torch.empty(valid.shape, dtype=torch.float64)
+    if alpha.numel():
+        _module().anderson_weights(
+            gram.data_ptr(), valid.data_ptr(), regularization, alpha.data_ptr(), *valid.shape
+        )
+    return alpha
+
+
+def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """As `reference.anderson_mix`; ``out`` [B, N], contiguous, gets the result where it is given."""
+    alpha = alpha.to(torch.float64).contiguous()
+    kept = [image.contiguous() for image in images]
+    out = torch.empty_like(kept[0]) if out is None else out
+    if out.numel():
+        _module().anderson_mix(
+            _dtype(out),
+            alpha.data_ptr(),
+            [image.data_ptr() for image in kept],
+            out.data_ptr(),
+            *out.shape,
+            _threads(),
+        )
+    return out

@@ -1,0 +1,186 @@
+"""Builds the compiled modules; everything else about the package is in pyproject.toml.
+
+Variables: ``JFBFAST_PURE_PYTHON=1`` installs without compiled modules, ``JFBFAST_CUDA=0`` without the
+CUDA one (which is built where nvcc is found), and ``CXX`` names the C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+PURE_PYTHON = os.environ.get("JFBFAST_PURE_PYTHON") == "1"
+X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
+
+# Each kernel source is compiled once per instruction set; csrc/dispatch.cpp picks one at run time.
+KERNELS = ("blur", "gradient", "anderson", "table")
+SHARED = ("bindings", "dispatch", "weights")
+INSTRUCTION_SETS = {"baseline": []}
+if X86:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]  # no CPU has AVX2 without the others
+    INSTRUCTION_SETS["avx512"] = ["-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+
+GPU_ARCHITECTURES = ("80", "90", "100")
+
+
+class Compilation(NamedTuple):
+    """One source, its object file's stem, and its flags."""
+
+    source: Path
+    stem: str
+    flags: list[str]
+
+
+def cpu_compilations(pybind_include: str, openmp: list[str]) -> Iterator[Compilation]:
+    flags = ["-std=c++17", "-O3", "-ffp-contract=fast", "-g0", "-fvisibility=hidden", "-Wno-psabi", *openmp]
+    for isa, isa_flags in INSTRUCTION_SETS.items():
+        for name in KERNELS:
+            yield Compilation(
+                ROOT / "csrc" / f"{name}.cpp", f"{name}.{isa}", [*flags, *isa_flags, f"-DJFBFAST_ISA={isa}"]
+            )
+    x86 = ["-DJFBFAST_X86"] if X86 else []
+    for name in SHARED:
+        yield Compilation(ROOT / "csrc" / f"{name}.cpp", name, [*flags, *x86, f"-I{pybind_include}"])
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def cuda_compilations(pybind_include: str, cuda_home: Path) -> Iterator[Compilation]:
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
+    newest = GPU_ARCHITECTURES[-1]
+    flags = ["-std=c++17", "-O3", *targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        yield Compilation(source, f"{source.stem}.gpu", [*flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"])
+    includes = [f"-I{pybind_include}", f"-I{cuda_home / 'include'}"]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
+        yield Compilation(source, source.stem, ["-std=c++17", "-O2", "-fvisibility=hidden", *includes])
+
+
+class BuildWithNinja(build_ext):
+    """Compiles the sources of an extension in parallel."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type != "unix":
+            super().build_extension(ext)
+            return
+        compiler = self.compiler.compiler_so_cxx[0]
+        if shutil.which(compiler) is None:
+            sys.exit(
+                f"jfbfast: found no C++ compiler ({compiler!r}) for its kernels; install one (g++ or clang++), "
+                "name it in CXX, or set JFBFAST_PURE_PYTHON=1 for the slower pure-Python install."
+            )
+        if ext.name == "jfbfast._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def build_cpu(self, ext: Extension) -> None:
+        import pybind11
+
+        openmp = self.openmp_flags()
+        self.ninja(ext, list(cpu_compilations(pybind11.get_include(), openmp)), openmp)
+
+    def build_cuda(self, ext: Extension) -> None:
+        import pybind11
+
+        command = nvcc()
+        assert command is not None
+        cuda_home = cuda_root(command)
+        libraries = [f"-L{cuda_home / part}" for part in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        try:
+            self.ninja(
+                ext,
+                list(cuda_compilations(pybind11.get_include(), cuda_home)),
+                [*libraries, "-lcudart_static", "-lrt", "-ldl", "-lpthread"],
+                command,
+            )
+        except subprocess.CalledProcessError:
+            sys.exit(
+                f"jfbfast: the CUDA toolkit of {command} could not build the CUDA kernels (its messages are "
+                "above; 12.8 or newer with the runtime's headers is needed); set JFBFAST_CUDA=0 to do without."
+            )
+
+    def openmp_flags(self) -> list[str]:
+        """-fopenmp where a program that uses it compiles and links."""
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / "openmp.cpp"
+        probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [self.compiler.compiler_so_cxx[0], "-fopenmp", str(probe), "-o", str(folder / "openmp")]
+        return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
+
+    def ninja(
+        self, ext: Extension, compilations: list[Compilation], link: list[str], nvcc: str = "nvcc"
+    ) -> None:
+        from ninja import BIN_DIR
+        from ninja.ninja_syntax import Writer
+
+        folder = Path(self.build_temp, ext.name).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = " ".join(f"-I{path}" for path in self.compiler.include_dirs)
+        cxx = " ".join(self.compiler.compiler_so_cxx)
+        with (folder / "build.ninja").open("w") as file:
+            ninja = Writer(file, width=110)
+            depfile = {"depfile": "$out.d", "deps": "gcc"}
+            ninja.rule("cxx", f"{cxx} {includes} $flags -MMD -MF $out.d -c $in -o $out", **depfile)
+            ninja.rule("nvcc", f"{nvcc} {includes} $flags -MD -MF $out.d -c $in -o $out", **depfile)
+            ninja.rule("link", f"{' '.join(self.compiler.linker_so_cxx)} $in -o $out {' '.join(link)}")
+            objects = []
+            for source, stem, flags in compilations:
+                rule = "nvcc" if source.suffix == ".cu" else "cxx"
+                objects += ninja.build(f"{stem}.o", rule, str(source.resolve()), variables={"flags": flags})
+            ninja.build(str(target), "link", objects)
+        subprocess.run([str(Path(BIN_DIR, "ninja")), "-C", str(folder)], check=True)
+
+
+def cuda_root(command: str) -> Path:
+    """The toolkit's folder, asked of nvcc itself, since the command may be a wrapper."""
+    listing = subprocess.run([command, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    for line in listing.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=")).resolve()
+    return Path(command).resolve().parent.parent
+
+
+def extensions() -> list[Extension]:
+    if PURE_PYTHON:
+        return []
+    sources = [f"csrc/{name}.cpp" for name in (*KERNELS, *SHARED)]
+    found = [Extension("jfbfast._native", sources)]
+    cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.c*"))
+    if cuda_sources and nvcc() and os.environ.get("JFBFAST_CUDA") != "0":
+        found.append(Extension("jfbfast._cuda", cuda_sources))
+    return found
+
+
+def packages() -> dict[str, str]:
+    """Each package and its folder: kernels/ and benchmarks/ are installed below jfbfast."""
+    found = {"jfbfast": "jfbfast"}
+    for top in ("kernels", "benchmarks"):
+        for folder in sorted({path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}):
+            found[".".join(("jfbfast", *folder.parts))] = str(folder)
+    return found
+
+
+setup(
+    packages=list(packages()),
+    package_dir=packages(),
+    package_data={"jfbfast": ["py.typed"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildWithNinja},
+)
