@@ -1,0 +1,159 @@
+"""Functions of AᵀA for a separable A: the Tikhonov solve, and the direct inverse.
+
+Up to `SVD_LIMIT` pixels a side they are exact in every padding mode, through the singular value
+decompositions of the two band matrices, which are factored once in float64. Beyond it the
+Tikhonov system is solved by conjugate gradients, preconditioned by its circulant twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jfbfast import reference
+from jfbfast.reference import SVD, Bands
+
+SVD_LIMIT = 1024
+_CG_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+_CG_MAX_ITER = 1000
+
+
+class Taps(NamedTuple):
+    """What defines a separable operator at every image size: its two filters and the padding mode."""
+
+    y: tuple[float, ...]
+    x: tuple[float, ...]
+    padding_mode: str
+
+
+@lru_cache(maxsize=64)
+def _axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
+    radius = len(taps) // 2
+    limit = {"reflect": radius + 1, "circular": radius}.get(padding_mode, 1)
+    if n < limit:
+        raise ValueError(
+            f"x has a side of {n} pixels; {len(taps)} taps with padding_mode={padding_mode!r} take at least {limit}"
+        )
+    return reference.band_table(taps, n, padding_mode)
+
+
+@lru_cache(maxsize=256)
+def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
+    """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``; made once, and kept.
+
+    Raises:
+        ValueError: the image is too small for the padding mode (reflect takes more than r pixels a
+            side, circular at least r).
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        y, x = (_axis_table(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True))
+        tables = Bands(y, x, taps.padding_mode == "circular")
+        tables = reference.transpose(tables) if adjoint else tables
+        kind = reference.band_dtype(dtype)
+        return Bands(tables.y.to(device, kind), tables.x.to(device, kind), tables.circular)
+
+
+@lru_cache(maxsize=32)
+def _axis_svd(taps: tuple[float, ...], n: int, padding_mode: str) -> SVD:
+    return reference.svd(_axis_table(taps, n, padding_mode), padding_mode == "circular")
+
+
+@lru_cache(maxsize=64)
+def factors(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[SVD, SVD]:
+    """The SVDs of B₁ and B₂, factored in float64 and rounded to ``dtype``."""
+    with torch.inference_mode(False), torch.no_grad():
+        pair = [_axis_svd(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True)]
+        y, x = (SVD(*(factor.to(device, dtype) for factor in svd)) for svd in pair)
+        return y, x
+
+
+def check_invertible(taps: Taps, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise ValueError where A has no numerical inverse in ``dtype`` at this size."""
+    if max(shape) > SVD_LIMIT:
+        raise ValueError(f"damping must be positive above {SVD_LIMIT} pixels a side; the image has {shape}")
+    s_y, s_x = (_axis_svd(t, n, taps.padding_mode).s for t, n in zip((taps.y, taps.x), shape, strict=True))
+    condition = float(s_y[0] * s_x[0] / (s_y[-1] * s_x[-1]))
+    if not condition * max(shape) * torch.finfo(dtype).eps < 1:
+        raise ValueError(
+            f"the blur is numerically singular for {shape[0]} × {shape[1]} images in {dtype} "
+            f"(condition {condition:.1e}); a positive damping makes it solvable"
+        )
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 nor another reduced-precision matrix product within."""
+    precision = torch.get_float32_matmul_precision()
+    try:
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+def solve(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType) -> Tensor:
+    """(AᵀA + λI)⁻¹ b for b (…, H, W) and λ broadcastable against b; no gradient is recorded."""
+    dtype, shape = reference.band_dtype(b.dtype), (b.shape[-2], b.shape[-1])
+    with full_precision(b.device), torch.no_grad():
+        if max(shape) <= SVD_LIMIT:
+            return reference.solve(b, damping.to(dtype), *factors(taps, shape, dtype, b.device))
+        return _conjugate_gradients(b.to(dtype), damping.to(dtype), taps, kernels).to(b.dtype)
+
+
+def direct(d: Tensor, taps: Taps) -> Tensor:
+    """A⁻¹ d = V₁[(U₁ᵀ d U₂) ⊘ (s₁ s₂ᵀ)]V₂ᵀ for d (…, H, W), through the SVD of each B."""
+    dtype, shape = reference.band_dtype(d.dtype), (d.shape[-2], d.shape[-1])
+    check_invertible(taps, shape, dtype)
+    with full_precision(d.device):
+        y, x = factors(taps, shape, dtype, d.device)
+        coefficients = y.u.T @ d.to(dtype) @ x.u / (y.s[:, None] * x.s)
+        return (y.v @ coefficients @ x.v.T).to(d.dtype)
+
+
+def _power_spectrum(taps: tuple[float, ...], n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """|â|² of the taps wrapped into a circle of n pixels, over all n frequencies."""
+    wrapped = torch.zeros(n, dtype=torch.float64)
+    wrapped.index_add_(0, torch.arange(len(taps)) % n, torch.tensor(taps, dtype=torch.float64))
+    return torch.fft.fft(wrapped).abs().square().to(device, dtype)
+
+
+def _conjugate_gradients(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType) -> Tensor:
+    """Plane by plane: each keeps its own step, and stops on its own residual."""
+    height, width = shape = (b.shape[-2], b.shape[-1])
+    forward, adjoint = (bands(taps, shape, b.dtype, b.device, a) for a in (False, True))
+    power = _power_spectrum(taps.y, height, b.device, b.dtype)[:, None]
+    power = power * _power_spectrum(taps.x, width, b.device, b.dtype)[: width // 2 + 1]
+
+    def precondition(r: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(r) / (power + damping), s=shape)
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).sum((-2, -1), keepdim=True)
+
+    x = torch.zeros_like(b)
+    r = b.clone()
+    z = precondition(r)
+    p = z
+    rz = dot(r, z)
+    bound = _CG_TOLERANCE[b.dtype] ** 2 * dot(b, b)
+    for _ in range(_CG_MAX_ITER):
+        active = dot(r, r) > bound  # False for a plane that holds NaN, too
+        if not active.any():
+            break
+        q = kernels.gradient(p, None, None, forward, adjoint) + damping * p
+        step = torch.where(active, rz / dot(p, q), 0)
+        x += step * p
+        r -= step * q
+        z = precondition(r)
+        previous, rz = rz, dot(r, z)
+        p = z + torch.where(active, rz / previous, 0) * p
+    return torch.where(torch.isfinite(bound), x, torch.nan)

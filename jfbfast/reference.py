@@ -1,0 +1,214 @@
+"""The definition of every kernel in pure PyTorch: the formulas, in any dtype, on any device.
+
+A separable operator is A: X ↦ B₁ X B₂ᵀ. Each B is an n × n band matrix, kept as a table
+``band[n, 2r + 1]`` whose row i holds the weights of the inputs i − r … i + r (correlation order, as
+in conv2d). A padding mode is only another table, and the adjoint is the transposed table.
+
+Arithmetic is done in float32 for half-precision images and in the image's own dtype otherwise;
+tables come in that dtype too (``band_dtype``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class Bands(NamedTuple):
+    """The tables of X ↦ B₁ X B₂ᵀ: ``y`` is [H, 2·r_y + 1], ``x`` is [W, 2·r_x + 1].
+
+    A circular table wraps its index (true modulo, so slots alias when n < 2r + 1). In any other
+    table the weight of an index outside [0, n) is zero.
+    """
+
+    y: Tensor
+    x: Tensor
+    circular: bool
+
+
+def gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
+    """The normalised samples exp(−t²/2σ²) at t = −r … r, with kernel_size = 2r + 1."""
+    radius = kernel_size // 2
+    weights = [math.exp(-0.5 * (t / sigma) ** 2) for t in range(-radius, radius + 1)]
+    total = math.fsum(weights)
+    return tuple(w / total for w in weights)
+
+
+def band_dtype(image_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which images of ``image_dtype`` are blurred: float32 for half precision."""
+    return image_dtype if image_dtype == torch.float64 else torch.float32
+
+
+def band_table(taps: Sequence[float], n: int, padding_mode: str) -> Tensor:
+    """The float64 table [n, 2r + 1] of a correlation with ``taps`` under a padding mode of torch."""
+    radius = len(taps) // 2
+    weights = torch.tensor(taps, dtype=torch.float64).repeat(n, 1)
+    if padding_mode == "circular":
+        return weights
+    rows = torch.arange(n)[:, None]
+    target = rows + torch.arange(-radius, radius + 1)
+    if padding_mode == "zeros":
+        return weights * ((target >= 0) & (target < n))
+    mirrored = (n - 1) - ((n - 1) - target.abs()).abs()
+    source = mirrored if padding_mode == "reflect" else target.clamp(0, n - 1)
+    return torch.zeros_like(weights).scatter_add_(1, source - rows + radius, weights)
+
+
+def transpose_table(band: Tensor, circular: bool) -> Tensor:
+    """The table of Bᵀ: bandᵀ[j, s] = band[j + s, −s]."""
+    n, width = band.shape
+    slots = torch.arange(-(width // 2), width // 2 + 1, device=band.device)
+    rows = torch.arange(n, device=band.device)[:, None] + slots
+    inside = torch.full_like(rows, True, dtype=torch.bool) if circular else (rows >= 0) & (rows < n)
+    return band[rows % n, width // 2 - slots] * inside
+
+
+def transpose(bands: Bands) -> Bands:
+    """The tables of Aᵀ: X ↦ B₁ᵀ X B₂."""
+    circular = bands.circular
+    return Bands(transpose_table(bands.y, circular), transpose_table(bands.x, circular), circular)
+
+
+def band_matrix(band: Tensor, circular: bool) -> Tensor:
+    """The dense n × n matrix B of a table."""
+    n, width = band.shape
+    columns = torch.arange(n)[:, None] + torch.arange(-(width // 2), width // 2 + 1)
+    if not circular:
+        columns = columns.clamp(0, n - 1)  # the weights clamped here are zero
+    return torch.zeros(n, n, dtype=band.dtype).scatter_add_(1, columns % n, band)
+
+
+def _correlate(x: Tensor, band: Tensor, circular: bool, dim: int) -> Tensor:
+    """Σₛ band[i, s] · x[i + s] along ``dim``, −2 or −1."""
+    n, width = band.shape
+    radius = width // 2
+    if circular:
+        x = x.index_select(dim, torch.arange(-radius, n + radius, device=x.device) % n)
+    else:
+        x = F.pad(x, (radius, radius) if dim == -1 else (0, 0, radius, radius))
+    weights = band if dim == -1 else band[..., None]
+    terms = (weights[:, s] * x.narrow(dim, s, n) for s in range(width))
+    return sum(terms, start=next(terms))
+
+
+def blur(x: Tensor, bands: Bands) -> Tensor:
+    """B₁ X B₂ᵀ for x (…, H, W)."""
+    wide = x.to(bands.y.dtype)
+    wide = _correlate(wide, bands.y, bands.circular, -2)
+    return _correlate(wide, bands.x, bands.circular, -1).to(x.dtype)
+
+
+def _gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
+    g = blur(x.to(bands.y.dtype), bands)
+    g = blur(g if d is None else g - d, adjoint)
+    return g if r is None else g + r
+
+
+def _squared_norms(g: Tensor) -> Tensor:
+    return g.float().square().flatten(1).sum(1)
+
+
+def gradient(
+    x: Tensor,
+    d: Tensor | None,
+    r: Tensor | None,
+    bands: Bands,
+    adjoint: Bands,
+    *,
+    norms: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero.
+
+    With ``norms``, also its squared norm over all dimensions but the first, in float32.
+    """
+    g = _gradient(x, d, r, bands, adjoint)
+    return (g.to(x.dtype), _squared_norms(g)) if norms else g.to(x.dtype)
+
+
+def gradient_step(
+    x: Tensor,
+    d: Tensor | None,
+    r: Tensor | None,
+    step_size: Tensor,
+    bands: Bands,
+    adjoint: Bands,
+    *,
+    norms: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension; ``norms`` as in `gradient`."""
+    g = _gradient(x, d, r, bands, adjoint)
+    out = (x.to(g.dtype) - step_size * g).to(x.dtype)
+    return (out, _squared_norms(g)) if norms else out
+
+
+class SVD(NamedTuple):
+    """B = U diag(s) Vᵀ, each factor [n, n] or [n]."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+
+def svd(band: Tensor, circular: bool) -> SVD:
+    """The float64 factors of one band matrix."""
+    u, s, vh = torch.linalg.svd(band_matrix(band, circular))
+    return SVD(u, s, vh.T.contiguous())
+
+
+def solve(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
+    """(AᵀA + λI)⁻¹ b = V₁[(V₁ᵀ b V₂) ⊘ (s₁² s₂²ᵀ + λ)]V₂ᵀ for b (…, H, W)."""
+    power = svd_y.s[:, None] ** 2 * svd_x.s**2
+    coefficients = svd_y.v.T @ b.to(power.dtype) @ svd_x.v / (power + damping)
+    return (svd_y.v @ coefficients @ svd_x.v.T).to(b.dtype)
+
+
+def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:
+    """Enter the newest pair (x, f = T(x)) into the history; the one pass over the residuals.
+
+    Writes ``residuals[slot] = f − x`` and the Gram row and column ``gram[:, slot]``, and returns
+    ‖f‖² per sample in float64.
+
+    Args:
+        x, f: [B, N].
+        residuals: [m, B, N]; the first ``filled`` slots are in use, the newest among them.
+        gram: [B, m, m] in float64, ⟨gᵢ, gⱼ⟩.
+    """
+    residuals[slot] = f - x
+    row = torch.einsum("bn,mbn->bm", residuals[slot].double(), residuals[:filled].double())
+    gram[:, slot, :filled] = row
+    gram[:, :filled, slot] = row
+    return f.double().square().sum(1)
+
+
+def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tensor:
+    """argmin_α ‖Σ αᵢ gᵢ‖² + ε Σ αᵢ²‖gᵢ‖² with Σ αᵢ = 1, over the valid pairs of each sample.
+
+    Args:
+        gram: [B, m, m] in float64.
+        valid: [B, m], bool; at least one True a sample.
+
+    Returns:
+        α, [B, m] in float64, zero where not valid.
+    """
+    norm = gram.diagonal(dim1=1, dim2=2).sqrt()
+    inverse = torch.where(valid & (norm > 0), 1 / norm, 0)
+    cosines = gram * inverse[:, :, None] * inverse[:, None, :]
+    cosines = cosines.where(valid[:, :, None] & valid[:, None, :], 0)
+    system = cosines + torch.diag_embed(torch.where(inverse > 0, regularization, 1.0))
+    alpha = torch.linalg.solve_ex(system, inverse)[0] * inverse
+    return alpha / alpha.sum(1, keepdim=True)
+
+
+def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Σ αᵢ fᵢ, the next iterate, for α [B, m] and m images [B, N]."""
+    out = torch.zeros_like(images[0]) if out is None else out.zero_()
+    for weight, image in zip(alpha.T.to(out.dtype), images, strict=True):
+        out.addcmul_(weight[:, None], image)
+    return out
