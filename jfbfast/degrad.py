@@ -1,0 +1,146 @@
+"""DE-GRAD: the implicit network whose layer is a gradient step on data and regulariser."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jfbfast.denoisers import RED, log_parameter
+from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
+from jfbfast.operators import SeparableBlur
+from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
+
+
+class LinearOperator(Protocol):
+    """What DE-GRAD needs of A."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def adjoint(self, y: Tensor) -> Tensor: ...
+
+
+class DEGrad(nn.Module):
+    """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), trained through it (Gilton, Ong, Willett, 2021).
+
+    Three forms of one layer:
+
+    - the paper's: ``DEGrad(blur, DnCNN())``, R the network itself, or ``RED(denoiser)``;
+    - preconditioned: ``preconditioner="exact"``, T(x) = x − P(Aᵀ(A x − d) + R(x)) with
+      P = (AᵀA + λI)⁻¹, of the same fixed points;
+    - filtered, the recommended one: also ``RED(denoiser, filter_damping="weight")``, whose denoiser
+      sees only what was measured.
+
+    Args:
+        blur: A: a `SeparableBlur`, or any operator with ``forward`` and ``adjoint``.
+        regularizer: R, images to images of the same shape.
+        step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
+        preconditioner: None, or "exact" for an operator with ``solve``.
+        damping: λ > 0 of the preconditioner, the start of a learnable parameter; None for the
+            weight of a `RED` regulariser.
+        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points.
+        solver: `Anderson()` where None.
+        gradient: "jfb", or a gradient method.
+
+    Attributes:
+        solution: the `FixedPointSolution` of the last forward.
+
+    Raises:
+        ValueError: a value out of its range, or options that contradict each other.
+        TypeError: an operator without what the layer needs.
+    """
+
+    solution: FixedPointSolution | None
+
+    def __init__(
+        self,
+        blur: LinearOperator,
+        regularizer: nn.Module,
+        *,
+        step_size: float = 1.0,
+        preconditioner: Literal["exact"] | None = None,
+        damping: float | None = None,
+        averaging: float = 1.0,
+        solver: FixedPointSolver | None = None,
+        gradient: str | GradientMethod = "jfb",
+    ) -> None:
+        super().__init__()
+        needed = ("adjoint", "solve") if preconditioner else ("adjoint",)
+        for method in needed:
+            if not callable(getattr(blur, method, None)):
+                raise TypeError(f"blur is {type(blur).__name__}, which has no {method}; this layer takes one that has")
+        if preconditioner not in (None, "exact"):
+            raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
+        if preconditioner is None and damping is not None:
+            raise ValueError(f"damping is {damping}; only preconditioner='exact' takes one")
+        if preconditioner and step_size != 1.0:
+            raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
+        if preconditioner and damping is None and not isinstance(regularizer, RED):
+            raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
+        if not (isinstance(averaging, (int, float)) and 0 < averaging <= 1):
+            raise ValueError(f"averaging is {averaging!r}; it takes a number in (0, 1]")
+        self.blur: Any = blur
+        self.regularizer: Any = regularizer
+        self.preconditioner = preconditioner
+        self.averaging = averaging
+        self.solver = Anderson() if solver is None else solver
+        self.gradient = gradient_method(gradient)
+        self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
+        self.log_damping = None if damping is None else log_parameter("damping", damping)
+        self.solution = None
+
+    @property
+    def step_size(self) -> Tensor | None:
+        """η, a tensor of shape (); None where the layer is preconditioned."""
+        return None if self.log_step_size is None else self.log_step_size.exp()
+
+    @property
+    def damping(self) -> Tensor | None:
+        """λ of the preconditioner, a tensor of shape (); None where there is none."""
+        if self.preconditioner is None:
+            return None
+        if self.log_damping is not None:
+            return self.log_damping.exp()
+        return self.regularizer.weight
+
+    def layer(self, x: Tensor, d: Tensor) -> Tensor:
+        """T_α(x; d) for the images x and the measurements d of one batch."""
+        r = self.regularizer(x, self.blur) if isinstance(self.regularizer, RED) else self.regularizer(x)
+        r = r.to(x.dtype)
+        separable = isinstance(self.blur, SeparableBlur)
+        if self.step_size is not None:
+            if separable:
+                image = self.blur.gradient_step(x, d, r, self.step_size)
+            else:
+                image = x - self.step_size * (self.blur.adjoint(self.blur(x) - d) + r)
+        else:
+            gradient = self.blur.gradient(x, d, r) if separable else self.blur.adjoint(self.blur(x) - d) + r
+            image = x - self.blur.solve(gradient, self.damping)
+        return image if self.averaging == 1 else torch.lerp(x, image, self.averaging)
+
+    @torch.compiler.disable
+    def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
+        """The restored images T(x*) for the measurements d.
+
+        Args:
+            d: (B, C, H, W), in the units that R was trained in.
+            x0: the start; where None Aᵀd, or P Aᵀd for a preconditioned layer.
+
+        Warns:
+            ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
+        """
+        if x0 is None:
+            x0 = self._start(d)
+        restored, self.solution = solve_fixed_point(
+            self.layer, x0, inputs=(d,), solver=self.solver, gradient=self.gradient
+        )
+        return restored
+
+    @torch.no_grad()
+    def _start(self, d: Tensor) -> Tensor:
+        start = self.blur.adjoint(d)
+        return start if self.damping is None else self.blur.solve(start, self.damping)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "solution": None}

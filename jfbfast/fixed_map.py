@@ -1,0 +1,92 @@
+"""A layer held still: the same map at every evaluation of a solve, its state stepped once a forward.
+
+During a solve, and in the layer that carries the gradient, a network in train() normalises by the
+running statistics of its batch norms (batch statistics would couple the samples), applies no
+dropout, and keeps its spectral-norm weights. What a training forward changes is done here, once:
+one power iteration before the solve, one update of the running statistics at the fixed point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from jfbfast.denoisers import SpectralNormConv2d
+
+
+@contextmanager
+def fixed_map(module: nn.Module | None) -> Iterator[None]:
+    """``module`` in eval() within; its modules' own modes come back after."""
+    modes = [] if module is None else [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@contextmanager
+def materialised_weights(module: nn.Module | None) -> Iterator[None]:
+    """Spectral-norm weights are computed once within, without gradients."""
+    convolutions = [] if module is None else [m for m in module.modules() if isinstance(m, SpectralNormConv2d)]
+    try:
+        for conv in convolutions:
+            conv.materialise()
+        with parametrize.cached():
+            yield
+    finally:
+        for conv in convolutions:
+            conv.release()
+
+
+def step_spectral_norms(module: nn.Module) -> None:
+    """One power iteration of every spectral norm in train(): ours and torch's parametrisation."""
+    with torch.no_grad():
+        for m in module.modules():
+            if isinstance(m, SpectralNormConv2d) and m.training:
+                m.power_iteration()
+            elif parametrize.is_parametrized(m):
+                assert isinstance(m.parametrizations, nn.ModuleDict)
+                for name, parametrizations in m.parametrizations.items():
+                    if any(type(p).__name__ == "_SpectralNorm" and p.training for p in parametrizations.children()):
+                        getattr(m, name)  # evaluating it in train() is what steps it
+
+
+def _update_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor, x: Tensor) -> None:
+    """What a training forward of ``norm`` on x does to its running statistics, written to mean and var."""
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked += 1
+    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    F.batch_norm(x.detach(), mean, var, training=True, momentum=momentum)
+
+
+@contextmanager
+def updated_statistics(module: nn.Module) -> Iterator[None]:
+    """Within one evaluation of the layer, every batch norm in train() updates its running statistics.
+
+    It still normalises by the old ones, of which it gets a copy: backward needs them unchanged.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    with ExitStack() as stack:
+        for norm in norms:
+            mean, var = norm.running_mean, norm.running_var
+            assert mean is not None and var is not None
+            stack.callback(setattr, norm, "running_mean", mean)
+            stack.callback(setattr, norm, "running_var", var)
+            norm.running_mean, norm.running_var = mean.clone(), var.clone()
+
+            def hook(norm: nn.Module, args: tuple[Tensor, ...], mean: Tensor = mean, var: Tensor = var) -> None:
+                with torch.no_grad():
+                    assert isinstance(norm, _BatchNorm)
+                    _update_statistics(norm, mean, var, args[0])
+
+            stack.callback(norm.register_forward_pre_hook(hook).remove)
+        yield
