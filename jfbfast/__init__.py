@@ -1,0 +1,37 @@
+"""jfbfast: implicit networks that undo image blur, trained by Jacobian-free backpropagation."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
+from jfbfast.config import show_config
+from jfbfast.degrad import DEGrad
+from jfbfast.denoisers import RED, DnCNN
+from jfbfast.gradients import JFB, fixed_point
+from jfbfast.operators import GaussianBlur, SeparableBlur
+from jfbfast.ops import backend
+from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
+
+try:
+    __version__ = version("jfbfast")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [
+    "JFB",
+    "RED",
+    "Anderson",
+    "ConvergenceWarning",
+    "DEGrad",
+    "DnCNN",
+    "FixedPointSolution",
+    "GaussianBlur",
+    "Picard",
+    "SeparableBlur",
+    "Status",
+    "backend",
+    "direct_inverse",
+    "fixed_point",
+    "gradient_descent",
+    "show_config",
+    "tikhonov",
+]

@@ -1,0 +1,5 @@
+"""`python -m jfbfast`: the command line."""
+
+from jfbfast.cli import main
+
+main()

@@ -1,0 +1,155 @@
+"""Photographs: reading and writing files without loss, and random crops of them for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_SIXTEEN_BIT_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
+_ALPHA_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".webp"})
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read, written, or used as it is."""
+
+
+class Photograph(NamedTuple):
+    """An image file's content.
+
+    Attributes:
+        pixels: (1 or 3, H, W) in float32, in [0, 1].
+        alpha: (1, H, W) in [0, 1], or None.
+        dtype: of the file's samples: uint8, uint16 or float32.
+    """
+
+    pixels: Tensor
+    alpha: Tensor | None
+    dtype: np.dtype
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """(H, W, channels) in RGB order: OpenCV for what Pillow would cut to 8 bits, Pillow for the rest."""
+    try:
+        deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        if deep is not None and deep.dtype in (np.uint16, np.float32):
+            order = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}
+            return deep[:, :, None] if deep.ndim == 2 else cv2.cvtColor(deep, order[deep.shape[2]])
+        with Image.open(path) as image:
+            transparent = image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info
+            grey = image.mode in ("1", "L", "LA")
+            mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
+            array = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+    except (OSError, Image.DecompressionBombError, cv2.error) as error:
+        raise ImageError(f"{path}: {error}") from error
+    return array if array.ndim == 3 else array[:, :, None]
+
+
+def read_photograph(path: str | Path) -> Photograph:
+    """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha, upright.
+
+    Raises:
+        ImageError: not an image, a kind of sample not listed, or a pixel that is not finite.
+    """
+    array = _read_array(Path(path))
+    scale = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0
+    values = torch.from_numpy(array.astype(np.float32) / np.float32(scale)).permute(2, 0, 1)
+    if not values.isfinite().all():
+        raise ImageError(f"{path}: {int((~values.isfinite()).sum())} of its values are not finite")
+    colours = len(values) - (len(values) in (2, 4))
+    return Photograph(values[:colours], values[colours:] if colours < len(values) else None, array.dtype)
+
+
+def write_photograph(path: str | Path, photograph: Photograph) -> None:
+    """Write an image file of the photograph's own sample type; values outside [0, 1] are clipped.
+
+    Raises:
+        ImageError: a format that cannot hold the samples' depth or the alpha channel, or a failed write.
+    """
+    path, suffix = Path(path), Path(path).suffix.lower()
+    pixels, alpha, dtype = photograph
+    if dtype != np.uint8 and suffix not in _SIXTEEN_BIT_SUFFIXES:
+        raise ImageError(f"{path}: {suffix or 'this format'} cannot hold {dtype} samples; .png and .tiff can")
+    if dtype == np.float32 and suffix == ".png":
+        raise ImageError(f"{path}: .png cannot hold float32 samples; .tiff can")
+    if alpha is not None and suffix not in _ALPHA_SUFFIXES:
+        raise ImageError(f"{path}: {suffix or 'this format'} cannot hold an alpha channel; .png and .tiff can")
+    if alpha is not None and len(pixels) == 1:
+        pixels = pixels.expand(3, -1, -1)
+    values = pixels if alpha is None else torch.cat((pixels, alpha))
+    array = values.clamp(0, 1).permute(1, 2, 0).numpy()
+    if np.issubdtype(dtype, np.integer):
+        array = np.rint(array * np.iinfo(dtype).max)
+    array = np.ascontiguousarray(array.astype(dtype))
+    order = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
+    if array.shape[2] in order:
+        array = cv2.cvtColor(array, order[array.shape[2]])
+    try:
+        written = cv2.imwrite(str(path), array)
+    except cv2.error as error:
+        raise ImageError(f"{path}: {error}") from error
+    if not written:
+        raise ImageError(f"{path}: could not be written")
+
+
+def image_files(directory: str | Path) -> list[Path]:
+    """The image files below a directory, sorted by name.
+
+    Raises:
+        ImageError: no such directory, or no image in it.
+    """
+    files = sorted(p for p in Path(directory).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ImageError(f"{directory}: no image files there")
+    return files
+
+
+class RandomCrops(Dataset[Tensor]):
+    """Random square crops, flipped at random, of photographs, in [−1, 1] as (3, crop, crop).
+
+    Args:
+        photographs: files, or (3, H, W) tensors in [0, 1].
+        crop: side in pixels; smaller photographs are padded by reflection.
+        length: crops an epoch; None for one a photograph.
+        resize: first resize each photograph to this side and its own centre square; None to keep it.
+    """
+
+    def __init__(
+        self,
+        photographs: Sequence[Path] | Sequence[Tensor],
+        crop: int,
+        length: int | None = None,
+        resize: int | None = None,
+    ) -> None:
+        self.photographs = photographs
+        self.length = len(photographs) if length is None else length
+        square = [] if resize is None else [v2.Resize(resize, antialias=True), v2.CenterCrop(resize)]
+        self.transform = v2.Compose(
+            [
+                *square,
+                v2.RandomCrop(crop, pad_if_needed=True, padding_mode="reflect"),
+                v2.RandomHorizontalFlip(),
+                v2.Normalize([0.5], [0.5]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        photograph = self.photographs[index % len(self.photographs)]
+        if not isinstance(photograph, Tensor):
+            photograph = read_photograph(photograph).pixels.expand(3, -1, -1)
+        crop: Tensor = self.transform(photograph)
+        return crop
