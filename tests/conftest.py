@@ -1,0 +1,30 @@
+"""The tests run against the installed package, and only where its compiled module loaded."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+import torch  # noqa: E402
+
+from jfbfast import native  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not native.AVAILABLE:
+        pytest.exit(f"jfbfast is installed without its C++ kernels: {native.WHY_NOT}", returncode=1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

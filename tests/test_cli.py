@@ -1,0 +1,109 @@
+"""The command line on real files, and a demo in small."""
+
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from skimage import data as photographs
+from typer.testing import CliRunner
+
+from jfbfast import demo
+from jfbfast.checkpoint import load_checkpoint
+from jfbfast.cli import app
+from jfbfast.data import read_photograph
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def blurred(tmp_path):
+    """A blurred, noisy photograph, its truth, and its path."""
+    truth = photographs.astronaut()[:160, 150:300].astype(np.float32) / 255
+    d = cv2.GaussianBlur(truth, (5, 5), 1.0, borderType=cv2.BORDER_REFLECT_101)
+    d = d + 0.005 * np.random.default_rng(0).standard_normal(d.shape).astype(np.float32)
+    path = tmp_path / "blurred.png"
+    cv2.imwrite(str(path), (d[:, :, ::-1].clip(0, 1) * 65535).round().astype(np.uint16))
+    return torch.from_numpy(truth).permute(2, 0, 1), path
+
+
+def run(*arguments):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+def test_info_names_the_backends():
+    out = subprocess.run([sys.executable, "-m", "jfbfast", "info"], capture_output=True, text=True, check=True).stdout
+    assert "native (CPU)" in out and "C++" in out and "triton (CUDA)" in out
+
+
+def test_restore_without_a_checkpoint_is_tikhonov_and_says_so(blurred, tmp_path):
+    truth, path = blurred
+    out = tmp_path / "restored.png"
+    result = run("restore", path, "--sigma", 1, "--kernel-size", 5, "--noise", 0.01, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "Tikhonov" in result.output
+    before, after = (float((read_photograph(p).pixels - truth).square().mean()) for p in (path, out))
+    assert after < 0.8 * before
+    assert read_photograph(out).dtype == np.uint16
+
+
+def test_train_then_restore_with_the_checkpoint(blurred, tmp_path):
+    truth, path = blurred
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(4):
+        part = photographs.coffee()[100 * i : 100 * i + 100, 100:300]
+        cv2.imwrite(str(folder / f"{i}.png"), part[:, :, ::-1])
+    checkpoint = tmp_path / "model.safetensors"
+    options = "--features 8 --depth 3 --pretraining-steps 3 --steps 3 --batch-size 2 --crop 32 --validation 0.25"
+    result = run("train", folder, "--out", checkpoint, *options.split())
+    assert result.exit_code == 0, result.output
+    assert "3 photographs to train on, 1 to validate on" in result.output and "validation PSNR" in result.output
+    assert load_checkpoint(checkpoint)[1].features == 8
+    result = run("restore", path, "--checkpoint", checkpoint, "--out", tmp_path / "out", "--tile", 128)
+    assert result.exit_code == 0, result.output
+    assert read_photograph(tmp_path / "out" / "blurred-restored.png").pixels.shape == truth.shape
+
+
+def test_the_demo_in_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "PRETRAINING_STEPS", 2)
+    monkeypatch.setattr(demo, "JFB_STEPS", 2)
+    crop = demo.photograph("astronaut")[:, :200, :200]
+    small = {"astronaut": crop, **{name: demo.photograph(name) for name in demo.TRAINING}}
+    monkeypatch.setattr(demo, "photograph", small.__getitem__)
+    monkeypatch.setattr(demo, "DETAIL", (20, 20, 60))
+    result = run("demo", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "blurred",
+        "direct inverse",
+        "gradient descent",
+        "Tikhonov",
+        "DE-GRAD with JFB",
+        "jfbfast-demo.png",
+    ):
+        assert expected in result.output
+    assert read_photograph(tmp_path / "jfbfast-demo.png").pixels.shape[0] == 3
+    assert load_checkpoint(tmp_path / "jfbfast-demo.safetensors")[1] == demo.CONFIG
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("restore", "missing.png"), "missing.png"),
+        (("restore", "missing.png", "--sigma", -1), "sigma is -1.0"),
+        (("restore", "missing.png", "--kernel-size", 4), "kernel_size is 4"),
+        (("restore", "missing.png", "--checkpoint", "none.safetensors"), "not a whole checkpoint"),
+        (("restore", "a.png", "b.png", "--out", "c.png"), "several images take a directory"),
+        (("train", "nowhere"), "no image files"),
+        (("train", ".", "--validation", "1.5"), "--validation is 1.5"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output

@@ -1,0 +1,82 @@
+"""DnCNN and its spectral normalisation."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from jfbfast import DnCNN
+from jfbfast.denoisers import SpectralNormConv2d
+
+
+def test_the_defaults_are_the_papers():
+    network = DnCNN()
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 17
+    assert [c.out_channels for c in convolutions] == [64] * 16 + [3]
+    assert all(isinstance(c, SpectralNormConv2d) and c.bias is None and c.kernel_size == (3, 3) for c in convolutions)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) == 15
+    assert sum(isinstance(m, nn.ReLU) for m in network.modules()) == 16
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+@pytest.mark.parametrize("spectral_norm", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_part_is_an_option(norm, spectral_norm, bias):
+    network = DnCNN(1, 5, 4, norm, spectral_norm, bias).eval()
+    kinds = [type(m) for m in network.modules()]
+    assert (nn.BatchNorm2d in kinds) == (norm == "batch")
+    assert (SpectralNormConv2d in kinds) == spectral_norm
+    x = torch.randn(2, 1, 7, 9)
+    residual = DnCNN(1, 5, 4, norm, spectral_norm, bias, residual=True).eval()
+    residual.load_state_dict(network.state_dict())
+    torch.testing.assert_close(residual(x), x - network(x))
+
+
+def test_the_normalised_weight_has_norm_one_and_steps_once_a_training_forward():
+    conv = SpectralNormConv2d(4, 6, 3)
+    for _ in range(200):
+        conv.power_iteration()
+    norm = torch.linalg.matrix_norm(conv.normalised_weight().flatten(1), 2)
+    torch.testing.assert_close(norm, torch.tensor(1.0))
+
+    with torch.no_grad():
+        conv.weight += 0.1 * torch.randn_like(conv.weight)
+    twin = copy.deepcopy(conv)
+    x = torch.randn(1, 4, 5, 5)
+    conv.eval()(x)
+    assert torch.equal(conv.u, twin.u)
+    conv.train()(x)
+    twin.power_iteration()
+    assert torch.equal(conv.u, twin.u) and torch.equal(conv.v, twin.v)
+
+
+def test_spectral_norm_agrees_with_torchs():
+    conv = SpectralNormConv2d(3, 5, 3, bias=False).double()
+    theirs = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 5, 3, bias=False).double())
+    parametrization = theirs.parametrizations.weight
+    with torch.no_grad():
+        parametrization.original.copy_(conv.weight)
+        parametrization[0]._u.copy_(conv.u)
+        parametrization[0]._v.copy_(conv.v)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    ours_out, their_out = conv(x), theirs(x)
+    torch.testing.assert_close(ours_out, their_out)
+    ours_out.square().sum().backward()
+    their_out.square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad, parametrization.original.grad)
+
+
+def test_two_training_forwards_before_one_backward():
+    network = DnCNN(1, 4, 3)
+    x = torch.randn(2, 1, 6, 6)
+    (network(x) + network(x)).sum().backward()
+
+
+def test_deepcopy_and_pickle():
+    network = DnCNN(1, 4, 3).eval()
+    x = torch.randn(1, 1, 5, 5)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        torch.testing.assert_close(twin(x), network(x), rtol=0, atol=0)

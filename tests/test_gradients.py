@@ -1,0 +1,365 @@
+"""JFB through any layer: the gradient of one application at x*, and what a training forward may change."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import jfbfast
+from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Status, fixed_point
+
+
+class Cell(nn.Module):
+    """A small implicit network that has nothing to do with images."""
+
+    def __init__(self, size=12):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(size, size), nn.Linear(size, size)
+        with torch.no_grad():
+            self.inner.weight *= 0.3
+
+    def forward(self, x, d):
+        return torch.tanh(self.inner(x)) + self.outer(d)
+
+
+def networks():
+    denoiser = DnCNN(3, 6, 4, residual=True)
+    return {
+        "paper": DEGrad(GaussianBlur(), DnCNN(3, 6, 4), step_size=0.5),
+        "red": DEGrad(GaussianBlur(), RED(denoiser, 0.1), step_size=0.5, averaging=0.8),
+        "preconditioned": DEGrad(GaussianBlur(), RED(denoiser, 0.1), preconditioner="exact"),
+        "filtered": DEGrad(GaussianBlur(padding_mode="reflect"), RED(denoiser, 0.1, "weight"), preconditioner="exact"),
+        "own dampings": DEGrad(
+            GaussianBlur(), RED(denoiser, 0.1, 0.2), preconditioner="exact", damping=0.3, averaging=0.9
+        ),
+    }
+
+
+def reference_gradient(model, d, loss):
+    """Autograd through one layer at the x* that the model found, in eval(), as the solve sees it."""
+    twin = copy.deepcopy(model).eval()
+    x = model.solution.value
+    leaf = d.detach().clone().requires_grad_()
+    loss(twin.layer(x, leaf)).backward()
+    return {name: p.grad for name, p in twin.named_parameters()}, leaf.grad
+
+
+@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("training", [True, False])
+def test_the_gradient_is_that_of_one_layer(name, training):
+    torch.manual_seed(1)
+    model = networks()[name].double().train(training)
+    d = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+
+    def loss(x):
+        return F.mse_loss(x, target)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        before = copy.deepcopy(model)
+        restored = model(d)
+    if training:  # the spectral norms have stepped once; normalisation used the statistics from before
+        for module, old in zip(model.modules(), before.modules(), strict=True):
+            if hasattr(module, "u"):
+                old.u.copy_(module.u)
+                old.v.copy_(module.v)
+    before.solution = model.solution
+    expected, expected_d = reference_gradient(before, d, loss)
+    loss(restored).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert expected[parameter_name] is not None
+        torch.testing.assert_close(parameter.grad, expected[parameter_name], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(d.grad, expected_d, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(restored, before.eval().layer(model.solution.value, d), rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_under_autocast():
+    model = networks()["filtered"].eval()
+    d = torch.randn(2, 3, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        restored = model(d)
+        twin = copy.deepcopy(model)
+        expected = twin.layer(model.solution.value, d)
+    assert restored.dtype == torch.float32
+    restored.square().sum().backward()
+    expected.square().sum().backward()
+    for a, c in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, c.grad, rtol=0, atol=0)
+
+
+def test_any_implicit_network():
+    cell = Cell().double()
+    d = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    x0 = torch.zeros(5, 12, dtype=torch.float64)
+    out = fixed_point(cell, x0, inputs=(d,), solver=Anderson(tol=1e-12))
+    torch.testing.assert_close(out, cell(out, d), rtol=0, atol=1e-10)
+    out.square().sum().backward()
+    grads = [p.grad.clone() for p in cell.parameters()]
+    cell.zero_grad()
+    cell(out.detach(), d).square().sum().backward()
+    for grad, p in zip(grads, cell.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_parameters_of_a_plain_callable_must_be_named():
+    weight = torch.full((3,), 0.5, requires_grad=True)
+    scaled = weight * 1.0
+
+    def layer(x):
+        return scaled * torch.tanh(x) + 1
+
+    x0 = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="parameters="):
+        fixed_point(layer, x0)
+    fixed_point(layer, x0, parameters=[scaled]).sum().backward()
+    assert weight.grad is not None and (weight.grad != 0).all()
+
+
+def test_a_module_that_uses_a_foreign_tensor_raises():
+    cell, foreign = Cell(), torch.ones(12, requires_grad=True)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, x, d):
+            return self.cell(x, d) * foreign * 0.5
+
+    with pytest.raises(ValueError, match=r"tensor of shape \(12,\)"):
+        fixed_point(Wrapped(), torch.zeros(2, 12), inputs=(torch.zeros(2, 12),))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_bad_sample_touches_nothing(backend):
+    torch.manual_seed(2)
+    model = networks()["filtered"].double()
+    d = torch.randn(3, 3, 9, 8, dtype=torch.float64)
+    bad = d.clone()
+    bad[1, 0, 4, 4] = torch.nan
+    good_model, bad_model = model, copy.deepcopy(model)
+    with jfbfast.backend(backend):
+        good = good_model(d)
+        with pytest.warns(ConvergenceWarning, match=r"1 of 3 samples .*\(1 diverged"):
+            found = bad_model(bad.requires_grad_())
+    assert bad_model.solution.status[1] == Status.DIVERGED
+    assert found[1].isnan().all()
+    assert torch.equal(good[[0, 2]], found[[0, 2]])
+    good[[0, 2]].square().sum().backward()
+    found.square().sum().backward()
+    for a, c in zip(good_model.parameters(), bad_model.parameters(), strict=True):
+        assert c.grad.isfinite().all()
+        torch.testing.assert_close(a.grad, c.grad, rtol=1e-12, atol=1e-14)
+    assert (bad.grad[1] == 0).all() and (bad.grad[0] != 0).any()
+
+
+def test_a_wholly_bad_batch_has_zero_gradients():
+    model = networks()["filtered"]
+    with pytest.warns(ConvergenceWarning):
+        out = model(torch.full((2, 3, 8, 8), torch.nan))
+    out.sum().backward()
+    assert out.isnan().all()
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_a_solve_changes_no_buffer_and_a_training_forward_steps_each_once():
+    torch.manual_seed(3)
+    model = networks()["paper"]
+    d = torch.randn(4, 3, 10, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.eval()
+        before = state(model)
+        model(d)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+        twin = copy.deepcopy(model).train()
+        model.train()
+        model(d)
+    for mine, other in zip(model.modules(), twin.modules(), strict=True):
+        if hasattr(other, "power_iteration"):
+            other.power_iteration()
+            torch.testing.assert_close(mine.u, other.u, rtol=0, atol=0)
+    inputs = []
+    norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    twin.eval()
+    twin.layer(model.solution.value, d)
+    updated = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm, mine, x in zip(norms, updated, inputs, strict=True):
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        torch.testing.assert_close(mine.running_mean, 0.9 * norm.running_mean + 0.1 * mean)
+        torch.testing.assert_close(mine.running_var, 0.9 * norm.running_var + 0.1 * var)
+        assert int(mine.num_batches_tracked) == int(norm.num_batches_tracked) + 1
+    assert model.training and all(m.training for m in model.modules())
+
+
+def test_torchs_own_spectral_norm_and_dropout_are_held_still():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+            self.dropout = nn.Dropout(0.5)
+            self.weights = []
+
+        def forward(self, x, d):
+            self.weights.append(self.linear.weight.detach().clone())
+            return 0.5 * self.dropout(self.linear(x)) + d
+
+    layer = Layer()
+    twin = copy.deepcopy(layer)
+    twin.linear.weight  # noqa: B018  # one power iteration
+    out = fixed_point(layer, torch.zeros(2, 8), inputs=(torch.randn(2, 8),))
+    out.sum().backward()
+    assert len(layer.weights) > 3
+    for weight in layer.weights[1:]:
+        torch.testing.assert_close(weight, layer.weights[0])
+    original, expected = (m.linear.parametrizations.weight[0]._u for m in (layer, twin))
+    torch.testing.assert_close(original, expected)
+
+
+def test_a_network_that_does_not_contract_says_so_and_stays_finite():
+    model = networks()["paper"].eval()
+    with torch.no_grad():
+        for parameter in model.regularizer.parameters():
+            parameter *= 3
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight *= 4
+    with pytest.warns(ConvergenceWarning, match="did not converge"):
+        out = model(torch.randn(2, 3, 12, 12))
+    assert out.isfinite().all()
+    assert set(model.solution.status.tolist()) <= {Status.DIVERGED, Status.MAX_ITER}
+
+
+def test_no_grad_inference_mode_and_budget_zero_tolerance():
+    model = networks()["filtered"].eval()
+    d = torch.randn(1, 3, 8, 8)
+    expected = model(d)
+    assert expected.requires_grad
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            out = model(d)
+        assert not out.requires_grad
+        torch.testing.assert_close(out, expected)
+    model.solver = Anderson(tol=0, max_iter=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(d)
+
+
+def test_a_warm_start_saves_evaluations():
+    model = networks()["filtered"].eval()
+    d = torch.randn(2, 3, 12, 12)
+    model(d)
+    first, start = model.solution.iterations.clone(), model.solution.value
+    model(d, start)
+    assert (model.solution.iterations == 1).all() and (first > 1).all()
+
+
+def test_deepcopy_pickle_state_dict():
+    model = networks()["filtered"].eval()
+    d = torch.randn(1, 3, 8, 8)
+    expected = model(d)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(d), expected, rtol=0, atol=0)
+    other = networks()["filtered"].eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(d), expected, rtol=0, atol=0)
+
+
+def test_under_torch_compile():
+    model = networks()["filtered"].eval()
+    d = torch.randn(1, 3, 8, 8)
+    compiled = torch.compile(model)
+    torch.testing.assert_close(compiled(d), model(d))
+    compiled(d).sum().backward()
+    assert model.regularizer.log_weight.grad is not None
+
+
+def test_any_operator_with_forward_and_adjoint():
+    class Mask(nn.Module):
+        mask = (torch.arange(64).view(8, 8) % 3 > 0).double()
+
+        def forward(self, x):
+            return self.mask * x
+
+        adjoint = forward
+
+    model = DEGrad(Mask(), RED(nn.Conv2d(1, 1, 3, padding=1), 0.2), step_size=0.7).double().eval()
+    d = Mask()(torch.randn(1, 1, 8, 8, dtype=torch.float64))
+    model.solver = Anderson(tol=1e-6, max_iter=300)
+    out = model(d)
+    residual = Mask().adjoint(Mask()(out) - d) + model.regularizer(out)
+    assert residual.norm() < 1e-4 * out.norm()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: DEGrad(nn.Identity(), DnCNN(1, 2, 2)), TypeError, "no adjoint"),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), step_size=-1), ValueError, "step_size is -1"),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), averaging=1.5), ValueError, "averaging is 1.5"),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), damping=0.1), ValueError, "damping is 0.1"),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), preconditioner="exact"),
+            ValueError,
+            "damping is None",
+        ),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), preconditioner="cg"),
+            ValueError,
+            "preconditioner is 'cg'",
+        ),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), gradient="bptt"), ValueError, "gradient is 'bptt'"),
+        (
+            lambda: DEGrad(GaussianBlur(), RED(DnCNN(1, 2, 2)), preconditioner="exact", step_size=0.5),
+            ValueError,
+            "step_size is 0.5",
+        ),
+        (lambda: RED(DnCNN(1, 2, 2), weight=0.0), ValueError, "weight is 0.0"),
+        (lambda: RED(DnCNN(1, 2, 2), filter_damping=-1.0), ValueError, "filter_damping is -1.0"),
+        (lambda: RED(DnCNN(1, 2, 2), filter_damping="yes"), ValueError, "filter_damping is 'yes'"),
+        (
+            lambda: RED(DnCNN(1, 2, 2), filter_damping=0.1)(torch.zeros(1, 1, 4, 4)),
+            ValueError,
+            "operator is NoneType",
+        ),
+        (lambda: DnCNN(depth=1), ValueError, "depth is 1"),
+        (lambda: DnCNN(norm="layer"), ValueError, "norm is 'layer'"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_memory_does_not_depend_on_the_iterations():
+    """Peak resident memory of one training step with 5 and with 200 evaluations, each in its own process."""
+    script = """
+import resource, sys, torch, jfbfast
+torch.manual_seed(0)
+regularizer = jfbfast.RED(jfbfast.DnCNN(3, 16, 6, residual=True), 0.1, "weight")
+solver = jfbfast.Anderson(tol=0, max_iter=int(sys.argv[1]))
+model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact", solver=solver)
+d = torch.randn(8, 3, 48, 48)
+model(d).square().sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", script, str(k)], capture_output=True, text=True, check=True).stdout)
+        for k in (5, 200)
+    )
+    assert many <= 1.02 * few

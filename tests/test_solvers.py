@@ -1,0 +1,274 @@
+"""The fixed-point solvers: theory, budgets, statuses, and samples that do not touch each other."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import jfbfast
+from jfbfast import Anderson, Picard, Status, native, reference
+
+SOLVERS = (Anderson, Picard)
+
+
+def linear_map(n, radius, seed=0):
+    """x ↦ M x + b with the spectral radius of M as given, and its fixed point."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    matrix *= radius / torch.linalg.eigvals(matrix).abs().max()
+    b = torch.randn(n, generator=generator, dtype=torch.float64)
+    return (
+        (lambda x: x @ matrix.T + b),
+        torch.linalg.solve(torch.eye(n, dtype=torch.float64) - matrix, b),
+        matrix,
+        b,
+    )
+
+
+class Counted:
+    def __init__(self, layer):
+        self.layer, self.calls, self.batches = layer, 0, []
+
+    def __call__(self, x, *inputs):
+        self.calls += 1
+        self.batches.append(len(x))
+        return self.layer(x, *inputs)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_finds_the_fixed_point(solver, backend):
+    layer, fixed_point, *_ = linear_map(30, 0.7)
+    with jfbfast.backend(backend):
+        solution = solver(tol=1e-10, max_iter=200).solve(layer, torch.zeros(4, 30, dtype=torch.float64))
+    assert (solution.status == Status.CONVERGED).all()
+    assert (solution.residual <= 1e-10).all()
+    torch.testing.assert_close(solution.value, fixed_point.expand(4, -1), rtol=0, atol=1e-8)
+    residual = (layer(solution.value) - solution.value).norm(dim=1) / layer(solution.value).norm(dim=1)
+    torch.testing.assert_close(solution.residual, residual)
+
+
+def test_anderson_follows_gmres_on_a_linear_map():
+    """Walker and Ni (2011), theorem 2.2: xₖ₊₁ = T(GMRES iterate k), so its residual is M times GMRES's."""
+    n, steps = 40, 6
+    layer, _, matrix, b = linear_map(n, 0.8)
+    system = torch.eye(n, dtype=torch.float64) - matrix
+    iterates = []
+
+    def recorded(x):
+        iterates.append(x.clone())
+        return layer(x)
+
+    Anderson(tol=0, max_iter=steps + 1, memory=steps + 1, regularization=1e-15).solve(
+        recorded, torch.zeros(1, n, dtype=torch.float64)
+    )
+    krylov = b[:, None]
+    for k in range(1, steps):
+        basis = torch.linalg.qr(krylov)[0]
+        gmres = basis @ torch.linalg.lstsq(system @ basis, b[:, None]).solution
+        expected = matrix @ (b[:, None] - system @ gmres)
+        found = layer(iterates[k + 1]) - iterates[k + 1]
+        torch.testing.assert_close(found[0], expected[:, 0], rtol=1e-5, atol=1e-7 * float(b.norm()))
+        krylov = torch.cat((krylov, matrix @ krylov[:, -1:]), dim=1)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_reference_and_native_agree(memory, dtype):
+    *_, matrix, b = linear_map(33, 0.9)
+    matrix, b = matrix.to(dtype), b.to(dtype)
+    x0 = torch.randn(3, 33, dtype=dtype)
+    found = {}
+    for backend in ("reference", "native"):
+        iterates = []
+
+        def recorded(x, iterates=iterates):
+            iterates.append(x.clone())
+            return torch.tanh(x @ matrix.T) + b
+
+        with jfbfast.backend(backend):
+            solution = Anderson(tol=1e-5, max_iter=60, memory=memory).solve(recorded, x0)
+        found[backend] = iterates, solution
+    tolerance = {torch.float64: 1e-9, torch.float32: 3e-3}[dtype]
+    for a, c in list(zip(found["reference"][0], found["native"][0], strict=False))[: memory + 1]:
+        assert (a - c).norm() <= tolerance * a.norm()
+    evaluations = [solution.iterations for _, solution in found.values()]
+    assert (evaluations[0] - evaluations[1]).abs().max() <= 1
+    assert all((solution.status == Status.CONVERGED).all() for _, solution in found.values())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("max_iter", [1, 7])
+def test_the_budget_is_kept_exactly(solver, max_iter):
+    layer = Counted(linear_map(10, 0.99)[0])
+    solution = solver(tol=0, max_iter=max_iter).solve(layer, torch.zeros(2, 10, dtype=torch.float64))
+    assert layer.calls == max_iter
+    assert solution.iterations.tolist() == [max_iter] * 2
+    assert solution.status.tolist() == [Status.MAX_ITER] * 2
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_each_sample_stops_by_itself_and_leaves_the_batch(solver):
+    rates = torch.tensor([0.0, 0.1, 0.5, 0.8], dtype=torch.float64)[:, None]
+
+    def layer(x, rate):
+        return rate * torch.tanh(x) + 1
+
+    x0 = torch.randn(4, 50, dtype=torch.float64)
+    counted = Counted(layer)
+    together = solver(tol=1e-8, max_iter=200).solve(counted, x0, (rates,))
+    assert counted.batches[0] == 4 and counted.batches[-1] <= 2
+    for i in range(4):
+        alone = solver(tol=1e-8, max_iter=200).solve(layer, x0[i : i + 1], (rates[i : i + 1],))
+        for whole, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(whole[i : i + 1], one, rtol=0, atol=0)
+    assert together.iterations.tolist() == sorted(together.iterations.tolist())
+    assert together.iterations[0] < together.iterations[3]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_bad_sample_leaves_the_others_bit_identical(solver, captured):
+    matrix = linear_map(20, 0.8)[2]
+    offsets = torch.randn(3, 20, dtype=torch.float64)
+
+    def layer(x):  # unlike a matrix product, of the same rounding in a batch of any size
+        return (x[:, None, :] * matrix).sum(-1)
+
+    def solve(offsets):
+        x0 = torch.zeros(3, 20, dtype=torch.float64)
+        if captured:
+            return solver(tol=1e-6).solve(lambda x: layer(x) + offsets, x0)
+        return solver(tol=1e-6).solve(lambda x, o: layer(x) + o, x0, (offsets,))
+
+    good = solve(offsets)
+    for poison in (torch.nan, torch.inf):
+        poisoned = offsets.clone()
+        poisoned[1, 3] = poison
+        bad = solve(poisoned)
+        assert bad.status.tolist() == [good.status[0], Status.DIVERGED, good.status[2]]
+        for a, c in zip(good, bad, strict=True):
+            assert torch.equal(a[[0, 2]], c[[0, 2]])
+        assert torch.equal(bad.value[1], torch.zeros(20, dtype=torch.float64))  # its only finite iterate
+
+
+def test_a_start_that_is_not_finite_gives_nan():
+    x0 = torch.ones(2, 5)
+    x0[1, 2] = torch.nan
+    solution = Anderson().solve(lambda x: 0.5 * x, x0)
+    assert solution.value[1].isnan().all() and solution.residual[1].isnan()
+    assert solution.value[0].isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_expansion_ends_finite_at_its_lowest_residual(solver):
+    layer, *_ = linear_map(20, 3.0)
+    residuals = []
+
+    def recorded(x):
+        f = layer(x)
+        residuals.append(float((f - x).norm()))
+        return f + 0.1 * x.square()
+
+    solution = solver(max_iter=30).solve(recorded, torch.ones(1, 20, dtype=torch.float64))
+    assert solution.status[0] in (Status.DIVERGED, Status.MAX_ITER)
+    assert solution.value.isfinite().all() and solution.residual.isfinite().all()
+
+
+def test_value_is_the_iterate_of_the_lowest_residual():
+    seen = {}
+
+    def layer(x):
+        f = torch.cos(3 * x) * 2
+        seen[float((f - x).norm())] = x.clone()
+        return f
+
+    solution = Picard(tol=1e-12, max_iter=15).solve(layer, torch.full((1, 3), 0.3, dtype=torch.float64))
+    assert torch.equal(solution.value, seen[min(seen)])
+
+
+def test_the_safeguard_tames_a_map_that_plain_iteration_cannot_solve():
+    layer, *_ = linear_map(30, 1.0)
+    matrix = -3.0 * torch.eye(30, dtype=torch.float64)
+    solution = Anderson(tol=1e-8, max_iter=100).solve(
+        lambda x: x @ matrix + 0.3 * torch.sin(layer(x)), torch.ones(1, 30, dtype=torch.float64)
+    )
+    assert solution.status[0] == Status.CONVERGED
+
+
+def test_a_layer_that_reuses_its_output_buffer_converges_all_the_same():
+    layer, fixed_point, *_ = linear_map(30, 0.9)
+    buffer = torch.empty(2, 30, dtype=torch.float64)
+    x0 = torch.zeros(2, 30, dtype=torch.float64)
+    solution = Anderson(tol=1e-9, max_iter=100).solve(lambda x: buffer.copy_(layer(x)), x0)
+    fresh = Anderson(tol=1e-9, max_iter=100).solve(layer, x0)
+    assert (solution.status == Status.CONVERGED).all()
+    assert solution.iterations.max() <= 1.5 * fresh.iterations.max()
+    torch.testing.assert_close(solution.value[0], fixed_point, rtol=0, atol=1e-6)
+
+
+def test_images_of_any_layout_and_the_exact_solution_at_the_start():
+    x0 = torch.randn(2, 4, 5, 3).permute(0, 3, 1, 2)
+    solution = Anderson().solve(lambda x: x.contiguous(memory_format=torch.channels_last), x0)
+    torch.testing.assert_close(solution.value, x0)
+    assert solution.iterations.tolist() == [1, 1] and solution.residual.tolist() == [0, 0]
+    empty = Anderson().solve(lambda x: x, torch.zeros(0, 3, 4, 4))
+    assert empty.value.shape == (0, 3, 4, 4) and empty.status.shape == (0,)
+
+
+def test_half_precision_claims_a_residual_measured_wider():
+    solution = Anderson(tol=0.05).solve(
+        lambda x: (0.5 * x + 1).to(torch.bfloat16), torch.zeros(1, 64, dtype=torch.bfloat16)
+    )
+    assert solution.value.dtype == torch.bfloat16 and solution.residual.dtype == torch.float32
+    x = solution.value.float()
+    assert float((0.5 * x + 1 - x).norm() / (0.5 * x + 1).norm()) <= 0.06
+
+
+@pytest.mark.parametrize("kernels", [reference, native])
+def test_weights_minimise_the_mixed_residual(kernels):
+    residuals = torch.randn(5, 2, 30, dtype=torch.float64)
+    gram = torch.einsum("ibn,jbn->bij", residuals, residuals).contiguous()
+    valid = torch.tensor([[True] * 5, [True, False, True, False, False]])
+    alpha = kernels.anderson_weights(gram, valid, 1e-14)
+    torch.testing.assert_close(alpha.sum(1), torch.ones(2, dtype=torch.float64))
+    assert (alpha[1, [1, 3, 4]] == 0).all()
+    for b in range(2):
+        used = residuals[valid[b], b]
+        differences = (used[1:] - used[0]).T
+        best = torch.linalg.lstsq(differences, -used[0][:, None]).solution[:, 0]
+        expected = torch.cat((1 - best.sum()[None], best))
+        torch.testing.assert_close(alpha[b, valid[b]], expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Anderson(tol=-1), "tol is -1"),
+        (lambda: Anderson(max_iter=0), "max_iter is 0"),
+        (lambda: Anderson(memory=0), "memory is 0"),
+        (lambda: Anderson(regularization=0.0), "regularization is 0"),
+        (lambda: Picard(atol=float("inf")), "atol is inf"),
+        (lambda: Anderson().solve(lambda x: x, torch.zeros(3, dtype=torch.long)), "x0 is torch.int64"),
+        (lambda: Anderson().solve(lambda x: x[:, :1], torch.zeros(3, 2)), "layer maps shape"),
+        (
+            lambda: Anderson().solve(lambda x, d: x, torch.zeros(3, 2), (torch.zeros(2),)),
+            r"inputs\[0\] has shape",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_solvers_are_values():
+    assert pickle.loads(pickle.dumps(Anderson(memory=3))) == Anderson(memory=3)
+    assert "memory=3" in repr(Anderson(memory=3))
+
+
+def test_no_warning_from_the_solver_itself():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Picard(max_iter=2).solve(lambda x: 2 * x + 1, torch.ones(1, 3))
