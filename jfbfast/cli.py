@@ -1,4 +1,4 @@
-"""The command line: `jfbfast info | demo | restore | train`."""
+"""The command line: `jfbfast info | demo | restore | train | bench`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +75,7 @@ def restore(
     noise: Annotated[float | None, typer.Option(help="Its standard deviation on [−1, 1]; by default 0.01.")] = None,
     padding_mode: PaddingMode = "reflect",
     out: Annotated[Path | None, typer.Option(help="A file for one image, or a directory.")] = None,
-    tile: Annotated[int, typer.Option(help="Side of the tiles that a network restores, in pixels.")] = 512,
+    tile: Annotated[int, typer.Option(help="Side of the tiles, which are restored one by one, in pixels.")] = 512,
 ) -> None:
     """Undo a known Gaussian blur in photographs of any size; depth and alpha are kept."""
     with _one_sentence():
@@ -110,16 +111,12 @@ def restore(
                 task = bar.add_task(source.name)
                 if model is None:
                     restorer, damping = tikhonov_restorer(blur, d, level)
-                    restored, how = restorer(d[None])[0], f"Tikhonov, λ = {damping:.2g}"
+                    how = f"Tikhonov, λ = {damping:.2g}"
                 else:
-                    restored = restore_tiled(
-                        network_restorer(model, config.channels),
-                        d,
-                        tile=tile,
-                        overlap=min(96, tile // 4),
-                        progress=partial(_advance, bar, task),
-                    )
-                    how = "DE-GRAD"
+                    restorer, how = network_restorer(model, config.channels), "DE-GRAD"
+                restored = restore_tiled(
+                    restorer, d, tile=tile, overlap=min(96, tile // 4), progress=partial(_advance, bar, task)
+                )
             write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
             late = f"; {len(caught)} solves did not converge" if caught else ""
             console.print(f"{source} → {target} ({how}{late})", highlight=False)
@@ -195,6 +192,19 @@ def train(
         quality = runner.callback_metrics.get("val_psnr")
         said = "" if quality is None else f"; validation PSNR {float(quality):.2f} dB at the true range"
         console.print(f"Checkpoint: {out}{said}", highlight=False)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="What to run; by default kernels.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
+    quick: Annotated[bool, typer.Option(help="Few sizes, about a minute.")] = False,
+) -> None:
+    """Time the kernels on this machine against PyTorch and other libraries."""
+    with _one_sentence():
+        benchmarks = import_module("jfbfast.benchmarks")
+        for name in names or ["kernels"]:
+            benchmarks.run(name, out, quick, console)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from jfbfast import native, ops
+from jfbfast import cuda, native, ops
 
 
 def _triton() -> str:
@@ -32,6 +32,7 @@ def config() -> dict[str, str]:
         "backend": ops.selected_backend(),
         "native (CPU)": native.describe() if native.AVAILABLE else f"no: {native.WHY_NOT}",
         "triton (CUDA)": _triton(),
+        "native (CUDA)": f"no: {cuda.WHY_NOT}" if cuda.WHY_NOT else cuda.describe(),
     }
 
 

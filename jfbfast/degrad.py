@@ -21,6 +21,22 @@ class LinearOperator(Protocol):
     def adjoint(self, y: Tensor) -> Tensor: ...
 
 
+class PhysicsOperator(nn.Module):
+    """A linear physics of deepinv, without its noise, as an operator with ``forward`` and ``adjoint``."""
+
+    def __init__(self, physics: Any) -> None:
+        super().__init__()
+        self.physics = physics
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x."""
+        return self.physics.A(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
+        return self.physics.A_adjoint(y)
+
+
 class DEGrad(nn.Module):
     """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), trained through it (Gilton, Ong, Willett, 2021).
 
@@ -33,7 +49,8 @@ class DEGrad(nn.Module):
       sees only what was measured.
 
     Args:
-        blur: A: a `SeparableBlur`, or any operator with ``forward`` and ``adjoint``.
+        blur: A: a `SeparableBlur`, any operator with ``forward`` and ``adjoint``, or a linear physics of
+            deepinv (its ``A`` and ``A_adjoint``).
         regularizer: R, images to images of the same shape.
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact" for an operator with ``solve``.
@@ -66,6 +83,8 @@ class DEGrad(nn.Module):
         gradient: str | GradientMethod = "jfb",
     ) -> None:
         super().__init__()
+        if not hasattr(blur, "adjoint") and hasattr(blur, "A_adjoint"):
+            blur = PhysicsOperator(blur)
         needed = ("adjoint", "solve") if preconditioner else ("adjoint",)
         for method in needed:
             if not callable(getattr(blur, method, None)):

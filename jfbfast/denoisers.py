@@ -172,11 +172,10 @@ class RED(nn.Module):
         """
         seen = x
         if (damping := self.filter_damping) is not None:
-            if not hasattr(operator, "filter"):
+            if operator is None or not callable(getattr(operator, "filter", None)):
                 raise ValueError(
                     f"operator is {type(operator).__name__}; a filtered RED takes one with a method filter(x, damping)"
                 )
-            assert operator is not None
             seen = operator.filter(x, damping)
         return (self.weight * (x - self.denoiser(seen))).to(x.dtype)
 

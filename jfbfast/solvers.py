@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from jfbfast import native, ops, reference
+from jfbfast import cuda, native, ops, reference
 
 Layer = Callable[..., Tensor]
 
@@ -82,6 +82,15 @@ def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _put(solution: FixedPointSolution, rows: Tensor, found: FixedPointSolution, which: Tensor | slice) -> None:
     for target, source in zip(solution, found, strict=True):
         target[rows] = source[which]
+
+
+def _finished(solution: FixedPointSolution, x0: Tensor) -> FixedPointSolution:
+    """In the shape of x0; a sample without any finite iterate is NaN throughout."""
+    unusable = solution.residual.isnan() & ~x0.reshape(solution.value.shape).isfinite().all(1)
+    return solution._replace(
+        value=torch.where(unusable[:, None], torch.nan, solution.value).view(x0.shape),
+        residual=solution.residual.to(reference.band_dtype(x0.dtype)),
+    )
 
 
 @dataclass(frozen=True)
@@ -203,11 +212,7 @@ class FixedPointSolver(ABC):
             x = _where(active, following, x)
 
         _put(solution, rows, found, slice(None))
-        unusable = solution.residual.isnan() & ~x0.reshape(batch, shape.numel()).isfinite().all(1)
-        return solution._replace(
-            value=torch.where(unusable[:, None], torch.nan, solution.value).view_as(x0),
-            residual=solution.residual.to(reference.band_dtype(x0.dtype)),
-        )
+        return _finished(solution, x0)
 
     @staticmethod
     def _evaluate(layer: Layer, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -268,6 +273,36 @@ class Anderson(FixedPointSolver):
 
     def start(self, x: Tensor) -> Iteration:
         return _AndersonIteration(x, self.memory, self.regularization)
+
+    def _solve(self, layer: Layer, x0: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
+        if (
+            x0.is_cuda
+            and x0.dtype in (torch.float32, torch.float64)
+            and self.memory <= cuda.MAX_MEMORY
+            and ops.selected_backend() != "reference"
+            and not cuda.why_not(x0.get_device())
+        ):
+            return self._solve_on_device(layer, x0, inputs)
+        return super()._solve(layer, x0, inputs)
+
+    def _solve_on_device(self, layer: Layer, x0: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
+        """The same loop with every decision of an iteration taken on the GPU, which the host never waits for."""
+        batch, shape = x0.shape[0], x0.shape[1:]
+        x = x0.reshape(batch, shape.numel()).clone(memory_format=torch.contiguous_format)
+        state = cuda.AndersonCuda(
+            x, tol=self.tol, atol=self.atol, memory=self.memory, regularization=self.regularization
+        )
+        for evaluation in range(1, self.max_iter + 1) if batch else ():
+            state.step(x, self._evaluate(layer, x.view(-1, *shape), inputs))
+            if evaluation % _CUDA_POLL == 0:
+                running = state.running()
+                remaining = int(running.sum())
+                if remaining == 0:
+                    break
+                if inputs and remaining <= len(running) // 2:
+                    rows = state.select(running)
+                    x, inputs = x[rows], tuple(v[rows] for v in inputs)
+        return _finished(FixedPointSolution(*state.finish()), x0)
 
 
 class _AndersonIteration:

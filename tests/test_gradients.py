@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import socket
 import subprocess
 import sys
 import warnings
@@ -304,6 +305,62 @@ def test_any_operator_with_forward_and_adjoint():
     out = model(d)
     residual = Mask().adjoint(Mask()(out) - d) + model.regularizer(out)
     assert residual.norm() < 1e-4 * out.norm()
+
+
+def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
+    class Physics(nn.Module):
+        blur = GaussianBlur(padding_mode="circular")
+        filter = torch.ones(5)
+
+        def forward(self, x):
+            return self.A(x) + torch.randn_like(x)
+
+        def A(self, x):
+            return self.blur(x)
+
+        def A_adjoint(self, y):
+            return self.blur.adjoint(y)
+
+    regularizer = RED(DnCNN(1, 4, 3, residual=True), 0.2).eval()
+    d = torch.randn(1, 1, 8, 8)
+    x = torch.randn(1, 1, 8, 8)
+    theirs, ours = (DEGrad(operator, regularizer, step_size=0.7) for operator in (Physics(), Physics.blur))
+    torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d))
+    with pytest.raises(ValueError, match="operator is PhysicsOperator"):
+        DEGrad(Physics(), RED(regularizer.denoiser, 0.2, "weight")).layer(x, d)
+
+
+DDP = """
+import os, sys, torch, torch.distributed as dist, jfbfast
+rank, world = int(sys.argv[1]), 2
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2], GLOO_SOCKET_IFNAME="lo")
+dist.init_process_group("gloo", rank=rank, world_size=world)
+torch.manual_seed(0)
+regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
+model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact").double().eval()
+d = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+model(d).square().mean().backward()
+expected = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+parallel(d[2 * rank : 2 * rank + 2]).square().mean().backward()
+for p, grad in zip(model.parameters(), expected):
+    torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradient_of_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen([sys.executable, "-c", DDP, str(rank), port], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, error
 
 
 @pytest.mark.parametrize(

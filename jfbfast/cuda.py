@@ -1,0 +1,216 @@
+"""Anderson's iteration on a GPU (csrc/cuda/): every step on the device, without the host.
+
+The compiled module is looked for at the first use, not at import: asking CUDA for its devices would
+break a later fork. ``AVAILABLE`` says whether it serves the current device, ``WHY_NOT`` why it does not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+MAX_MEMORY = 16
+
+_RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
+
+# What each sample's state starts from; the fields of the same names are explained in csrc/cuda/anderson.h.
+_INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}
+_REALS = {
+    "residual": torch.nan,
+    "lowest": torch.inf,
+    "guarded": torch.inf,
+    "first_residual": torch.nan,
+    "first_image": torch.nan,
+}
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    if not torch.cuda.is_available():
+        return None, "torch sees no CUDA device"
+    try:
+        return import_module("jfbfast._cuda"), ""
+    except ImportError as error:
+        return None, f"the compiled module jfbfast._cuda did not load: {error}".splitlines()[0]
+
+
+@cache
+def why_not(device: int) -> str:
+    """Why the kernels do not run on CUDA device number ``device``; empty where they do."""
+    module, why = _load()
+    return why if module is None else module.why_unusable(device) or ""
+
+
+def _why_not() -> str:
+    module, why = _load()
+    return why if module is None else why_not(torch.cuda.current_device())
+
+
+def __getattr__(name: str) -> object:
+    if name == "AVAILABLE":
+        return not _why_not()
+    if name == "WHY_NOT":
+        return _why_not()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def describe() -> str:
+    """The kernels in use, such as "CUDA (NVIDIA H100, sm_90)"."""
+    if why := _why_not():
+        return f"unavailable: {why}"
+    major, minor = torch.cuda.get_device_capability()
+    return f"CUDA ({torch.cuda.get_device_name()}, sm_{major}{minor})"
+
+
+class AndersonCuda:
+    """The device memory of one Anderson solve of a batch, and its step.
+
+    A step is three launches on the current stream. It neither waits for the device nor allocates,
+    so a CUDA graph can capture it and replay it as long as x and f stay where they are. A sample
+    counts its own iterations and stops by itself; from then on its row of x is not touched.
+
+    Args:
+        x: the start, (B, N), float32 or float64, contiguous, on a CUDA device.
+        tol, atol, memory, regularization: as in `jfbfast.Anderson`; ``memory`` from 1 to 16.
+        history: ``torch.bfloat16`` keeps the history of a float32 solve as differences in bfloat16,
+            beside the newest two pairs in float32; None keeps it in the dtype of x.
+
+    Raises:
+        RuntimeError: the kernels do not run on this device, or CUDA refused a launch.
+        ValueError: x, memory or history is none of these.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        *,
+        tol: float,
+        atol: float = 0.0,
+        memory: int = 5,
+        regularization: float = 1e-10,
+        history: torch.dtype | None = None,
+    ) -> None:
+        wide = x.dtype == torch.float64
+        if not x.is_cuda or x.dim() != 2 or not (wide or x.dtype == torch.float32) or not x.is_contiguous():
+            raise ValueError(
+                f"x is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}; it takes "
+                "a contiguous float32 or float64 tensor (B, N) on a CUDA device"
+            )
+        if not 1 <= memory <= MAX_MEMORY:
+            raise ValueError(f"memory is {memory}; the CUDA kernels take 1 to {MAX_MEMORY}")
+        if history not in (None, x.dtype) and (wide or history != torch.bfloat16):
+            raise ValueError(f"history is {history}; it takes None, or torch.bfloat16 for a float32 x")
+        self._device = x.get_device()
+        if why := why_not(self._device):
+            raise RuntimeError(f"no CUDA kernels: {why}")
+        module, _ = _load()
+        assert module is not None
+
+        samples, size = x.shape
+        differences = history == torch.bfloat16 and memory > 1
+        self._state = state = module.Anderson(
+            float64=wide,
+            differences=differences,
+            memory=memory,
+            samples=samples,
+            size=size,
+            tol=tol,
+            atol=atol,
+            regularization=regularization,
+        )
+
+        def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=x.device)
+
+        self._buffers = {
+            **{name: buffer(torch.int32, samples) for name in _INTEGERS},
+            **{name: buffer(torch.float64, samples) for name in _REALS},
+            "gram": buffer(torch.float64, samples, memory, memory),
+            "weights": buffer(torch.float64, samples, memory),
+            "partials": buffer(torch.float64, samples, state.products, state.chunks),
+            "value": buffer(x.dtype, samples, size),
+            "residuals": buffer(x.dtype, state.ring, samples, size),
+            "images": buffer(x.dtype, state.ring, samples, size),
+        }
+        if differences:
+            for name in ("residual_differences", "image_differences"):
+                self._buffers[name] = buffer(torch.bfloat16, memory - 1, samples, size)
+        for name, tensor in self._buffers.items():
+            setattr(state, name, tensor.data_ptr())
+        self._status = torch.empty(samples, dtype=torch.int32, pin_memory=True)
+        self._copied = torch.cuda.Event()
+        self.restart(x)
+
+    def restart(self, x: Tensor) -> None:
+        """Begin another solve, from ``x``, in the same memory: a graph that was captured stays valid."""
+        for name, start in (_INTEGERS | _REALS).items():
+            self._buffers[name].fill_(start)
+        self._buffers["gram"].zero_()
+        self._buffers["value"].copy_(x)
+        self._rows: Tensor | None = None  # the sample of each row of x, where some have left
+        self._kept: Tensor | None = None  # the same on the host
+        self._running = torch.ones(len(x), dtype=torch.bool)  # each sample, as last seen
+        self._copying = False
+
+    def step(self, x: Tensor, f: Tensor) -> Tensor:
+        """Take the pairs (x, f = T(x)) and write the next iterates over x, which is returned."""
+        value = self._buffers["value"]
+        batch = len(value) if self._rows is None else len(self._rows)
+        want = (batch, value.shape[1]), value.dtype, value.device
+        for name, tensor in (("x", x), ("f", f)):
+            got = tuple(tensor.shape), tensor.dtype, tensor.device
+            if got != want:
+                raise ValueError(f"{name} has (shape, dtype, device) {got}; it takes {want}")
+        if not x.is_contiguous():
+            raise ValueError(f"x has strides {x.stride()}; it takes a contiguous tensor")
+        f = f.contiguous()
+        if x.numel():
+            rows = 0 if self._rows is None else self._rows.data_ptr()
+            with torch.cuda.device(self._device):
+                stream = torch.cuda.current_stream().cuda_stream
+                self._state.step(self._device, stream, x.data_ptr(), f.data_ptr(), rows, batch)
+        return x
+
+    def running(self) -> Tensor:
+        """Which rows of x may still run, bool (rows,) on the CPU: those that did at an earlier call.
+
+        Never waits: it looks whether the copy that it began last has come from the device.
+        """
+        if not self._copying or self._copied.query():
+            if self._copying:
+                self._running = self._status == _RUNNING
+            self._status.copy_(self._buffers["status"], non_blocking=True)
+            self._copied.record(torch.cuda.current_stream(self._device))
+            self._copying = True
+        return self._running if self._kept is None else self._running[self._kept]
+
+    def done(self) -> bool:
+        """True once `running` has seen that no sample runs."""
+        return not self.running().any()
+
+    def select(self, keep: Tensor) -> Tensor:
+        """Go on with these rows of x alone, bool (rows,) on the CPU; no history is moved.
+
+        Returns their indices on the device, by which to take the same rows of x and of the inputs.
+        """
+        kept = torch.arange(len(self._status)) if self._kept is None else self._kept
+        self._kept = kept[keep]
+        device = self._buffers["value"].device
+        self._rows = self._kept.to(device, torch.int32, non_blocking=True)
+        return keep.nonzero()[:, 0].to(device, non_blocking=True)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """End the solve: value (B, N), and ‖f − x‖ / ‖f‖ there, iterations and status, (B,) each.
+
+        They are what `jfbfast.FixedPointSolution` says, in the order of the batch at the start, but
+        that a sample that never had a finite residual keeps its start as its value.
+        """
+        with torch.cuda.device(self._device):
+            if self._buffers["value"].numel():
+                self._state.finish(self._device, torch.cuda.current_stream().cuda_stream)
+        buffers = self._buffers
+        return buffers["value"], buffers["residual"], buffers["iterations"].long(), buffers["status"].long()

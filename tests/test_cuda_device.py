@@ -1,0 +1,233 @@
+"""jfbfast.cuda over the emulated kernels (tests/cuda/emulate.h), and over the real ones on a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from contextlib import nullcontext
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import jfbfast
+from jfbfast import cuda
+from jfbfast.cuda import AndersonCuda
+
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "csrc" / "cuda"
+STEPS = 40
+HISTORIES = [(torch.float64, None), (torch.float32, None), (torch.float32, torch.bfloat16)]
+
+
+def test_it_says_why_it_is_not_available() -> None:
+    if torch.cuda.is_available():
+        assert (not cuda.WHY_NOT) == cuda.AVAILABLE
+    else:
+        assert not cuda.AVAILABLE
+        assert cuda.WHY_NOT == "torch sees no CUDA device"
+        assert cuda.describe() == f"unavailable: {cuda.WHY_NOT}"
+
+
+def test_a_tensor_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(2, 8\) .* on cpu"):
+        AndersonCuda(torch.zeros(2, 8), tol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """jfbfast._cuda with the kernels of tests/cuda/emulate.h in place of a GPU's."""
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("module")
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(SOURCES), str(TESTS / "cuda")]
+    source = "".join(f'#include "{path.name}"\n' for path in SOURCES.glob("*.c*") if path.suffix != ".cuh")
+    target = folder / "_cuda.so"
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-x", "c++", "-"]
+    command += [*(f"-I{path}" for path in includes), "-o", str(target)]
+    subprocess.run(command, input=source, text=True, check=True)
+    spec = spec_from_file_location("_cuda", target)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Event:
+    """What a torch.cuda.Event answers where every copy is already done."""
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["emulated", "gpu"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A GPU; or the CPU, where jfbfast.cuda takes the emulated kernels for one."""
+    if request.param == "cpu":
+        module, empty = request.getfixturevalue("emulated_module"), torch.empty
+        monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
+        monkeypatch.setattr(cuda, "why_not", lambda device: "")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **kwargs: empty(*shape, **kwargs))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+    return str(request.param)
+
+
+class Contraction:
+    """x ↦ q ∘ x + b for x (B, N), with another q in [-0.6, 0.9] for each sample."""
+
+    def __init__(self, batch: int, size: int, dtype: torch.dtype, device: str) -> None:
+        self.q = (torch.rand(batch, size, dtype=dtype) * 1.5 - 0.6).to(device)
+        self.b = torch.randn(batch, size, dtype=dtype).to(device)
+        self.start = torch.zeros_like(self.b)
+
+    def __call__(self, x: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        return self.q[rows] * x + self.b[rows]
+
+
+def solve(problem: Contraction, history: torch.dtype | None = None, tol: float = 1e-5) -> tuple[Tensor, ...]:
+    x = problem.start.clone()
+    state = AndersonCuda(x, tol=tol, history=history)
+    for _ in range(STEPS):
+        state.step(x, problem(x))
+    return state.finish()
+
+
+def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def agrees_with_the_solver(batch: int, size: int, dtype: torch.dtype, history: torch.dtype | None, device: str) -> None:
+    problem = Contraction(batch, size, dtype, device)
+    value, residual, iterations, status = solve(problem, history)
+    exact = [v.cpu().double() for v in (problem.q, problem.b)]
+    expected = jfbfast.Anderson(tol=1e-5, max_iter=STEPS).solve(
+        lambda x, q, b: q * x + b, problem.start.cpu().double(), exact
+    )
+    assert status.tolist() == expected.status.tolist()
+    assert (iterations.cpu() - expected.iterations).abs().max() <= 1
+    f = problem(value.double())
+    claimed = (f - value.double()).norm(dim=1) / f.norm(dim=1)
+    torch.testing.assert_close(residual, claimed, rtol=0.02, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "history"), HISTORIES)
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 301)])
+def test_it_agrees_with_the_solver_in_float64(
+    batch: int, size: int, dtype: torch.dtype, history: torch.dtype | None, device: str
+) -> None:
+    agrees_with_the_solver(batch, size, dtype, history, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "history"), HISTORIES)
+@pytest.mark.parametrize(("batch", "size"), [(16, 49152), (1, 12_000_000), (3, 100_001)])
+def test_it_agrees_at_full_size(batch: int, size: int, dtype: torch.dtype, history: torch.dtype | None) -> None:
+    agrees_with_the_solver(batch, size, dtype, history, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "history"), HISTORIES)
+def test_a_captured_step_replays(dtype: torch.dtype, history: torch.dtype | None) -> None:
+    """One graph of layer and step, for a whole solve and for a second one in the same memory."""
+    problem = Contraction(4, 3000, dtype, "cuda")
+    expected = solve(problem, history)
+    x = problem.start.clone()
+    state = AndersonCuda(x, tol=1e-5, history=history)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        state.step(x, problem(x))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        state.step(x, problem(x))
+    for _ in range(2):
+        x.copy_(problem.start)
+        state.restart(x)
+        for _ in range(STEPS):
+            graph.replay()
+        assert_same(state.finish(), expected)
+
+
+def test_the_memory_serves_a_second_solve(device: str) -> None:
+    problem = Contraction(2, 65, torch.float32, device)
+    x = problem.start.clone()
+    state = AndersonCuda(x, tol=1e-5)
+    for start in (torch.ones_like(x), problem.start):
+        x.copy_(start)
+        state.restart(x)
+        for _ in range(STEPS):
+            state.step(x, problem(x))
+        found = state.finish()
+    assert_same(found, solve(problem))
+
+
+def test_samples_leave_and_the_mask_is_read_without_waiting(device: str) -> None:
+    problem = Contraction(6, 130, torch.float32, device)
+    problem.q[::2] *= 0.1  # these are done sooner
+    expected = solve(problem)
+    x, rows = problem.start.clone(), torch.arange(6, device=device)
+    state = AndersonCuda(x, tol=1e-5)
+    batches = []
+    for _ in range(STEPS):
+        running = state.running()
+        if running.any() and not running.all():
+            staying = state.select(running)
+            x, rows = x[staying], rows[staying]
+        batches.append(len(rows))
+        state.step(x, problem(x, rows))
+        if device == "cuda":
+            torch.cuda.synchronize()
+    assert batches[0] == 6 and batches[-1] < 6
+    assert state.done()
+    assert_same(state.finish(), expected)
+
+
+def test_a_nan_stays_in_its_sample(device: str) -> None:
+    problem = Contraction(3, 50, torch.float32, device)
+    expected = solve(problem)
+    problem.b[1, 7] = torch.nan
+    found = solve(problem)
+    assert found[3].tolist() == [jfbfast.Status.CONVERGED, jfbfast.Status.DIVERGED, jfbfast.Status.CONVERGED]
+    assert found[0][1].equal(problem.start[1])
+    assert_same(tuple(v[::2] for v in found), tuple(v[::2] for v in expected))
+
+
+@pytest.mark.parametrize("history", [None, torch.bfloat16])
+def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
+    for shape in ((0, 5), (2, 0)):
+        x = torch.zeros(shape, device=device)
+        state = AndersonCuda(x, tol=1e-3, history=history)
+        state.step(x, x)
+        value, *_ = state.finish()
+        assert value.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory": 17}, "memory is 17; the CUDA kernels take 1 to 16"),
+        ({"history": torch.float16}, "history is torch.float16; it takes None, or torch.bfloat16"),
+    ],
+)
+def test_bad_arguments(device: str, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AndersonCuda(torch.zeros(2, 3, device=device), tol=1e-3, **change)  # type: ignore[arg-type]
+
+
+def test_bad_pairs(device: str) -> None:
+    x = torch.zeros(2, 3, device=device)
+    state = AndersonCuda(x, tol=1e-3)
+    with pytest.raises(ValueError, match=r"f has \(shape, dtype, device\) \(\(2, 4\)"):
+        state.step(x, torch.zeros(2, 4, device=device))
+    with pytest.raises(ValueError, match="x has strides"):
+        state.step(torch.zeros(3, 2, device=device).T, x)
