@@ -24,8 +24,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win
 
 # Each kernel source is compiled once per instruction set; csrc/dispatch.cpp picks one at run time.
 KERNELS = ("blur", "gradient", "anderson", "table")
-SHARED = ("bindings", "dispatch", "weights")
-INSTRUCTION_SETS = {"baseline": []}
+SHARED = ("bindings", "dispatch", "pool", "weights")
+INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]  # no CPU has AVX2 without the others
     INSTRUCTION_SETS["avx512"] = ["-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
@@ -140,7 +140,7 @@ class BuildWithNinja(build_ext):
             ninja.rule("cxx", f"{cxx} {includes} $flags -MMD -MF $out.d -c $in -o $out", **depfile)
             ninja.rule("nvcc", f"{nvcc} {includes} $flags -MD -MF $out.d -c $in -o $out", **depfile)
             ninja.rule("link", f"{' '.join(self.compiler.linker_so_cxx)} $in -o $out {' '.join(link)}")
-            objects = []
+            objects: list[str] = []
             for source, stem, flags in compilations:
                 rule = "nvcc" if source.suffix == ".cu" else "cxx"
                 objects += ninja.build(f"{stem}.o", rule, str(source.resolve()), variables={"flags": flags})
@@ -172,7 +172,9 @@ def packages() -> dict[str, str]:
     """Each package and its folder: kernels/ and benchmarks/ are installed below jfbfast."""
     found = {"jfbfast": "jfbfast"}
     for top in ("kernels", "benchmarks"):
-        for folder in sorted({path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}):
+        for folder in sorted(
+            {path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}
+        ):
             found[".".join(("jfbfast", *folder.parts))] = str(folder)
     return found
 

@@ -109,18 +109,49 @@ void mix_images(const Mix& m, std::int64_t samples, std::int64_t size, int threa
     });
 }
 
+template <class S, class H>
+void mix_from_differences(const MixDifferences& m, std::int64_t samples, std::int64_t size, int threads) {
+    typedef Wide<S> T;
+    constexpr int lanes_of = kLanes<T>;
+    const Chunks chunks(samples, size);
+    parallel_for(chunks.count, useful_threads(threads, samples * size), [&](std::int64_t k, int) {
+        const Chunk chunk = chunks[k];
+        const std::int64_t at = chunk.sample * size + chunk.begin;
+        T weights[kMaxMemory];
+        for (int j = 0; j < m.count; ++j) weights[j] = T(m.weights[chunk.sample * m.count + j]);
+        const S* f = static_cast<const S*>(m.f) + at;
+        const S* previous = static_cast<const S*>(m.previous) + at;
+        for_each_vector<lanes_of>(0, chunk.size, [&](std::int64_t c, auto lanes) {
+            const Vec<T> image = load(f + c, lanes), newest = image - load(previous + c, lanes);
+            store_as<T, lanes_of>(static_cast<H*>(m.differences[0]) + at + c, newest, lanes);
+            Vec<T> correction = weights[0] * newest;
+            for (int j = 1; j < m.count; ++j)
+                correction += weights[j] * load_as<T, lanes_of>(static_cast<const H*>(m.differences[j]) + at + c, lanes);
+            store(static_cast<S*>(m.out) + at + c, image - correction, lanes);
+        });
+    });
+}
+
+// Calls body(S{}, H{}) for images stored as S and a history as H: the same, or bfloat16.
+template <class Body>
+void with_history(DType dtype, DType history, Body body) {
+    with_dtype(dtype, [&](auto s) { history == dtype ? body(s, s) : body(s, bfloat16{}); });
+}
+
 }  // namespace
 
 void append(DType dtype, DType history, const Append& a, std::int64_t samples, std::int64_t size, int threads) {
-    with_dtype(dtype, [&](auto s) {
-        typedef decltype(s) S;
-        if (history == dtype) return append_pair<S, S>(a, samples, size, threads);
-        if (history == DType::kBFloat16) return append_pair<S, bfloat16>(a, samples, size, threads);
-    });
+    with_history(dtype, history, [&](auto s, auto h) { append_pair<decltype(s), decltype(h)>(a, samples, size, threads); });
 }
 
 void mix(DType dtype, const Mix& m, std::int64_t samples, std::int64_t size, int threads) {
     with_dtype(dtype, [&](auto s) { mix_images<decltype(s)>(m, samples, size, threads); });
+}
+
+void mix_differences(DType dtype, DType history, const MixDifferences& m, std::int64_t samples, std::int64_t size,
+                     int threads) {
+    with_history(dtype, history,
+                 [&](auto s, auto h) { mix_from_differences<decltype(s), decltype(h)>(m, samples, size, threads); });
 }
 
 }  // namespace JFBFAST_ISA

@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "dlpack.h"
 #include "kernels.h"
+#include "pool.h"
 
 namespace py = pybind11;
 using namespace jfbfast;
@@ -30,6 +32,33 @@ void check_memory(std::size_t count) {
     if (count > kMaxMemory) throw py::value_error("memory: got more than 64 pairs");
 }
 
+// A block of the pool, and the shape that its tensor refers to.
+struct Block : dlpack::ManagedTensor {
+    std::vector<std::int64_t> shape;
+    std::size_t bytes;
+};
+
+void release_block(dlpack::ManagedTensor* tensor) {
+    Block* const block = static_cast<Block*>(tensor);
+    give_memory(block->tensor.data, block->bytes);
+    delete block;
+}
+
+// An uninitialised contiguous tensor, as a DLPack capsule.
+py::capsule empty(const std::vector<std::int64_t>& shape, DType dtype) {
+    const int size = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    const std::uint8_t code = dtype == DType::kBFloat16 ? 4 : 2;
+    Block* const block = new Block{{}, shape, std::size_t(size)};
+    for (std::int64_t n : shape) block->bytes *= std::size_t(n);
+    block->deleter = release_block;
+    block->tensor = {take_memory(block->bytes), {1, 0}, int(shape.size()), {code, std::uint8_t(8 * size), 1},
+                     block->shape.data(), nullptr, 0};
+    return py::capsule(static_cast<dlpack::ManagedTensor*>(block), "dltensor", [](PyObject* capsule) {
+        if (PyCapsule_IsValid(capsule, "dltensor"))  // nobody took it over
+            release_block(static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
+    });
+}
+
 bool has_openmp() {
 #ifdef _OPENMP
     return true;
@@ -49,6 +78,8 @@ PYBIND11_MODULE(_native, module) {
 
     module.attr("isa") = kernels().name;
     module.attr("openmp") = has_openmp();
+
+    module.def("empty", empty);
 
     const auto release = py::call_guard<py::gil_scoped_release>();
 
@@ -126,6 +157,23 @@ PYBIND11_MODULE(_native, module) {
             mix.alpha = pointer<double>(alpha);
             mix.out = pointer(out);
             kernels().mix(dtype, mix, samples, size, threads);
+        },
+        release);
+
+    module.def(
+        "anderson_mix_differences",
+        [](DType dtype, DType history, Address weights, Address f, Address previous,
+           const std::vector<Address>& differences, Address out, std::int64_t samples, std::int64_t size,
+           int threads) {
+            check_memory(differences.size());
+            MixDifferences mix = {};
+            mix.f = pointer(f);
+            mix.previous = pointer(previous);
+            for (std::size_t j = 0; j < differences.size(); ++j) mix.differences[j] = pointer(differences[j]);
+            mix.count = int(differences.size());
+            mix.weights = pointer<double>(weights);
+            mix.out = pointer(out);
+            kernels().mix_differences(dtype, history, mix, samples, size, threads);
         },
         release);
 }

@@ -10,6 +10,8 @@ void blur(DType, const void* x, void* out, Shape, const Bands&, int threads);
 void gradient(DType, const Gradient&, Shape, int threads);
 void append(DType, DType history, const Append&, std::int64_t samples, std::int64_t size, int threads);
 void mix(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
+void mix_differences(DType, DType history, const MixDifferences&, std::int64_t samples, std::int64_t size,
+                     int threads);
 
 // Calls body(S{}) with the storage type of a dtype.
 template <class Body>

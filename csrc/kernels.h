@@ -72,6 +72,17 @@ struct Mix {
     void* out;
 };
 
+// out = f - sum_j weights[j] (f_j - f_(j-1)), for a history that keeps differences of images. The
+// newest, f - previous, is computed and written to differences[0]; then come the older ones in turn.
+struct MixDifferences {
+    const void* f;
+    const void* previous;
+    void* differences[kMaxMemory];  // [samples, size] each
+    int count;
+    const double* weights;  // [samples, count]
+    void* out;
+};
+
 // alpha of reference.anderson_weights; gram is [samples, m, m], valid and alpha are [samples, m].
 void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha,
                       std::int64_t samples, int m);
@@ -83,6 +94,8 @@ struct Kernels {
     void (*gradient)(DType, const Gradient&, Shape, int threads);
     void (*append)(DType, DType history, const Append&, std::int64_t samples, std::int64_t size, int threads);
     void (*mix)(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
+    void (*mix_differences)(DType, DType history, const MixDifferences&, std::int64_t samples, std::int64_t size,
+                            int threads);
 };
 
 // The widest set that this CPU runs, or the narrower one that the variable JFBFAST_ISA names.

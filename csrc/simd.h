@@ -96,12 +96,7 @@ struct Lanes16<8> {
 
 // N lanes of a storage type S as a vector of the type W that arithmetic is done in, and back.
 template <class S, class W, int N>
-struct Storage {
-    typedef typename VectorOf<S, N>::type Raw;
-    typedef typename VectorOf<W, N>::type Wide;
-    static Wide widen(Raw v) { return convert<Wide>(v); }
-    static Raw narrow(Wide v) { return convert<Raw>(v); }
-};
+struct Storage;
 
 template <class T, int N>
 struct Storage<T, T, N> {
@@ -123,6 +118,16 @@ struct Storage<bfloat16, float, N> {
         const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
         return Lanes16<N>::high_half((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded);
     }
+};
+
+template <int N>
+struct Storage<bfloat16, double, N> {
+    typedef Storage<bfloat16, float, N> Float;
+    typedef typename Float::Raw Raw;
+    typedef typename VectorOf<double, N>::type Wide;
+
+    static Wide widen(Raw v) { return convert<Wide>(Float::widen(v)); }
+    static Raw narrow(Wide v) { return Float::narrow(convert<typename Float::Wide>(v)); }
 };
 
 template <int N>

@@ -8,7 +8,7 @@ namespace jfbfast {
 namespace JFBFAST_ISA {
 
 extern const Kernels table;
-const Kernels table = {JFBFAST_NAME(JFBFAST_ISA), blur, gradient, append, mix};
+const Kernels table = {JFBFAST_NAME(JFBFAST_ISA), blur, gradient, append, mix, mix_differences};
 
 }  // namespace JFBFAST_ISA
 }  // namespace jfbfast

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch  # before the compiled module, so that both share one OpenMP runtime
@@ -14,14 +15,12 @@ from torch import Tensor
 
 from .reference import Bands, band_dtype
 
-_native: ModuleType | None
+_native: ModuleType | None = None
+WHY_NOT = ""
 try:
-    from . import _native
+    _native = import_module("jfbfast._native")
 except ImportError as error:
-    _native = None
     WHY_NOT = f"the compiled module jfbfast._native did not load: {error}".splitlines()[0]
-else:
-    WHY_NOT = ""
 AVAILABLE = not WHY_NOT
 
 _forked = False
@@ -80,7 +79,7 @@ def _planes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _tables(bands: Bands, x: Tensor) -> Bands:
-    for table, n in zip(bands[:2], x.shape[-2:]):
+    for table, n in zip(bands[:2], x.shape[-2:], strict=True):
         if table.dtype != band_dtype(x.dtype) or table.shape[0] != n:
             raise ValueError(
                 f"bands: got a {table.dtype} table of {table.shape[0]} rows, "
@@ -94,10 +93,20 @@ def _bands(tables: Bands) -> tuple[tuple[int, int], tuple[int, int]]:
     return y, x
 
 
+_POOLED = 1 << 16  # bytes from which a fresh allocation costs more than asking the pool
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous result; a large one in memory that an earlier result had (csrc/pool.cpp)."""
+    if x.nbytes < _POOLED:
+        return torch.empty(x.shape, dtype=x.dtype)
+    return torch.from_dlpack(_module().empty(list(x.shape), _dtype(x)))
+
+
 def blur(x: Tensor, bands: Bands) -> Tensor:
     """As `reference.blur`."""
     x, tables = x.contiguous(), _tables(bands, x)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty_like(x)
     if x.numel():
         _module().blur(
             _dtype(x), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads()
@@ -116,7 +125,7 @@ def _gradient(
 ) -> Tensor | tuple[Tensor, Tensor]:
     x, d, r = x.contiguous(), _contiguous(d, x), _contiguous(r, x)
     tables, adjoint_tables = _tables(bands, x), _tables(adjoint, x)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty_like(x)
     squares = torch.zeros(x.shape[0] if norms else 0, dtype=torch.float32)
     if x.numel():
         _module().gradient(
@@ -216,4 +225,45 @@ def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = N
             *out.shape,
             _threads(),
         )
+    return out
+
+
+def anderson_mix_differences(
+    alpha: Tensor,
+    f: Tensor,
+    previous: Tensor | None,
+    differences: Tensor,
+    slot: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Σ αᵢ fᵢ = f − Σⱼ cⱼ (fⱼ − fⱼ₋₁), cⱼ = Σ_{i<j} αᵢ, for a history that keeps differences of images.
+
+    The pairs lie in a ring: the newest in ``slot``, the one before it in ``slot − 1`` modulo m. Writes
+    ``differences[slot] = f − previous``, rounded to the history's dtype.
+
+    Args:
+        alpha: [B, filled] by slot, as `anderson_weights` returns them.
+        f, previous: [B, N], the newest image and the one before it; None where it is the first.
+        differences: [m, B, N], in the images' dtype or in bfloat16.
+    """
+    f = f.contiguous()
+    out = torch.empty_like(f) if out is None else out
+    if not out.numel():
+        return out
+    if previous is None:
+        return out.copy_(f)
+    previous, memory, filled = previous.contiguous(), len(differences), alpha.shape[1]
+    ring = [(slot - age) % memory for age in range(filled)]
+    weights = (1 - alpha[:, ring].to(torch.float64).cumsum(1))[:, : filled - 1].contiguous()
+    _module().anderson_mix_differences(
+        _dtype(f),
+        _dtype(differences),
+        weights.data_ptr(),
+        f.data_ptr(),
+        previous.data_ptr(),
+        [differences[j].data_ptr() for j in ring[:-1]],
+        out.data_ptr(),
+        *f.shape,
+        _threads(),
+    )
     return out

@@ -1,0 +1,179 @@
+// Runs the kernels over odd shapes, each image in a heap block of exactly its size, and compares them
+// with plain loops in float64. Built with the address and undefined-behaviour sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "anderson.cpp"
+#include "blur.cpp"
+#include "gradient.cpp"
+
+using namespace jfbfast;
+namespace isa = jfbfast::JFBFAST_ISA;
+
+namespace {
+
+double noise() { return std::rand() / double(RAND_MAX) - 0.5; }
+
+template <class S>
+std::vector<S> image(std::int64_t n) {
+    std::vector<S> v(n);
+    for (S& value : v) isa::store_as<Wide<S>, isa::kLanes<Wide<S>>>(&value, isa::Vec<Wide<S>>{} + Wide<S>(noise()), isa::Part{1});
+    return v;
+}
+
+template <class S>
+double value(const S& s) {
+    return isa::load_as<Wide<S>, isa::kLanes<Wide<S>>>(&s, isa::Part{1})[0];
+}
+
+// A table of asymmetric taps, and its transpose.
+template <class T>
+struct Tables {
+    Tables(int n, int radius, bool circular) : n(n), radius(radius), band(n * (2 * radius + 1)), transposed(band.size()) {
+        const int slots = 2 * radius + 1;
+        std::vector<double> taps(slots);
+        for (double& tap : taps) tap = noise();
+        for (int i = 0; i < n; ++i)
+            for (int s = 0; s < slots; ++s) {
+                const int j = i + s - radius;
+                if (!circular && (j < 0 || j >= n)) continue;
+                band[i * slots + s] = T(taps[s]);
+                transposed[((j % n + n) % n) * slots + 2 * radius - s] = T(taps[s]);
+            }
+    }
+    int n, radius;
+    std::vector<T> band, transposed;
+};
+
+template <class T>
+std::vector<double> correlate(const std::vector<double>& x, int height, int width, const std::vector<T>& y_band, int ry,
+                              const std::vector<T>& x_band, int rx) {
+    std::vector<double> out(x.size());
+    for (int i = 0; i < height; ++i)
+        for (int j = 0; j < width; ++j)
+            for (int s = -ry; s <= ry; ++s)
+                for (int t = -rx; t <= rx; ++t) {
+                    const int k = ((i + s) % height + height) % height, l = ((j + t) % width + width) % width;
+                    out[i * width + j] += double(y_band[i * (2 * ry + 1) + s + ry]) *
+                                          double(x_band[j * (2 * rx + 1) + t + rx]) * x[k * width + l];
+                }
+    return out;
+}
+
+int failures = 0;
+
+void expect_close(double got, double wanted, double tolerance, const char* what) {
+    if (std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted))) return;
+    if (failures++ < 5) std::printf("%s: got %g, want %g\n", what, got, wanted);
+}
+
+template <class S>
+void check_images(DType dtype, double tolerance, int height, int width, int ry, int rx, bool circular) {
+    typedef Wide<S> T;
+    const std::int64_t planes = 2, size = height * width, n = planes * size;
+    const Tables<T> y(height, ry, circular), x_tables(width, rx, circular);
+    const auto x = image<S>(n), d = image<S>(n), r = image<S>(n);
+    std::vector<S> blurred(n), stepped(n);
+    const Bands bands{{y.band.data(), ry}, {x_tables.band.data(), rx}, circular};
+    const Bands adjoint{{y.transposed.data(), ry}, {x_tables.transposed.data(), rx}, circular};
+    isa::blur(dtype, x.data(), blurred.data(), {planes, height, width}, bands, 1);
+    std::vector<double> norms(planes * height);
+    isa::gradient(dtype, {x.data(), d.data(), r.data(), stepped.data(), norms.data(), true, 0.5, bands, adjoint},
+                  {planes, height, width}, 1);
+    for (std::int64_t plane = 0; plane < planes; ++plane) {
+        std::vector<double> wide(size);
+        for (std::int64_t i = 0; i < size; ++i) wide[i] = value(x[plane * size + i]);
+        auto u = correlate(wide, height, width, y.band, ry, x_tables.band, rx);
+        for (std::int64_t i = 0; i < size; ++i) {
+            expect_close(value(blurred[plane * size + i]), u[i], tolerance, "blur");
+            u[i] -= value(d[plane * size + i]);
+        }
+        const auto g = correlate(u, height, width, y.transposed, ry, x_tables.transposed, rx);
+        for (std::int64_t i = 0; i < size; ++i)
+            expect_close(value(stepped[plane * size + i]), wide[i] - 0.5 * (g[i] + value(r[plane * size + i])), tolerance,
+                         "gradient_step");
+    }
+}
+
+template <class S, class H>
+void check_anderson(DType dtype, DType history, double tolerance, std::int64_t size) {
+    const std::int64_t samples = 2, n = samples * size;
+    const auto x = image<S>(n), f = image<S>(n);
+    std::vector<std::vector<H>> residuals, differences;
+    std::vector<std::vector<S>> images;
+    Append append = {};
+    Mix mix = {};
+    MixDifferences mix_differences = {};
+    const int memory = 6;
+    for (int j = 0; j < memory; ++j) {
+        residuals.push_back(image<H>(n));
+        differences.push_back(image<H>(n));
+        images.push_back(image<S>(n));
+    }
+    std::vector<double> products(samples * (memory + 1)), alpha(samples * memory, 0.25);
+    for (int j = 0; j < memory; ++j) {
+        append.residuals[j] = residuals[j].data();
+        mix.images[j] = images[j].data();
+        mix_differences.differences[j] = differences[j].data();
+    }
+    append.x = x.data();
+    append.f = f.data();
+    append.slot = 2;
+    append.filled = memory;
+    append.products = products.data();
+    isa::append(dtype, history, append, samples, size, 1);
+    std::vector<S> mixed(n), corrected(n);
+    mix.count = memory;
+    mix.alpha = alpha.data();
+    mix.out = mixed.data();
+    isa::mix(dtype, mix, samples, size, 1);
+    mix_differences.f = f.data();
+    mix_differences.previous = x.data();
+    mix_differences.count = memory;
+    mix_differences.weights = alpha.data();
+    mix_differences.out = corrected.data();
+    isa::mix_differences(dtype, history, mix_differences, samples, size, 1);
+    for (std::int64_t i = 0; i < n; ++i) {
+        double sum = 0, correction = value(f[i]) - value(x[i]);
+        for (int j = 0; j < memory; ++j) {
+            sum += 0.25 * value(images[j][i]);
+            if (j > 0) correction += value(differences[j][i]);
+        }
+        expect_close(value(mixed[i]), sum, tolerance, "mix");
+        expect_close(value(corrected[i]), value(f[i]) - 0.25 * correction, tolerance, "mix_differences");
+    }
+    for (std::int64_t sample = 0; sample < samples; ++sample)
+        for (int j = 0; j < memory; ++j) {
+            double sum = 0;
+            for (std::int64_t i = sample * size; i < (sample + 1) * size; ++i)
+                sum += value(residuals[2][i]) * value(residuals[j][i]);
+            expect_close(products[sample * (memory + 1) + j], sum, 1e-9, "append");
+        }
+}
+
+}  // namespace
+
+int main() {
+    const int sizes[][2] = {{1, 1}, {1, 37}, {7, 13}, {19, 33}, {16, 32}, {5, 3}};
+    const int radii[][2] = {{0, 0}, {1, 2}, {2, 1}, {4, 3}, {6, 5}};
+    for (const auto& size : sizes)
+        for (const auto& radius : radii)
+            for (const bool circular : {false, true}) {
+                const int height = size[0], width = size[1], ry = radius[0], rx = radius[1];
+                if (circular && (ry > height || rx > width)) continue;
+                check_images<double>(DType::kFloat64, 1e-12, height, width, ry, rx, circular);
+                check_images<float>(DType::kFloat32, 1e-4, height, width, ry, rx, circular);
+                check_images<bfloat16>(DType::kBFloat16, 2e-2, height, width, ry, rx, circular);
+                check_images<float16>(DType::kFloat16, 4e-3, height, width, ry, rx, circular);
+            }
+    for (const std::int64_t size : {1, 7, 2049, 4100}) {
+        check_anderson<double, double>(DType::kFloat64, DType::kFloat64, 1e-12, size);
+        check_anderson<float, float>(DType::kFloat32, DType::kFloat32, 1e-5, size);
+        check_anderson<float, bfloat16>(DType::kFloat32, DType::kBFloat16, 1e-2, size);
+        check_anderson<float16, float16>(DType::kFloat16, DType::kFloat16, 4e-3, size);
+    }
+    std::printf("%d failures\n", failures);
+    return failures ? 1 : 0;
+}
