@@ -1,0 +1,5 @@
+"""Triton kernels: the twins of `jfbfast.reference` on a CUDA device."""
+
+from .launch import FUSED_RADIUS, MAX_RADIUS, blur, gradient, gradient_step
+
+__all__ = ["FUSED_RADIUS", "MAX_RADIUS", "blur", "gradient", "gradient_step"]
