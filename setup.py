@@ -122,9 +122,7 @@ class BuildWithNinja(build_ext):
         command = [self.compiler.compiler_so_cxx[0], "-fopenmp", str(probe), "-o", str(folder / "openmp")]
         return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
 
-    def ninja(
-        self, ext: Extension, compilations: list[Compilation], link: list[str], nvcc: str = "nvcc"
-    ) -> None:
+    def ninja(self, ext: Extension, compilations: list[Compilation], link: list[str], nvcc: str = "nvcc") -> None:
         from ninja import BIN_DIR
         from ninja.ninja_syntax import Writer
 
@@ -172,9 +170,7 @@ def packages() -> dict[str, str]:
     """Each package and its folder: kernels/ and benchmarks/ are installed below jfbfast."""
     found = {"jfbfast": "jfbfast"}
     for top in ("kernels", "benchmarks"):
-        for folder in sorted(
-            {path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}
-        ):
+        for folder in sorted({path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}):
             found[".".join(("jfbfast", *folder.parts))] = str(folder)
     return found
 

@@ -24,10 +24,10 @@ from jfbfast.plots import side_by_side
 from jfbfast.solvers import Anderson, ConvergenceWarning
 from jfbfast.training import DeblurTask, DenoiserTask, degrade, fit
 
-CONFIG = ModelConfig(features=40, depth=8)
+CONFIG = ModelConfig(features=32, depth=8)
 TRAINING, UNSEEN = ("coffee", "chelsea"), "astronaut"
 DETAIL = (60, 170, 110)
-PRETRAINING_STEPS, JFB_STEPS, CROP = 700, 250, 48
+PRETRAINING_STEPS, JFB_STEPS, CROP = 300, 450, 48
 
 
 class Row(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-import torch  # before the compiled module, so that both share one OpenMP runtime
+import torch.utils.dlpack  # before the compiled module, so that both share one OpenMP runtime
 from torch import Tensor
 
 from .reference import Bands, band_dtype
@@ -82,8 +82,7 @@ def _tables(bands: Bands, x: Tensor) -> Bands:
     for table, n in zip(bands[:2], x.shape[-2:], strict=True):
         if table.dtype != band_dtype(x.dtype) or table.shape[0] != n:
             raise ValueError(
-                f"bands: got a {table.dtype} table of {table.shape[0]} rows, "
-                f"want {band_dtype(x.dtype)} and {n} rows"
+                f"bands: got a {table.dtype} table of {table.shape[0]} rows, want {band_dtype(x.dtype)} and {n} rows"
             )
     return Bands(bands.y.contiguous(), bands.x.contiguous(), bands.circular)
 
@@ -100,7 +99,7 @@ def _empty_like(x: Tensor) -> Tensor:
     """An uninitialised contiguous result; a large one in memory that an earlier result had (csrc/pool.cpp)."""
     if x.nbytes < _POOLED:
         return torch.empty(x.shape, dtype=x.dtype)
-    return torch.from_dlpack(_module().empty(list(x.shape), _dtype(x)))
+    return torch.utils.dlpack.from_dlpack(_module().empty(list(x.shape), _dtype(x)))
 
 
 def blur(x: Tensor, bands: Bands) -> Tensor:
@@ -108,9 +107,7 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
     x, tables = x.contiguous(), _tables(bands, x)
     out = _empty_like(x)
     if x.numel():
-        _module().blur(
-            _dtype(x), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads()
-        )
+        _module().blur(_dtype(x), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads())
     return out
 
 
@@ -175,9 +172,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
     if not (residuals.is_contiguous() and gram.is_contiguous()):
         raise ValueError("residuals and gram: got strided tensors, want contiguous ones, which are written")
     if not 0 <= slot < filled <= len(residuals):
-        raise ValueError(
-            f"slot, filled: got {slot} and {filled}, want 0 <= slot < filled <= {len(residuals)}"
-        )
+        raise ValueError(f"slot, filled: got {slot} and {filled}, want 0 <= slot < filled <= {len(residuals)}")
     if residuals.dtype not in (x.dtype, torch.bfloat16):
         raise ValueError(f"residuals: got {residuals.dtype}, want {x.dtype} or bfloat16")
     samples, size = x.shape
@@ -205,9 +200,7 @@ def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tens
     gram, valid = gram.contiguous(), valid.contiguous()
     alpha = torch.empty(valid.shape, dtype=torch.float64)
     if alpha.numel():
-        _module().anderson_weights(
-            gram.data_ptr(), valid.data_ptr(), regularization, alpha.data_ptr(), *valid.shape
-        )
+        _module().anderson_weights(gram.data_ptr(), valid.data_ptr(), regularization, alpha.data_ptr(), *valid.shape)
     return alpha
 
 

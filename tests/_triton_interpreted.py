@@ -11,10 +11,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from jfbfast.kernels import launch, rows, stream
 from torch import Tensor
 
 from jfbfast import kernels, reference
+from jfbfast.kernels import launch, rows, stream
 from jfbfast.reference import Bands
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton_interpreted.py"

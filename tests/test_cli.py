@@ -33,8 +33,10 @@ def run(*arguments):
     return runner.invoke(app, [str(a) for a in arguments])
 
 
-def test_info_names_the_backends():
-    out = subprocess.run([sys.executable, "-m", "jfbfast", "info"], capture_output=True, text=True, check=True).stdout
+def test_info_names_the_backends(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-m", "jfbfast", "info"], capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout
     assert "native (CPU)" in out and "C++" in out and "triton (CUDA)" in out
 
 

@@ -278,9 +278,7 @@ def test_anderson_append(dtype: torch.dtype, history: torch.dtype, size: int) ->
         torch.testing.assert_close(residuals[0], residuals[1], rtol=torch.finfo(history).eps, atol=0)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
         scale = gram[0].diagonal(dim1=1, dim2=2).abs().max().item()
-        torch.testing.assert_close(
-            gram[1], gram[0], rtol=1e-2 if dtype != history else 1e-12, atol=1e-12 * scale
-        )
+        torch.testing.assert_close(gram[1], gram[0], rtol=1e-2 if dtype != history else 1e-12, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize("memory", (1, 2, 5, 16))

@@ -84,9 +84,7 @@ def test_pure_python_install(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)], cwd=source, check=True
-    )
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)], cwd=source, check=True)
     (archive,) = tmp_path.glob("jfbfast-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from _triton_aot import ARCHITECTURES, Compiled, compile_kernel
+
 from jfbfast.kernels import launch
 from jfbfast.kernels.launch import Plan, Tile
 from jfbfast.kernels.stream import blur_kernel, gradient_kernel
 from jfbfast.kernels.wide import wide_kernel
-
 from jfbfast.reference import Bands
 
 BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}

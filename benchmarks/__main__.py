@@ -1,0 +1,36 @@
+"""`python -m jfbfast.benchmarks [NAME…]`; without a name, what there is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from . import BENCHMARKS, run
+
+
+def main() -> None:
+    """The entry point of the module."""
+    listing = "\n".join(f"  {name:<10} {text}" for name, text in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m jfbfast.benchmarks",
+        description="Measure jfbfast on this machine.",
+        epilog=f"benchmarks:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below")
+    parser.add_argument("--out", type=Path, default=Path(), help="directory for the CSV and the picture")
+    parser.add_argument("--quick", action="store_true", help="few sizes, about a minute")
+    arguments = parser.parse_args()
+    if not arguments.names:
+        parser.print_help()
+    for name in arguments.names:
+        try:
+            run(name, arguments.out, arguments.quick, Console())
+        except ValueError as error:
+            parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What users write, or call, today for the same operations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jfbfast.reference import gaussian_taps
+
+Blur = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor]
+
+LAM = 1e-4  # what the published Anderson loops add to the Gram matrix
+
+
+def conv2d(kernel_size: int, sigma: float, x: Tensor) -> Blur:
+    """The depthwise convolution with the k × k Gaussian, for images like x; channels-last where x is."""
+    channels = x.shape[1]
+    taps = torch.tensor(gaussian_taps(kernel_size, sigma), dtype=x.dtype, device=x.device)
+    weight = torch.outer(taps, taps).expand(channels, 1, -1, -1)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return lambda x: F.conv2d(x, weight, padding=kernel_size // 2, groups=channels)
+
+
+def separable_conv2d(kernel_size: int, sigma: float, x: Tensor) -> Blur:
+    """Two depthwise convolutions, with k × 1 and 1 × k taps."""
+    channels, radius = x.shape[1], kernel_size // 2
+    taps = torch.tensor(gaussian_taps(kernel_size, sigma), dtype=x.dtype, device=x.device)
+    columns = taps[:, None].expand(channels, 1, -1, -1).contiguous()
+    rows = taps.expand(channels, 1, 1, -1).contiguous()
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, columns, padding=(radius, 0), groups=channels)
+        return F.conv2d(x, rows, padding=(0, radius), groups=channels)
+
+    return blur
+
+
+def kornia(kernel_size: int, sigma: float, x: Tensor) -> Blur:
+    """`kornia.filters.gaussian_blur2d`, with zeros beyond the edge."""
+    from kornia.filters import gaussian_blur2d
+
+    size, sigmas = (kernel_size, kernel_size), (sigma, sigma)
+    return lambda x: gaussian_blur2d(x, size, sigmas, border_type="constant")
+
+
+def torchvision(kernel_size: int, sigma: float, x: Tensor) -> Blur:
+    """`torchvision.transforms.functional.gaussian_blur`; it can only reflect at the edge."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    return lambda x: gaussian_blur(x, [kernel_size, kernel_size], [sigma, sigma])
+
+
+def data_step(blur: Blur, x: Tensor, d: Tensor, r: Tensor, step_size: float) -> Tensor:
+    """x − η(Aᵀ(A x − d) + r), with Aᵀ = A, which holds for a Gaussian with zeros beyond the edge."""
+    return x - step_size * (blur(blur(x) - d) + r)
+
+
+def gilton_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int, tol: float = 0.0) -> Tensor:
+    """The batched Anderson loop of the deep-equilibrium literature (Gilton, Ongie and Willett, 2021).
+
+    The whole history is kept, (B, m, N), and at each step the whole Gram matrix GGᵀ + λI is
+    computed anew and bordered by the constraint Σ αᵢ = 1. It ends after ``max_iter`` evaluations of
+    the layer, or where the relative residual of the batch as a whole is below ``tol``.
+    """
+    batch, size = x0.shape[0], x0[0].numel()
+    xs = x0.new_zeros(batch, memory, size)
+    fs = torch.zeros_like(xs)
+    bordered = x0.new_zeros(batch, memory + 1, memory + 1)
+    bordered[:, 0, 1:] = bordered[:, 1:, 0] = 1
+    unit = x0.new_zeros(batch, memory + 1, 1)
+    unit[:, 0] = 1
+
+    x = x0
+    for k in range(max_iter):
+        f = layer(x)
+        if (f - x).norm().item() < tol * (1e-5 + f.norm().item()):
+            break
+        xs[:, k % memory], fs[:, k % memory] = x.reshape(batch, -1), f.reshape(batch, -1)
+        n = min(k + 1, memory)
+        g = fs[:, :n] - xs[:, :n]
+        gram = torch.bmm(g, g.transpose(1, 2)) + LAM * torch.eye(n, dtype=x.dtype, device=x.device)
+        bordered[:, 1 : n + 1, 1 : n + 1] = gram
+        alpha = torch.linalg.solve(bordered[:, : n + 1, : n + 1], unit[:, : n + 1])[:, 1:, 0]
+        x = torch.bmm(alpha[:, None], fs[:, :n]).view_as(x0)
+    return x
+
+
+def torchdeq_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int) -> Tensor:
+    """`torchdeq.solver.anderson.anderson_solver`."""
+    anderson_solver = import_module("torchdeq.solver.anderson").anderson_solver
+    return anderson_solver(layer, x0, max_iter=max_iter, tol=0.0, m=memory, lam=LAM)[0]
+
+
+def deepinv_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int) -> Tensor:
+    """`deepinv.optim.fixed_point.FixedPoint` with its Anderson acceleration, undamped."""
+    optim = import_module("deepinv.optim")
+    fixed_point, config = optim.fixed_point.FixedPoint, optim.optimizers.AndersonAccelerationConfig
+
+    class Iterator(torch.nn.Module):
+        cost_fn = None
+
+        def forward(self, X: dict[str, tuple[Tensor, ...]], *_: object) -> dict[str, tuple[Tensor, ...] | None]:
+            return {"est": (layer(X["est"][0]),), "cost": None}
+
+    solver = fixed_point(
+        iterator=Iterator(),
+        init_iterate_fn=lambda *_, **__: {"est": (x0,), "cost": None},
+        max_iter=max_iter,
+        early_stop=False,
+        anderson_acceleration_config=config(memory, beta=1.0, eps=LAM),
+    )
+    return solver()[0]["est"][0]
+
+
+def quiet_import(name: str) -> str | None:
+    """Import an optional package before anything is timed; why it cannot be, or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import_module(name)
+        except ImportError as error:
+            return f"{name} is not installed" if error.name == name else f"{name} does not load: {error}"
+    return None
