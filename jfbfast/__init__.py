@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
-from jfbfast.config import show_config
+from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN
 from jfbfast.gradients import JFB, fixed_point
@@ -32,6 +32,7 @@ __all__ = [
     "direct_inverse",
     "fixed_point",
     "gradient_descent",
+    "keep_freed_memory",
     "show_config",
     "tikhonov",
 ]

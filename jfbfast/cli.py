@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
 KernelSize = Annotated[int, typer.Option(help="Side of the Gaussian blur in pixels, odd.")]
@@ -41,6 +41,14 @@ def _one_sentence() -> Iterator[None]:
     except (ValueError, OSError) as error:
         Console(stderr=True).print("[red]error:[/]", str(error), highlight=False)
         raise typer.Exit(1) from error
+
+
+@app.callback()
+def start() -> None:
+    """Implicit networks that undo image blur."""
+    from jfbfast.config import keep_freed_memory
+
+    keep_freed_memory()
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -9,6 +10,9 @@ from importlib.util import find_spec
 import torch
 
 from jfbfast import cuda, native, ops
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES = 1 << 30
 
 
 def _triton() -> str:
@@ -34,6 +38,23 @@ def config() -> dict[str, str]:
         "triton (CUDA)": _triton(),
         "native (CUDA)": f"no: {cuda.WHY_NOT}" if cuda.WHY_NOT else cuda.describe(),
     }
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep the memory that is freed, in place of giving it back to the system.
+
+    Training on the CPU frees and allocates every activation; where each is mapped and zeroed afresh,
+    that takes up to half of a step. It holds for the whole process, and for no other library to
+    choose: call it at the start of a program, as the command line does.
+
+    Returns:
+        Whether the C library took it; only glibc (Linux) does.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all(mallopt(option, _KEPT_BYTES) for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def show_config() -> None:

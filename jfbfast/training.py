@@ -141,7 +141,7 @@ def fit(
             persistent_workers=workers > 0,
         )
 
-    bar: list[Callback] = [RichProgressBar(leave=True)] if progress else []
+    bar: list[Callback] = [RichProgressBar(refresh_rate=10, leave=True)] if progress else []
     settings = {"logger": False, "enable_checkpointing": False, **trainer}
     with _quiet():
         runner = L.Trainer(

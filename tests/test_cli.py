@@ -109,3 +109,22 @@ def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
+def test_freed_memory_is_kept():
+    script = """
+import resource, sys, torch, jfbfast
+assert "keep" not in sys.argv or jfbfast.keep_freed_memory()
+def faults():
+    for _ in range(20):
+        torch.ones(12_000_000).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = faults()
+print(faults() - first)
+"""
+    default, kept = (
+        int(subprocess.run([sys.executable, "-c", script, *a], capture_output=True, text=True, check=True).stdout)
+        for a in ([], ["keep"])
+    )
+    assert kept < 0.1 * default
