@@ -25,10 +25,10 @@ struct Chunks {
     std::int64_t size, per_sample, count;
 };
 
-// Writes g = f - x in the history's type H, and to sums[0], sums[1] its |g|^2 and |f|^2.
+// Writes g = f - x in the history's type H, and to sums its |g|^2, then |f - x|^2 and |f|^2.
 template <class S, class H>
 void enter_pair(const S* x, const S* f, H* g, std::int64_t n, double* sums) {
-    Doubles gg = {}, ff = {};
+    Doubles gg = {}, dd = {}, ff = {};
     for_each_vector<kDoubleLanes>(0, n, [&](std::int64_t i, auto lanes) {
         typedef Storage<H, Wide<H>, kDoubleLanes> History;
         const auto image = load_as<Wide<S>, kDoubleLanes>(f + i, lanes);
@@ -36,11 +36,14 @@ void enter_pair(const S* x, const S* f, H* g, std::int64_t n, double* sums) {
         const auto stored = History::narrow(convert<typename History::Wide>(difference));
         std::memcpy(static_cast<void*>(g + i), &stored, lane_count(lanes, kDoubleLanes) * sizeof(H));
         const Doubles wide = to_doubles(History::widen(stored)), wide_image = to_doubles(image);
+        const Doubles wide_difference = to_doubles(difference);
         gg += wide * wide;
+        dd += wide_difference * wide_difference;
         ff += wide_image * wide_image;
     });
     sums[0] = sum_lanes<kDoubleLanes>(gg);
-    sums[1] = sum_lanes<kDoubleLanes>(ff);
+    sums[1] = sum_lanes<kDoubleLanes>(dd);
+    sums[2] = sum_lanes<kDoubleLanes>(ff);
 }
 
 // sums[k] = <g, others[k]>, for `Count` others at once.
@@ -67,7 +70,7 @@ void inner_products(const H* g, const H* const* others, int count, std::int64_t 
 template <class S, class H>
 void append_pair(const Append& a, std::int64_t samples, std::int64_t size, int threads) {
     const Chunks chunks(samples, size);
-    const int sums = a.filled + 1;  // in a chunk: <g, g_j> for the others, then |g|^2 and |f|^2
+    const int sums = a.filled + 2;  // in a chunk: <g, g_j> for the others, then |g|^2, |f - x|^2, |f|^2
     const Buffer<double> partial(chunks.count * sums);
     parallel_for(chunks.count, useful_threads(threads, samples * size), [&](std::int64_t k, int) {
         const Chunk chunk = chunks[k];
@@ -83,7 +86,7 @@ void append_pair(const Append& a, std::int64_t samples, std::int64_t size, int t
     });
     for (std::int64_t sample = 0; sample < samples; ++sample)
         for (int j = 0; j < sums; ++j) {
-            const int kept = j < a.slot || j == a.filled ? j : j == a.slot ? a.filled - 1 : j - 1;
+            const int kept = j < a.slot || j >= a.filled ? j : j == a.slot ? a.filled - 1 : j - 1;
             double sum = 0;
             for (std::int64_t k = 0; k < chunks.per_sample; ++k)
                 sum += partial.data()[(sample * chunks.per_sample + k) * sums + kept];

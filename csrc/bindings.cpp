@@ -116,7 +116,7 @@ PYBIND11_MODULE(_native, module) {
     module.def(
         "anderson_append",
         [](DType dtype, DType history, Address x, Address f, const std::vector<Address>& residuals, int slot,
-           Address gram, Address image_norms, int memory, std::int64_t samples, std::int64_t size, int threads) {
+           Address gram, Address norms, int memory, std::int64_t samples, std::int64_t size, int threads) {
             const int filled = int(residuals.size());
             check_memory(residuals.size());
             Append append = {};
@@ -125,14 +125,14 @@ PYBIND11_MODULE(_native, module) {
             for (int j = 0; j < filled; ++j) append.residuals[j] = pointer(residuals[j]);
             append.slot = slot;
             append.filled = filled;
-            std::vector<double> products(samples * (filled + 1));
+            std::vector<double> products(samples * (filled + 2));
             append.products = products.data();
             kernels().append(dtype, history, append, samples, size, threads);
             for (std::int64_t sample = 0; sample < samples; ++sample) {
                 double* g = pointer<double>(gram) + sample * memory * memory;
-                const double* row = products.data() + sample * (filled + 1);
+                const double* row = products.data() + sample * (filled + 2);
                 for (int j = 0; j < filled; ++j) g[slot * memory + j] = g[j * memory + slot] = row[j];
-                pointer<double>(image_norms)[sample] = row[filled];
+                for (int k = 0; k < 2; ++k) pointer<double>(norms)[2 * sample + k] = row[filled + k];
             }
         },
         release);

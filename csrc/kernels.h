@@ -62,7 +62,7 @@ struct Append {
     const void* f;
     void* residuals[kMaxMemory];  // [samples, size] each; the one at `slot` is written
     int slot, filled;
-    double* products;  // [samples, filled + 1]: <g, g_j> for each filled slot j, then |f|^2
+    double* products;  // [samples, filled + 2]: <g, g_j> for each filled slot j, then |f - x|^2 and |f|^2
 };
 
 struct Mix {

@@ -163,11 +163,7 @@ def gradient_step(
 
 
 def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:
-    """As `reference.anderson_append`, for a history of which the first ``filled`` slots are in use.
-
-    ``residuals`` [m, B, N] may be in bfloat16 beside wider images; its products are those of what is
-    stored. Other slots, and the Gram entries of other slots, are left alone.
-    """
+    """As `reference.anderson_append`."""
     x, f = x.contiguous(), f.contiguous()
     if not (residuals.is_contiguous() and gram.is_contiguous()):
         raise ValueError("residuals and gram: got strided tensors, want contiguous ones, which are written")
@@ -176,7 +172,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
     if residuals.dtype not in (x.dtype, torch.bfloat16):
         raise ValueError(f"residuals: got {residuals.dtype}, want {x.dtype} or bfloat16")
     samples, size = x.shape
-    image_norms = torch.zeros(samples, dtype=torch.float64)
+    norms = torch.zeros(samples, 2, dtype=torch.float64)
     if samples:
         _module().anderson_append(
             _dtype(x),
@@ -186,13 +182,13 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
             [residual.data_ptr() for residual in residuals[:filled]],
             slot,
             gram.data_ptr(),
-            image_norms.data_ptr(),
+            norms.data_ptr(),
             len(residuals),
             samples,
             size,
             _threads(),
         )
-    return image_norms
+    return norms
 
 
 def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tensor:
@@ -229,23 +225,15 @@ def anderson_mix_differences(
     slot: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Σ αᵢ fᵢ = f − Σⱼ cⱼ (fⱼ − fⱼ₋₁), cⱼ = Σ_{i<j} αᵢ, for a history that keeps differences of images.
-
-    The pairs lie in a ring: the newest in ``slot``, the one before it in ``slot − 1`` modulo m. Writes
-    ``differences[slot] = f − previous``, rounded to the history's dtype.
-
-    Args:
-        alpha: [B, filled] by slot, as `anderson_weights` returns them.
-        f, previous: [B, N], the newest image and the one before it; None where it is the first.
-        differences: [m, B, N], in the images' dtype or in bfloat16.
-    """
+    """As `reference.anderson_mix_differences`; ``out`` [B, N], contiguous, gets the result where it is given."""
     f = f.contiguous()
     out = torch.empty_like(f) if out is None else out
     if not out.numel():
         return out
-    if previous is None:
+    memory, filled = len(differences), alpha.shape[1]
+    if previous is None or filled == 1:
         return out.copy_(f)
-    previous, memory, filled = previous.contiguous(), len(differences), alpha.shape[1]
+    previous = previous.contiguous()
     ring = [(slot - age) % memory for age in range(filled)]
     weights = (1 - alpha[:, ring].to(torch.float64).cumsum(1))[:, : filled - 1].contiguous()
     _module().anderson_mix_differences(

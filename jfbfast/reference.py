@@ -172,19 +172,24 @@ def solve(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
 def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:
     """Enter the newest pair (x, f = T(x)) into the history; the one pass over the residuals.
 
-    Writes ``residuals[slot] = f − x`` and the Gram row and column ``gram[:, slot]``, and returns
-    ‖f‖² per sample in float64.
+    Writes ``residuals[slot] = f − x`` and the Gram row and column ``gram[:, slot]``.
 
     Args:
         x, f: [B, N].
-        residuals: [m, B, N]; the first ``filled`` slots are in use, the newest among them.
-        gram: [B, m, m] in float64, ⟨gᵢ, gⱼ⟩.
+        residuals: [m, B, N], in the dtype of x or in bfloat16; the first ``filled`` slots are in use,
+            the newest among them.
+        gram: [B, m, m] in float64, ⟨gᵢ, gⱼ⟩ of the residuals as they are stored.
+
+    Returns:
+        ‖f − x‖² and ‖f‖² of each sample, [B, 2] in float64, before any rounding to the history.
     """
-    residuals[slot] = f - x
+    wide = band_dtype(x.dtype)
+    g = f.to(wide) - x.to(wide)
+    residuals[slot] = g
     row = torch.einsum("bn,mbn->bm", residuals[slot].double(), residuals[:filled].double())
     gram[:, slot, :filled] = row
     gram[:, :filled, slot] = row
-    return f.double().square().sum(1)
+    return torch.stack((g.double().square().sum(1), f.double().square().sum(1)), dim=1)
 
 
 def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tensor:
@@ -211,4 +216,37 @@ def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = N
     out = torch.zeros_like(images[0]) if out is None else out.zero_()
     for weight, image in zip(alpha.T.to(out.dtype), images, strict=True):
         out.addcmul_(weight[:, None], image)
+    return out
+
+
+def anderson_mix_differences(
+    alpha: Tensor,
+    f: Tensor,
+    previous: Tensor | None,
+    differences: Tensor,
+    slot: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Σ αᵢ fᵢ = f − Σⱼ cⱼ (fⱼ − fⱼ₋₁), cⱼ = Σ_{i<j} αᵢ, for a history that keeps differences of images.
+
+    The pairs lie in a ring: the newest in ``slot``, the one before it in ``slot − 1`` modulo m. Writes
+    ``differences[slot] = f − previous``, rounded to the history's dtype.
+
+    Args:
+        alpha: [B, filled] by slot, as `anderson_weights` returns them.
+        f, previous: [B, N], the newest image and the one before it; None where it is the first.
+        differences: [m, B, N], in the images' dtype or in bfloat16.
+    """
+    memory, filled = len(differences), alpha.shape[1]
+    out = torch.empty_like(f) if out is None else out
+    out.copy_(f)
+    if previous is None or filled == 1:
+        return out
+    newest = f - previous
+    differences[slot] = newest
+    ring = [(slot - age) % memory for age in range(filled)]
+    weights = 1 - alpha[:, ring[:-1]].cumsum(1)
+    older = (differences[j].to(out.dtype) for j in ring[1:-1])
+    for weight, difference in zip(weights.T.to(out.dtype), (newest, *older), strict=True):
+        out.addcmul_(weight[:, None], difference, value=-1)
     return out

@@ -256,13 +256,17 @@ class Anderson(FixedPointSolver):
         tol, max_iter, atol: as in `FixedPointSolver`.
         memory: pairs (x, T(x)) kept, at least 1; 1 is the plain iteration.
         regularization: ε of the weights' penalty ε Σ αᵢ²‖T(xᵢ) − xᵢ‖², relative to the residuals.
+        history: torch.bfloat16 keeps the history of float32 iterates in half the memory: residuals, and
+            differences of images, beside the newest images in float32; None keeps it in the iterates' dtype.
 
     Raises:
-        ValueError: as in `FixedPointSolver`; ``memory`` below 1; ``regularization`` not positive.
+        ValueError: as in `FixedPointSolver`; ``memory`` below 1; ``regularization`` not positive; another
+            ``history``, or one in bfloat16 for iterates that are not float32.
     """
 
     memory: int = 5
     regularization: float = 1e-10
+    history: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -270,11 +274,15 @@ class Anderson(FixedPointSolver):
             raise ValueError(f"memory is {self.memory}; it takes an integer of at least 1")
         if not 0 < self.regularization < math.inf:
             raise ValueError(f"regularization is {self.regularization}; it takes a positive number")
+        if self.history not in (None, torch.bfloat16):
+            raise ValueError(f"history is {self.history}; it takes None or torch.bfloat16")
 
     def start(self, x: Tensor) -> Iteration:
-        return _AndersonIteration(x, self.memory, self.regularization)
+        return _AndersonIteration(x, self.memory, self.regularization, self.history)
 
     def _solve(self, layer: Layer, x0: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
+        if self.history is not None and x0.dtype != torch.float32:
+            raise ValueError(f"history is {self.history}, which takes float32 iterates; x0 is {x0.dtype}")
         if (
             x0.is_cuda
             and x0.dtype in (torch.float32, torch.float64)
@@ -290,7 +298,12 @@ class Anderson(FixedPointSolver):
         batch, shape = x0.shape[0], x0.shape[1:]
         x = x0.reshape(batch, shape.numel()).clone(memory_format=torch.contiguous_format)
         state = cuda.AndersonCuda(
-            x, tol=self.tol, atol=self.atol, memory=self.memory, regularization=self.regularization
+            x,
+            tol=self.tol,
+            atol=self.atol,
+            memory=self.memory,
+            regularization=self.regularization,
+            history=self.history,
         )
         for evaluation in range(1, self.max_iter + 1) if batch else ():
             state.step(x, self._evaluate(layer, x.view(-1, *shape), inputs))
@@ -306,46 +319,65 @@ class Anderson(FixedPointSolver):
 
 
 class _AndersonIteration:
-    """The residuals gᵢ = T(xᵢ) − xᵢ, the images T(xᵢ) and the Gram matrix ⟨gᵢ, gⱼ⟩, in a ring."""
+    """The residuals gᵢ = T(xᵢ) − xᵢ, the images T(xᵢ) and the Gram matrix ⟨gᵢ, gⱼ⟩, in a ring.
 
-    def __init__(self, x: Tensor, memory: int, regularization: float) -> None:
+    The images are the layer's own outputs. A history in bfloat16 keeps the differences of successive
+    images in their place, and only the newest image.
+    """
+
+    def __init__(self, x: Tensor, memory: int, regularization: float, history: torch.dtype | None) -> None:
         batch = len(x)
         self.kernels = native if ops.kernels_for(x.device) is native else reference
         self.regularization = regularization
-        self.residuals = x.new_zeros(memory, *x.shape)
-        self.images: list[Tensor] = []
+        self.residuals = torch.zeros(memory, *x.shape, dtype=history or x.dtype, device=x.device)
+        self.differences = None if history is None else torch.zeros_like(self.residuals)
+        self.images: list[Tensor] = []  # by slot; with differences the newest alone
         self.gram = torch.zeros(batch, memory, memory, dtype=torch.float64, device=x.device)
         self.valid = torch.zeros(batch, memory, dtype=torch.bool, device=x.device)
-        self.slot = -1
+        self.pairs = 0
         self.reused_output = False
 
+    @property
+    def slot(self) -> int:
+        """Of the newest pair."""
+        return (self.pairs - 1) % len(self.residuals)
+
+    @property
+    def filled(self) -> int:
+        return min(self.pairs, len(self.residuals))
+
     def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        memory = len(self.residuals)
-        self.slot = (self.slot + 1) % memory
-        for i, image in enumerate(self.images):
-            if image.data_ptr() == f.data_ptr():  # the layer wrote over an earlier output of its own
-                self.reused_output = True
-                self.valid[:, i] = False
-        f = f.clone() if self.reused_output else f
-        self.images[self.slot : self.slot + 1] = [f]
+        if any(image.data_ptr() == f.data_ptr() for image in self.images):
+            self.reused_output = True  # the layer wrote over an earlier output of its own: begin anew, with copies
+            self.valid[:] = False
+        self.pairs += 1
         self.valid[:, self.slot] = True
-        image_squared = self.kernels.anderson_append(x, f, self.residuals, self.gram, self.slot, len(self.images))
-        return self.gram[:, self.slot, self.slot].sqrt(), image_squared.sqrt()
+        norms = self.kernels.anderson_append(x, f, self.residuals, self.gram, self.slot, self.filled)
+        residual, image = norms.sqrt().unbind(1)
+        return residual, image
 
     def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
-        filled = len(self.images)
+        filled = self.filled
         newest = torch.arange(self.valid.shape[1], device=x.device) == self.slot
         self.valid &= newest | ~grown[:, None]
         alpha = self.kernels.anderson_weights(
             self.gram[:, :filled, :filled], self.valid[:, :filled], self.regularization
         )
-        following = self.kernels.anderson_mix(alpha, self.images, out=out)
+        kept = f.clone() if self.reused_output else f
+        if self.differences is None:
+            self.images[self.slot : self.slot + 1] = [kept]
+            following = self.kernels.anderson_mix(alpha, self.images, out=out)
+        else:
+            previous = self.images[0] if self.images else None
+            following = self.kernels.anderson_mix_differences(alpha, f, previous, self.differences, self.slot, out=out)
+            self.images = [kept]
         if x.is_cuda or grown.any():
             following = torch.where(grown[:, None], torch.lerp(x, f, 0.5), following)
         return following
 
     def select(self, rows: Tensor) -> None:
         self.residuals = self.residuals[:, rows]
+        self.differences = None if self.differences is None else self.differences[:, rows]
         self.images = [image[rows] for image in self.images]
         self.gram = self.gram[rows]
         self.valid = self.valid[rows]

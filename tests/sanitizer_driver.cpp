@@ -112,7 +112,7 @@ void check_anderson(DType dtype, DType history, double tolerance, std::int64_t s
         differences.push_back(image<H>(n));
         images.push_back(image<S>(n));
     }
-    std::vector<double> products(samples * (memory + 1)), alpha(samples * memory, 0.25);
+    std::vector<double> products(samples * (memory + 2)), alpha(samples * memory, 0.25);
     for (int j = 0; j < memory; ++j) {
         append.residuals[j] = residuals[j].data();
         mix.images[j] = images[j].data();
@@ -149,7 +149,7 @@ void check_anderson(DType dtype, DType history, double tolerance, std::int64_t s
             double sum = 0;
             for (std::int64_t i = sample * size; i < (sample + 1) * size; ++i)
                 sum += value(residuals[2][i]) * value(residuals[j][i]);
-            expect_close(products[sample * (memory + 1) + j], sum, 1e-9, "append");
+            expect_close(products[sample * (memory + 2) + j], sum, 1e-9, "append");
         }
 }
 

@@ -325,7 +325,11 @@ def test_anderson_mix_differences(dtype: torch.dtype, history: torch.dtype) -> N
         kept[k % memory : k % memory + 1] = [f]
         alpha = torch.rand(3, len(kept), generator=torch.Generator().manual_seed(k), dtype=torch.float64)
         alpha /= alpha.sum(1, keepdim=True)
+        theirs = ring.clone()
         got = native.anderson_mix_differences(alpha, f, previous, ring, k % memory)
+        plain = reference.anderson_mix_differences(alpha, f, previous, theirs, k % memory)
+        torch.testing.assert_close(ring, theirs, rtol=0, atol=0, equal_nan=True)
+        assert (got - plain).abs().max() <= 8 * torch.finfo(dtype).eps * plain.abs().max()
         exact = reference.anderson_mix(alpha, [image.double() for image in kept])
         assert (got.double() - exact).abs().max() <= 8 * torch.finfo(history).eps * exact.abs().max()
         if previous is not None:

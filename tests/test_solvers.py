@@ -98,6 +98,29 @@ def test_reference_and_native_agree(memory, dtype):
     assert all((solution.status == Status.CONVERGED).all() for _, solution in found.values())
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("memory", [1, 3, 5])
+def test_a_history_in_bfloat16_takes_as_many_evaluations(backend, memory):
+    *_, matrix, b = linear_map(60, 0.9)
+    matrix, b = matrix.float(), b.float()
+    scale = torch.tensor([[0.5], [0.8], [1.0]])
+
+    def layer(x, scale):
+        return scale * torch.tanh((x[:, None, :] * matrix).sum(-1)) + b
+
+    x0 = torch.randn(3, 60)
+    with jfbfast.backend(backend):
+        wide, half = (
+            Anderson(tol=1e-4, max_iter=100, memory=memory, history=history).solve(layer, x0, (scale,))
+            for history in (None, torch.bfloat16)
+        )
+    assert (half.status == Status.CONVERGED).all()
+    assert ((half.iterations - wide.iterations).abs() <= 1 + wide.iterations // 10).all()
+    f = layer(half.value, scale)
+    claimed = (f - half.value).norm(dim=1) / f.norm(dim=1)
+    torch.testing.assert_close(half.residual, claimed, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("max_iter", [1, 7])
 def test_the_budget_is_kept_exactly(solver, max_iter):
@@ -249,6 +272,11 @@ def test_weights_minimise_the_mixed_residual(kernels):
         (lambda: Anderson(max_iter=0), "max_iter is 0"),
         (lambda: Anderson(memory=0), "memory is 0"),
         (lambda: Anderson(regularization=0.0), "regularization is 0"),
+        (lambda: Anderson(history=torch.float16), "history is torch.float16"),
+        (
+            lambda: Anderson(history=torch.bfloat16).solve(lambda x: x, torch.zeros(2, 3, dtype=torch.float64)),
+            "takes float32 iterates",
+        ),
         (lambda: Picard(atol=float("inf")), "atol is inf"),
         (lambda: Anderson().solve(lambda x: x, torch.zeros(3, dtype=torch.long)), "x0 is torch.int64"),
         (lambda: Anderson().solve(lambda x: x[:, :1], torch.zeros(3, 2)), "layer maps shape"),
