@@ -84,12 +84,17 @@ def data_step_bytes(shape: Shape, radius: int, itemsize: int) -> int:
 
 
 def anderson_bytes(shape: Shape, memory: int, itemsize: int) -> int:
-    """2m + 3 arrays of a full history: the pass over the residuals, then the mix.
+    """A step with a full history: the pass over the residuals, then the mix.
 
     x and f are read, the residual f − x is written and the m − 1 others are read; then the m images
-    are read and the next x is written.
+    are read and the next x is written. A history in bfloat16 keeps m − 1 differences of images: the
+    newest is written, from f and the image before it, and the others are read.
     """
-    return (2 * memory + 3) * itemsize * torch.Size(shape).numel()
+    if itemsize == 2:
+        per_pixel = (4 + 4 + 2 + 2 * (memory - 1)) + (4 + 4 + 2 + 2 * (memory - 2) + 4)
+    else:
+        per_pixel = (2 * memory + 3) * itemsize
+    return per_pixel * torch.Size(shape).numel()
 
 
 def _bytes_of(kernel: str, shape: Shape, parameter: int, dtype: torch.dtype) -> int:
@@ -192,21 +197,21 @@ def anderson_sides(shape: Shape, memory: int, plan: Plan, device: torch.device, 
     """
     (x0,) = _images(shape, device, 1)
     layer = linear_map(x0)
-    half = x0.bfloat16()
-    half_layer = linear_map(half)
     max_iter = memory + _STEPS
-    solver = Anderson(tol=0.0, max_iter=max_iter, memory=memory)
+    solver, half = (
+        Anderson(tol=0.0, max_iter=max_iter, memory=memory, history=history) for history in (None, torch.bfloat16)
+    )
 
     def pure(layer: rivals.Layer) -> None:
         with backend("reference"):
             solver.solve(layer, x0)
 
-    def side(solve: Callable[[rivals.Layer], object], layer: rivals.Layer = layer) -> Callable[[], Sampler]:
+    def side(solve: Callable[[rivals.Layer], object]) -> Callable[[], Sampler]:
         return lambda: between_evaluations(solve, layer, device, first=memory - 1)
 
     sides: Sides = {
         OURS: side(lambda layer: solver.solve(layer, x0)),
-        OURS_BF16: side(lambda layer: solver.solve(layer, half), half_layer),
+        OURS_BF16: side(lambda layer: half.solve(layer, x0)),  # the history alone
         "PyTorch": side(pure),
         "published loop": side(lambda layer: rivals.gilton_anderson(layer, x0, memory, max_iter)),
     }
