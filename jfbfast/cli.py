@@ -39,7 +39,7 @@ def _one_sentence() -> Iterator[None]:
         console.print(f"[red]error:[/] {error.name} is not installed; {_EXTRAS}", markup=True)
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
-        Console(stderr=True).print("[red]error:[/]", str(error), highlight=False)
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
         raise typer.Exit(1) from error
 
 
@@ -98,6 +98,8 @@ def restore(
         width = config.sigma if sigma is None else sigma
         level = config.noise if noise is None else noise
         blur = GaussianBlur(size, width, padding_mode)
+        if model is not None and noise is not None:
+            raise ValueError(f"--noise is {noise}; with a checkpoint, which was trained for its own, it is of no use")
         if model is None:
             console.print("No checkpoint: restoring by Tikhonov regularisation, λ by the discrepancy principle.")
         else:
@@ -126,8 +128,9 @@ def restore(
                     restorer, d, tile=tile, overlap=min(96, tile // 4), progress=partial(_advance, bar, task)
                 )
             write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
-            late = f"; {len(caught)} solves did not converge" if caught else ""
-            console.print(f"{source} → {target} ({how}{late})", highlight=False)
+            late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+            said = f"; {late} tiles did not converge" if late else ""
+            console.print(f"{source} → {target} ({how}{said})", highlight=False, markup=False)
 
 
 def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
@@ -187,6 +190,13 @@ def train(
         files = image_files(data_dir)
         held_out = round(validation * len(files))
         kept = len(files) - held_out
+        if kept < 1:
+            raise ValueError(
+                f"--validation is {validation}, which leaves none of the {len(files)} photographs to train on"
+            )
+        if out.is_dir():
+            raise ValueError(f"--out is the directory {out}; it takes a file")
+        out.parent.mkdir(parents=True, exist_ok=True)
         L.seed_everything(seed, verbose=False)
         crops = RandomCrops(files[:kept], crop, length=batch_size * max(steps, pretraining_steps), resize=resize)
         val = RandomCrops(files[kept:], crop, resize=resize) if held_out else None
@@ -195,7 +205,6 @@ def train(
         if pretraining_steps:
             run(DenoiserTask(model.regularizer.denoiser), crops, steps=pretraining_steps)
         runner = run(DeblurTask(model, config.blur(), noise), crops, steps=steps, val=val)
-        out.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(out, model, config)
         quality = runner.callback_metrics.get("val_psnr")
         said = "" if quality is None else f"; validation PSNR {float(quality):.2f} dB at the true range"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -37,14 +37,42 @@ class Photograph(NamedTuple):
     dtype: np.dtype
 
 
+# What undoes each orientation that EXIF knows.
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def _orientation(path: Path) -> int:
+    """EXIF's orientation, 1 to 8; 1, upright, where Pillow cannot tell."""
+    try:
+        with Image.open(path) as image:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except OSError:
+        return 1
+
+
 def _read_array(path: Path) -> np.ndarray:
     """(H, W, channels) in RGB order: OpenCV for what Pillow would cut to 8 bits, Pillow for the rest."""
     try:
         deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         if deep is not None and deep.dtype in (np.uint16, np.float32):
             order = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}
-            return deep[:, :, None] if deep.ndim == 2 else cv2.cvtColor(deep, order[deep.shape[2]])
+            if deep.ndim == 3 and deep.shape[2] not in order:
+                raise ImageError(f"{path}: has {deep.shape[2]} channels; 1, 3 and 4 are known")
+            deep = deep if deep.ndim == 2 else cv2.cvtColor(deep, order[deep.shape[2]])
+            upright = _UPRIGHT[_orientation(path)](deep)
+            return upright if upright.ndim == 3 else upright[:, :, None]
         with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ImageError(f"{path}: its samples are neither 8-bit, 16-bit nor float32")
             transparent = image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info
             grey = image.mode in ("1", "L", "LA")
             mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
@@ -62,7 +90,7 @@ def read_photograph(path: str | Path) -> Photograph:
     """
     array = _read_array(Path(path))
     scale = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0
-    values = torch.from_numpy(array.astype(np.float32) / np.float32(scale)).permute(2, 0, 1)
+    values = torch.from_numpy(array.astype(np.float32, order="C") / np.float32(scale)).permute(2, 0, 1)
     if not values.isfinite().all():
         raise ImageError(f"{path}: {int((~values.isfinite()).sum())} of its values are not finite")
     colours = len(values) - (len(values) in (2, 4))
@@ -118,7 +146,7 @@ class RandomCrops(Dataset[Tensor]):
 
     Args:
         photographs: files, or (3, H, W) tensors in [0, 1].
-        crop: side in pixels; smaller photographs are padded by reflection.
+        crop: side in pixels; photographs down to just over half of it are padded by reflection.
         length: crops an epoch; None for one a photograph.
         resize: first resize each photograph to this side and its own centre square; None to keep it.
     """
@@ -131,6 +159,7 @@ class RandomCrops(Dataset[Tensor]):
         resize: int | None = None,
     ) -> None:
         self.photographs = photographs
+        self.crop, self.resized = crop, resize is not None
         self.length = len(photographs) if length is None else length
         square = [] if resize is None else [v2.Resize(resize, antialias=True), v2.CenterCrop(resize)]
         self.transform = v2.Compose(
@@ -150,6 +179,8 @@ class RandomCrops(Dataset[Tensor]):
             raise IndexError(index)
         photograph = self.photographs[index % len(self.photographs)]
         if not isinstance(photograph, Tensor):
-            photograph = read_photograph(photograph).pixels.expand(3, -1, -1)
+            path, photograph = photograph, read_photograph(photograph).pixels.expand(3, -1, -1)
+            if not self.resized and 2 * min(photograph.shape[-2:]) <= self.crop:
+                raise ImageError(f"{path}: too small for crops of {self.crop} pixels; resize it, or take smaller crops")
         crop: Tensor = self.transform(photograph)
         return crop

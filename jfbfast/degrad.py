@@ -146,9 +146,17 @@ class DEGrad(nn.Module):
             d: (B, C, H, W), in the units that R was trained in.
             x0: the start; where None Aᵀd, or P Aᵀd for a preconditioned layer.
 
+        Raises:
+            ValueError: d or x0 of another shape.
+
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
+        if isinstance(self.blur, SeparableBlur):
+            if d.dim() != 4:
+                raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
+            if x0 is not None and x0.shape != d.shape:
+                raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of d, {tuple(d.shape)}")
         if x0 is None:
             x0 = self._start(d)
         restored, self.solution = solve_fixed_point(

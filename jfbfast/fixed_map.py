@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from jfbfast.denoisers import SpectralNormConv2d
 
@@ -48,12 +49,15 @@ def materialised_weights(module: nn.Module | None) -> Iterator[None]:
 
 
 def step_spectral_norms(module: nn.Module) -> None:
-    """One power iteration of every spectral norm in train(): ours and torch's parametrisation."""
+    """One power iteration of every spectral norm in train(): ours, torch's hook and its parametrisation."""
     with torch.no_grad():
         for m in module.modules():
             if isinstance(m, SpectralNormConv2d) and m.training:
                 m.power_iteration()
-            elif parametrize.is_parametrized(m):
+            for hook in m._forward_pre_hooks.values():
+                if isinstance(hook, SpectralNorm) and m.training:
+                    hook(m, ())
+            if parametrize.is_parametrized(m):
                 assert isinstance(m.parametrizations, nn.ModuleDict)
                 for name, parametrizations in m.parametrizations.items():
                     if any(type(p).__name__ == "_SpectralNorm" and p.training for p in parametrizations.children()):

@@ -76,7 +76,9 @@ class _FixedPointFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        out, x, tensors = ctx.trace
+        if ctx.trace is None:
+            raise RuntimeError("the layer at the fixed point is differentiated once; solve again for a second backward")
+        (out, x, tensors), ctx.trace = ctx.trace, None
 
         def vjp(w: Tensor) -> Tensor:
             return torch.autograd.grad(out, x, w, retain_graph=True)[0]
@@ -149,8 +151,13 @@ def solve_fixed_point(
 
     usable = solution.status != Status.DIVERGED
     value = solution.value
-    if not (everything := bool(usable.all())):
+    everything = bool(usable.all())
+    if not everything and inputs:
         value, inputs = value[usable], tuple(i[usable] for i in inputs)
+    elif not everything:  # the layer captured its data, so the whole batch must stay
+        value = value.nan_to_num()
+    if isinstance(parameters, Tensor):
+        raise TypeError("parameters is a tensor; it takes an iterable of tensors")
     if parameters is not None:
         known = [p for p in parameters if p.requires_grad]
     else:
@@ -164,6 +171,13 @@ def solve_fixed_point(
         else:
             out = layer(value, *inputs)
     out = out.to(solution.value.dtype)
+    if not everything and not inputs:
+        if out.requires_grad and not out[~usable].isfinite().all():
+            raise ValueError(
+                f"inputs is empty, and the layer captured data of which {int((~usable).sum())} samples are not finite; "
+                "what each sample owns must be in inputs for it to be kept out of the gradient"
+            )
+        out = out[usable]
     if not everything:
         out = solution.value.index_put((usable.nonzero().squeeze(1),), out)
     return out, solution

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ def _axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
         raise ValueError(
             f"x has a side of {n} pixels; {len(taps)} taps with padding_mode={padding_mode!r} take at least {limit}"
         )
-    return reference.band_table(taps, n, padding_mode)
+    with torch.inference_mode(False):
+        return reference.band_table(taps, n, padding_mode)
 
 
 @lru_cache(maxsize=256)
@@ -61,7 +62,8 @@ def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.
 
 @lru_cache(maxsize=32)
 def _axis_svd(taps: tuple[float, ...], n: int, padding_mode: str) -> SVD:
-    return reference.svd(_axis_table(taps, n, padding_mode), padding_mode == "circular")
+    with torch.inference_mode(False), torch.no_grad():
+        return reference.svd(_axis_table(taps, n, padding_mode), padding_mode == "circular")
 
 
 @lru_cache(maxsize=64)
@@ -89,15 +91,15 @@ def check_invertible(taps: Taps, shape: tuple[int, int], dtype: torch.dtype) -> 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 nor another reduced-precision matrix product within."""
-    precision = torch.get_float32_matmul_precision()
+    backends: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    products = backends.matmul
+    precision = products.fp32_precision
     try:
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
+        products.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        products.fp32_precision = precision
 
 
 def solve(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -95,11 +96,12 @@ class SeparableBlur(nn.Module):
 
         Args:
             b: images (…, H, W).
-            damping: λ, a number or a tensor that broadcasts against b ((B, 1, 1, 1): one a sample).
-                Differentiable.
+            damping: λ > 0, a number or a tensor of shape () or (…, 1, 1) that broadcasts against b
+                ((B, 1, 1, 1): one a sample). Differentiable.
 
         Raises:
-            ValueError: a number λ < 0; λ = 0 where A is numerically singular or a side is over 1024.
+            ValueError: a number λ < 0; λ = 0 where A is numerically singular or a side is over 1024; a
+                tensor of another shape.
         """
         wide = reference.band_dtype(b.dtype)
         if not isinstance(damping, Tensor):
@@ -108,6 +110,8 @@ class SeparableBlur(nn.Module):
             if damping == 0:
                 inverse.check_invertible(self.taps, (b.shape[-2], b.shape[-1]), wide)
             damping = torch.tensor(damping, dtype=wide, device=b.device)
+        if damping.dim() and damping.shape[-2:] != (1, 1):
+            raise ValueError(f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (…, 1, 1)")
         return ops.solve(b, damping, *self.taps)
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
@@ -127,7 +131,7 @@ class SeparableBlur(nn.Module):
 
 
 def _pair(name: str, value: T | Sequence[T]) -> tuple[T, T]:
-    if isinstance(value, (int, float)):
+    if not isinstance(value, Sequence):
         return value, value
     if len(value) != 2:
         raise ValueError(f"{name} is {value}; it takes a number or a (y, x) pair")
@@ -154,7 +158,7 @@ class GaussianBlur(SeparableBlur):
     ) -> None:
         sizes = _pair("kernel_size", kernel_size)
         sigmas = _pair("sigma", sigma)
-        if any(size != int(size) or size < 1 or size % 2 == 0 for size in sizes):
+        if any(not isinstance(size, Integral) or size < 1 or size % 2 == 0 for size in sizes):
             raise ValueError(f"kernel_size is {kernel_size}; it takes odd positive integers")
         if not all(0 < s < math.inf for s in sigmas):
             raise ValueError(f"sigma is {sigma}; it takes positive numbers of pixels")

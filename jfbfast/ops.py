@@ -135,7 +135,7 @@ def _taps(taps_y: Filter, taps_x: Filter, padding_mode: str) -> Taps:
 def _blur(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False) -> Tensor:
     _check(x=x)
     taps = _taps(taps_y, taps_x, padding_mode)
-    return _kernels(x, taps).blur(x, _tables(x, taps, adjoint))
+    return _kernels(x, taps).blur(x, _tables(x, taps, adjoint)).contiguous()
 
 
 @torch.library.impl("jfbfast::gradient", "default")
@@ -144,7 +144,7 @@ def _gradient(
 ) -> Tensor:
     _check(x=x, d=d, r=r)
     taps = _taps(taps_y, taps_x, padding_mode)
-    return _kernels(x, taps).gradient(x, d, r, _tables(x, taps, False), _tables(x, taps, True))
+    return _kernels(x, taps).gradient(x, d, r, _tables(x, taps, False), _tables(x, taps, True)).contiguous()
 
 
 @torch.library.impl("jfbfast::gradient_step", "default")
@@ -161,14 +161,15 @@ def _gradient_step(
     if step_size.dim():
         raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
     taps = _taps(taps_y, taps_x, padding_mode)
-    return _kernels(x, taps).gradient_step(x, d, r, step_size, _tables(x, taps, False), _tables(x, taps, True))
+    forward, adjoint = (_tables(x, taps, a) for a in (False, True))
+    return _kernels(x, taps).gradient_step(x, d, r, step_size, forward, adjoint).contiguous()
 
 
 @torch.library.impl("jfbfast::solve", "default")
 def _solve(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str) -> Tensor:
     _check(b=b)
     taps = _taps(taps_y, taps_x, padding_mode)
-    return inverse.solve(b, damping, taps, _kernels(b, taps))
+    return inverse.solve(b, damping, taps, _kernels(b, taps)).contiguous()
 
 
 @torch.library.register_fake("jfbfast::blur")

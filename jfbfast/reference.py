@@ -213,10 +213,11 @@ def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tens
 
 def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """Σ αᵢ fᵢ, the next iterate, for α [B, m] and m images [B, N]."""
-    out = torch.zeros_like(images[0]) if out is None else out.zero_()
-    for weight, image in zip(alpha.T.to(out.dtype), images, strict=True):
-        out.addcmul_(weight[:, None], image)
-    return out
+    wide = band_dtype(images[0].dtype)
+    mixed = torch.zeros_like(images[0], dtype=wide)
+    for weight, image in zip(alpha.T.to(wide), images, strict=True):
+        mixed.addcmul_(weight[:, None], image.to(wide))
+    return mixed.to(images[0].dtype) if out is None else out.copy_(mixed)
 
 
 def anderson_mix_differences(

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from jfbfast import cuda, native, ops, reference
 
 Layer = Callable[..., Tensor]
 
-_DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over its first value
+_DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
 _CUDA_POLL = 4  # iterations between two looks at whether every sample is done, each a synchronisation
 
 
@@ -98,7 +99,7 @@ class FixedPointSolver(ABC):
     """The loop that every method shares: stopping, freezing, statuses, compaction.
 
     A sample stops as CONVERGED when ‖T(x) − x‖ ≤ tol·‖T(x)‖ + atol, and as DIVERGED when either
-    norm is not finite or has grown 10⁴ times since the first evaluation. It is frozen from there
+    norm is not finite or exceeds 10⁴ times the sum of the two at the first evaluation. It is frozen from there
     on, and leaves the batch once half of the batch has. No sample's values touch another's.
 
     Args:
@@ -119,7 +120,7 @@ class FixedPointSolver(ABC):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it takes a finite number of at least 0")
-        if self.max_iter < 1:
+        if not isinstance(self.max_iter, Integral) or self.max_iter < 1:
             raise ValueError(f"max_iter is {self.max_iter}; it takes an integer of at least 1")
 
     @abstractmethod
@@ -166,18 +167,18 @@ class FixedPointSolver(ABC):
         active = torch.ones(batch, dtype=torch.bool, device=device)
         lowest = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
         guarded = lowest  # the lowest since the safeguard last acted
-        first: tuple[Tensor, Tensor] | None = None
+        bound: Tensor | None = None
         iteration = self.start(x)
         buffers = [torch.empty_like(x) for _ in range(3)]
 
         for evaluation in range(1, self.max_iter + 1) if batch else ():
             f = self._evaluate(layer, x.view(-1, *shape), inputs)
             residual, image = iteration.measure(x, f)
-            first = first or (residual, image)
+            bound = _DIVERGED_GROWTH * (residual + image) if bound is None else bound
 
             finite = residual.isfinite() & image.isfinite()
             converged = active & finite & (residual <= self.tol * image + self.atol)
-            outgrown = (residual > _DIVERGED_GROWTH * first[0]) | (image > _DIVERGED_GROWTH * first[1])
+            outgrown = (residual > bound) | (image > bound)
             diverged = active & ~converged & (~finite | outgrown)
             improved = converged | (active & ~diverged & (residual < lowest))
             lowest = torch.where(improved, residual, lowest)
@@ -199,7 +200,7 @@ class FixedPointSolver(ABC):
                     x, f, residual, lowest, guarded, rows, *inputs_left = (
                         v[active] for v in (x, f, residual, lowest, guarded, rows, *inputs)
                     )
-                    inputs, first = tuple(inputs_left), (first[0][active], first[1][active])
+                    inputs, bound = tuple(inputs_left), bound[active]
                     found = FixedPointSolution(*(field[active] for field in found))
                     iteration.select(active)
                     active = torch.ones_like(rows, dtype=torch.bool)
@@ -238,7 +239,7 @@ class _PicardIteration:
         return norm(f - x, dim=1, dtype=torch.float64), norm(f, dim=1, dtype=torch.float64)
 
     def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
-        return f
+        return out.copy_(f)  # not f itself: a layer may write its next output over it
 
     def select(self, rows: Tensor) -> None:
         pass
@@ -270,7 +271,7 @@ class Anderson(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory < 1:
+        if not isinstance(self.memory, Integral) or self.memory < 1:
             raise ValueError(f"memory is {self.memory}; it takes an integer of at least 1")
         if not 0 < self.regularization < math.inf:
             raise ValueError(f"regularization is {self.regularization}; it takes a positive number")

@@ -58,6 +58,10 @@ def test_files_are_read_as_others_wrote_them(tmp_path):
 
     exif = Image.Exif()
     exif[0x0112] = 6
+    Image.fromarray(deep[:, :, 0]).save(tmp_path / "turned.png", exif=exif)
+    turned = read_photograph(tmp_path / "turned.png")
+    assert turned.dtype == np.uint16
+    assert (turned.pixels[0].numpy() * 65535).round().tolist() == np.rot90(deep[:, :, 0], -1).tolist()
     Image.fromarray(rgb).save(tmp_path / "turned.jpg", exif=exif)
     assert read_photograph(tmp_path / "turned.jpg").pixels.shape == (3, 4, 6)
 
@@ -71,6 +75,12 @@ def test_bad_files_are_named(tmp_path):
     cv2.imwrite(str(tmp_path / "nan.tiff"), np.full((4, 4, 3), np.nan, np.float32))
     with pytest.raises(ImageError, match="48 of its values are not finite"):
         read_photograph(tmp_path / "nan.tiff")
+    Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8) * 1000).save(tmp_path / "int32.tiff")
+    with pytest.raises(ImageError, match="neither 8-bit"):
+        read_photograph(tmp_path / "int32.tiff")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "small.png")
+    with pytest.raises(ImageError, match=r"small\.png: too small"):
+        RandomCrops([tmp_path / "small.png"], 64)[0]
     deep = Photograph(torch.zeros(3, 4, 4), None, np.dtype("uint16"))
     with pytest.raises(ImageError, match=r"\.jpg cannot hold uint16"):
         write_photograph(tmp_path / "out.jpg", deep)

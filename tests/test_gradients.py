@@ -161,6 +161,40 @@ def test_a_bad_sample_touches_nothing(backend):
     assert (bad.grad[1] == 0).all() and (bad.grad[0] != 0).any()
 
 
+def test_captured_data_of_a_bad_sample_is_refused_not_spread():
+    weight = torch.full((3,), 0.5, requires_grad=True)
+    x0, d = torch.zeros(4, 3), torch.randn(4, 3)
+    d[1, 0] = torch.nan
+    with pytest.warns(ConvergenceWarning), pytest.raises(ValueError, match="inputs is empty"):
+        fixed_point(lambda x: d + weight * x, x0, parameters=[weight])
+    with pytest.warns(ConvergenceWarning):
+        out = fixed_point(lambda x, d: d + weight * x, x0, inputs=(d,), parameters=[weight])
+    out[[0, 2, 3]].sum().backward()
+    assert weight.grad.isfinite().all()
+    with pytest.raises(TypeError, match="parameters is a tensor"):
+        fixed_point(lambda x, d: d + weight * x, x0, inputs=(torch.zeros(4, 3),), parameters=weight)
+
+
+def test_a_second_backward_says_why_not():
+    out = fixed_point(Cell(), torch.zeros(2, 12), inputs=(torch.randn(2, 12),))
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        out.sum().backward()
+
+
+def test_torchs_hook_of_spectral_norm_steps_once():
+    conv = torch.nn.utils.spectral_norm(nn.Conv2d(3, 3, 3, padding=1, bias=False))
+    model = DEGrad(GaussianBlur(), conv, step_size=0.3)
+    with torch.no_grad():
+        conv.weight_orig += torch.randn_like(conv.weight_orig)
+    matrix, u = conv.weight_orig.detach().flatten(1), conv.weight_u.clone()
+    v = F.normalize(matrix.T @ u, dim=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model(torch.randn(1, 3, 8, 8)).sum().backward()
+    torch.testing.assert_close(conv.weight_u, F.normalize(matrix @ v, dim=0))
+
+
 def test_a_wholly_bad_batch_has_zero_gradients():
     model = networks()["filtered"]
     with pytest.warns(ConvergenceWarning):
@@ -385,6 +419,12 @@ def test_two_processes_give_the_gradient_of_one():
             lambda: DEGrad(GaussianBlur(), RED(DnCNN(1, 2, 2)), preconditioner="exact", step_size=0.5),
             ValueError,
             "step_size is 0.5",
+        ),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 8, 8)), ValueError, "d has shape"),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 9)),
+            ValueError,
+            "x0 has shape",
         ),
         (lambda: RED(DnCNN(1, 2, 2), weight=0.0), ValueError, "weight is 0.0"),
         (lambda: RED(DnCNN(1, 2, 2), filter_damping=-1.0), ValueError, "filter_damping is -1.0"),

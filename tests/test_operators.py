@@ -134,6 +134,8 @@ def test_opcheck(backend):
             (ops.blur, (strided, *filters, True)),
             (ops.gradient, (x, d, None, *filters)),
             (ops.gradient_step, (x, None, strided, step, *filters)),
+            (ops.gradient_step, (strided, d, None, step, *filters)),
+            (ops.solve, (strided, damping, *filters)),
             (ops.gradient_step, (x, d, r, step, *filters)),
             (ops.solve, (x, damping, *filters)),
         ):
@@ -188,6 +190,20 @@ def test_solve_ignores_autocast_and_reduced_precision():
         torch.set_float32_matmul_precision(previous)
 
 
+def test_solve_ignores_the_precision_of_the_newer_setting():
+    blur = jfbfast.GaussianBlur()
+    b = torch.randn(1, 3, 32, 32)
+    exact = blur.solve(b, 0.01)
+    products = torch.backends.mkldnn.matmul
+    previous = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        torch.testing.assert_close(blur.solve(b, 0.01), exact, rtol=0, atol=0)
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = previous
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_solves_in_float32(dtype):
     blur = jfbfast.GaussianBlur()
@@ -232,6 +248,8 @@ def test_any_number_of_leading_dimensions(shape):
         (lambda: jfbfast.GaussianBlur(5, -1.0), "sigma is -1.0"),
         (lambda: jfbfast.GaussianBlur(5, (1.0, float("nan"))), "sigma is"),
         (lambda: jfbfast.GaussianBlur((3, 5, 7)), "kernel_size is"),
+        (lambda: jfbfast.GaussianBlur(5.0), "kernel_size is 5.0"),
+        (lambda: jfbfast.GaussianBlur().solve(torch.zeros(1, 1, 8, 8), torch.ones(8, 8)), "damping has shape"),
         (lambda: jfbfast.GaussianBlur(padding_mode="same"), "padding_mode is 'same'"),
         (lambda: jfbfast.SeparableBlur([1.0, 2.0], [1.0]), "taps_y is"),
         (lambda: jfbfast.SeparableBlur([1.0], [float("inf")]), "taps_x is"),

@@ -220,12 +220,20 @@ def test_the_safeguard_tames_a_map_that_plain_iteration_cannot_solve():
     assert solution.status[0] == Status.CONVERGED
 
 
-def test_a_layer_that_reuses_its_output_buffer_converges_all_the_same():
+def test_a_contraction_whose_first_image_is_zero_converges():
+    for solver in SOLVERS:
+        solution = solver(tol=1e-8).solve(lambda x: torch.relu(1 - x / 2), torch.full((1, 4), 2.0, dtype=torch.float64))
+        assert solution.status[0] == Status.CONVERGED
+        torch.testing.assert_close(solution.value, torch.full_like(solution.value, 2 / 3), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_layer_that_reuses_its_output_buffer_converges_all_the_same(solver):
     layer, fixed_point, *_ = linear_map(30, 0.9)
     buffer = torch.empty(2, 30, dtype=torch.float64)
     x0 = torch.zeros(2, 30, dtype=torch.float64)
-    solution = Anderson(tol=1e-9, max_iter=100).solve(lambda x: buffer.copy_(layer(x)), x0)
-    fresh = Anderson(tol=1e-9, max_iter=100).solve(layer, x0)
+    solution = solver(tol=1e-9, max_iter=300).solve(lambda x: buffer.copy_(layer(x)), x0)
+    fresh = solver(tol=1e-9, max_iter=300).solve(layer, x0)
     assert (solution.status == Status.CONVERGED).all()
     assert solution.iterations.max() <= 1.5 * fresh.iterations.max()
     torch.testing.assert_close(solution.value[0], fixed_point, rtol=0, atol=1e-6)
@@ -270,6 +278,7 @@ def test_weights_minimise_the_mixed_residual(kernels):
     [
         (lambda: Anderson(tol=-1), "tol is -1"),
         (lambda: Anderson(max_iter=0), "max_iter is 0"),
+        (lambda: Anderson(max_iter=2.5), "max_iter is 2.5"),
         (lambda: Anderson(memory=0), "memory is 0"),
         (lambda: Anderson(regularization=0.0), "regularization is 0"),
         (lambda: Anderson(history=torch.float16), "history is torch.float16"),

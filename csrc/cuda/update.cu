@@ -4,7 +4,7 @@
 namespace jfbfast::cuda {
 namespace {
 
-constexpr double kDivergedGrowth = 1e4;   // of |g| or |f| over its first value
+constexpr double kDivergedGrowth = 1e4;   // of |g| or |f| over their first values' sum
 constexpr double kSafeguardGrowth = 4;    // of |g| over its lowest value since the safeguard last acted
 constexpr double kTiny = 2.2250738585072014e-308;
 
@@ -27,8 +27,8 @@ __device__ void judge(const Anderson& a, std::int64_t sample, double image, doub
         a.first_residual[sample] = residual;
     }
     const bool finite = isfinite(image) && isfinite(residual);
-    const bool outgrown = residual > kDivergedGrowth * a.first_residual[sample] ||
-                          image > kDivergedGrowth * a.first_image[sample];
+    const double bound = kDivergedGrowth * (a.first_residual[sample] + a.first_image[sample]);
+    const bool outgrown = residual > bound || image > bound;
     const bool converged = finite && residual <= a.tol * image + a.atol;
     if (!converged && (!finite || outgrown)) {
         a.status[sample] = kDiverged;
