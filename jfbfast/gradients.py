@@ -216,7 +216,9 @@ def fixed_point(
         T(x*), of x0's shape and dtype.
 
     Raises:
-        ValueError: another gradient's name; a layer that depends on a tensor that requires a gradient
+        TypeError: ``parameters`` is a tensor.
+        ValueError: another gradient's name; a diverged sample whose data the layer captured and that is
+            not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; what
             `FixedPointSolver.solve` raises.
 

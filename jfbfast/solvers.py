@@ -18,7 +18,7 @@ from jfbfast import cuda, native, ops, reference
 Layer = Callable[..., Tensor]
 
 _DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
-_CUDA_POLL = 4  # iterations between two looks at whether every sample is done, each a synchronisation
+_CUDA_POLL = 4  # iterations between two looks at whether every sample is done
 
 
 _SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safeguard last acted

@@ -1,0 +1,157 @@
+"""DE-GRAD as a module: its operators, its modes, what it refuses."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from models import networks
+from torch import nn
+
+from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Status
+
+
+def test_a_network_that_does_not_contract_says_so_and_stays_finite():
+    model = networks()["paper"].eval()
+    with torch.no_grad():
+        for parameter in model.regularizer.parameters():
+            parameter *= 3
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight *= 4
+    with pytest.warns(ConvergenceWarning, match="did not converge"):
+        out = model(torch.randn(2, 3, 12, 12))
+    assert out.isfinite().all()
+    assert set(model.solution.status.tolist()) <= {Status.DIVERGED, Status.MAX_ITER}
+
+
+def test_no_grad_inference_mode_and_budget_zero_tolerance():
+    model = networks()["filtered"].eval()
+    d = torch.randn(1, 3, 8, 8)
+    expected = model(d)
+    assert expected.requires_grad
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            out = model(d)
+        assert not out.requires_grad
+        torch.testing.assert_close(out, expected)
+    model.solver = Anderson(tol=0, max_iter=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(d)
+
+
+def test_a_warm_start_saves_evaluations():
+    model = networks()["filtered"].eval()
+    d = torch.randn(2, 3, 12, 12)
+    model(d)
+    first, start = model.solution.iterations.clone(), model.solution.value
+    model(d, start)
+    assert (model.solution.iterations == 1).all() and (first > 1).all()
+
+
+def test_deepcopy_pickle_state_dict():
+    model = networks()["filtered"].eval()
+    d = torch.randn(1, 3, 8, 8)
+    expected = model(d)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(d), expected, rtol=0, atol=0)
+    other = networks()["filtered"].eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(d), expected, rtol=0, atol=0)
+
+
+def test_under_torch_compile():
+    model = networks()["filtered"].eval()
+    d = torch.randn(1, 3, 8, 8)
+    compiled = torch.compile(model)
+    torch.testing.assert_close(compiled(d), model(d))
+    compiled(d).sum().backward()
+    assert model.regularizer.log_weight.grad is not None
+
+
+def test_any_operator_with_forward_and_adjoint():
+    class Mask(nn.Module):
+        mask = (torch.arange(64).view(8, 8) % 3 > 0).double()
+
+        def forward(self, x):
+            return self.mask * x
+
+        adjoint = forward
+
+    model = DEGrad(Mask(), RED(nn.Conv2d(1, 1, 3, padding=1), 0.2), step_size=0.7).double().eval()
+    d = Mask()(torch.randn(1, 1, 8, 8, dtype=torch.float64))
+    model.solver = Anderson(tol=1e-6, max_iter=300)
+    out = model(d)
+    residual = Mask().adjoint(Mask()(out) - d) + model.regularizer(out)
+    assert residual.norm() < 1e-4 * out.norm()
+
+
+def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
+    class Physics(nn.Module):
+        blur = GaussianBlur(padding_mode="circular")
+        filter = torch.ones(5)
+
+        def forward(self, x):
+            return self.A(x) + torch.randn_like(x)
+
+        def A(self, x):
+            return self.blur(x)
+
+        def A_adjoint(self, y):
+            return self.blur.adjoint(y)
+
+    regularizer = RED(DnCNN(1, 4, 3, residual=True), 0.2).eval()
+    d = torch.randn(1, 1, 8, 8)
+    x = torch.randn(1, 1, 8, 8)
+    theirs, ours = (DEGrad(operator, regularizer, step_size=0.7) for operator in (Physics(), Physics.blur))
+    torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d))
+    with pytest.raises(ValueError, match="operator is PhysicsOperator"):
+        DEGrad(Physics(), RED(regularizer.denoiser, 0.2, "weight")).layer(x, d)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: DEGrad(nn.Identity(), DnCNN(1, 2, 2)), TypeError, "no adjoint"),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), step_size=-1), ValueError, "step_size is -1"),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), averaging=1.5), ValueError, "averaging is 1.5"),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), damping=0.1), ValueError, "damping is 0.1"),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), preconditioner="exact"),
+            ValueError,
+            "damping is None",
+        ),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), preconditioner="cg"),
+            ValueError,
+            "preconditioner is 'cg'",
+        ),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), gradient="bptt"), ValueError, "gradient is 'bptt'"),
+        (
+            lambda: DEGrad(GaussianBlur(), RED(DnCNN(1, 2, 2)), preconditioner="exact", step_size=0.5),
+            ValueError,
+            "step_size is 0.5",
+        ),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 8, 8)), ValueError, "d has shape"),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 9)),
+            ValueError,
+            "x0 has shape",
+        ),
+        (lambda: RED(DnCNN(1, 2, 2), weight=0.0), ValueError, "weight is 0.0"),
+        (lambda: RED(DnCNN(1, 2, 2), filter_damping=-1.0), ValueError, "filter_damping is -1.0"),
+        (lambda: RED(DnCNN(1, 2, 2), filter_damping="yes"), ValueError, "filter_damping is 'yes'"),
+        (
+            lambda: RED(DnCNN(1, 2, 2), filter_damping=0.1)(torch.zeros(1, 1, 4, 4)),
+            ValueError,
+            "operator is NoneType",
+        ),
+        (lambda: DnCNN(depth=1), ValueError, "depth is 1"),
+        (lambda: DnCNN(norm="layer"), ValueError, "norm is 'layer'"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
