@@ -10,6 +10,7 @@ from jfbfast.gradients import JFB, fixed_point
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
 from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
+from jfbfast.unet import UNet
 
 try:
     __version__ = version("jfbfast")
@@ -28,6 +29,7 @@ __all__ = [
     "Picard",
     "SeparableBlur",
     "Status",
+    "UNet",
     "backend",
     "direct_inverse",
     "fixed_point",

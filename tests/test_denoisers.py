@@ -1,13 +1,14 @@
-"""DnCNN and its spectral normalisation."""
+"""The denoisers: DnCNN and its spectral normalisation, and the U-Net."""
 
 import copy
 import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from jfbfast import DnCNN
+from jfbfast import DnCNN, UNet
 from jfbfast.denoisers import SpectralNormConv2d
 
 
@@ -80,3 +81,28 @@ def test_deepcopy_and_pickle():
     x = torch.randn(1, 1, 5, 5)
     for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         torch.testing.assert_close(twin(x), network(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (1, 3, 13, 7), (0, 3, 8, 8)])
+def test_unet_keeps_any_shape_and_pads_what_its_scales_do_not_divide(shape):
+    net = UNet(3, (8, 6, 4), (1, 2, 1)).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    out = net(x)
+    assert out.shape == x.shape and out.is_contiguous()
+    height, width = shape[2:]
+    padded = F.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate")
+    torch.testing.assert_close(out, net(padded)[..., :height, :width], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": (8, 0)}, "features is"),
+        ({"features": ()}, "features is"),
+        ({"features": (8, 8), "blocks": (1,)}, "blocks is"),
+        ({"channels": 0}, "channels is"),
+    ],
+)
+def test_unet_names_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**arguments)

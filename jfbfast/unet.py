@@ -1,0 +1,94 @@
+"""A residual U-Net as denoiser: most of its work is done at half resolution and below, where it is cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + convolution(ReLU(convolution(x))), 3 × 3."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(features, features, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(features, features, 3, padding=1),
+        )
+        with torch.no_grad():  # a deep stack of them starts close to the identity
+            self.layers[2].weight *= 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return x + out
+
+
+def _blocks(features: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(features) for _ in range(count)))
+
+
+class UNet(nn.Module):
+    """A denoiser x + network(x): residual blocks at 1/2, 1/4, … of the image's resolution, with skip connections.
+
+    The layout is that of DRUNet (Zhang et al., 2021), below a pixel-unshuffle by two as in FFDNet (Zhang
+    et al., 2018). Images (B, channels, H, W) of any size keep their shape: they are padded at the right
+    and bottom by replication to what the coarsest scale divides, and cut back.
+
+    Args:
+        channels: of the image, in and out.
+        features: of each scale, from half resolution down.
+        blocks: residual blocks of each scale, on the way down and again on the way up; the coarsest has one pass.
+
+    Raises:
+        ValueError: a number below 1, no scale, or another count of ``blocks`` than of ``features``.
+    """
+
+    def __init__(
+        self, channels: int = 3, features: Sequence[int] = (64, 96, 128), blocks: Sequence[int] = (2, 2, 2)
+    ) -> None:
+        super().__init__()
+        for name, values in (("channels", (channels,)), ("features", features), ("blocks", blocks)):
+            if not values or min(values) < 1:
+                raise ValueError(f"{name} is {values}; it takes integers of at least 1")
+        if len(blocks) != len(features):
+            raise ValueError(f"blocks is {tuple(blocks)}; it takes as many as features, {len(features)}")
+        *finer, coarsest = features
+        self.multiple = 2 ** len(features)
+        self.head = nn.Conv2d(4 * channels, features[0], 3, padding=1)
+        self.encoders = nn.ModuleList(map(_blocks, finer, blocks))
+        self.down = nn.ModuleList(map(_halving, finer, features[1:]))
+        self.middle = _blocks(coarsest, blocks[-1])
+        self.up = nn.ModuleList(map(_doubling, features[1:], finer))
+        self.decoders = nn.ModuleList(map(_blocks, finer, blocks))
+        self.tail = nn.Conv2d(features[0], 4 * channels, 3, padding=1)
+        with torch.no_grad():  # starts close to the identity
+            self.tail.weight *= 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, channels, H, W) to images of the same shape."""
+        if not len(x):  # torch's pixel_unshuffle keeps the shape of an empty batch
+            return x
+        height, width = x.shape[-2:]
+        padding = (0, -width % self.multiple, 0, -height % self.multiple)
+        padded = F.pad(x, padding, mode="replicate") if any(padding) else x
+        h = self.head(F.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last))
+        skips = []
+        for encoder, down in zip(self.encoders, self.down, strict=True):
+            skips.append(encoder(h))
+            h = down(skips[-1])
+        h = self.middle(h)
+        for up, decoder, skip in zip(self.up[::-1], self.decoders[::-1], skips[::-1], strict=True):
+            h = decoder(up(h) + skip)
+        return x + F.pixel_shuffle(self.tail(h), 2)[..., :height, :width]
+
+
+def _halving(features: int, following: int) -> nn.Conv2d:
+    return nn.Conv2d(features, following, 2, stride=2)
+
+
+def _doubling(features: int, following: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(features, following, 2, stride=2)
