@@ -148,6 +148,18 @@ def test_the_denoiser_is_nonexpansive_at_every_size(averaging):
     assert max(norms) > 0.6  # the bound is not an empty one
 
 
+def test_a_dncnn_of_bounded_convolutions_is_two_lipschitz_in_its_residual_form():
+    network = DnCNN(2, 6, 4, norm=None, spectral_norm="conv", bias=True, residual=True).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 1  # aligned, for a large gain
+    for size in ((4, 5), (12, 12)):
+        x = torch.rand(1, 2, *size, dtype=torch.float64)
+        norm = float(largest_singular_value(lambda x: x - network(x), x))
+        assert 0.3 < norm <= 1 + 1e-9
+        assert largest_singular_value(network, x) <= 2 + 1e-9
+
+
 def test_maxmin_sorts_pairs_and_keeps_norms():
     x = torch.randn(2, 6, 3, 3)
     out = MaxMin()(x)
