@@ -5,12 +5,14 @@ from importlib.metadata import PackageNotFoundError, version
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
-from jfbfast.denoisers import RED, DnCNN
+from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
 from jfbfast.gradients import JFB, fixed_point
+from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
 from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
 from jfbfast.unet import UNet
+from jfbfast.warm_start import WarmStart
 
 try:
     __version__ = version("jfbfast")
@@ -26,10 +28,13 @@ __all__ = [
     "DnCNN",
     "FixedPointSolution",
     "GaussianBlur",
+    "IterativeOperator",
+    "NonexpansiveDenoiser",
     "Picard",
     "SeparableBlur",
     "Status",
     "UNet",
+    "WarmStart",
     "backend",
     "direct_inverse",
     "fixed_point",
