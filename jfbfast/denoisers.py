@@ -74,7 +74,7 @@ class DnCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, channels, H, W) to images of the same shape."""
-        out: Tensor = self.layers(x)
+        out: Tensor = self.layers(x.contiguous(memory_format=torch.channels_last))
         return x - out if self.residual else out
 
 
