@@ -140,29 +140,30 @@ def _norms(x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 def _unroll(
     network: _Network, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
 ) -> tuple[Tensor, FixedPointSolution]:
-    """The method's applications from x0, and the solution that they amount to.
+    """The method's applications from x0, and the solution that they amount to; x0 for a diverged sample.
 
-    Where a sample diverged, the running statistics are as they were before.
+    Where one diverged, the running statistics are as they were before.
     """
     buffers = [] if network.module is None else [(b, b.clone()) for b in network.module.buffers()]
-    out, ((x_first, image_first), *_, (x, image)) = network(x0, inputs)
-    bound = _DIVERGED_GROWTH * sum(_norms(x_first, image_first))
+    out, ends = network(x0, inputs)
+    first_residual, first_size = _norms(*ends[0])
+    bound = _DIVERGED_GROWTH * (first_residual + first_size)
+    x, image = ends[-1]
     residual, size = _norms(x, image)
     diverged = ~(residual.isfinite() & size.isfinite()) | (residual > bound) | (size > bound)
     converged = ~diverged & (residual <= solver.tol * size + solver.atol)
     count = int(diverged.sum())
-    relative = (residual / size.clamp_min(_TINY)).to(band_dtype(x0.dtype))
+    relative = torch.where(diverged, first_residual, residual) / torch.where(diverged, first_size, size).clamp_min(
+        _TINY
+    )
     if count:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        warn_unconverged(
-            f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer "
-            f"(largest residual {float(relative.max()):.1e})"
-        )
+        warn_unconverged(f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer")
     return out, FixedPointSolution(
-        value=torch.where(diverged.view(-1, *[1] * (x.dim() - 1)), torch.nan, x),
-        residual=relative,
+        value=torch.where(diverged.view(-1, *[1] * (x.dim() - 1)), x0, x),
+        residual=relative.to(band_dtype(x0.dtype)),
         iterations=torch.full_like(diverged, method.steps, dtype=torch.long),
         status=torch.full_like(diverged, Status.MAX_ITER, dtype=torch.long)
         .masked_fill(converged, Status.CONVERGED)

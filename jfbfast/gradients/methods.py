@@ -195,10 +195,10 @@ class Implicit(GradientMethod):
 class Shine(GradientMethod):
     """SHINE (Ramzi et al., 2022): w = B⁻ᵀ g, B⁻¹ ≈ (I − J)⁻¹ the estimate that the forward solve built.
 
-    No product with J. The solver must make the estimate.
+    No product with J. The solver must make the estimate. A sample whose w is not finite takes JFB's, w = g.
 
     Args:
-        fallback: take JFB's w = g for a sample whose ‖w‖ exceeds ``ratio`` ‖g‖ or is not finite.
+        fallback: take JFB's also for a sample whose ‖w‖ exceeds ``ratio`` ‖g‖.
         ratio: the safeguard's bound, positive; the authors' code takes 1.8.
 
     Raises:
@@ -216,14 +216,12 @@ class Shine(GradientMethod):
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
         assert jacobian.inverse is not None
         w = jacobian.inverse(gradient)
-        if not self.fallback:
-            return w
-        dims = tuple(range(1, w.dim()))
         norm_w, norm_g = (
-            torch.linalg.vector_norm(v, dim=dims, keepdim=True, dtype=torch.float64) if dims else v.abs().double()
+            torch.linalg.vector_norm(v.reshape(len(v), v.shape[1:].numel()), dim=1, dtype=torch.float64)
             for v in (w, gradient)
         )
-        return torch.where(norm_w <= self.ratio * norm_g, w, gradient)
+        kept = norm_w.isfinite() & (not self.fallback or norm_w <= self.ratio * norm_g)
+        return torch.where(kept.view(-1, *[1] * (w.dim() - 1)), w, gradient)
 
 
 @dataclass(frozen=True)
