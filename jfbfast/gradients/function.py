@@ -237,6 +237,9 @@ def solve_fixed_point(
     if out is None or not everything:
         inverse = _inverse(solution, solver, rows) if estimating else None
         out, _ = network(start, inputs, inverse)
+        if estimating:
+            kept: dict[str, Any] = {"inverse": None}
+            solution = solution._replace(**kept)  # the backward alone holds the estimate
     if not everything and not inputs:
         if out.requires_grad and not out[~usable].isfinite().all():
             raise ValueError(
