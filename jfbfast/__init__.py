@@ -6,7 +6,7 @@ from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
-from jfbfast.gradients import JFB, fixed_point
+from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled, fixed_point
 from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
@@ -28,12 +28,18 @@ __all__ = [
     "DnCNN",
     "FixedPointSolution",
     "GaussianBlur",
+    "GradientMethod",
+    "Implicit",
     "IterativeOperator",
+    "Neumann",
     "NonexpansiveDenoiser",
+    "Phantom",
     "Picard",
     "SeparableBlur",
+    "Shine",
     "Status",
     "UNet",
+    "Unrolled",
     "WarmStart",
     "backend",
     "direct_inverse",

@@ -36,7 +36,8 @@ class DEGrad(nn.Module):
             weight of a `RED` regulariser.
         averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points.
         solver: `Anderson()` where None.
-        gradient: "jfb", or a gradient method.
+        gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
+            `fixed_point`).
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
