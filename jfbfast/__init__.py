@@ -9,7 +9,7 @@ from jfbfast.denoisers import RED, DnCNN
 from jfbfast.gradients import JFB, fixed_point
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
-from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
+from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
 
 try:
@@ -21,11 +21,13 @@ __all__ = [
     "JFB",
     "RED",
     "Anderson",
+    "Broyden",
     "ConvergenceWarning",
     "DEGrad",
     "DnCNN",
     "FixedPointSolution",
     "GaussianBlur",
+    "Inertial",
     "Picard",
     "SeparableBlur",
     "Status",
