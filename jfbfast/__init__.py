@@ -10,7 +10,7 @@ from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, S
 from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
-from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
+from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
 from jfbfast.warm_start import WarmStart
 
@@ -23,6 +23,7 @@ __all__ = [
     "JFB",
     "RED",
     "Anderson",
+    "Broyden",
     "ConvergenceWarning",
     "DEGrad",
     "DnCNN",
@@ -30,6 +31,7 @@ __all__ = [
     "GaussianBlur",
     "GradientMethod",
     "Implicit",
+    "Inertial",
     "IterativeOperator",
     "Neumann",
     "NonexpansiveDenoiser",
