@@ -11,6 +11,7 @@ from jfbfast.denoisers import RED, log_parameter
 from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
 from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator
 from jfbfast.operators import SeparableBlur
+from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
 
 
@@ -38,6 +39,7 @@ class DEGrad(nn.Module):
         solver: `Anderson()` where None.
         gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
             `fixed_point`).
+        solve_dtype, compile_solve: as in `fixed_point`.
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
@@ -60,6 +62,8 @@ class DEGrad(nn.Module):
         averaging: float = 1.0,
         solver: FixedPointSolver | None = None,
         gradient: str | GradientMethod = "jfb",
+        solve_dtype: torch.dtype | None = None,
+        compile_solve: bool = False,
     ) -> None:
         super().__init__()
         if not hasattr(blur, "adjoint") and hasattr(blur, "A_adjoint"):
@@ -86,6 +90,8 @@ class DEGrad(nn.Module):
         self.averaging = averaging
         self.solver = Anderson() if solver is None else solver
         self.gradient = gradient_method(gradient)
+        self.solve_dtype = checked_solve_dtype(solve_dtype)
+        self.compile_solve = compile_solve
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
         self.log_damping = None if damping is None else log_parameter("damping", damping)
         self.solution = None
@@ -141,7 +147,13 @@ class DEGrad(nn.Module):
         if x0 is None:
             x0 = self.start(d)
         restored, self.solution = solve_fixed_point(
-            self.layer, x0, inputs=(d,), solver=self.solver, gradient=self.gradient
+            self.layer,
+            x0,
+            inputs=(d,),
+            solver=self.solver,
+            gradient=self.gradient,
+            solve_dtype=self.solve_dtype,
+            compile_solve=self.compile_solve,
         )
         return restored
 

@@ -36,9 +36,12 @@ class NormalisedConv2d(nn.Conv2d):
         """Undo `materialise`."""
         self._materialised = None
 
+    def current_weight(self) -> Tensor:
+        """The weight of a forward: what `materialise` fixed, or else the quotient anew."""
+        return self.normalised_weight() if self._materialised is None else self._materialised
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.normalised_weight() if self._materialised is None else self._materialised
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, self.current_weight(), self.bias)
 
 
 class SpectralNormConv2d(NormalisedConv2d):

@@ -1,7 +1,5 @@
 """Implicit problems and a solver with an exact estimate, for the tests of the gradient methods."""
 
-from typing import NamedTuple
-
 import torch
 from models import Cell
 
@@ -32,14 +30,6 @@ class Estimate:
         return torch.einsum("bij,bi->bj", self.matrices.to(w.dtype), w.flatten(1)).view(w.shape)
 
 
-class Estimated(NamedTuple):
-    value: torch.Tensor
-    residual: torch.Tensor
-    iterations: torch.Tensor
-    status: torch.Tensor
-    inverse: Estimate | None = None
-
-
 class Exact:
     """A solver that hands over (I − J)⁻¹, scaled by ``factor``."""
 
@@ -47,13 +37,13 @@ class Exact:
         self.solver, self.factor = solver, factor
         self.tol, self.atol, self.max_iter = solver.tol, solver.atol, solver.max_iter
 
-    def solve(self, layer, x0, inputs=(), estimate=False):
-        solution = self.solver.solve(layer, x0, inputs)
+    def solve(self, layer, x0, inputs=(), *, estimate=False, **options):
+        solution = self.solver.solve(layer, x0, inputs, **options)
         if not estimate:
             return solution
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             jacobians = one_layer(layer, solution.value, inputs)
-        return Estimated(*solution[:4], Estimate(jacobians, self.factor))
+        return solution._replace(inverse=Estimate(jacobians, self.factor))
 
 
 def solver_for(method, solver=TIGHT):
