@@ -156,8 +156,8 @@ def test_shine_falls_back_sample_by_sample():
     estimate[2, 0, 0] = torch.nan
 
     class Solver(Exact):
-        def solve(self, layer, x0, inputs=(), estimate=False):
-            solution = super().solve(layer, x0, inputs, estimate)
+        def solve(self, *args, **options):
+            solution = super().solve(*args, **options)
             solution.inverse.matrices = matrices
             return solution
 
