@@ -9,6 +9,7 @@ from jfbfast.denoisers import RED, DnCNN
 from jfbfast.gradients import JFB, fixed_point
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
+from jfbfast.penalty import jacobian_penalty
 from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
 from jfbfast.unet import UNet
 
@@ -34,6 +35,7 @@ __all__ = [
     "direct_inverse",
     "fixed_point",
     "gradient_descent",
+    "jacobian_penalty",
     "keep_freed_memory",
     "show_config",
     "tikhonov",

@@ -1,4 +1,4 @@
-"""The command line: `jfbfast info | demo | restore | train | bench`."""
+"""The command line: `jfbfast info | demo | restore | train | diagnose | bench`."""
 
 from __future__ import annotations
 
@@ -209,6 +209,43 @@ def train(
         quality = runner.callback_metrics.get("val_psnr")
         said = "" if quality is None else f"; validation PSNR {float(quality):.2f} dB at the true range"
         console.print(f"Checkpoint: {out}{said}", highlight=False)
+
+
+@app.command()
+def diagnose(
+    checkpoint: Annotated[Path, typer.Argument(help="From demo or train.")],
+    images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, to be blurred.")],
+    out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
+    crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
+    samples: Annotated[int, typer.Option(help="Crops.")] = 4,
+    iterations: Annotated[int, typer.Option(help="Evaluations of the layer that the history runs to.")] = 300,
+    seed: Seed = 0,
+) -> None:
+    """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
+    with _one_sentence():
+        import torch
+
+        from jfbfast.checkpoint import load_checkpoint
+        from jfbfast.data import RandomCrops
+        from jfbfast.diagnostics import report
+
+        for name, value in (("crop", crop), ("samples", samples)):
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it takes an integer of at least 1")
+        model, config = load_checkpoint(checkpoint)
+        torch.manual_seed(seed)
+        crops = RandomCrops(images, crop, length=samples)
+        x = torch.stack([crops[i] for i in range(samples)])
+        if config.channels != x.shape[1]:
+            x = x.mean(1, keepdim=True).expand(-1, config.channels, -1, -1)
+        d = config.blur()(x) + config.noise * torch.randn_like(x)
+        with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
+            found = report(model, d, x, iterations=iterations, seed=seed)
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{checkpoint.stem}-diagnosis.png"
+        found.plot(path)
+        console.print(found.table())
+        console.print(f"Picture: {path}", highlight=False, markup=False)
 
 
 @app.command()

@@ -1,17 +1,23 @@
-"""Pictures: restorations side by side."""
+"""Pictures: restorations side by side, and a model's diagnosis."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle, Rectangle
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jfbfast.diagnostics import Report
 
 
 def side_by_side(images: Mapping[str, Tensor], path: str | Path, detail: tuple[int, int, int], title: str) -> None:
@@ -37,3 +43,68 @@ def side_by_side(images: Mapping[str, Tensor], path: str | Path, detail: tuple[i
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def diagnosis(report: Report, path: str | Path) -> None:
+    """Save a `Report` as a picture of four parts: residuals, quality, eigenvalues, gradients."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
+    colours = plt.colormaps["viridis"](torch.linspace(0.05, 0.85, max(len(report.radius), 1)).tolist())
+    evaluations = range(1, len(report.history.residual) + 1)
+
+    for residual, colour in zip(report.history.residual.T, colours, strict=False):
+        axes[0, 0].loglog(evaluations, residual, color=colour, linewidth=1.4)
+    axes[0, 0].axhline(report.tol, color="grey", linestyle="--", linewidth=1)
+    axes[0, 0].annotate(
+        f"the solver's tolerance, {report.tol:g}", (1, report.tol), (2, 3), textcoords="offset points", color="dimgrey"
+    )
+    _label(axes[0, 0], "Residual of each sample", "evaluations of T", "‖T(x) − x‖ / ‖T(x)‖")
+
+    if report.history.psnr is None:
+        axes[0, 1].text(0.5, 0.5, "no truth was given", ha="center", transform=axes[0, 1].transAxes, color="dimgrey")
+    else:
+        for quality, colour in zip(report.history.psnr.T, colours, strict=False):
+            axes[0, 1].semilogx(evaluations, quality, color=colour, linewidth=1.4)
+    _label(axes[0, 1], "Quality of each sample, which should stay", "evaluations of T", "PSNR of T(x), dB at range 2")
+
+    _eigenvalues(axes[1, 0], report, colours)
+    _gradients(axes[1, 1], report)
+    figure.suptitle("Diagnosis at the fixed points of " + f"{len(report.radius)} samples", fontsize=13)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=11, loc="left")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _eigenvalues(axis: Axes, report: Report, colours: object) -> None:
+    """Ritz values in the complex plane, with the unit circle."""
+    axis.add_patch(Circle((0, 0), 1, fill=False, edgecolor="black", linewidth=1))
+    for values, colour in zip(report.ritz_values, colours, strict=False):  # type: ignore[call-overload]
+        axis.scatter(values.real, values.imag, s=14, color=colour, alpha=0.8, linewidths=0)
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.autoscale_view()
+    _label(axis, f"Eigenvalues of ∂T/∂x: the largest is {_largest(report.radius):.2f}", "real part", "imaginary part")
+
+
+def _largest(values: Tensor) -> float:
+    finite = values[values.isfinite()]
+    return float(finite.max()) if finite.numel() else float("nan")
+
+
+def _gradients(axis: Axes, report: Report) -> None:
+    """Cosine of each method to the exact gradient: a bar to the median, a dot a sample."""
+    names = list(report.cosine)
+    for row, name in enumerate(names):
+        cosine, ratio = report.cosine[name], report.norm_ratio[name]
+        axis.barh(row, cosine.nanmedian(), height=0.6, color="#7aa6c2")
+        axis.scatter(cosine, torch.full_like(cosine, row), s=12, color="black", zorder=3)
+        axis.text(1.02, row, f"{float(ratio.nanmedian()):.2f}", va="center", transform=axis.get_yaxis_transform())
+    axis.text(1.02, -0.75, "norm ratio", fontsize=9, color="dimgrey", transform=axis.get_yaxis_transform())
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    _label(axis, "Gradients against the exact one", "cosine (bar: median, dots: samples)", "")
