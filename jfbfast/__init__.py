@@ -6,7 +6,7 @@ from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN
-from jfbfast.gradients import JFB, fixed_point
+from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled, fixed_point
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
 from jfbfast.penalty import jacobian_penalty
@@ -27,10 +27,16 @@ __all__ = [
     "DnCNN",
     "FixedPointSolution",
     "GaussianBlur",
+    "GradientMethod",
+    "Implicit",
+    "Neumann",
+    "Phantom",
     "Picard",
     "SeparableBlur",
+    "Shine",
     "Status",
     "UNet",
+    "Unrolled",
     "backend",
     "direct_inverse",
     "fixed_point",

@@ -62,7 +62,8 @@ class DEGrad(nn.Module):
             estimate it at the first forward, and whenever `update_averaging` is called. Then it is a
             buffer, NaN before the first estimate.
         solver: `Anderson()` where None.
-        gradient: "jfb", or a gradient method.
+        gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
+            `fixed_point`).
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
