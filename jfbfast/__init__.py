@@ -10,7 +10,7 @@ from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, S
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
 from jfbfast.penalty import jacobian_penalty
-from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
+from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
 
 try:
@@ -22,6 +22,7 @@ __all__ = [
     "JFB",
     "RED",
     "Anderson",
+    "Broyden",
     "ConvergenceWarning",
     "DEGrad",
     "DnCNN",
@@ -29,6 +30,7 @@ __all__ = [
     "GaussianBlur",
     "GradientMethod",
     "Implicit",
+    "Inertial",
     "Neumann",
     "Phantom",
     "Picard",

@@ -14,7 +14,8 @@ from torch import Tensor
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED
 from jfbfast.fixed_map import fixed_map
-from jfbfast.gradients import GRADIENTS, GradientMethod, solve_fixed_point
+from jfbfast.gradients import GradientMethod, Implicit, solve_fixed_point
+from jfbfast.gradients.methods import GRADIENTS
 from jfbfast.history import History, convergence_history
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, FixedPointSolver, Picard
 from jfbfast.spectrum import Linearisation, operator_norm, ritz_values, symmetric_ritz_values
@@ -201,8 +202,8 @@ def gradient_agreement(
             found = torch.autograd.grad(out, parameters, cotangent[rows], allow_unused=True, materialize_grads=True)
         return torch.cat([g.flatten() for g in found]).double()
 
-    estimates = getattr(model.solver, "estimates_inverse", False)
-    names = [name for name, method in GRADIENTS.items() if estimates or getattr(method, "needs", None) != "inverse"]
+    estimates = model.solver.estimates_inverse
+    names = [name for name, method in GRADIENTS.items() if estimates or method.needs != "inverse"]
     cosine = {name: value.new_full((len(value),), torch.nan) for name in names}
     ratio = {name: column.clone() for name, column in cosine.items()}
     with fixed_map(model):
@@ -258,9 +259,8 @@ def report(
         else:
             with torch.no_grad():
                 cotangent = model.layer(value, d) - x
-        exact: Any = GRADIENTS["implicit"]
-        tol = 10 * torch.finfo(value.dtype).eps
-        cosine, ratio = gradient_agreement(model, d, value, cotangent, exact(tol=tol, max_iter=200))
+        exact = Implicit(tol=10 * torch.finfo(value.dtype).eps, max_iter=200)
+        cosine, ratio = gradient_agreement(model, d, value, cotangent, exact)
         values = ritz_values(model.layer, value, (d,), steps)
         found = Report(
             radius=values.abs().amax(1),

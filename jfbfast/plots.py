@@ -101,7 +101,7 @@ def _gradients(axis: Axes, report: Report) -> None:
     names = list(report.cosine)
     for row, name in enumerate(names):
         cosine, ratio = report.cosine[name], report.norm_ratio[name]
-        axis.barh(row, cosine.nanmedian(), height=0.6, color="#7aa6c2")
+        axis.barh(row, float(cosine.nanmedian()), height=0.6, color="#7aa6c2")
         axis.scatter(cosine, torch.full_like(cosine, row), s=12, color="black", zorder=3)
         axis.text(1.02, row, f"{float(ratio.nanmedian()):.2f}", va="center", transform=axis.get_yaxis_transform())
     axis.text(1.02, -0.75, "norm ratio", fontsize=9, color="dimgrey", transform=axis.get_yaxis_transform())
