@@ -226,19 +226,28 @@ def diagnose(
         import torch
 
         from jfbfast.checkpoint import load_checkpoint
-        from jfbfast.data import RandomCrops
+        from jfbfast.data import ImageError, read_photograph
+        from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it takes an integer of at least 1")
         model, config = load_checkpoint(checkpoint)
-        torch.manual_seed(seed)
-        crops = RandomCrops(images, crop, length=samples)
-        x = torch.stack([crops[i] for i in range(samples)])
-        if config.channels != x.shape[1]:
-            x = x.mean(1, keepdim=True).expand(-1, config.channels, -1, -1)
-        d = config.blur()(x) + config.noise * torch.randn_like(x)
+        if not isinstance(model, DEGrad):
+            raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
+        random = torch.Generator().manual_seed(seed)
+        squares = []
+        for i in range(samples):
+            pixels = read_photograph(images[i % len(images)]).pixels
+            if min(pixels.shape[-2:]) < crop:
+                raise ImageError(f"{images[i % len(images)]}: smaller than crops of {crop} pixels")
+            top, left = (int(torch.randint(n - crop + 1, (), generator=random)) for n in pixels.shape[-2:])
+            square = pixels[:, top : top + crop, left : left + crop]
+            square = square.mean(0, keepdim=True) if config.channels == 1 else square
+            squares.append(2 * square.expand(config.channels, -1, -1) - 1)
+        x = torch.stack(squares)
+        d = config.blur()(x) + config.noise * torch.randn(x.shape, generator=random)
         with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
             found = report(model, d, x, iterations=iterations, seed=seed)
         out.mkdir(parents=True, exist_ok=True)

@@ -181,6 +181,10 @@ def test_diagnose_on_the_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     assert "contraction factor" in result.output
     assert (tmp_path / "out" / "small-diagnosis.png").exists()
-    for wrong, message in ((("--samples", 0), "--samples is 0"), (("--crop", 0), "--crop is 0")):
+    for wrong, message in (
+        (("--samples", 0), "--samples is 0"),
+        (("--crop", 0), "--crop is 0"),
+        (("--crop", 91), "smaller than crops"),
+    ):
         refused = run(*arguments, *wrong)
         assert refused.exit_code == 1 and message in refused.output and "Traceback" not in refused.output
