@@ -53,10 +53,10 @@ def diagnosis(report: Report, path: str | Path) -> None:
 
     _curves(axes[0, 0], residual, report, colours)
     axes[0, 0].set_yscale("log")
-    axes[0, 0].axhline(report.tol, color="grey", linestyle="--", linewidth=1)
-    axes[0, 0].text(
-        1, report.tol, f"tol = {report.tol:g} ", ha="right", va="bottom", color="dimgrey", **_along(axes[0, 0])
-    )
+    if report.tol > 0 and residual.numel():
+        axes[0, 0].axhline(report.tol, color="grey", linestyle="--", linewidth=1)
+        told = {"ha": "right", "va": "bottom", "color": "dimgrey", **_along(axes[0, 0])}
+        axes[0, 0].text(1, report.tol, f"tol = {report.tol:g} ", **told)
     _label(axes[0, 0], "Residual of each sample, and where its solve stops", "evaluations of T", "‖T(x) − x‖ / ‖T(x)‖")
 
     if quality is None:
@@ -123,5 +123,5 @@ def _gradients(axis: Axes, report: Report) -> None:
         axis.text(1.03, row, f"{median:.4f}     {ratio:.2f}", va="center", **_along(axis))
     axis.text(1.03, -0.75, "cosine   norm ratio", fontsize=9, color="dimgrey", **_along(axis))
     axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     _label(axis, "Gradients against the exact one", "cosine (bar: median, dots: samples)", "")

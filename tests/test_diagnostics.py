@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,7 +147,8 @@ def test_a_bad_sample_is_reported_as_such_and_touches_nothing(tmp_path):
         torch.testing.assert_close(values[:1], getattr(alone, name), rtol=1e-4, atol=0)
         assert values[1].isnan()
     assert all(values[1].isnan() for values in found.cosine.values())
-    for each in (found, alone, report(model, d[:0], iterations=5, steps=5)):
+    empty = report(model, d[:0], iterations=5, steps=5)
+    for each in (found, alone, empty, replace(alone, tol=0.0)):
         Console(file=io.StringIO()).print(each.table())
         each.plot(tmp_path / "bad.png")
 
