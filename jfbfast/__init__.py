@@ -10,6 +10,7 @@ from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, S
 from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
+from jfbfast.penalty import jacobian_penalty
 from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
 from jfbfast.warm_start import WarmStart
@@ -47,6 +48,7 @@ __all__ = [
     "direct_inverse",
     "fixed_point",
     "gradient_descent",
+    "jacobian_penalty",
     "keep_freed_memory",
     "show_config",
     "tikhonov",
