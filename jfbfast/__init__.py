@@ -5,13 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
-from jfbfast.denoisers import RED, DnCNN
+from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
 from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled, fixed_point
+from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
 from jfbfast.penalty import jacobian_penalty
 from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
+from jfbfast.warm_start import WarmStart
 
 try:
     __version__ = version("jfbfast")
@@ -31,7 +33,9 @@ __all__ = [
     "GradientMethod",
     "Implicit",
     "Inertial",
+    "IterativeOperator",
     "Neumann",
+    "NonexpansiveDenoiser",
     "Phantom",
     "Picard",
     "SeparableBlur",
@@ -39,6 +43,7 @@ __all__ = [
     "Status",
     "UNet",
     "Unrolled",
+    "WarmStart",
     "backend",
     "direct_inverse",
     "fixed_point",

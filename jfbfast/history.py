@@ -59,6 +59,6 @@ def convergence_history(
 
     solver = replace(model.solver, tol=0.0, atol=0.0, max_iter=iterations)
     with fixed_map(model), materialised_weights(model):
-        solution = solver.solve(recorded, model._start(d) if x0 is None else x0)
+        solution = solver.solve(recorded, model.start(d) if x0 is None else x0)
     empty = [d.new_zeros(0)]  # the solve of an empty batch evaluates nothing
     return History(torch.stack(residuals or empty), None if x is None else torch.stack(qualities or empty), solution)

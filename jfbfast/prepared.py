@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast.lipschitz import NormalisedConv2d
+
 Layer = Callable[..., Tensor]
 
 
@@ -26,7 +28,7 @@ def _foldable(module: nn.Module) -> bool:
     """A convolution whose function is known from its weight, which may be computed (spectral norm)."""
     if not (isinstance(module, nn.Conv2d) and _plain(module)):
         return False
-    return type(module).forward is nn.Conv2d.forward or hasattr(module, "normalised_weight")
+    return type(module).forward is nn.Conv2d.forward or isinstance(module, NormalisedConv2d)
 
 
 def _norm_to_fold(module: nn.Module) -> bool:
@@ -58,7 +60,7 @@ class _PreparedConv2d(nn.Module):
     def refresh(self) -> None:
         """Take the weights as they are now."""
         conv, norm = self.sources
-        weight: Tensor = getattr(conv, "normalised_weight", lambda: conv.weight)()
+        weight = conv.current_weight() if isinstance(conv, NormalisedConv2d) else conv.weight
         bias = conv.bias
         if norm is not None:
             assert norm.running_mean is not None and norm.running_var is not None
@@ -128,6 +130,7 @@ class _Twin:
         self.copies: list[tuple[nn.Module, nn.Module]] = []
         self.convolutions: list[_PreparedConv2d] = []
         self.seen: dict[nn.Module, nn.Module] = {}
+        self.compiled: dict[str, Layer] = {}
         self.module = self._twin(module)
         for conv in self.convolutions[1:-1]:  # the first and the last map from and to the image, and are cheap
             conv.dtype = dtype
@@ -155,6 +158,15 @@ class _Twin:
         copy.__dict__["_modules"] = twins
         self.copies.append((module, copy))
         return copy
+
+    def method(self, name: str, compiled: bool) -> Layer:
+        """The twin's method of that name, through torch.compile if asked; a compiled one is kept."""
+        method: Layer = getattr(self.module, name)
+        if not compiled:
+            return method
+        if name not in self.compiled:
+            self.compiled[name] = torch.compile(method)
+        return self.compiled[name]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -184,7 +196,14 @@ class _Twins(dict[torch.dtype | None, tuple[_Structure, _Twin]]):
         return _Twins, ()
 
 
-def prepared(layer: Layer, dtype: torch.dtype | None = None) -> Layer:
+def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype, which is one that a layer can be prepared in; raises ValueError for another."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"solve_dtype is {dtype}; it takes None, torch.bfloat16 or torch.float16")
+    return dtype
+
+
+def prepared(layer: Layer, dtype: torch.dtype | None = None, *, compiled: bool = False) -> Layer:
     """The layer as a solve evaluates it: the same function to rounding, in eval() and without gradients.
 
     The weights are taken at this call. What cannot be prepared is used as it is: a layer that is
@@ -194,8 +213,9 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None) -> Layer:
     Args:
         layer: a module, a module's method or any callable.
         dtype: torch.bfloat16 or torch.float16 evaluates the layer under autocast, and its convolutions
-            in that dtype with weights that are stored in it, all but the first and the last; None keeps
-            the layer's own precision.
+            in that dtype with weights that are stored in it, all but the first and the last; None
+            evaluates it in the weights' own precision, whatever autocast the caller has.
+        compiled: pass a module, or a module's method, through torch.compile.
     """
     owner = getattr(layer, "__self__", layer)
     if isinstance(owner, nn.Module):
@@ -204,12 +224,10 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None) -> Layer:
             twins[dtype] = structure, _Twin(owner, dtype)
         twin = twins[dtype][1]
         twin.refresh()
-        layer = twin.module if layer is owner else getattr(twin.module, layer.__name__)
-    if dtype is None:
-        return layer
+        layer = twin.method("__call__" if layer is owner else layer.__name__, compiled)
 
-    def low_precision(x: Tensor, *inputs: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype):
+    def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             return layer(x, *inputs)
 
-    return low_precision
+    return evaluate

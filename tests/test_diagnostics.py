@@ -108,7 +108,7 @@ def test_the_history_is_that_of_the_solver(measured):
     model, d, x, found = measured
     history = found.history
     assert history.residual.shape == history.psnr.shape == (60, 3)
-    solution = Anderson(tol=1e-3, max_iter=50).solve(model.layer, model._start(d), (d,))
+    solution = Anderson(tol=1e-3, max_iter=50).solve(model.layer, model.start(d), (d,))
     assert (found.solution.status == Status.CONVERGED).all()
     for i, iterations in enumerate(solution.iterations.tolist()):
         assert history.residual[iterations - 1, i] <= 1e-3

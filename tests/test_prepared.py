@@ -13,7 +13,7 @@ from torch import nn
 
 from jfbfast import DnCNN, UNet
 from jfbfast.denoisers import SpectralNormConv2d
-from jfbfast.prepared import _PreparedConv2d, prepared
+from jfbfast.prepared import _PreparedConv2d, _Twin, prepared
 
 
 class Branches(nn.Module):
@@ -83,10 +83,9 @@ def test_it_is_the_same_function_after_every_change_of_the_module(name):
 
 
 def test_every_convolution_of_a_dncnn_is_folded():
-    twin = prepared(module("DnCNN"))
+    twin = _Twin(module("DnCNN"), None).module
     kinds = [type(m) for m in twin.layers]
     assert kinds.count(_PreparedConv2d) == 4 and nn.BatchNorm2d not in kinds and nn.ReLU not in kinds
-    assert twin.layers[2].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,16 +105,12 @@ def test_fused_relu_against_float64(dtype, channels_last):
 
 
 def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
-    net = module("UNet").float()
-    prepared(net, torch.bfloat16)
-    dtypes = []
-    twin = prepared(net, torch.bfloat16).__closure__
-    (layer,) = (cell.cell_contents for cell in twin if isinstance(cell.cell_contents, nn.Module))
-    for m in layer.modules():
-        if isinstance(m, _PreparedConv2d):
-            dtypes.append(m.weight.dtype)
-    assert dtypes[0] == dtypes[-1] == torch.float32
-    assert set(dtypes[1:-1]) == {torch.bfloat16}
+    twin = _Twin(module("UNet").float(), torch.bfloat16)
+    twin.refresh()
+    weights = [m.weight for m in twin.module.modules() if isinstance(m, _PreparedConv2d)]
+    assert weights[0].dtype == weights[-1].dtype == torch.float32
+    assert {w.dtype for w in weights[1:-1]} == {torch.bfloat16}
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
 
 
 @pytest.mark.parametrize("name", networks())
@@ -127,20 +122,38 @@ def test_a_method_of_a_model(name):
 
 
 def test_what_cannot_be_prepared_is_used_as_it_is():
-    linear = nn.Linear(3, 3)
-    assert prepared(linear) is linear
-    assert prepared(torch.tanh) is torch.tanh
-
     class Own(nn.Conv2d):
         def forward(self, x):
             return super().forward(x) + 1
 
-    own = Own(3, 3, 1)
-    assert prepared(own) is own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
-    assert prepared(traced) is traced
+    for module in (nn.Linear(3, 3), Own(3, 3, 1), traced):
+        assert _Twin(module, None).module is module
+    x = torch.randn(3)
+    torch.testing.assert_close(prepared(torch.tanh)(x), x.tanh())
+
+
+def test_the_callers_autocast_does_not_change_its_precision():
+    net, x = module("UNet").float(), torch.randn(1, 3, 8, 8)
+    expected = prepared(net)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prepared(net)(x), expected)
+
+
+@pytest.mark.slow
+def test_through_torch_compile_it_follows_the_weights():
+    model = networks()["filtered"].eval()
+    x, d = torch.randn(2, 2, 3, 9, 8)
+    torch.compiler.reset()
+    with torch.no_grad(), torch.compiler.set_stance("default"):
+        for _ in range(2):
+            expected = model.layer(x, d)
+            torch.testing.assert_close(prepared(model.layer, compiled=True)(x, d), expected, rtol=1e-4, atol=1e-5)
+            for parameter in model.parameters():
+                parameter += 0.05
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", ["DnCNN", "convolution"])

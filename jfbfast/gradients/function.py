@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jfbfast.fixed_map import fixed_map, materialised_weights, step_spectral_norms, updated_statistics
+from jfbfast.fixed_map import fixed_map, materialised_weights, owner, step_spectral_norms, updated_statistics
 from jfbfast.gradients.convergence import warn_unconverged
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled, gradient_method
+from jfbfast.prepared import checked_solve_dtype, prepared
 from jfbfast.reference import band_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
+from jfbfast.solvers.loop import DIVERGED_GROWTH
 
-_DIVERGED_GROWTH = 1e4  # as in `FixedPointSolver`
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -94,19 +95,13 @@ def _raise_for_captured(out: Tensor, known: set[int]) -> None:
         stack.extend(next_node for next_node, _ in node.next_functions)
 
 
-def _owner(layer: Layer) -> nn.Module | None:
-    """The module that a layer is, or is a method of."""
-    owner = getattr(layer, "__self__", layer)
-    return owner if isinstance(owner, nn.Module) else None
-
-
 class _Network:
     """The layer with its parameters, as the method applies it at the fixed point."""
 
     def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod) -> None:
         if isinstance(parameters, Tensor):
             raise TypeError("parameters is a tensor; it takes an iterable of tensors")
-        self.layer, self.module, self.method = layer, _owner(layer), method
+        self.layer, self.module, self.method = layer, owner(layer), method
         self.named = parameters is not None
         if parameters is None:
             parameters = () if self.module is None else self.module.parameters()
@@ -147,7 +142,7 @@ def _unroll(
     buffers = [] if network.module is None else [(b, b.clone()) for b in network.module.buffers()]
     out, ends = network(x0, inputs)
     first_residual, first_size = _norms(*ends[0])
-    bound = _DIVERGED_GROWTH * (first_residual + first_size)
+    bound = DIVERGED_GROWTH * (first_residual + first_size)
     x, image = ends[-1]
     residual, size = _norms(x, image)
     diverged = ~(residual.isfinite() & size.isfinite()) | (residual > bound) | (size > bound)
@@ -182,13 +177,10 @@ def _warn(solution: FixedPointSolution, solver: FixedPointSolver) -> None:
         )
 
 
-def _inverse(solution: FixedPointSolution, solver: FixedPointSolver, rows: Tensor) -> Callable[[Tensor], Tensor]:
+def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], Tensor]:
     """w ↦ (I − ∂T/∂x)⁻ᵀ w by the solver's estimate, for the batch of these rows of the solve's."""
-    estimate: Any = getattr(solution, "inverse", None)
-    if estimate is None:
-        raise ValueError(
-            f"solver is {type(solver).__name__}, which made no estimate of the inverse; this gradient takes one"
-        )
+    estimate = solution.inverse
+    assert estimate is not None
 
     def of_rows(w: Tensor) -> Tensor:
         whole = w.new_zeros(solution.value.shape)
@@ -196,6 +188,26 @@ def _inverse(solution: FixedPointSolution, solver: FixedPointSolver, rows: Tenso
         return estimate.transpose(whole)[rows]
 
     return estimate.transpose if len(rows) == len(solution.value) else of_rows
+
+
+def _solve(
+    layer: Layer,
+    x0: Tensor,
+    inputs: tuple[Tensor, ...],
+    solver: FixedPointSolver,
+    solve_dtype: torch.dtype | None,
+    compiled: bool,
+    estimate: bool,
+) -> FixedPointSolution:
+    """The solve, with the layer prepared for it: in low precision first where that is asked for, or autocast is on."""
+    device = x0.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    inputs = tuple(i.detach() for i in inputs)
+    fine = prepared(layer, compiled=compiled)
+    coarse = prepared(layer, solve_dtype or autocast, compiled=compiled) if solve_dtype or autocast else None
+    if coarse is not None and solver.tol == 0 and solve_dtype is None:
+        return solver.solve(coarse, x0, inputs, estimate=estimate)  # the caller counts evaluations of this very layer
+    return solver.solve(fine, x0, inputs, coarse=coarse, verify=solve_dtype is not None, estimate=estimate)
 
 
 def solve_fixed_point(
@@ -206,10 +218,13 @@ def solve_fixed_point(
     parameters: Iterable[Tensor] | None = None,
     solver: FixedPointSolver | None = None,
     gradient: str | GradientMethod = "jfb",
+    solve_dtype: torch.dtype | None = None,
+    compile_solve: bool = False,
 ) -> tuple[Tensor, FixedPointSolution]:
     """`fixed_point` and the `FixedPointSolution` that it rests on."""
     solver = Anderson() if solver is None else solver
     method = gradient_method(gradient)
+    checked_solve_dtype(solve_dtype)
     network = _Network(layer, parameters, method)
     inputs = tuple(inputs)
     if network.module is not None:
@@ -220,9 +235,8 @@ def solve_fixed_point(
         out, solution = _unroll(network, method, x0, inputs, solver)
         start = x0
     else:
-        options = {"estimate": True} if estimating else {}
         with fixed_map(network.module), materialised_weights(network.module):
-            solution = solver.solve(layer, x0, tuple(i.detach() for i in inputs), **options)
+            solution = _solve(layer, x0, inputs, solver, solve_dtype, compile_solve, estimating)
         _warn(solution, solver)
         start = solution.value
 
@@ -235,8 +249,10 @@ def solve_fixed_point(
     elif not everything:  # the layer captured its data, so the whole batch must stay
         start = start.nan_to_num()
     if out is None or not everything:
-        inverse = _inverse(solution, solver, rows) if estimating else None
+        inverse = _inverse(solution, rows) if estimating else None
         out, _ = network(start, inputs, inverse)
+        if estimating:
+            solution = solution._replace(inverse=None)  # the backward alone holds the estimate
     if not everything and not inputs:
         if out.requires_grad and not out[~usable].isfinite().all():
             raise ValueError(
@@ -258,6 +274,8 @@ def fixed_point(
     parameters: Iterable[Tensor] | None = None,
     solver: FixedPointSolver | None = None,
     gradient: str | GradientMethod = "jfb",
+    solve_dtype: torch.dtype | None = None,
+    compile_solve: bool = False,
 ) -> Tensor:
     """T(x*; inputs) at the fixed point x* = T(x*; inputs), with the gradient of an implicit network.
 
@@ -285,12 +303,21 @@ def fixed_point(
 
     Raises:
         TypeError: ``parameters`` is a tensor; ``gradient`` neither a name nor a method.
-        ValueError: another gradient's name; a diverged sample whose data the layer captured and that is
-            not finite; a layer that depends on a tensor that requires a gradient
+        ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
+            captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
             from the solver's estimate of the inverse where it made none; what `FixedPointSolver.solve` raises.
 
     Warns:
         ConvergenceWarning: some samples did not converge (with tol = 0: diverged).
     """
-    return solve_fixed_point(layer, x0, inputs=inputs, parameters=parameters, solver=solver, gradient=gradient)[0]
+    return solve_fixed_point(
+        layer,
+        x0,
+        inputs=inputs,
+        parameters=parameters,
+        solver=solver,
+        gradient=gradient,
+        solve_dtype=solve_dtype,
+        compile_solve=compile_solve,
+    )[0]

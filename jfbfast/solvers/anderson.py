@@ -160,7 +160,8 @@ class _AndersonIteration(Iteration):
         """I − ΔF (ΔGᵀΔG)⁻¹ ΔGᵀ, which maps each ΔG = (∂T/∂x − I) ΔX to −ΔX, as ΔF = ΔX + ΔG.
 
         ΔF and ΔG are the older images' and residuals' differences to the newest. ΔGᵀΔG is
-        regularised like the weights, and no finer than the history is rounded.
+        regularised like the weights, no finer than the history is rounded, and enters by its Cholesky
+        factor: with LLᵀ = ΔGᵀΔG, U = ΔF L⁻ᵀ and V = ΔG L⁻ᵀ.
         """
         wide = reference.band_dtype(f.dtype)
         memory = len(self.residuals)
@@ -183,8 +184,9 @@ class _AndersonIteration(Iteration):
         epsilon = max(self.regularization, torch.finfo(self.residuals.dtype).eps)
         cosines = products * scale[:, :, None] * scale[:, None, :]
         system = cosines + torch.diag_embed(torch.where(scale > 0, epsilon, 1.0))
-        core = torch.linalg.inv_ex(system)[0] * scale[:, :, None] * scale[:, None, :]
-        return LowRank(delta_f, delta_g, core)
+        factor = torch.linalg.cholesky_ex(system)[0]
+        inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False).to(wide)
+        return LowRank(*(torch.einsum("kbn,blk->lbn", delta, inverse) for delta in (delta_f, delta_g)))
 
     def select(self, rows: Tensor) -> None:
         self.residuals = self.residuals[:, rows]

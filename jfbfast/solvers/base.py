@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jfbfast.reference import band_dtype
 from jfbfast.solvers.loop import Iteration, Layer, Phase, iterate
-from jfbfast.solvers.solution import FixedPointSolution
+from jfbfast.solvers.solution import FixedPointSolution, Status
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class FixedPointSolver(ABC):
         inputs: Sequence[Tensor] = (),
         *,
         coarse: Layer | None = None,
+        verify: bool = True,
         stop_when_stalled: bool = False,
         estimate: bool = False,
     ) -> FixedPointSolution:
@@ -67,8 +68,8 @@ class FixedPointSolver(ABC):
 
         With ``coarse`` the solve goes down a ladder of two: it iterates with ``coarse`` until each
         sample has converged, diverged or stalled there, and then with ``layer``, with a fresh history,
-        from each sample's best iterate. What is claimed of a sample is always measured with
-        ``layer``, which keeps at least one of the ``max_iter`` evaluations of each sample.
+        from each sample's best iterate. What is claimed of a sample is measured with ``layer``, which
+        keeps at least one of the ``max_iter`` evaluations of each sample.
 
         A sample has stalled when in 5 evaluations its lowest ‖T(x) − x‖ has not fallen by 30%: at the
         rounding floor of T, or where the solve converges at a rate above 0.93. (The device solve of
@@ -80,6 +81,8 @@ class FixedPointSolver(ABC):
             inputs: tensors (B, …) of which each sample owns a slice. Samples leave the batch only
                 where there are inputs, since a layer that captured its data could not follow.
             coarse: a cheaper twin of ``layer``, such as the same map in lower precision.
+            verify: False takes the word of ``coarse`` for the samples that converged there, which go on no
+                further; samples that a ``layer`` without ``inputs`` cannot leave out do.
             stop_when_stalled: ends a sample that stalls with ``layer``, as MAX_ITER.
             estimate: gives the solution an ``inverse``, (I − ∂T/∂x)⁻¹ from the history of the
                 evaluations of ``layer`` (Ramzi et al., 2022).
@@ -102,7 +105,7 @@ class FixedPointSolver(ABC):
                 f"estimate is True; {type(self).__name__} keeps no history for it, Anderson and Broyden do"
             )
         with torch.no_grad():
-            return self._solve(layer, x0.detach(), tuple(inputs), coarse, stop_when_stalled, estimate)
+            return self._solve(layer, x0.detach(), tuple(inputs), coarse, verify, stop_when_stalled, estimate)
 
     def _solve(
         self,
@@ -110,26 +113,44 @@ class FixedPointSolver(ABC):
         x0: Tensor,
         inputs: tuple[Tensor, ...],
         coarse: Layer | None,
+        verify: bool,
         stop_when_stalled: bool,
         estimate: bool,
     ) -> FixedPointSolution:
         batch, most = len(x0), self.max_iter if len(x0) else 0
         budget = torch.full((batch,), self.max_iter, dtype=torch.long, device=x0.device)
-        start, spent, shortest, longest = x0, torch.zeros_like(budget), most, most
-        if coarse is not None and most > 1:
-            found = self._run(Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, True, name="coarse"))
-            start, spent = found.value.view(x0.shape), found.iterations
-            budget = budget - spent
-            shortest, longest = int(budget.min()), int(budget.max())
-        found = self._run(Phase(layer, start, inputs, budget, shortest, longest, stop_when_stalled, estimate))
-        unusable = found.residual.isnan() & ~start.reshape(found.value.shape).isfinite().all(1)
-        return found._replace(
-            value=torch.where(unusable[:, None], torch.nan, found.value).view(x0.shape),
-            residual=found.residual.to(band_dtype(x0.dtype)),
-            iterations=found.iterations + spent,
-            coarse_iterations=spent,
-        )
+        if coarse is None or most < 2:
+            found = self._run(Phase(layer, x0, inputs, budget, most, most, stop_when_stalled, estimate))
+            return _shaped(found, x0)._replace(coarse_iterations=torch.zeros_like(budget))
+
+        found = _shaped(self._run(Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, True, name="coarse")), x0)
+        found = found._replace(coarse_iterations=found.iterations)
+        accepted = found.status == Status.CONVERGED
+        if verify or estimate or not (inputs or accepted.all()):
+            accepted = torch.zeros_like(accepted)
+        rows = (~accepted).nonzero()[:, 0]
+        if len(rows) == 0:
+            return found
+        start, spent, *inputs_left = (v[rows] for v in (found.value, found.iterations, *inputs))
+        budget = self.max_iter - spent
+        shortest, longest = int(budget.min()), int(budget.max())
+        phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, stop_when_stalled, estimate)
+        fine = _shaped(self._run(phase), start)
+        fine = fine._replace(iterations=fine.iterations + spent, coarse_iterations=spent)
+        if len(rows) == batch:
+            return fine
+        merged = [whole.index_put((rows,), part) for whole, part in zip(found[:4], fine[:4], strict=True)]
+        return FixedPointSolution._make((*merged, found.coarse_iterations, None))
 
     def _run(self, phase: Phase) -> FixedPointSolution:
         """One phase of the solve; value and residual as `iterate` has them."""
         return iterate(phase, self.start, self.tol, self.atol)
+
+
+def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
+    """A phase's solution in the shape of its start; a sample without any finite iterate is NaN throughout."""
+    unusable = found.residual.isnan() & ~start.reshape(found.value.shape).isfinite().all(1)
+    return found._replace(
+        value=torch.where(unusable[:, None], torch.nan, found.value).view(start.shape),
+        residual=found.residual.to(band_dtype(start.dtype)),
+    )

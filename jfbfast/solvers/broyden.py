@@ -53,26 +53,22 @@ class Broyden(FixedPointSolver):
         return _BroydenIteration(x, self.memory)
 
 
-def _eliminate(system: Tensor, right: Tensor, valid: Tensor, order: list[int], smallest: float) -> Tensor:
+def _eliminate(system: Tensor, right: Tensor, order: list[int], smallest: float) -> Tensor:
     """system⁻¹ right by Gauss–Jordan elimination without exchanges, in the order of the updates.
 
-    Its pivots are then −sᵀH y of each update, H from the updates before: a pair that is not valid, or
-    whose pivot is not above ``smallest``, is left out of the system, and is zero in the result.
+    Its pivots are then −sᵀH y of each update, H from the updates before: a pair whose pivot is not
+    above ``smallest`` is left out of the system, and is zero in the result.
 
     Args:
-        system: (B, M, M); right: (B, M, r); valid: bool (B, M).
+        system: (B, M, M); right: (B, M, r).
     """
-    size = system.shape[1]
     rows = torch.cat((system, right), dim=2)
-    kept = torch.zeros_like(valid)
     for k in order:
         pivot = rows[:, k, k]
-        kept[:, k] = valid[:, k] & (pivot.abs() > smallest)
-        normalised = rows[:, k] * torch.where(kept[:, k], 1 / pivot, 0)[:, None]
-        factors = rows[:, :, k].clone()
-        factors[:, k] -= 1
-        rows = rows - factors[:, :, None] * normalised[:, None]
-    return torch.where(kept[:, :, None], rows[:, :, size:], 0)
+        row = rows[:, k] * torch.where(pivot.abs() > smallest, 1 / pivot, 0)[:, None]
+        rows = rows - rows[:, :, k, None] * row[:, None]
+        rows[:, k] = row
+    return rows[:, :, system.shape[1] :]
 
 
 class _BroydenIteration(Iteration):
@@ -125,27 +121,24 @@ class _BroydenIteration(Iteration):
         return following
 
     def _core(self, gram: Tensor, valid: Tensor, right: Tensor) -> Tensor:
-        """(L + SᵀY)⁻¹ right, with every s scaled to 1 meanwhile."""
+        """(L + SᵀY)⁻¹ right, with every s scaled to 1 meanwhile, and to 0 where not valid."""
         slots = valid.shape[1]
-        pairs = range(max(1, self.evaluations - slots + 1), self.evaluations)
-        age = torch.tensor([(self.slot - slot) % slots for slot in range(slots)], device=gram.device)
-        steps = gram[:, 1::2, 1::2]
-        residuals = gram[:, 1::2, 0::2]
+        newest = self.evaluations - 1
+        order = [pair % slots for pair in range(max(1, newest - slots + 2), newest + 1)]
+        age = torch.tensor([(newest - slot) % slots for slot in range(slots)], device=gram.device)
+        steps, residuals = gram[:, 1::2, 1::2], gram[:, 1::2, 0::2]
         system = steps.where(age[:, None] < age, 0) + residuals - residuals.roll(1, 2)
         norm = steps.diagonal(dim1=1, dim2=2).sqrt()
         scale = torch.where(valid & (norm > 0), 1 / norm, 0)[:, :, None]
-        order = [pair % slots for pair in pairs]
-        return scale * _eliminate(system * scale * scale.mT, scale * right, valid, order, self.smallest)
+        return scale * _eliminate(system * scale * scale.mT, scale * right, order, self.smallest)
 
     def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
         """−H = I − (S + Y) (L + SᵀY)⁻¹ Sᵀ."""
         residuals, steps = (self.ring[start::2, rows].to(reference.band_dtype(f.dtype)) for start in (0, 1))
-        core = self._core(
-            self.gram[rows],
-            self.valid[rows],
-            torch.eye(len(steps), dtype=torch.float64, device=f.device).expand(len(rows), -1, -1),
-        )
-        return LowRank(steps + residuals - residuals.roll(1, 0), steps, core)
+        identity = torch.eye(len(steps), dtype=torch.float64, device=f.device).expand(len(rows), -1, -1)
+        core = self._core(self.gram[rows], self.valid[rows], identity)
+        u = torch.einsum("kbn,bkl->lbn", steps + residuals - residuals.roll(1, 0), core.to(steps.dtype))
+        return LowRank(u, steps)
 
     def select(self, rows: Tensor) -> None:
         self.ring = self.ring[:, rows]

@@ -11,23 +11,16 @@ from jfbfast.reference import band_dtype
 
 
 class LowRank(NamedTuple):
-    """(I − ∂T/∂x)⁻¹ ≈ I − U C Vᵀ for b samples.
-
-    Attributes:
-        u, v: the columns of U and V, (k, b, N).
-        core: C, (b, k, k), in float64.
-    """
+    """(I − ∂T/∂x)⁻¹ ≈ I − U Vᵀ for b samples: u and v hold the columns, (k, b, N)."""
 
     u: Tensor
     v: Tensor
-    core: Tensor
 
     def transpose(self, w: Tensor) -> Tensor:
-        """w − V Cᵀ Uᵀ w, for w (b, N)."""
+        """w − V Uᵀ w, for w (b, N)."""
         wide = torch.promote_types(band_dtype(w.dtype), self.u.dtype)
-        products = torch.einsum("kbn,bn->bk", self.u.to(wide), w.to(wide))
-        weights = torch.einsum("bkl,bk->bl", self.core, products.double())
-        return (w - torch.einsum("bl,lbn->bn", weights.to(wide), self.v.to(wide))).to(w.dtype)
+        weights = torch.einsum("kbn,bn->bk", self.u.to(wide), w.to(wide))
+        return (w - torch.einsum("bk,kbn->bn", weights, self.v.to(wide))).to(w.dtype)
 
 
 class InverseEstimate:

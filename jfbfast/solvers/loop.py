@@ -16,7 +16,7 @@ Layer = Callable[..., Tensor]
 
 CUDA_POLL = 4  # iterations between two looks at whether every sample is done
 
-_DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
+DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
 _SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safeguard last acted
 _STALL_FALL = 0.7  # what a residual that has not stalled falls to …
 _STALL_WINDOW = 5  # … over so many evaluations
@@ -180,7 +180,7 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
         f = phase.evaluate(x, inputs)
         residual, image = iteration.measure(x, f)
         if evaluation == 1:
-            samples.bound = _DIVERGED_GROWTH * (residual + image)
+            samples.bound = DIVERGED_GROWTH * (residual + image)
         before = samples.active
         samples.judge(x, residual, image, tol, atol)
         if stall is not None:
