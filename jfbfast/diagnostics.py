@@ -199,7 +199,14 @@ def gradient_agreement(
 
     def gradient(rows: slice, x0: Tensor, solver: FixedPointSolver, method: str | GradientMethod) -> Tensor:
         with torch.enable_grad():
-            out, _ = solve_fixed_point(model.layer, x0, inputs=(d[rows],), solver=solver, gradient=method)
+            out, _ = solve_fixed_point(
+                model.layer,
+                x0,
+                inputs=(d[rows],),
+                solver=solver,
+                gradient=method,
+                solve_dtype=None if method is exact else model.solve_dtype,
+            )
             found = torch.autograd.grad(out, parameters, cotangent[rows], allow_unused=True, materialize_grads=True)
         return torch.cat([g.flatten() for g in found]).double()
 
@@ -251,7 +258,9 @@ def report(
     with warnings.catch_warnings(), fixed_map(model):
         warnings.simplefilter("ignore", ConvergenceWarning)
         with torch.no_grad():
-            _, solution = solve_fixed_point(model.layer, model.start(d), inputs=(d,), solver=model.solver)
+            _, solution = solve_fixed_point(
+                model.layer, model.start(d), inputs=(d,), solver=model.solver, solve_dtype=model.solve_dtype
+            )
         history = convergence_history(model, d, x, iterations)
         value = history.solution.value
         if x is None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jfbfast.fixed_map import fixed_map, materialised_weights, owner
+from jfbfast.reference import band_dtype
 from jfbfast.solvers import Layer
 
 _SEED = 0  # of the start vector, one for every sample: a sample's result does not depend on its batch
@@ -64,7 +65,13 @@ class Linearisation:
 def linearised(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = ()) -> Iterator[Linearisation]:
     """∂T/∂x at x, within which the layer's module is held still; the arguments as in `ritz_values`."""
     module = owner(layer)
-    with torch.inference_mode(False), torch.enable_grad(), fixed_map(module), materialised_weights(module):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(x.device.type, enabled=False),
+        fixed_map(module),
+        materialised_weights(module),
+    ):
         leaf = x.detach().clone().requires_grad_()
         out = layer(leaf, *(value.detach().clone() for value in inputs))
         if out.shape != x.shape:
@@ -72,6 +79,15 @@ def linearised(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = ()) -> Iterat
                 f"layer maps shape {tuple(x.shape)} to {tuple(out.shape)}; it takes a layer that keeps the shape"
             )
         yield Linearisation(out.to(x.dtype), (leaf,))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, N), in a dtype to orthogonalise in."""
+    return x.detach().flatten(1).to(band_dtype(x.dtype))
+
+
+def _like(x: Tensor, w: Tensor) -> Tensor:
+    return w.reshape(x.shape).to(x.dtype)
 
 
 def _unit(w: Tensor) -> Tensor:
@@ -111,7 +127,7 @@ def arnoldi(operator: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> T
 
     basis[:, 0] = _unit(fresh())
     for j in range(k):
-        image = operator(basis[:, j])
+        image = operator(basis[:, j]).to(like.dtype)
         w, h[:, : j + 1, j] = orthogonalised(image, basis[:, : j + 1])
         length = w.norm(dim=1)
         invariant = length <= 100 * torch.finfo(w.dtype).eps * image.norm(dim=1)
@@ -141,8 +157,7 @@ def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: i
         ValueError: ``steps`` below 1, or a layer that changes the shape.
     """
     with linearised(layer, x, inputs) as jacobian:
-        flat = x.detach().flatten(1)
-        h = arnoldi(lambda w: jacobian.vjp(w.reshape(x.shape))[0].flatten(1), flat, steps)
+        h = arnoldi(lambda w: jacobian.vjp(_like(x, w))[0].flatten(1), _flat(x), steps)
         finite = jacobian.finite & h.isfinite().flatten(1).all(1)
     values = torch.linalg.eigvals(torch.where(finite[:, None, None], h, 0).double())
     return torch.where(finite[:, None], values, torch.nan)
@@ -175,9 +190,9 @@ def operator_norm(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps:
     with linearised(layer, x, inputs) as jacobian:
 
         def normal(w: Tensor) -> Tensor:
-            return jacobian.jvp(jacobian.vjp(w.reshape(x.shape))).flatten(1)
+            return jacobian.jvp(jacobian.vjp(_like(x, w))).flatten(1)
 
-        largest = symmetric_ritz_values(normal, x.detach().flatten(1), steps)[:, -1]
+        largest = symmetric_ritz_values(normal, _flat(x), steps)[:, -1]
         return torch.where(jacobian.finite, largest.clamp_min(0).sqrt(), torch.nan)
 
 
