@@ -58,6 +58,7 @@ class _Task(L.LightningModule):
     def __init__(self, optimization: Optimization, seed: int) -> None:
         super().__init__()
         self.optimization, self.seed = optimization, seed
+        self.steps = 1  # of the run, as `fit` knows
 
     def restore(self, sample: Sample) -> Tensor:
         """The images that the loss compares with ``sample.x``."""
@@ -68,7 +69,7 @@ class _Task(L.LightningModule):
         return 0.0
 
     def report(self, bar: bool = False, batch_size: int | None = None, **values: Tensor) -> None:
-        """Metrics for callbacks, and for the progress bar; the callback that writes them is `Metrics` of jfbfast.runs."""
+        """Metrics for the progress bar and for `Metrics` of jfbfast.runs, which writes them."""
         self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size)
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
@@ -89,7 +90,7 @@ class _Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         rate = self.optimization.learning_rate
         optimizer = torch.optim.Adam(self.parameters(), lr=rate, betas=(0.9, self.optimization.beta2))
-        steps = self.trainer.max_steps
+        steps = self.steps
         schedule: torch.optim.lr_scheduler.LRScheduler
         if self.optimization.schedule == "onecycle":
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -261,8 +262,9 @@ class _Data(L.LightningDataModule):
         pinned = torch.cuda.is_available()
         return DataLoader(self.train, batch_sampler=batches, num_workers=self.workers, pin_memory=pinned)
 
-    def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
-        return [] if self.val is None else DataLoader(self.val, self.batch_size)
+    def val_dataloader(self) -> DataLoader[Sample]:
+        assert self.val is not None  # else Lightning is told to make no validation
+        return DataLoader(self.val, self.batch_size)
 
 
 class _Bar(RichProgressBar):
@@ -299,7 +301,7 @@ def _processes() -> dict[str, Any]:
 
 
 def fit(
-    task: L.LightningModule,
+    task: _Task,
     train: Dataset[Sample],
     *,
     steps: int,
@@ -343,11 +345,11 @@ def fit(
     settings = {"logger": False, "enable_checkpointing": False, **_processes(), **trainer}
     with _quiet():
         runner = L.Trainer(
-            max_steps=steps,
             max_epochs=-(-steps // interval),
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
+            limit_val_batches=None if val is not None else 0,
             precision=PRECISIONS[precision],  # type: ignore[arg-type]
             callbacks=[*bar, *callbacks],
             enable_progress_bar=progress,
@@ -356,5 +358,6 @@ def fit(
             **settings,
         )
         data = _Data(train, val, steps, interval, batch_size, workers)
+        task.steps = steps
         runner.fit(task, datamodule=data, ckpt_path=resume)
     return runner

@@ -202,7 +202,7 @@ def test_a_bad_run_checkpoint_is_one_sentence(folder, tmp_path):
     train(folder, out)
     file = out / "training.ckpt"
     content = file.read_bytes()
-    middle = content.index(b"data/0") + 200
+    middle = content.index(weights(out)["regularizer.denoiser.layers.0.weight"].numpy().tobytes()[:64])
     for broken in (
         content[:-100],
         b"",
@@ -231,8 +231,8 @@ def test_a_run_is_not_overwritten_or_changed(folder, tmp_path):
 
 FORMS = {
     "filtered UNet": {"denoiser": "UNet", "features": (4, 8), "blocks": (1, 1)},
-    "preconditioned": {"form": "preconditioned", "solver": "Picard", "max_iter": 4},
-    "paper": {"form": "paper", "step_size": 0.5, "training_max_iter": 5},
+    "preconditioned": {"form": "preconditioned", "solver": "Picard", "max_iter": 4, "tol": 0},
+    "paper": {"form": "paper", "step_size": 0.5, "tol": 0, "training_max_iter": 5},
     "feed-forward": {"form": "feed-forward"},
     "denoiser": {"form": "denoiser", "steps": 0},
 }
@@ -250,15 +250,15 @@ def test_every_form_trains(folder, tmp_path, name):
 
 
 def test_a_run_starts_from_other_weights(folder, tmp_path):
-    train(folder, tmp_path / "denoiser", form="denoiser", steps=0)
-    train(
-        folder, tmp_path / "first", init=str(tmp_path / "denoiser" / "model.safetensors"), steps=1, learning_rate=1e-9
-    )
-    source, target = weights(tmp_path / "denoiser"), weights(tmp_path / "first")
+    start = tmp_path / "denoiser" / "model.safetensors"
+    train(folder, start.parent, form="denoiser", steps=0)
+    still = {"pretraining_steps": None, "steps": 1, "learning_rate": 1e-9}
+    train(folder, tmp_path / "first", init=str(start), **still)
+    source, target = weights(start.parent), weights(tmp_path / "first")
     for key, value in source.items():
         torch.testing.assert_close(target[f"regularizer.denoiser.{key}"], value, rtol=0, atol=1e-7)
     first = str(tmp_path / "first" / "model.safetensors")
-    train(folder, tmp_path / "second", init=first, pretraining_steps=None, steps=1, learning_rate=1e-9)
+    train(folder, tmp_path / "second", init=first, **still)
     assert not (tmp_path / "second" / "pretraining.ckpt").exists()
     for key, value in target.items():
         torch.testing.assert_close(weights(tmp_path / "second")[key], value, rtol=0, atol=1e-7)
@@ -356,7 +356,7 @@ def test_processes_share_a_batch(tmp_path):
         error = process.communicate(timeout=300)[1]
         assert process.returncode == 0, error
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
-    assert len(one) > 5
+    assert len(one) == 5
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
 
