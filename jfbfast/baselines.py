@@ -38,14 +38,13 @@ def total_variation(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_iter: int = 1000) -> FixedPointSolution:
+def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_iter: int = 500) -> FixedPointSolution:
     """argmin ½‖A x − d‖² + λ TV(x), channel by channel, by the primal-dual method (Condat, 2013; Vũ, 2013).
 
         x ← x − τ(Aᵀ(A x − d) + ∇ᵀu),  u ← Π(u + σ∇(2x' − x)),
 
     x' the new x and Π the projection to ‖uᵢ‖ ≤ λ. It converges for 1/τ − σ‖∇‖² ≥ ‖A‖²/2, where
-    ‖∇‖² < 8 and ‖A‖ ≤ 1 for filters of positive weights that sum to 1 (with padding by reflection or
-    replication a little more, which the step allows for).
+    ‖∇‖² < 8, and ‖A‖² ≤ max AᵀA1 for filters of non-negative weights, which A must have.
 
     Args:
         blur: A.
@@ -59,7 +58,9 @@ def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_
     """
     if not 0 < weight < math.inf:
         raise ValueError(f"weight is {weight}; it takes a positive number")
-    primal, dual = 0.5, 0.12  # 1/τ − 8σ = 1.04
+    dual = 0.02
+    norm = float(blur.normal(torch.ones_like(d[:1])).max()) if d.numel() else 1.0
+    primal = 1 / (norm / 2 + 8 * dual)
 
     def iterate(state: Tensor, d: Tensor) -> Tensor:
         x, u = state[:, 0], state[:, 1:].movedim(1, 0)

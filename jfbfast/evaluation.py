@@ -140,7 +140,7 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2: (B,)."""
+    """SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2, over all of it by reflection: (B,)."""
     found = structural_similarity_index_measure(images, truth, data_range=2.0, reduction="none")
     assert isinstance(found, Tensor)
     return found.reshape(-1)
@@ -255,7 +255,7 @@ def baseline_methods(blur: SeparableBlur, denoiser: nn.Module | None = None) -> 
             [1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 450, 640],
         ),
         Method("tikhonov", lambda v: lambda d: Restoration(tikhonov(blur, d, v)), "damping", _logarithmic(1e-4, 1, 33)),
-        Method("tv", lambda v: lambda d: _solved(tv(blur, d, v)), "weight", _logarithmic(3e-4, 0.03, 11)),
+        Method("tv", lambda v: lambda d: _solved(tv(blur, d, v)), "weight", _logarithmic(1e-4, 0.03, 11)),
     ]
     if denoiser is not None:
         network = denoiser

@@ -349,6 +349,7 @@ def fit(
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
+            log_every_n_steps=1,
             limit_val_batches=None if val is not None else 0,
             precision=PRECISIONS[precision],  # type: ignore[arg-type]
             callbacks=[*bar, *callbacks],
