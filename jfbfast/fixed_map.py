@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from jfbfast.denoisers import SpectralNormConv2d
+from jfbfast.lipschitz import NormalisedConv2d, SpectralNormConv2d
 
 
 @contextmanager
@@ -36,8 +36,8 @@ def fixed_map(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def materialised_weights(module: nn.Module | None) -> Iterator[None]:
-    """Spectral-norm weights are computed once within, without gradients."""
-    convolutions = [] if module is None else [m for m in module.modules() if isinstance(m, SpectralNormConv2d)]
+    """Normalised weights are computed once within, without gradients."""
+    convolutions = [] if module is None else [m for m in module.modules() if isinstance(m, NormalisedConv2d)]
     try:
         for conv in convolutions:
             conv.materialise()
