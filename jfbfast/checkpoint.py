@@ -18,16 +18,25 @@ from torch import Tensor, nn
 
 from jfbfast.baselines import FeedForward
 from jfbfast.degrad import DEGrad
-from jfbfast.denoisers import RED, DnCNN
+from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
 from jfbfast.gradients import GradientMethod, gradient_method
 from jfbfast.operators import GaussianBlur
-from jfbfast.solvers import Anderson, FixedPointSolver, Picard
+from jfbfast.solvers import Anderson, Broyden, FixedPointSolver, Inertial, Picard
 from jfbfast.unet import UNet
 
 _FORMAT = "jfbfast/2"
 FORMS = ("paper", "preconditioned", "filtered", "feed-forward", "denoiser")
-_NETWORKS: dict[str, type[nn.Module]] = {"DnCNN": DnCNN, "UNet": UNet}
-_SOLVERS: dict[str, type[FixedPointSolver]] = {"Anderson": Anderson, "Picard": Picard}
+_NETWORKS: dict[str, type[nn.Module]] = {
+    "DnCNN": DnCNN,
+    "NonexpansiveDenoiser": NonexpansiveDenoiser,
+    "UNet": UNet,
+}
+_SOLVERS: dict[str, type[FixedPointSolver]] = {
+    "Anderson": Anderson,
+    "Broyden": Broyden,
+    "Inertial": Inertial,
+    "Picard": Picard,
+}
 
 Description = Mapping[str, Any]
 
@@ -63,13 +72,13 @@ class ModelConfig:
     Attributes:
         form: "paper" (T(x) = x − η(Aᵀ(A x − d) + R(x)), R the network itself), "preconditioned" or
             "filtered" (a `DEGrad` with `RED`), "feed-forward" (a `FeedForward`), or "denoiser" (the network alone).
-        denoiser: ``kind``, "DnCNN" or "UNet", and its arguments.
+        denoiser: ``kind``, "DnCNN", "UNet" or "NonexpansiveDenoiser", and its arguments.
         kernel_size, sigma, padding_mode: of the `GaussianBlur`.
         noise: standard deviation of the measurements' noise, on [−1, 1].
         weight: λ of `RED`, or of the feed-forward network's Tikhonov restoration, where training starts.
         step_size: η of the paper's form, where training starts.
         averaging: of the `DEGrad`.
-        solver: ``kind``, "Anderson" or "Picard", and its arguments.
+        solver: ``kind``, "Anderson", "Broyden", "Inertial" or "Picard", and its arguments.
         gradient: of the `DEGrad`: ``kind``, a method's name, and its arguments.
     """
 

@@ -142,8 +142,8 @@ def compare(
     with Progress(console=console, transient=True) as bar:
         for method in chosen:
             task = bar.add_task(method.name, total=len(images))
-            scores.append(
-                evaluate(
+            try:
+                found = evaluate(
                     method,
                     images,
                     validation,
@@ -153,7 +153,12 @@ def compare(
                     device=where,
                     progress=partial(bar.advance, task),
                 )
-            )
+            except ValueError as error:  # one method's; the others' results are wanted all the same
+                console.print(f"{method.name} is not in the table: {error}", highlight=False, markup=False)
+            else:
+                scores.append(found)
+    if not scores:
+        raise ValueError("no method could be scored")
     title = (
         f"{len(images)} images; blur {setting.kernel_size} × {setting.kernel_size}, σ = {setting.sigma:g}, "
         f"{setting.padding_mode}; noise {setting.noise:g}; parameters chosen on {len(validation)} other images"

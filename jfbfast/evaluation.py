@@ -247,7 +247,7 @@ def baseline_methods(blur: SeparableBlur, denoiser: nn.Module | None = None) -> 
 
     methods = [
         Method("blurred", lambda _: Restoration),
-        Method("direct-inverse", lambda _: lambda d: Restoration(direct_inverse(blur, d))),
+        Method("direct-inverse", lambda _: lambda d: Restoration(direct_inverse(blur, d.double()).to(d.dtype))),
         Method(
             "gradient-descent",
             descend,

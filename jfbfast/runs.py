@@ -263,10 +263,12 @@ class Run:
             self._save(pretrained, model, config)
         if not alone:
             console.print(f"Training the {config.form} network: {settings.steps} steps.", highlight=False)
-            solver = model.solver if isinstance(model, DEGrad) else None
-            if solver is not None:
+            in_training: dict[str, Any] = {}
+            if isinstance(model, DEGrad):
                 assert settings.training_tol is not None and settings.training_max_iter is not None
-                solver = replace(solver, tol=settings.training_tol, max_iter=settings.training_max_iter)
+                solver = replace(model.solver, tol=settings.training_tol, max_iter=settings.training_max_iter)
+                dtype = None if settings.solve_dtype == "float32" else getattr(torch, settings.solve_dtype)
+                in_training = {"solver": solver, "solve_dtype": dtype}
             runner = self._fit(
                 "training",
                 DeblurTask(
@@ -275,7 +277,7 @@ class Run:
                     config.noise,
                     self._optimization(settings.learning_rate),
                     settings.seed,
-                    solver,
+                    in_training,
                     settings.jacobian_penalty,
                 ),
                 crops,

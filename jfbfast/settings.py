@@ -39,24 +39,29 @@ class TrainingSettings:
     form: Annotated[str, "Of the network: filtered, preconditioned, paper, feed-forward, or denoiser alone."] = (
         "filtered"
     )
-    denoiser: Annotated[str, "DnCNN or UNet."] = "DnCNN"
+    denoiser: Annotated[str, "DnCNN, UNet or NonexpansiveDenoiser."] = "DnCNN"
     features: Annotated[
         tuple[int, ...] | None, "Channels: 64; of a UNet at each scale, 64,96,128. (default: these)"
     ] = None
     blocks: Annotated[tuple[int, ...], "Residual blocks of a UNet at each scale."] = (2, 2, 2)
-    depth: Annotated[int, "Convolutions of a DnCNN."] = 17
+    depth: Annotated[int, "Convolutions of a DnCNN or NonexpansiveDenoiser."] = 17
     batch_norm: Annotated[bool | None, "Batch norms in a DnCNN. (default: in the paper's form)"] = None
-    spectral_norm: Annotated[bool | None, "Spectral norms in a DnCNN. (default: in the paper's form)"] = None
-    bias: Annotated[bool | None, "Biases in a DnCNN. (default: but in the paper's form)"] = None
+    spectral_norm: Annotated[
+        str | None,
+        "Spectral norms in a DnCNN: matrix, the paper's; conv, which bounds its norm; none. (default: by form)",
+    ] = None
+    bias: Annotated[bool | None, "Biases in the convolutions. (default: but in the paper's form)"] = None
     weight: Annotated[float, "λ at the start."] = 0.05
     step_size: Annotated[float, "η of the paper's form at the start."] = 1.0
     averaging: Annotated[float, "α of the averaged layer (1 − α)x + αT(x)."] = 1.0
-    solver: Annotated[str, "Anderson or Picard."] = "Anderson"
+    solver: Annotated[str, "Anderson, Broyden, Inertial or Picard, and arguments, as in Anderson:memory=3."] = (
+        "Anderson"
+    )
     tol: Annotated[float, "Relative residual at which a solve stops."] = 1e-3
     max_iter: Annotated[int, "Evaluations of the layer in a solve at most."] = 50
-    memory: Annotated[int, "Of Anderson."] = 5
     training_tol: Annotated[float | None, "tol in training. (default: tol)"] = None
     training_max_iter: Annotated[int | None, "max_iter in training. (default: max_iter)"] = None
+    solve_dtype: Annotated[str, "Of a solve's first evaluations in training: float32, bfloat16 or float16."] = "float32"
     gradient: Annotated[str, "The gradient method and its arguments, as in jfb or unrolled:steps=10."] = "jfb"
 
     init: Annotated[str | None, "Start from this checkpoint: of the same network, or of its denoiser."] = None
@@ -90,12 +95,16 @@ class TrainingSettings:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a number of at least 0")
         for name, choices in (
-            ("denoiser", ("DnCNN", "UNet")),
+            ("denoiser", ("DnCNN", "UNet", "NonexpansiveDenoiser")),
             ("schedule", ("onecycle", "cosine", "constant")),
             ("precision", ("32", "bf16", "fp16")),
+            ("solve_dtype", ("float32", "bfloat16", "float16")),
+            ("spectral_norm", (None, "matrix", "conv", "none")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it takes one of {', '.join(choices)}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it takes one of {', '.join(filter(None, choices))}"
+                )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; it takes a number in [0, 1)")
         if len(self.pretraining_noise) != 2:
@@ -105,9 +114,9 @@ class TrainingSettings:
         """With each default that depends on another setting in its place."""
         paper = self.form == "paper"
         chosen: dict[str, Any] = {
-            "features": (64,) if self.denoiser == "DnCNN" else (64, 96, 128),
+            "features": (64, 96, 128) if self.denoiser == "UNet" else (64,),
             "batch_norm": paper,
-            "spectral_norm": paper,
+            "spectral_norm": "matrix" if paper else "none",
             "bias": not paper,
             "training_tol": self.tol,
             "training_max_iter": self.max_iter,
@@ -121,24 +130,19 @@ class TrainingSettings:
 
         settings = self.resolved()
         assert settings.features is not None
-        network: dict[str, Any]
+        network: dict[str, Any] = {"kind": self.denoiser}
         if self.denoiser == "UNet":
-            network = {"kind": "UNet", "features": list(settings.features), "blocks": list(self.blocks)}
+            network |= {"features": list(settings.features), "blocks": list(self.blocks)}
         elif len(settings.features) != 1:
-            raise ValueError(f"features is {settings.features}; a DnCNN takes one number")
+            raise ValueError(f"features is {settings.features}; a {self.denoiser} takes one number")
         else:
-            network = {
-                "kind": "DnCNN",
-                "features": settings.features[0],
-                "depth": self.depth,
+            network |= {"features": settings.features[0], "depth": self.depth, "bias": settings.bias}
+        if self.denoiser == "DnCNN":
+            network |= {
                 "norm": "batch" if settings.batch_norm else None,
-                "spectral_norm": settings.spectral_norm,
-                "bias": settings.bias,
+                "spectral_norm": {"matrix": True, "conv": "conv", "none": False}[str(settings.spectral_norm)],
                 "residual": self.form != "paper",
             }
-        solver: dict[str, Any] = {"kind": self.solver, "tol": self.tol, "max_iter": self.max_iter}
-        if self.solver == "Anderson":
-            solver["memory"] = self.memory
         return ModelConfig(
             form=self.form,  # type: ignore[arg-type]  # checked where the model is made
             denoiser=network,
@@ -149,7 +153,7 @@ class TrainingSettings:
             weight=self.weight,
             step_size=self.step_size,
             averaging=self.averaging,
-            solver=solver,
+            solver={**_description("solver", self.solver), "tol": self.tol, "max_iter": self.max_iter},
             gradient=_description("gradient", self.gradient),
         )
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,9 +23,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from jfbfast.datasets import Sample
 from jfbfast.degrad import DEGrad
-from jfbfast.denoisers import SpectralNormConv2d
+from jfbfast.lipschitz import SpectralNormConv2d
 from jfbfast.operators import GaussianBlur
-from jfbfast.solvers import ConvergenceWarning, FixedPointSolver, Status
+from jfbfast.solvers import ConvergenceWarning, Status
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -141,7 +141,7 @@ class DeblurTask(_Task):
         noise: standard deviation of the noise, on [−1, 1].
         optimization: how to train it.
         seed: of what the samples do not decide.
-        training_solver: of a `DEGrad` in training; None for its own.
+        in_training: attributes of a `DEGrad` that it has in training alone, such as ``solver`` or ``solve_dtype``.
         jacobian_penalty: weight of `jacobian_penalty`, for a `DEGrad`.
     """
 
@@ -152,14 +152,14 @@ class DeblurTask(_Task):
         noise: float,
         optimization: Optimization = Optimization(3e-4),
         seed: int = 0,
-        training_solver: FixedPointSolver | None = None,
+        in_training: Mapping[str, Any] | None = None,
         jacobian_penalty: float = 0.0,
     ) -> None:
         super().__init__(optimization, seed)
         self.model = model
         self.blur = blur
         self.noise = noise
-        self.training_solver = training_solver
+        self.in_training = dict(in_training or {})
         self.jacobian_penalty = jacobian_penalty
 
     def measure(self, sample: Sample) -> Tensor:
@@ -171,13 +171,14 @@ class DeblurTask(_Task):
         if not isinstance(self.model, DEGrad):
             restored: Tensor = self.model(d)
             return restored
-        own = self.model.solver
-        if self.training and self.training_solver is not None:
-            self.model.solver = self.training_solver
+        own = {name: getattr(self.model, name) for name in self.in_training}
         try:
+            for name, value in self.in_training.items() if self.training else ():
+                setattr(self.model, name, value)
             restored = self.model(d)
         finally:
-            self.model.solver = own
+            for name, value in own.items():
+                setattr(self.model, name, value)
         assert self.model.solution is not None
         prefix = "" if self.training else "val_"
         iterations, status = self.model.solution.iterations, self.model.solution.status

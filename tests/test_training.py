@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from jfbfast.checkpoint import CheckpointError, load_checkpoint
 from jfbfast.data import ImageError
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.runs import Run
-from jfbfast.settings import make_settings
+from jfbfast.settings import make_settings, read_settings, write_settings
 from jfbfast.training import DeblurTask, MovingAverage, Optimization, fit
 
+ROOT = Path(__file__).parent.parent
 TINY = {
     "features": 4,
     "depth": 3,
@@ -231,8 +233,17 @@ def test_a_run_is_not_overwritten_or_changed(folder, tmp_path):
 
 FORMS = {
     "filtered UNet": {"denoiser": "UNet", "features": (4, 8), "blocks": (1, 1)},
-    "preconditioned": {"form": "preconditioned", "solver": "Picard", "max_iter": 4, "tol": 0},
+    "preconditioned": {
+        "form": "preconditioned",
+        "solver": "Picard",
+        "max_iter": 4,
+        "tol": 0,
+        "gradient": "neumann:terms=2",
+    },
     "paper": {"form": "paper", "step_size": 0.5, "tol": 0, "training_max_iter": 5},
+    "unrolled": {"gradient": "unrolled:steps=3", "solve_dtype": "bfloat16", "tol": 1.0},
+    "implicit": {"gradient": "implicit:tol=0.01,max_iter=5", "solver": "Broyden:memory=3"},
+    "nonexpansive": {"denoiser": "NonexpansiveDenoiser", "solver": "Inertial:momentum=0.2"},
     "feed-forward": {"form": "feed-forward"},
     "denoiser": {"form": "denoiser", "steps": 0},
 }
@@ -379,6 +390,7 @@ def test_a_batch_that_cannot_be_shared_is_named():
         ({"steps": 1.5}, "steps is 1.5; it takes an integer"),
         ({"flips": 1}, "flips is 1; it takes true or false"),
         ({"steps": 0}, "steps is 0"),
+        ({"spectral_norm": "some"}, "spectral_norm is 'some'; it takes one of matrix, conv, none"),
         ({"schedule": "steep"}, "schedule is 'steep'; it takes one of onecycle, cosine, constant"),
         ({"ema": 1}, "ema is 1"),
         ({"features": "4,x"}, "features is 'x'"),
@@ -401,6 +413,7 @@ def test_a_bad_setting_is_named(values, message):
         ({"form": "paper", "denoiser": "UNet"}, "takes a DnCNN, not residual"),
         ({"features": "4,8"}, "a DnCNN takes one number"),
         ({"solver": "Newton"}, "solver is of kind 'Newton'"),
+        ({"solver": "Picard:memory=3"}, "Picard does not take"),
     ],
 )
 def test_a_network_that_cannot_be_is_named(values, message):
@@ -413,3 +426,20 @@ def test_settings_from_the_command_line_and_from_a_file_are_the_same():
     assert typed.features == (4, 8, 8) and typed.learning_rate == 1e-3 and typed.pretraining_noise == (0.1, 1.0)
     config = make_settings({"data": "d", "gradient": "jfb"}).model_config()
     assert json.loads(json.dumps(config.denoiser)) == config.denoiser
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "training").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_documented_runs_are_valid(file):
+    settings = make_settings({**read_settings(file), "data": "d"}).resolved()
+    model = settings.model_config().model()
+    assert sum(p.numel() for p in model.parameters()) > 1e5
+
+
+def test_resolved_settings_survive_their_file(tmp_path):
+    settings = make_settings({"data": "d", "denoiser": "UNet", "form": "preconditioned", "train": 0.5}).resolved()
+    write_settings(tmp_path / "config.yaml", settings)
+    assert make_settings(read_settings(tmp_path / "config.yaml")) == settings
+    for content in ("- a\n", "a: [", "\xff"):
+        (tmp_path / "config.yaml").write_text(content, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"config\.yaml: not a file of settings"):
+            read_settings(tmp_path / "config.yaml")
