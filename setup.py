@@ -179,7 +179,7 @@ def packages() -> dict[str, str]:
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"jfbfast": ["py.typed"]},
+    package_data={"jfbfast": ["py.typed", "weights/*.safetensors", "weights/*.md"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -104,6 +104,21 @@ class DEGrad(nn.Module):
         self.log_damping = None if damping is None else log_parameter("damping", damping)
         self.solution = None
 
+    @classmethod
+    def from_pretrained(cls, name: str) -> DEGrad:
+        """A model that ships with the package, in eval(); `pretrained_names` of jfbfast.pretrained lists them.
+
+        Raises:
+            ValueError: no DE-GRAD of that name; the message lists the names.
+        """
+        from jfbfast.checkpoint import load_checkpoint
+        from jfbfast.pretrained import pretrained_file
+
+        model, config = load_checkpoint(pretrained_file(name))
+        if not isinstance(model, cls):
+            raise ValueError(f"name is {name!r}, a {config.form} network; it takes a DE-GRAD")
+        return model
+
     @property
     def step_size(self) -> Tensor | None:
         """η, a tensor of shape (); None where the layer is preconditioned."""
