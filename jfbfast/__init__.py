@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from jfbfast import diagnostics, spectrum
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
@@ -45,11 +46,13 @@ __all__ = [
     "Unrolled",
     "WarmStart",
     "backend",
+    "diagnostics",
     "direct_inverse",
     "fixed_point",
     "gradient_descent",
     "jacobian_penalty",
     "keep_freed_memory",
     "show_config",
+    "spectrum",
     "tikhonov",
 ]
