@@ -168,17 +168,18 @@ def extensions() -> list[Extension]:
 
 def packages() -> dict[str, str]:
     """Each package and its folder: kernels/ and benchmarks/ are installed below jfbfast."""
-    found = {"jfbfast": "jfbfast"}
-    for top in ("kernels", "benchmarks"):
+    found = {}
+    for top in ("jfbfast", "kernels", "benchmarks"):
         for folder in sorted({path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}):
-            found[".".join(("jfbfast", *folder.parts))] = str(folder)
+            parts = folder.parts if top == "jfbfast" else ("jfbfast", *folder.parts)
+            found[".".join(parts)] = str(folder)
     return found
 
 
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"jfbfast": ["py.typed"]},
+    package_data={"jfbfast": ["py.typed", "weights/*.safetensors", "weights/*.md"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -2,15 +2,19 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from jfbfast import diagnostics, spectrum
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
-from jfbfast.denoisers import RED, DnCNN
-from jfbfast.gradients import JFB, fixed_point
+from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
+from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled, fixed_point
+from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
-from jfbfast.solvers import Anderson, ConvergenceWarning, FixedPointSolution, Picard, Status
+from jfbfast.penalty import jacobian_penalty
+from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
+from jfbfast.warm_start import WarmStart
 
 try:
     __version__ = version("jfbfast")
@@ -21,20 +25,34 @@ __all__ = [
     "JFB",
     "RED",
     "Anderson",
+    "Broyden",
     "ConvergenceWarning",
     "DEGrad",
     "DnCNN",
     "FixedPointSolution",
     "GaussianBlur",
+    "GradientMethod",
+    "Implicit",
+    "Inertial",
+    "IterativeOperator",
+    "Neumann",
+    "NonexpansiveDenoiser",
+    "Phantom",
     "Picard",
     "SeparableBlur",
+    "Shine",
     "Status",
     "UNet",
+    "Unrolled",
+    "WarmStart",
     "backend",
+    "diagnostics",
     "direct_inverse",
     "fixed_point",
     "gradient_descent",
+    "jacobian_penalty",
     "keep_freed_memory",
     "show_config",
+    "spectrum",
     "tikhonov",
 ]

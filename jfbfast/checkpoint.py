@@ -1,97 +1,217 @@
-"""Trained models as files: weights in safetensors, and the settings that rebuild the model in its header."""
+"""Trained networks as files: tensors in safetensors, and the settings that rebuild the network in its header."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor, nn
 
+from jfbfast.baselines import FeedForward
 from jfbfast.degrad import DEGrad
-from jfbfast.denoisers import RED, DnCNN
+from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
+from jfbfast.gradients import GradientMethod, gradient_method
 from jfbfast.operators import GaussianBlur
+from jfbfast.solvers import Anderson, Broyden, FixedPointSolver, Inertial, Picard
+from jfbfast.unet import UNet
 
-_FORMAT = "jfbfast.DEGrad/1"
+_FORMAT = "jfbfast/2"
+FORMS = ("paper", "preconditioned", "filtered", "feed-forward", "denoiser")
+_NETWORKS: dict[str, type[nn.Module]] = {
+    "DnCNN": DnCNN,
+    "NonexpansiveDenoiser": NonexpansiveDenoiser,
+    "UNet": UNet,
+}
+_SOLVERS: dict[str, type[FixedPointSolver]] = {
+    "Anderson": Anderson,
+    "Broyden": Broyden,
+    "Inertial": Inertial,
+    "Picard": Picard,
+}
+
+Description = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
     """A file that is not a checkpoint of this library, or not a whole one."""
 
 
+def _made(name: str, description: Description, kinds: Mapping[str, type[Any]]) -> Any:
+    """An instance of the class that ``kind`` names, with the description's other values as its arguments."""
+    kind = str(description.get("kind"))
+    if kind not in kinds:
+        raise ValueError(f"{name} is of kind {kind!r}; it takes one of {', '.join(map(repr, kinds))}")
+    try:
+        return kinds[kind](**{key: value for key, value in description.items() if key != "kind"})
+    except TypeError as error:
+        raise ValueError(f"{name} is {dict(description)}, which {kind} does not take ({error})") from error
+
+
+def _gradient(description: Description) -> GradientMethod:
+    kind = str(description.get("kind"))
+    return _made("gradient", description, {kind: type(gradient_method(kind))})
+
+
+def _dncnn() -> dict[str, Any]:
+    return {"kind": "DnCNN", "norm": None, "spectral_norm": False, "bias": True, "residual": True}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The settings of a filtered, preconditioned DE-GRAD with a DnCNN denoiser, and of its measurements.
+    """What rebuilds a network: its form, its denoiser, and the measurements it is for.
 
     Attributes:
+        form: "paper" (T(x) = x − η(Aᵀ(A x − d) + R(x)), R the network itself), "preconditioned" or
+            "filtered" (a `DEGrad` with `RED`), "feed-forward" (a `FeedForward`), or "denoiser" (the network alone).
+        denoiser: ``kind``, "DnCNN", "UNet" or "NonexpansiveDenoiser", and its arguments.
         kernel_size, sigma, padding_mode: of the `GaussianBlur`.
         noise: standard deviation of the measurements' noise, on [−1, 1].
-        channels, features, depth, norm, spectral_norm, bias: of the `DnCNN`, in its residual form.
-        weight, filter_damping: of the `RED`.
+        weight: λ of `RED`, or of the feed-forward network's Tikhonov restoration, where training starts.
+        step_size: η of the paper's form, where training starts.
+        averaging: of the `DEGrad`.
+        solver: ``kind``, "Anderson", "Broyden", "Inertial" or "Picard", and its arguments.
+        gradient: of the `DEGrad`: ``kind``, a method's name, and its arguments.
     """
 
+    form: Literal["paper", "preconditioned", "filtered", "feed-forward", "denoiser"] = "filtered"
+    denoiser: Description = field(default_factory=_dncnn)
     kernel_size: int = 5
     sigma: float = 1.0
     padding_mode: str = "reflect"
     noise: float = 0.01
-    channels: int = 3
-    features: int = 64
-    depth: int = 17
-    norm: Literal["batch"] | None = None
-    spectral_norm: bool = False
-    bias: bool = True
     weight: float = 0.05
-    filter_damping: float | Literal["weight"] | None = "weight"
+    step_size: float = 1.0
+    averaging: float | Literal["auto"] = 1.0
+    solver: Description = field(default_factory=lambda: {"kind": "Anderson"})
+    gradient: Description = field(default_factory=lambda: {"kind": "jfb"})
+
+    @property
+    def channels(self) -> int:
+        """Of the network's images."""
+        return int(self.denoiser.get("channels", 3))
 
     def blur(self) -> GaussianBlur:
         return GaussianBlur(self.kernel_size, self.sigma, self.padding_mode)
 
-    def model(self) -> DEGrad:
-        """The model, untrained."""
-        denoiser = DnCNN(
-            self.channels, self.features, self.depth, self.norm, self.spectral_norm, self.bias, residual=True
-        )
-        regularizer = RED(denoiser, self.weight, self.filter_damping)
-        return DEGrad(self.blur(), regularizer, preconditioner="exact")
+    def model(self) -> nn.Module:
+        """The network, untrained.
+
+        Raises:
+            ValueError: another form or kind, or an argument that it does not take.
+        """
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}; it takes one of {', '.join(map(repr, FORMS))}")
+        denoiser = _made("denoiser", self.denoiser, _NETWORKS)
+        if self.form == "denoiser":
+            return denoiser
+        if self.form == "feed-forward":
+            return FeedForward(self.blur(), denoiser, self.weight)
+        options: dict[str, Any] = {
+            "averaging": self.averaging,
+            "solver": _made("solver", self.solver, _SOLVERS),
+            "gradient": _gradient(self.gradient),
+        }
+        if self.form == "paper":
+            if not isinstance(denoiser, DnCNN) or denoiser.residual:
+                raise ValueError(f"denoiser is {dict(self.denoiser)}; the paper's form takes a DnCNN, not residual")
+            return DEGrad(self.blur(), denoiser, step_size=self.step_size, **options)
+        regularizer = RED(denoiser, self.weight, "weight" if self.form == "filtered" else None)
+        return DEGrad(self.blur(), regularizer, preconditioner="exact", **options)
 
 
-def save_checkpoint(path: str | Path, model: DEGrad, config: ModelConfig) -> None:
-    """Write the model's weights and settings; a reader sees the old file or the whole new one."""
-    path = Path(path)
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` write a file beside ``path``, then rename it: a reader sees the old one or the whole new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     try:
-        save_file(tensors, partial, {"format": _FORMAT, "config": json.dumps(asdict(config))})
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | Path) -> tuple[DEGrad, ModelConfig]:
-    """The model in eval(), and its settings.
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, half: bool = False) -> None:
+    """Write the network's weights and settings; a reader sees the old file or the whole new one.
+
+    Args:
+        path: of the file.
+        model: of ``config.model()``.
+        config: its settings.
+        half: store weights in float16, in half the space; they load as float32.
+
+    Raises:
+        ValueError: a weight that is not finite, or not in float16 where that is asked for.
+    """
+    tensors = {}
+    for name, value in model.state_dict().items():
+        kept = value.detach().cpu().contiguous()
+        if half and kept.is_floating_point() and kept.dim() > 1:
+            kept = kept.half()
+        if not kept.isfinite().all() and name != "averaging":
+            raise ValueError(f"model has a tensor {name} with values that are not finite in {kept.dtype}")
+        tensors[name] = kept
+    header = {"format": _FORMAT, "config": json.dumps(asdict(config)), "digest": _digest(tensors)}
+    write_whole(Path(path), lambda partial: partial.write_bytes(save(tensors, header)))
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The file and its header; whatever is wrong with them within raises CheckpointError."""
+    try:
+        with safe_open(path, "pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            found = header.get("format", "")
+            if found != _FORMAT:
+                told = f"its format is {found}" if found.startswith("jfbfast") else "it is foreign"
+                raise CheckpointError(f"{path}: not a checkpoint of jfbfast that this version reads ({told})")
+            yield file, header
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast (no such file)") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({error})") from error
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The settings alone.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    with _opened(path) as (_, header):
+        return ModelConfig(**json.loads(header["config"]))
+
+
+def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
+    """The network in eval(), in float32, and its settings.
 
     Raises:
         CheckpointError: no such file, a corrupt one, or one of another origin.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header: dict[str, Any] = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise CheckpointError(f"{path}: not a checkpoint of jfbfast ({_FORMAT})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        config = _config(json.loads(header["config"]))
+    with _opened(path) as (file, header):
+        config = ModelConfig(**json.loads(header["config"]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header["digest"] != _digest(tensors):
+            raise ValueError("its tensors are not those that were written")
         model = config.model()
         model.load_state_dict(tensors)
-    except CheckpointError:
-        raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({error})") from error
     return model.eval(), config
-
-
-def _config(values: dict[str, Any]) -> ModelConfig:
-    known = {field.name for field in fields(ModelConfig)}
-    return ModelConfig(**{name: value for name, value in values.items() if name in known})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jfbfast.degrad import LinearOperator
+from jfbfast.iterative import LinearOperator
 from jfbfast.operators import SeparableBlur
 
 

@@ -1,4 +1,4 @@
-"""The command line: `jfbfast info | demo | restore | train | bench`."""
+"""The command line: `jfbfast info | demo | restore | train | evaluate | diagnose | bench`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +18,14 @@ try:
     import typer
     from rich.console import Console
     from rich.progress import Progress, TaskID
+
+    from jfbfast.settings import TrainingSettings, setting_types
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
-KernelSize = Annotated[int, typer.Option(help="Side of the Gaussian blur in pixels, odd.")]
-Sigma = Annotated[float, typer.Option(help="Standard deviation of the blur in pixels.")]
-Noise = Annotated[float, typer.Option(help="Standard deviation of the noise, for images in [−1, 1].")]
 PaddingMode = Annotated[str, typer.Option(help="Beyond the edge: zeros, reflect, replicate or circular.")]
 Seed = Annotated[int, typer.Option(help="Of every random number.")]
 
@@ -75,7 +75,14 @@ def demo(
 @app.command()
 def restore(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="8- or 16-bit, grey or colour.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="From demo or train; without one, Tikhonov.")] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A shipped model, or a file from demo or train, or tikhonov. "
+            "(default: the shipped model for this blur and noise, else tikhonov)",
+        ),
+    ] = None,
     kernel_size: Annotated[
         int | None, typer.Option(help="Side of the blur; by default the checkpoint's, or 5.")
     ] = None,
@@ -84,25 +91,49 @@ def restore(
     padding_mode: PaddingMode = "reflect",
     out: Annotated[Path | None, typer.Option(help="A file for one image, or a directory.")] = None,
     tile: Annotated[int, typer.Option(help="Side of the tiles, which are restored one by one, in pixels.")] = 512,
+    overlap: Annotated[
+        int | None, typer.Option(help="Pixels that tiles share. (default: measured, so that no seam is seen)")
+    ] = None,
+    check_tiles: Annotated[
+        bool, typer.Option(help="Restore in one piece too, and print the largest difference.")
+    ] = False,
 ) -> None:
     """Undo a known Gaussian blur in photographs of any size; depth and alpha are kept."""
     with _one_sentence():
-        from jfbfast.checkpoint import ModelConfig, load_checkpoint
+        from jfbfast.checkpoint import ModelConfig
         from jfbfast.data import read_photograph, write_photograph
         from jfbfast.operators import GaussianBlur
-        from jfbfast.restoration import network_restorer, restore_tiled, tikhonov_restorer
+        from jfbfast.pretrained import load_model, matching_name
+        from jfbfast.restoration import (
+            network_restorer,
+            restore_tiled,
+            seamless_overlap,
+            tikhonov_restorer,
+            tiling_error,
+        )
         from jfbfast.solvers import ConvergenceWarning
 
-        model, config = (None, ModelConfig()) if checkpoint is None else load_checkpoint(checkpoint)
+        if checkpoint is None:
+            given = [default if value is None else value for value, default in ((kernel_size, 5), (sigma, 1.0))]
+            level = 0.01 if noise is None else noise
+            checkpoint = matching_name(int(given[0]), given[1], level, padding_mode)
+            if checkpoint is None:
+                console.print(
+                    f"No shipped model is for kernel size {given[0]}, σ = {given[1]:g} and noise {level:g}: "
+                    "restoring by Tikhonov regularisation, λ by the discrepancy principle."
+                )
+            else:
+                console.print(f"Restoring by the shipped model {checkpoint}.")
+        elif checkpoint != "tikhonov" and noise is not None:
+            raise ValueError(f"--noise is {noise}; with a checkpoint, which was trained for its own, it is of no use")
+        classical = checkpoint in (None, "tikhonov")
+        model, config = (None, ModelConfig()) if classical else load_model(str(checkpoint))
+        if model is not None and not hasattr(model, "blur"):
+            raise ValueError(f"--checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
         size = config.kernel_size if kernel_size is None else kernel_size
         width = config.sigma if sigma is None else sigma
-        level = config.noise if noise is None else noise
         blur = GaussianBlur(size, width, padding_mode)
-        if model is not None and noise is not None:
-            raise ValueError(f"--noise is {noise}; with a checkpoint, which was trained for its own, it is of no use")
-        if model is None:
-            console.print("No checkpoint: restoring by Tikhonov regularisation, λ by the discrepancy principle.")
-        else:
+        if model is not None:
             model.blur = blur
             if (size, width) != (config.kernel_size, config.sigma):
                 console.print(
@@ -120,13 +151,16 @@ def restore(
                 warnings.simplefilter("always", ConvergenceWarning)
                 task = bar.add_task(source.name)
                 if model is None:
-                    restorer, damping = tikhonov_restorer(blur, d, level)
+                    restorer, damping = tikhonov_restorer(blur, d, config.noise if noise is None else noise)
                     how = f"Tikhonov, λ = {damping:.2g}"
                 else:
-                    restorer, how = network_restorer(model, config.channels), "DE-GRAD"
-                restored = restore_tiled(
-                    restorer, d, tile=tile, overlap=min(96, tile // 4), progress=partial(_advance, bar, task)
-                )
+                    restorer, how = network_restorer(model, config.channels), str(checkpoint)
+                shared = overlap
+                if shared is None:
+                    shared = seamless_overlap(restorer, d, tile) if max(d.shape[-2:]) > tile else min(96, tile // 4)
+                restored = restore_tiled(restorer, d, tile=tile, overlap=shared, progress=partial(_advance, bar, task))
+                if check_tiles:
+                    how += f"; tiles differ by {tiling_error(restorer, d, tile=tile, overlap=shared) / 2:.1e} of white"
             write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
             late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
             said = f"; {late} tiles did not converge" if late else ""
@@ -153,62 +187,150 @@ def _targets(images: list[Path], out: Path | None) -> list[Path]:
     return targets
 
 
-@app.command()
 def train(
-    data_dir: Annotated[Path, typer.Argument(help="A directory of photographs, searched with its subdirectories.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("jfbfast.safetensors"),
-    kernel_size: KernelSize = 5,
-    sigma: Sigma = 1.0,
-    noise: Noise = 0.01,
-    padding_mode: PaddingMode = "reflect",
-    features: Annotated[int, typer.Option(help="Channels of the denoiser's hidden layers.")] = 64,
-    depth: Annotated[int, typer.Option(help="Convolutions of the denoiser.")] = 17,
-    pretraining_steps: Annotated[int, typer.Option(help="Batches of denoising first.")] = 1000,
-    steps: Annotated[int, typer.Option(help="Batches of JFB training.")] = 500,
-    batch_size: Annotated[int, typer.Option(help="Crops a batch.")] = 16,
-    crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
-    resize: Annotated[int | None, typer.Option(help="First resize each photograph to this square.")] = None,
+    out: Path,
+    config: Path | None,
+    resume: bool,
+    **flags: object,
+) -> None:
+    """Pretrain a denoiser, then train a network that undoes blur, by JFB or another gradient method.
+
+    OUT/ holds the settings, the metrics, the checkpoints and, at the end, model.safetensors. Several
+    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …
+    """
+    with _one_sentence():
+        from jfbfast.runs import Run
+        from jfbfast.settings import read_settings
+
+        values = {} if config is None else read_settings(config)
+        values |= {name: value for name, value in flags.items() if value is not None}
+        quality = Run(values, out, resume=resume).train(console)
+        said = "" if quality is None else f"; validation PSNR {quality:.2f} dB at the true range"
+        console.print(f"Trained: {out / 'model.safetensors'}{said}", highlight=False)
+
+
+def _train_parameters() -> list[Parameter]:
+    """The command's own parameters, and one for each setting; those that are not given are None."""
+    own = {
+        "out": (Path, Path("jfbfast-run"), "Directory of the run."),
+        "config": (Path | None, None, "YAML file of settings; flags override it."),
+        "resume": (bool, False, "Go on with the run in OUT from its last checkpoints."),
+    }
+    found = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=told)])
+        for name, (kind, default, told) in own.items()
+    ]
+    for name, (kind, told) in setting_types().items():
+        flag = next((plain for plain in (bool, int, float) if kind in (plain, plain | None)), str)
+        default = getattr(TrainingSettings, name, None)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        if default is not None and flag is not bool:
+            told = f"{told} (default: {shown})"
+        info = typer.Argument(help=told) if name == "data" else typer.Option(help=told)
+        found.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[flag | None, info]))
+    return found
+
+
+def _register_train() -> None:
+    """`jfbfast train` with a flag for each setting."""
+    parameters = _train_parameters()
+    train.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command()(train)
+
+
+_register_train()
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="[NAME|FILE]… DATA_DIR", help="Networks, and a directory of photographs.")
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Baselines with commas: blurred, direct-inverse, gradient-descent, tikhonov, tv, pnp.")
+    ] = "blurred,direct-inverse,gradient-descent,tikhonov",
+    denoiser: Annotated[str | None, typer.Option(help="Checkpoint of the denoiser of pnp.")] = None,
+    kernel_size: Annotated[int | None, typer.Option(help="Of the blur. (default: the first network's, or 5)")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Of the blur. (default: the first network's, or 1)")] = None,
+    noise: Annotated[float | None, typer.Option(help="On [−1, 1]. (default: the first network's, or 0.01)")] = None,
+    padding_mode: Annotated[str | None, typer.Option(help="(default: the first network's, or reflect)")] = None,
+    train: Annotated[float, typer.Option(help="Photographs to leave out, first by name: a share or a count.")] = 0,
     validation: Annotated[
-        float, typer.Option(help="Share of the photographs, last by name, kept for validation.")
-    ] = 0.1,
-    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where it is safe; for machines fast at it.")] = False,
-    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
+        float, typer.Option(help="Photographs that choose parameters, next by name: a share or a count.")
+    ] = 0.2,
+    limit: Annotated[int | None, typer.Option(help="Score so many of the rest at most.")] = None,
+    resize: Annotated[int | None, typer.Option(help="First resize each photograph to this square.")] = None,
+    squash: Annotated[bool, typer.Option(help="Resize both sides to exactly that.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images restored together; it changes no score.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="A .csv with the rows, or a .json with every image too.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Pretrain a denoiser, then train a filtered DE-GRAD by JFB, on your photographs."""
+    """Compare networks and classical methods on the same measurements, in one table."""
     with _one_sentence():
-        import lightning as L
+        from jfbfast.comparison import compare
 
-        from jfbfast.checkpoint import ModelConfig, save_checkpoint
-        from jfbfast.data import RandomCrops, image_files
-        from jfbfast.training import DeblurTask, DenoiserTask, fit
+        compare(
+            checkpoints[:-1],
+            Path(checkpoints[-1]),
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            denoiser=denoiser,
+            given={"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode},
+            held_out=(train, validation, limit),
+            preprocessing=(resize, squash),
+            batch_size=batch_size,
+            out=out,
+            device=device,
+            seed=seed,
+            console=console,
+        )
 
-        if not 0 <= validation < 1:
-            raise ValueError(f"--validation is {validation}; it takes a share in [0, 1)")
-        config = ModelConfig(kernel_size, sigma, padding_mode, noise, features=features, depth=depth)
-        model = config.model()
-        files = image_files(data_dir)
-        held_out = round(validation * len(files))
-        kept = len(files) - held_out
-        if kept < 1:
-            raise ValueError(
-                f"--validation is {validation}, which leaves none of the {len(files)} photographs to train on"
-            )
-        if out.is_dir():
-            raise ValueError(f"--out is the directory {out}; it takes a file")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        L.seed_everything(seed, verbose=False)
-        crops = RandomCrops(files[:kept], crop, length=batch_size * max(steps, pretraining_steps), resize=resize)
-        val = RandomCrops(files[kept:], crop, resize=resize) if held_out else None
-        console.print(f"{kept} photographs to train on, {held_out} to validate on.")
-        run = partial(fit, batch_size=batch_size, bf16=bf16, workers=workers)
-        if pretraining_steps:
-            run(DenoiserTask(model.regularizer.denoiser), crops, steps=pretraining_steps)
-        runner = run(DeblurTask(model, config.blur(), noise), crops, steps=steps, val=val)
-        save_checkpoint(out, model, config)
-        quality = runner.callback_metrics.get("val_psnr")
-        said = "" if quality is None else f"; validation PSNR {float(quality):.2f} dB at the true range"
-        console.print(f"Checkpoint: {out}{said}", highlight=False)
+
+@app.command()
+def diagnose(
+    checkpoint: Annotated[Path, typer.Argument(help="From demo or train.")],
+    images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, to be blurred.")],
+    out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
+    crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
+    samples: Annotated[int, typer.Option(help="Crops.")] = 4,
+    iterations: Annotated[int, typer.Option(help="Evaluations of the layer that the history runs to.")] = 300,
+    seed: Seed = 0,
+) -> None:
+    """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
+    with _one_sentence():
+        import torch
+
+        from jfbfast.checkpoint import load_checkpoint
+        from jfbfast.data import ImageError, read_photograph
+        from jfbfast.degrad import DEGrad
+        from jfbfast.diagnostics import report
+
+        for name, value in (("crop", crop), ("samples", samples)):
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it takes an integer of at least 1")
+        model, config = load_checkpoint(checkpoint)
+        if not isinstance(model, DEGrad):
+            raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
+        random = torch.Generator().manual_seed(seed)
+        squares = []
+        for i in range(samples):
+            pixels = read_photograph(images[i % len(images)]).pixels
+            if min(pixels.shape[-2:]) < crop:
+                raise ImageError(f"{images[i % len(images)]}: smaller than crops of {crop} pixels")
+            top, left = (int(torch.randint(n - crop + 1, (), generator=random)) for n in pixels.shape[-2:])
+            square = pixels[:, top : top + crop, left : left + crop]
+            square = square.mean(0, keepdim=True) if config.channels == 1 else square
+            squares.append(2 * square.expand(config.channels, -1, -1) - 1)
+        x = torch.stack(squares)
+        d = config.blur()(x) + config.noise * torch.randn(x.shape, generator=random)
+        with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
+            found = report(model, d, x, iterations=iterations, seed=seed)
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{checkpoint.stem}-diagnosis.png"
+        found.plot(path)
+        console.print(found.table())
+        console.print(f"Picture: {path}", highlight=False, markup=False)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_MEMORY = 16
 
 _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
+_STOPPED = -2  # rests like a sample that is done, until `finish` ends it like one that runs
 
 # What each sample's state starts from; the fields of the same names are explained in csrc/cuda/anderson.h.
 _INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}
@@ -175,6 +176,21 @@ class AndersonCuda:
                 self._state.step(self._device, stream, x.data_ptr(), f.data_ptr(), rows, batch)
         return x
 
+    @property
+    def iterations(self) -> Tensor:
+        """Pairs that each sample has taken, (B,), on the device."""
+        return self._buffers["iterations"]
+
+    @property
+    def lowest(self) -> Tensor:
+        """The lowest ‖f − x‖ of each sample so far, (B,), on the device."""
+        return self._buffers["lowest"]
+
+    def stop(self, samples: Tensor) -> None:
+        """End those of these samples that still run, bool (B,) on the device, as if no further step came."""
+        status = self._buffers["status"]
+        status.masked_fill_(samples & (status == _RUNNING), _STOPPED)
+
     def running(self) -> Tensor:
         """Which rows of x may still run, bool (rows,) on the CPU: those that did at an earlier call.
 
@@ -209,6 +225,8 @@ class AndersonCuda:
         They are what `jfbfast.FixedPointSolution` says, in the order of the batch at the start, but
         that a sample that never had a finite residual keeps its start as its value.
         """
+        status = self._buffers["status"]
+        status.masked_fill_(status == _STOPPED, _RUNNING)
         with torch.cuda.device(self._device):
             if self._buffers["value"].numel():
                 self._state.finish(self._device, torch.cuda.current_stream().cuda_stream)

@@ -1,8 +1,8 @@
-"""Photographs: reading and writing files without loss, and random crops of them for training."""
+"""Photographs as files: reading and writing them without loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SIXTEEN_BIT_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
@@ -139,48 +137,3 @@ def image_files(directory: str | Path) -> list[Path]:
     if not files:
         raise ImageError(f"{directory}: no image files there")
     return files
-
-
-class RandomCrops(Dataset[Tensor]):
-    """Random square crops, flipped at random, of photographs, in [−1, 1] as (3, crop, crop).
-
-    Args:
-        photographs: files, or (3, H, W) tensors in [0, 1].
-        crop: side in pixels; photographs down to just over half of it are padded by reflection.
-        length: crops an epoch; None for one a photograph.
-        resize: first resize each photograph to this side and its own centre square; None to keep it.
-    """
-
-    def __init__(
-        self,
-        photographs: Sequence[Path] | Sequence[Tensor],
-        crop: int,
-        length: int | None = None,
-        resize: int | None = None,
-    ) -> None:
-        self.photographs = photographs
-        self.crop, self.resized = crop, resize is not None
-        self.length = len(photographs) if length is None else length
-        square = [] if resize is None else [v2.Resize(resize, antialias=True), v2.CenterCrop(resize)]
-        self.transform = v2.Compose(
-            [
-                *square,
-                v2.RandomCrop(crop, pad_if_needed=True, padding_mode="reflect"),
-                v2.RandomHorizontalFlip(),
-                v2.Normalize([0.5], [0.5]),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        photograph = self.photographs[index % len(self.photographs)]
-        if not isinstance(photograph, Tensor):
-            path, photograph = photograph, read_photograph(photograph).pixels.expand(3, -1, -1)
-            if not self.resized and 2 * min(photograph.shape[-2:]) <= self.crop:
-                raise ImageError(f"{path}: too small for crops of {self.crop} pixels; resize it, or take smaller crops")
-        crop: Tensor = self.transform(photograph)
-        return crop

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from jfbfast.denoisers import RED, log_parameter
+from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
+from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator
 from jfbfast.operators import SeparableBlur
+from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
-
-
-class LinearOperator(Protocol):
-    """What DE-GRAD needs of A."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def adjoint(self, y: Tensor) -> Tensor: ...
-
-
-class PhysicsOperator(nn.Module):
-    """A linear physics of deepinv, without its noise, as an operator with ``forward`` and ``adjoint``."""
-
-    def __init__(self, physics: Any) -> None:
-        super().__init__()
-        self.physics = physics
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A x."""
-        return self.physics.A(x)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Aᵀ y."""
-        return self.physics.A_adjoint(y)
+from jfbfast.spectrum import optimal_averaging, ritz_values
 
 
 class DEGrad(nn.Module):
@@ -50,22 +30,27 @@ class DEGrad(nn.Module):
 
     Args:
         blur: A: a `SeparableBlur`, any operator with ``forward`` and ``adjoint``, or a linear physics of
-            deepinv (its ``A`` and ``A_adjoint``).
+            deepinv (its ``A`` and ``A_adjoint``). One without the ``solve`` (preconditioned) or ``filter``
+            (filtered) that the layer uses gets both of an `IterativeOperator`.
         regularizer: R, images to images of the same shape.
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
-        preconditioner: None, or "exact" for an operator with ``solve``.
+        preconditioner: None, or "exact".
         damping: λ > 0 of the preconditioner, the start of a learnable parameter; None for the
             weight of a `RED` regulariser.
-        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points.
+        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points; "auto" to
+            estimate it at the first forward, and whenever `update_averaging` is called. Then it is a
+            buffer, NaN before the first estimate.
         solver: `Anderson()` where None.
-        gradient: "jfb", or a gradient method.
+        gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
+            `fixed_point`).
+        solve_dtype, compile_solve: as in `fixed_point`.
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
 
     Raises:
         ValueError: a value out of its range, or options that contradict each other.
-        TypeError: an operator without what the layer needs.
+        TypeError: an operator without ``adjoint``.
     """
 
     solution: FixedPointSolution | None
@@ -78,17 +63,17 @@ class DEGrad(nn.Module):
         step_size: float = 1.0,
         preconditioner: Literal["exact"] | None = None,
         damping: float | None = None,
-        averaging: float = 1.0,
+        averaging: float | Literal["auto"] = 1.0,
         solver: FixedPointSolver | None = None,
         gradient: str | GradientMethod = "jfb",
+        solve_dtype: torch.dtype | None = None,
+        compile_solve: bool = False,
     ) -> None:
         super().__init__()
         if not hasattr(blur, "adjoint") and hasattr(blur, "A_adjoint"):
             blur = PhysicsOperator(blur)
-        needed = ("adjoint", "solve") if preconditioner else ("adjoint",)
-        for method in needed:
-            if not callable(getattr(blur, method, None)):
-                raise TypeError(f"blur is {type(blur).__name__}, which has no {method}; this layer takes one that has")
+        if not callable(getattr(blur, "adjoint", None)):
+            raise TypeError(f"blur is {type(blur).__name__}, which has no adjoint; this layer takes one that has")
         if preconditioner not in (None, "exact"):
             raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
         if preconditioner is None and damping is not None:
@@ -97,17 +82,42 @@ class DEGrad(nn.Module):
             raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
         if preconditioner and damping is None and not isinstance(regularizer, RED):
             raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
-        if not (isinstance(averaging, (int, float)) and 0 < averaging <= 1):
-            raise ValueError(f"averaging is {averaging!r}; it takes a number in (0, 1]")
+        if averaging != "auto" and not (isinstance(averaging, (int, float)) and 0 < averaging <= 1):
+            raise ValueError(f"averaging is {averaging!r}; it takes a number in (0, 1], or 'auto'")
+        filtered = isinstance(regularizer, RED) and regularizer.filtered
+        needed = [method for method, used in (("solve", preconditioner), ("filter", filtered)) if used]
+        if not all(callable(getattr(blur, method, None)) for method in needed):
+            blur = IterativeOperator(blur)
         self.blur: Any = blur
         self.regularizer: Any = regularizer
         self.preconditioner = preconditioner
-        self.averaging = averaging
+        self.averaging: float | Tensor
+        if averaging == "auto":
+            self.register_buffer("averaging", torch.tensor(torch.nan))
+        else:
+            self.averaging = averaging
         self.solver = Anderson() if solver is None else solver
         self.gradient = gradient_method(gradient)
+        self.solve_dtype = checked_solve_dtype(solve_dtype)
+        self.compile_solve = compile_solve
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
         self.log_damping = None if damping is None else log_parameter("damping", damping)
         self.solution = None
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> DEGrad:
+        """A model that ships with the package, in eval(); `pretrained_names` of jfbfast.pretrained lists them.
+
+        Raises:
+            ValueError: no DE-GRAD of that name; the message lists the names.
+        """
+        from jfbfast.checkpoint import load_checkpoint
+        from jfbfast.pretrained import pretrained_file
+
+        model, config = load_checkpoint(pretrained_file(name))
+        if not isinstance(model, cls):
+            raise ValueError(f"name is {name!r}, a {config.form} network; it takes a DE-GRAD")
+        return model
 
     @property
     def step_size(self) -> Tensor | None:
@@ -136,7 +146,29 @@ class DEGrad(nn.Module):
         else:
             gradient = self.blur.gradient(x, d, r) if separable else self.blur.adjoint(self.blur(x) - d) + r
             image = x - self.blur.solve(gradient, self.damping)
+        if isinstance(self.averaging, Tensor):
+            return torch.lerp(x, image, self.averaging.nan_to_num(1.0).to(x.dtype))
         return image if self.averaging == 1 else torch.lerp(x, image, self.averaging)
+
+    @torch.no_grad()
+    def update_averaging(self, d: Tensor, x0: Tensor | None = None) -> None:
+        """Estimate the α of ``averaging="auto"``: the `optimal_averaging` of the spectra at the fixed points for d.
+
+        It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
+        one that is best for the worst of them. It stays NaN, and the layer T, where all samples diverge.
+
+        Args:
+            d, x0: as in `forward`.
+
+        Raises:
+            ValueError: a model whose ``averaging`` is a number.
+        """
+        if not isinstance(self.averaging, Tensor):
+            raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
+        self.averaging.fill_(torch.nan)
+        with fixed_map(self), materialised_weights(self):
+            found = self.solver.solve(self.layer, self.start(d) if x0 is None else x0, (d,))
+        self.averaging.fill_(optimal_averaging(ritz_values(self.layer, found.value, (d,))))
 
     @torch.compiler.disable
     def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
@@ -144,7 +176,7 @@ class DEGrad(nn.Module):
 
         Args:
             d: (B, C, H, W), in the units that R was trained in.
-            x0: the start; where None Aᵀd, or P Aᵀd for a preconditioned layer.
+            x0: the start; ``start(d)`` where None.
 
         Raises:
             ValueError: d or x0 of another shape.
@@ -158,14 +190,23 @@ class DEGrad(nn.Module):
             if x0 is not None and x0.shape != d.shape:
                 raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of d, {tuple(d.shape)}")
         if x0 is None:
-            x0 = self._start(d)
+            x0 = self.start(d)
+        if isinstance(self.averaging, Tensor) and self.averaging.isnan():
+            self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
-            self.layer, x0, inputs=(d,), solver=self.solver, gradient=self.gradient
+            self.layer,
+            x0,
+            inputs=(d,),
+            solver=self.solver,
+            gradient=self.gradient,
+            solve_dtype=self.solve_dtype,
+            compile_solve=self.compile_solve,
         )
         return restored
 
     @torch.no_grad()
-    def _start(self, d: Tensor) -> Tensor:
+    def start(self, d: Tensor) -> Tensor:
+        """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
         start = self.blur.adjoint(d)
         return start if self.damping is None else self.blur.solve(start, self.damping)
 

@@ -18,13 +18,23 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
-from jfbfast.data import RandomCrops
+from jfbfast.datasets import RandomCrops
 from jfbfast.degrad import DEGrad
 from jfbfast.plots import side_by_side
 from jfbfast.solvers import Anderson, ConvergenceWarning
-from jfbfast.training import DeblurTask, DenoiserTask, degrade, fit
+from jfbfast.training import DeblurTask, DenoiserTask, Optimization, degrade, fit
 
-CONFIG = ModelConfig(features=32, depth=8)
+CONFIG = ModelConfig(
+    denoiser={
+        "kind": "DnCNN",
+        "features": 32,
+        "depth": 8,
+        "norm": None,
+        "spectral_norm": False,
+        "bias": True,
+        "residual": True,
+    }
+)
 TRAINING, UNSEEN = ("coffee", "chelsea"), "astronaut"
 DETAIL = (60, 170, 110)
 PRETRAINING_STEPS, JFB_STEPS, CROP = 300, 450, 48
@@ -55,14 +65,17 @@ def ssim(image: Tensor, truth: Tensor) -> float:
     return float(value)
 
 
-def train(console: Console) -> DEGrad:
+def train(console: Console, seed: int) -> DEGrad:
     """The filtered DE-GRAD: its denoiser pretrained, then all of it trained by JFB."""
     model = CONFIG.model()
-    crops = RandomCrops([photograph(name) for name in TRAINING], CROP, length=16 * max(PRETRAINING_STEPS, JFB_STEPS))
+    assert isinstance(model, DEGrad)
+    length = 16 * max(PRETRAINING_STEPS, JFB_STEPS)
+    crops = RandomCrops([photograph(name) for name in TRAINING], CROP, length, seed=seed)
     console.print(f"Pretraining the denoiser on crops of {' and '.join(TRAINING)} …")
-    fit(DenoiserTask(model.regularizer.denoiser, learning_rate=2e-3), crops, steps=PRETRAINING_STEPS)
+    denoising = DenoiserTask(model.regularizer.denoiser, optimization=Optimization(2e-3), seed=seed)
+    fit(denoising, crops, steps=PRETRAINING_STEPS)
     console.print("Training DE-GRAD by Jacobian-free backpropagation …")
-    fit(DeblurTask(model, CONFIG.blur(), CONFIG.noise, learning_rate=1e-3), crops, steps=JFB_STEPS)
+    fit(DeblurTask(model, CONFIG.blur(), CONFIG.noise, Optimization(1e-3), seed), crops, steps=JFB_STEPS)
     return model.eval()
 
 
@@ -122,7 +135,7 @@ def run(directory: Path, seed: int, console: Console) -> list[Row]:
     L.seed_everything(seed, verbose=False)
     x = 2 * photograph(UNSEEN)[None] - 1
     d = degrade(x, CONFIG.blur(), CONFIG.noise, torch.Generator().manual_seed(seed))
-    model = train(console)
+    model = train(console, seed)
     console.print(f"Restoring {UNSEEN} …")
     rows = compare(model, x, d)
     console.print(table(rows, x))

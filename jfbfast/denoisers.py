@@ -1,4 +1,4 @@
-"""The networks of the paper: DnCNN with spectral normalisation, and the regulariser RED."""
+"""Denoisers that keep the image's resolution, and the regulariser RED that is made of one."""
 
 from __future__ import annotations
 
@@ -7,58 +7,21 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast.lipschitz import MaxMin, NonexpansiveConv2d, SpectralNormConv2d
 
-class SpectralNormConv2d(nn.Conv2d):
-    """Conv2d with the weight W/σ(W), σ the largest singular value of W as an (out, in·k·k) matrix.
+_CONVOLUTIONS: dict[bool | str, Callable[..., nn.Conv2d]] = {
+    False: nn.Conv2d,
+    True: SpectralNormConv2d,
+    "conv": NonexpansiveConv2d,
+}
 
-    σ = uᵀWv by power iteration (Miyato et al., 2018): one step a forward in train(), none in eval().
-    Unlike torch's parametrisation it can be pickled, and `materialise` fixes the weight for a solve.
-    Arguments as in torch.nn.Conv2d.
-    """
 
-    u: Tensor
-    v: Tensor
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        matrix = self.weight.detach().flatten(1)
-        self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
-        self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
-        self._materialised: Tensor | None = None
-        for _ in range(15):
-            self.power_iteration()
-
-    @torch.no_grad()
-    def power_iteration(self) -> None:
-        """One step: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖."""
-        matrix = self.weight.flatten(1)
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
-        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
-
-    def normalised_weight(self) -> Tensor:
-        """W/σ(W), differentiable in W."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            u, v = self.u.clone(), self.v.clone()  # backward needs them unchanged by a later step
-            return self.weight / torch.dot(u, self.weight.flatten(1) @ v)
-
-    @torch.no_grad()
-    def materialise(self) -> None:
-        """Fix the weight as it is now, without gradients, until `release`."""
-        self._materialised = self.normalised_weight()
-
-    def release(self) -> None:
-        """Undo `materialise`."""
-        self._materialised = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._materialised is not None:
-            return self._conv_forward(x, self._materialised, self.bias)
-        if self.training:
-            self.power_iteration()
-        return self._conv_forward(x, self.normalised_weight(), self.bias)
+def _check_sizes(*sizes: tuple[str, int, int]) -> None:
+    for name, value, least in sizes:
+        if value < least:
+            raise ValueError(f"{name} is {value}; it takes an integer of at least {least}")
 
 
 class DnCNN(nn.Module):
@@ -72,12 +35,14 @@ class DnCNN(nn.Module):
         features: channels of the hidden layers.
         depth: convolutions, at least 2.
         norm: "batch" for batch norm after every convolution but the first and last, or None.
-        spectral_norm: divide every convolution's weight by its largest singular value.
+        spectral_norm: True for the paper's, every weight divided by its largest singular value as an
+            (out, in·k·k) matrix, up to 3 below the convolution's own norm; "conv" divides by a bound on that
+            norm, so that a network with norm=None is 1-Lipschitz, x − network(x) 2-Lipschitz; or False.
         bias: give the convolutions biases.
         residual: return x − network(x), a denoiser, in place of network(x).
 
     Raises:
-        ValueError: a size below its least, or another norm.
+        ValueError: a size below its least, another norm or another spectral norm.
     """
 
     def __init__(
@@ -86,17 +51,17 @@ class DnCNN(nn.Module):
         features: int = 64,
         depth: int = 17,
         norm: Literal["batch"] | None = "batch",
-        spectral_norm: bool = True,
+        spectral_norm: bool | Literal["conv"] = True,
         bias: bool = False,
         residual: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (("channels", channels, 1), ("features", features, 1), ("depth", depth, 2)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; it takes an integer of at least {least}")
+        _check_sizes(("channels", channels, 1), ("features", features, 1), ("depth", depth, 2))
         if norm not in ("batch", None):
             raise ValueError(f"norm is {norm!r}; it takes 'batch' or None")
-        convolution: Callable[..., nn.Conv2d] = SpectralNormConv2d if spectral_norm else nn.Conv2d
+        if spectral_norm not in _CONVOLUTIONS:
+            raise ValueError(f"spectral_norm is {spectral_norm!r}; it takes True, False or 'conv'")
+        convolution = _CONVOLUTIONS[spectral_norm]
         layers: list[nn.Module] = [convolution(channels, features, 3, padding=1, bias=bias), nn.ReLU()]
         for _ in range(depth - 2):
             layers.append(convolution(features, features, 3, padding=1, bias=bias))
@@ -109,8 +74,54 @@ class DnCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, channels, H, W) to images of the same shape."""
-        out: Tensor = self.layers(x)
+        out: Tensor = self.layers(x.contiguous(memory_format=torch.channels_last))
         return x - out if self.residual else out
+
+
+class NonexpansiveDenoiser(nn.Module):
+    """D = (1 − α)x + αN(x) with Lip(N) ≤ 1, so that ‖D(x) − D(y)‖ ≤ ‖x − y‖ for images of every size.
+
+    N is a chain of 3 × 3 `NonexpansiveConv2d` with `MaxMin` between them. D is α-averaged, and firmly
+    nonexpansive at α = ½, as a proximal map is (Pesquet et al., 2021). In the filtered layer with δ = λ
+    it makes the iteration of y = D(Wx) a contraction by ¼. The bound costs quality: where a contraction
+    by ½ will do, the 2-Lipschitz ``DnCNN(norm=None, spectral_norm="conv", residual=True)`` denoises better.
+
+    Args:
+        channels: of the image, in and out.
+        features: channels of the hidden layers, an even number.
+        depth: convolutions, at least 2.
+        bias: give the convolutions biases.
+        averaging: α in (0, 1].
+
+    Raises:
+        ValueError: a size below its least, odd features, or α out of its range.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        features: int = 64,
+        depth: int = 8,
+        bias: bool = True,
+        averaging: float = 0.5,
+    ) -> None:
+        super().__init__()
+        _check_sizes(("channels", channels, 1), ("features", features, 2), ("depth", depth, 2))
+        if features % 2:
+            raise ValueError(f"features is {features}; it takes an even number")
+        if not 0 < averaging <= 1:
+            raise ValueError(f"averaging is {averaging}; it takes a number in (0, 1]")
+        widths = (channels, *[features] * (depth - 1))
+        layers: list[nn.Module] = []
+        for width in widths[:-1]:
+            layers += [NonexpansiveConv2d(width, features, 3, padding=1, bias=bias), MaxMin()]
+        layers.append(NonexpansiveConv2d(features, channels, 3, padding=1, bias=bias))
+        self.layers = nn.Sequential(*layers)
+        self.averaging = averaging
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, channels, H, W) to images of the same shape."""
+        return torch.lerp(x, self.layers(x).to(x.dtype), self.averaging)
 
 
 class Filter(Protocol):

@@ -8,7 +8,7 @@ one power iteration before the solve, one update of the running statistics at th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,7 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from jfbfast.denoisers import SpectralNormConv2d
+from jfbfast.lipschitz import NormalisedConv2d, SpectralNormConv2d
+
+
+def owner(layer: Callable[..., Tensor]) -> nn.Module | None:
+    """The module that a layer is, or is a method of; None for another callable."""
+    found = getattr(layer, "__self__", layer)
+    return found if isinstance(found, nn.Module) else None
 
 
 @contextmanager
@@ -36,8 +42,8 @@ def fixed_map(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def materialised_weights(module: nn.Module | None) -> Iterator[None]:
-    """Spectral-norm weights are computed once within, without gradients."""
-    convolutions = [] if module is None else [m for m in module.modules() if isinstance(m, SpectralNormConv2d)]
+    """Normalised weights are computed once within, without gradients."""
+    convolutions = [] if module is None else [m for m in module.modules() if isinstance(m, NormalisedConv2d)]
     try:
         for conv in convolutions:
             conv.materialise()

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from jfbfast import reference
+from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.reference import SVD, Bands
 
 SVD_LIMIT = 1024
-_CG_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 _CG_MAX_ITER = 1000
 
 
@@ -90,16 +90,21 @@ def check_invertible(taps: Taps, shape: tuple[int, int], dtype: torch.dtype) -> 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 nor another reduced-precision matrix product within."""
-    backends: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    products = backends.matmul
-    precision = products.fp32_precision
+    """Neither autocast nor TF32 nor another reduced-precision matrix product or convolution within."""
+    backends: Any = torch.backends
+    if device.type == "cuda":
+        settings = (backends.cuda.matmul, backends.cudnn.conv)
+    else:
+        settings = (backends.mkldnn.matmul, backends.mkldnn.conv)
+    precisions = [setting.fp32_precision for setting in settings]
     try:
-        products.fp32_precision = "ieee"
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        products.fp32_precision = precision
+        for setting, precision in zip(settings, precisions, strict=True):
+            setting.fp32_precision = precision
 
 
 def solve(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType) -> Tensor:
@@ -129,33 +134,20 @@ def _power_spectrum(taps: tuple[float, ...], n: int, device: torch.device, dtype
 
 
 def _conjugate_gradients(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType) -> Tensor:
-    """Plane by plane: each keeps its own step, and stops on its own residual."""
+    """Plane by plane, preconditioned by the circulant operator of the same taps."""
     height, width = shape = (b.shape[-2], b.shape[-1])
     forward, adjoint = (bands(taps, shape, b.dtype, b.device, a) for a in (False, True))
     power = _power_spectrum(taps.y, height, b.device, b.dtype)[:, None]
     power = power * _power_spectrum(taps.x, width, b.device, b.dtype)[: width // 2 + 1]
 
+    def normal(x: Tensor) -> Tensor:
+        return kernels.gradient(x, None, None, forward, adjoint)
+
     def precondition(r: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(r) / (power + damping), s=shape)
 
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).sum((-2, -1), keepdim=True)
-
-    x = torch.zeros_like(b)
-    r = b.clone()
-    z = precondition(r)
-    p = z
-    rz = dot(r, z)
-    bound = _CG_TOLERANCE[b.dtype] ** 2 * dot(b, b)
-    for _ in range(_CG_MAX_ITER):
-        active = dot(r, r) > bound  # False for a plane that holds NaN, too
-        if not active.any():
-            break
-        q = kernels.gradient(p, None, None, forward, adjoint) + damping * p
-        step = torch.where(active, rz / dot(p, q), 0)
-        x += step * p
-        r -= step * q
-        z = precondition(r)
-        previous, rz = rz, dot(r, z)
-        p = z + torch.where(active, rz / previous, 0) * p
-    return torch.where(torch.isfinite(bound), x, torch.nan)
+    tol = TOLERANCE[b.dtype]
+    x, _ = conjugate_gradients(
+        normal, b, damping, tol=tol, max_iter=_CG_MAX_ITER, dims=(-2, -1), precondition=precondition
+    )
+    return x

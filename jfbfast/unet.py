@@ -14,13 +14,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(features, features, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(features, features, 3, padding=1),
-        )
+        last = nn.Conv2d(features, features, 3, padding=1)
         with torch.no_grad():  # a deep stack of them starts close to the identity
-            self.layers[2].weight *= 0.3
+            last.weight *= 0.3
+        self.layers = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers(x)

@@ -1,5 +1,6 @@
 """The command line on real files, and a demo in small."""
 
+import json
 import subprocess
 import sys
 
@@ -7,11 +8,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from skimage import data as photographs
 from typer.testing import CliRunner
 
-from jfbfast import demo
-from jfbfast.checkpoint import load_checkpoint
+from jfbfast import demo, pretrained
+from jfbfast.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from jfbfast.cli import app
 from jfbfast.data import read_photograph
 
@@ -58,15 +60,63 @@ def test_train_then_restore_with_the_checkpoint(blurred, tmp_path):
     for i in range(4):
         part = photographs.coffee()[100 * i : 100 * i + 100, 100:300]
         cv2.imwrite(str(folder / f"{i}.png"), part[:, :, ::-1])
-    checkpoint = tmp_path / "model.safetensors"
+    checkpoint = tmp_path / "run" / "model.safetensors"
     options = "--features 8 --depth 3 --pretraining-steps 3 --steps 3 --batch-size 2 --crop 32 --validation 0.25"
-    result = run("train", folder, "--out", checkpoint, *options.split())
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("depth: 5\ninterval: 2\nfeatures: [8]\n")
+    result = run("train", folder, "--out", tmp_path / "run", "--config", settings, *options.split())
     assert result.exit_code == 0, result.output
     assert "3 photographs to train on, 1 to validate on" in result.output and "validation PSNR" in result.output
-    assert load_checkpoint(checkpoint)[1].features == 8
+    assert load_checkpoint(checkpoint)[1].denoiser["features"] == 8
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (resolved["depth"], resolved["interval"], resolved["training_tol"]) == (3, 2, 1e-3)
+    assert any((tmp_path / "run" / "tensorboard" / "training").iterdir())
     result = run("restore", path, "--checkpoint", checkpoint, "--out", tmp_path / "out", "--tile", 128)
     assert result.exit_code == 0, result.output
     assert read_photograph(tmp_path / "out" / "blurred-restored.png").pixels.shape == truth.shape
+
+
+def test_restore_picks_the_shipped_model_for_the_blur(blurred, tmp_path, monkeypatch):
+    truth, path = blurred
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3}, padding_mode="zeros")
+    save_checkpoint(tmp_path / "small.safetensors", config.model(), config)
+    for options, name in (
+        ((), "the shipped model small"),
+        (("--checkpoint", "small", "--sigma", 2), "trained for kernel size 5 and σ = 1; it is used for 5 and 2"),
+        (("--noise", 0.02), "No shipped model is for kernel size 5, σ = 1 and noise 0.02"),
+        (("--checkpoint", "tikhonov"), "Tikhonov, λ"),
+    ):
+        result = run("restore", path, "--out", tmp_path / "out", "--tile", 128, "--check-tiles", *options)
+        assert result.exit_code == 0, result.output
+        told = " ".join(result.output.split())
+        assert name in told and "of white" in told
+    assert read_photograph(tmp_path / "out" / "blurred-restored.png").pixels.shape == truth.shape
+
+
+def test_evaluate_prints_and_writes_one_table(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(5):
+        part = photographs.coffee()[70 * i : 70 * i + 32, 100:132]
+        cv2.imwrite(str(folder / f"{i}.png"), part[:, :, ::-1])
+    for name, form in (("small", "filtered"), ("alone", "denoiser")):
+        config = ModelConfig(form, {**demo.CONFIG.denoiser, "features": 4, "depth": 3}, padding_mode="zeros")
+        save_checkpoint(tmp_path / f"{name}.safetensors", config.model(), config)
+    methods = "blurred,direct-inverse,gradient-descent,tikhonov,tv,pnp"
+    options = ("--methods", methods, "--denoiser", tmp_path / "alone.safetensors", "--validation", 2)
+    out = tmp_path / "table.json"
+    result = run("evaluate", tmp_path / "small.safetensors", folder, *options, "--out", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert (found["padding_mode"], found["images"]) == ("zeros", ["2.png", "3.png", "4.png"])
+    rows = {row["method"]: row for row in found["methods"]}
+    assert list(rows) == [*methods.split(","), "small"]
+    assert all(row["images"] == 3 == len(row["per_image"]["psnr"]) for row in rows.values())
+    assert rows["tikhonov"]["psnr"] > rows["blurred"]["psnr"] + 0.5 and "damping" in rows["tikhonov"]["parameter"]
+    assert rows["small"]["evaluations_max"] >= 1 and "small" in result.output
+    result = run("evaluate", tmp_path / "alone.safetensors", folder)
+    assert result.exit_code == 1 and "a denoiser alone" in " ".join(result.output.split())
 
 
 def test_the_demo_in_small(tmp_path, monkeypatch):
@@ -100,7 +150,15 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
         (("restore", "missing.png", "--checkpoint", "none.safetensors"), "not a whole checkpoint"),
         (("restore", "a.png", "b.png", "--out", "c.png"), "several images take a directory"),
         (("train", "nowhere"), "no image files"),
-        (("train", ".", "--validation", "1.5"), "--validation is 1.5"),
+        (("train",), "data is missing"),
+        (("train", ".", "--config", "none.yaml"), "none.yaml: not a file of settings"),
+        (("train", ".", "--resume"), "holds no run to resume"),
+        (("train", ".", "--ema", "1.5"), "ema is 1.5"),
+        (("evaluate", "nowhere"), "no image files"),
+        (("evaluate", "nobody", "."), "nobody: not a whole checkpoint"),
+        (("evaluate", ".", "--methods", "pnp"), "pnp, which takes a --denoiser"),
+        (("evaluate", ".", "--methods", "magic"), "--methods has 'magic'; it takes blurred"),
+        (("evaluate", ".", "--out", "table.txt"), "--out is table.txt"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):

@@ -202,6 +202,84 @@ def test_a_nan_stays_in_its_sample(device: str) -> None:
     assert_same(tuple(v[::2] for v in found), tuple(v[::2] for v in expected))
 
 
+def test_a_stopped_sample_keeps_its_best_iterate(device: str) -> None:
+    problem = Contraction(3, 50, torch.float32, device)
+    x, few = problem.start.clone(), 6
+    state = AndersonCuda(x, tol=0)
+    for _ in range(few):
+        state.step(x, problem(x))
+    stopped = x[1].clone()
+    state.stop(torch.tensor([False, True, False], device=device))
+    for _ in range(2):
+        state.step(x, problem(x))
+    assert torch.equal(x[1], stopped)
+    state.running()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert state.running().tolist() == [True, False, True]
+    found = state.finish()
+    assert found[2].tolist() == [few + 2, few, few + 2]
+    assert found[3].tolist() == [jfbfast.Status.MAX_ITER] * 3
+    f = problem(found[0])
+    claimed = (f - found[0]).norm(dim=1) / f.norm(dim=1)
+    torch.testing.assert_close(found[1].float(), claimed, rtol=0.02, atol=1e-7)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("max_iter", [1, 2, 7, 12, 60])
+def test_the_solver_goes_down_the_ladder(device: str, max_iter: int, captured: bool) -> None:
+    """The coarse layer's images are known to 1e-3; what is claimed is the fine layer's."""
+    problem = Contraction(5, 130, torch.float64, device)
+    problem.q *= torch.tensor([0.1, 0.2, 0.4, 0.6, 0.7], dtype=torch.float64, device=device)[:, None]
+    calls = [0, 0]
+
+    def fine(x: Tensor, q: Tensor = problem.q, b: Tensor = problem.b) -> Tensor:
+        calls[0] += 1
+        return q * x + b
+
+    def coarse(x: Tensor, q: Tensor = problem.q, b: Tensor = problem.b) -> Tensor:
+        calls[1] += 1
+        return q * x + b + 1e-3 * torch.sin(1e6 * x)
+
+    inputs = () if captured else (problem.q, problem.b)
+    solution = jfbfast.Anderson(tol=1e-9, max_iter=max_iter).solve(fine, problem.start, inputs, coarse=coarse)
+    f = problem(solution.value)
+    claimed = (f - solution.value).norm(dim=1) / f.norm(dim=1)
+    torch.testing.assert_close(solution.residual, claimed, rtol=1e-5, atol=1e-14)
+    spent = solution.iterations - solution.coarse_iterations
+    late = solution.status == jfbfast.Status.MAX_ITER
+    assert (spent >= 1).all() and (solution.iterations <= max_iter).all()
+    assert (solution.iterations[late] == max_iter).all()
+    assert (solution.coarse_iterations <= min(max_iter - 1, 30)).all()
+    assert calls[0] <= max_iter and calls[1] <= max_iter - 1
+    if max_iter == 60:
+        assert not late.any()
+
+
+def test_the_solver_stops_where_samples_stall(device: str) -> None:
+    problem = Contraction(3, 130, torch.float64, device)
+    problem.q *= 0.5
+    calls = []
+
+    def rough(x: Tensor) -> Tensor:
+        calls.append(x.clone())
+        return problem(x) + 1e-3 * torch.sin(1e6 * x)
+
+    solution = jfbfast.Anderson(tol=1e-9, max_iter=400).solve(rough, problem.start, stop_when_stalled=True)
+    assert solution.status.tolist() == [jfbfast.Status.MAX_ITER] * 3
+    assert len(calls) < 60 and (solution.residual < 1e-2).all()
+
+
+def test_an_estimate_takes_the_shared_loop(device: str) -> None:
+    problem = Contraction(2, 20, torch.float64, device)
+    solution = jfbfast.Anderson(tol=1e-9).solve(problem, problem.start, estimate=True)
+    assert solution.inverse is not None
+    w = torch.ones_like(problem.start)
+    exact = w / (1 - problem.q)
+    found = solution.inverse.transpose(w)
+    assert ((found - exact).norm(dim=1) < (w - exact).norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("history", [None, torch.bfloat16])
 def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
     for shape in ((0, 5), (2, 0)):

@@ -107,8 +107,10 @@ def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
     x = torch.randn(1, 1, 8, 8)
     theirs, ours = (DEGrad(operator, regularizer, step_size=0.7) for operator in (Physics(), Physics.blur))
     torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d))
-    with pytest.raises(ValueError, match="operator is PhysicsOperator"):
-        DEGrad(Physics(), RED(regularizer.denoiser, 0.2, "weight")).layer(x, d)
+    filtered = RED(regularizer.denoiser, 0.2, "weight")
+    theirs, ours = (DEGrad(operator, filtered, preconditioner="exact") for operator in (Physics(), Physics.blur))
+    torch.testing.assert_close(theirs.start(d), ours.start(d), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

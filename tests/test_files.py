@@ -8,12 +8,22 @@ import pytest
 import torch
 from PIL import Image
 
-from jfbfast import GaussianBlur, tikhonov
-from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint
-from jfbfast.data import ImageError, Photograph, RandomCrops, image_files, read_photograph, write_photograph
-from jfbfast.restoration import restore_tiled, tiles
+from jfbfast import DEGrad, GaussianBlur, UNet, pretrained, tikhonov
+from jfbfast.checkpoint import FORMS, CheckpointError, ModelConfig, load_checkpoint, read_config, save_checkpoint
+from jfbfast.data import ImageError, Photograph, image_files, read_photograph, write_photograph
+from jfbfast.datasets import Photographs, RandomCrops
+from jfbfast.restoration import ALIGNMENT, border_reach, restore_tiled, seamless_overlap, tiles, tiling_error
 
-SMALL = ModelConfig(features=4, depth=3)
+DENOISER = {
+    "kind": "DnCNN",
+    "features": 4,
+    "depth": 3,
+    "norm": None,
+    "spectral_norm": False,
+    "bias": True,
+    "residual": True,
+}
+SMALL = ModelConfig(denoiser=DENOISER)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -80,7 +90,7 @@ def test_bad_files_are_named(tmp_path):
         read_photograph(tmp_path / "int32.tiff")
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(ImageError, match=r"small\.png: too small"):
-        RandomCrops([tmp_path / "small.png"], 64)[0]
+        RandomCrops(Photographs([tmp_path / "small.png"]), 64)[0]
     deep = Photograph(torch.zeros(3, 4, 4), None, np.dtype("uint16"))
     with pytest.raises(ImageError, match=r"\.jpg cannot hold uint16"):
         write_photograph(tmp_path / "out.jpg", deep)
@@ -93,21 +103,56 @@ def test_bad_files_are_named(tmp_path):
 def test_crops_cover_small_and_large_photographs():
     crops = RandomCrops([torch.rand(3, 40, 50), torch.rand(3, 20, 90)], 32, length=6)
     assert len(crops) == 6
-    for crop in crops:
-        assert crop.shape == (3, 32, 32) and -1 <= float(crop.min()) < 0 < float(crop.max()) <= 1
-    whole = RandomCrops([torch.rand(3, 40, 50)], 24, resize=24)[0]
-    assert whole.shape == (3, 24, 24)
+    for crop, noise, level in crops:
+        assert crop.shape == noise.shape == (3, 32, 32) and -1 <= float(crop.min()) < 0 < float(crop.max()) <= 1
+        assert 0 <= level < 1
 
 
-def test_a_checkpoint_rebuilds_the_model(tmp_path):
-    model = SMALL.model().eval()
+CONFIGS = {
+    "paper": ModelConfig("paper", {"kind": "DnCNN", "features": 4, "depth": 4}, step_size=0.3, padding_mode="zeros"),
+    "preconditioned": ModelConfig("preconditioned", DENOISER, averaging=0.8, solver={"kind": "Picard", "tol": 0.1}),
+    "filtered": ModelConfig(
+        "filtered",
+        {"kind": "UNet", "features": [4, 8], "blocks": [1, 2]},
+        kernel_size=7,
+        solver={"kind": "Anderson", "tol": 0.1, "memory": 3},
+    ),
+    "feed-forward": ModelConfig("feed-forward", DENOISER, weight=0.01),
+    "denoiser": ModelConfig("denoiser", DENOISER),
+}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_rebuilds_the_network(tmp_path, form, half):
+    config = CONFIGS[form]
+    model = config.model().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, model, SMALL)
-    found, config = load_checkpoint(path)
-    d = torch.randn(1, 3, 9, 9)
-    assert config == SMALL
-    torch.testing.assert_close(found(d), model(d), rtol=0, atol=0)
+    save_checkpoint(path, model, config, half=half)
+    found, read = load_checkpoint(path)
+    assert read == read_config(path) == config
     assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert (found.solver, found.averaging) == (model.solver, model.averaging) if isinstance(model, DEGrad) else True
+    for name, value in found.state_dict().items():
+        expected = model.state_dict()[name]
+        rounded = expected.half().float() if half and expected.dim() > 1 else expected
+        torch.testing.assert_close(value, rounded, rtol=0, atol=0)
+    assert not found.training
+
+
+def test_a_checkpoint_in_half_precision_is_half_as_large_or_refused(tmp_path):
+    config = ModelConfig(denoiser={**DENOISER, "features": 32, "depth": 6})
+    model = config.model()
+    sizes = []
+    for half in (False, True):
+        save_checkpoint(tmp_path / "model", model, config, half=half)
+        sizes.append((tmp_path / "model").stat().st_size)
+    assert sizes[1] < 0.55 * sizes[0]
+    model.regularizer.denoiser.layers[0].weight.data[0, 0, 0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"layers\.0\.weight with values that are not finite in torch.float16"):
+        save_checkpoint(tmp_path / "model", model, config, half=True)
 
 
 def test_a_foreign_or_broken_checkpoint_is_refused(tmp_path):
@@ -115,14 +160,69 @@ def test_a_foreign_or_broken_checkpoint_is_refused(tmp_path):
 
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, SMALL.model(), SMALL)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        load_checkpoint(path)
+    whole = path.read_bytes()
+    for broken in (whole[:-100], b"", whole[:-10] + b"0123456789", b"x" * 1000):
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole checkpoint"):
+            load_checkpoint(path)
     save_file({"w": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of jfbfast"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of jfbfast .*foreign"):
         load_checkpoint(path)
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    save_file({"w": torch.zeros(2)}, path, {"format": "jfbfast.DEGrad/1", "config": "{}"})
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of jfbfast .*its format is jfbfast\.DEGrad/1"):
+        load_checkpoint(path)
+    path.write_bytes(whole.replace(b"averaging", b"averagine"))
+    with pytest.raises(CheckpointError, match="averagine"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no such file"):
         load_checkpoint(tmp_path / "none")
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of shipped models: two for one setting, and two of other kinds."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr(pretrained, "WEIGHTS", folder)
+    for name, config in (
+        ("a-paper", CONFIGS["paper"]),
+        ("b-filtered", SMALL),
+        ("c-denoiser", CONFIGS["denoiser"]),
+        ("d-seven", CONFIGS["filtered"]),
+    ):
+        save_checkpoint(folder / f"{name}.safetensors", config.model(), config)
+    return folder
+
+
+def test_shipped_models_load_by_name(shipped):
+    model = DEGrad.from_pretrained("b-filtered")
+    expected = load_checkpoint(shipped / "b-filtered.safetensors")[0].state_dict()
+    assert not model.training and model.state_dict().keys() == expected.keys()
+    with pytest.raises(
+        ValueError, match="name is 'nothing'; the shipped models are a-paper, b-filtered, c-denoiser, d-seven"
+    ):
+        DEGrad.from_pretrained("nothing")
+    with pytest.raises(ValueError, match="a denoiser network; it takes a DE-GRAD"):
+        DEGrad.from_pretrained("c-denoiser")
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ((5, 1.0, 0.01, "zeros"), "b-filtered"),
+        ((7, 1.0, 0.01, "reflect"), "d-seven"),
+        ((5, 2.0, 0.01, "reflect"), None),
+        ((5, 1.0, 0.02, "reflect"), None),
+    ],
+)
+def test_a_shipped_model_is_chosen_by_blur_and_noise(shipped, setting, name):
+    assert pretrained.matching_name(*setting) == name
+
+
+def test_every_shipped_model_has_a_card_and_loads():
+    for name in pretrained.pretrained_names():
+        assert pretrained.pretrained_file(name).with_suffix(".md").read_text(encoding="utf-8").strip()
+        load_checkpoint(pretrained.pretrained_file(name))
 
 
 @pytest.mark.parametrize(("shape", "tile", "overlap"), [((70, 130), 64, 16), ((64, 64), 64, 16), ((40, 65), 48, 20)])
@@ -132,6 +232,9 @@ def test_tiles_cover_the_image_and_blend_to_it(shape, tile, overlap):
         assert weights.shape == covered[rows, columns].shape and (weights > 0).all()
         covered[rows, columns] += 1
     assert (covered >= 1).all()
+    assert all(
+        rows.start % ALIGNMENT == columns.start % ALIGNMENT == 0 for rows, columns, _ in tiles(*shape, tile, overlap)
+    )
     d = torch.randn(3, *shape)
     seen = []
     out = restore_tiled(lambda x: 2 * x, d, tile=tile, overlap=overlap, progress=lambda *p: seen.append(p))
@@ -146,6 +249,38 @@ def test_tiles_leave_no_seam():
     whole = tikhonov(blur, d, 0.01)
     tiled = restore_tiled(lambda part: tikhonov(blur, part, 0.01), d, tile=96, overlap=40)
     assert (whole - tiled).abs().max() < 1e-3
+
+
+def test_the_overlap_is_what_the_network_sees():
+    d = torch.rand(3, 200, 180)
+
+    def mean(side):  # of a square: its values change exactly side // 2 pixels from a cut
+        return lambda x: torch.nn.functional.avg_pool2d(x, side, 1, side // 2)
+
+    for side in (5, 21):
+        assert border_reach(mean(side), d, tile=160, tolerance=1e-6) == side // 2
+        overlap = seamless_overlap(mean(side), d, tile=160)
+        assert overlap >= 32 and 3 * overlap // 8 >= side // 2
+        assert tiling_error(mean(side), d, tile=96, overlap=overlap) < 1e-5
+    assert tiling_error(mean(31), d, tile=96, overlap=8) > 1e-2
+    assert seamless_overlap(lambda x: 0 * x + x.shape[-1] + x.shape[-2], d, tile=96) == 47
+
+
+def test_tiles_of_a_network_that_halves_the_resolution_leave_no_seam():
+    torch.manual_seed(1)
+    network = UNet(3, (4, 4, 4), (1, 1, 1)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter *= 2
+
+        def restore(x):
+            return network(x)
+
+        d = torch.rand(3, 250, 170)
+        overlap = seamless_overlap(restore, d, tile=128)
+        assert 32 < overlap < 63
+        assert tiling_error(restore, d, tile=128, overlap=overlap) < 1 / 255
+        assert (restore(d[None]) - d).abs().max() > 0.1
 
 
 def test_a_useless_overlap_is_named():

@@ -248,13 +248,16 @@ torch.manual_seed(0)
 regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
 model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact").double().eval()
 d = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-model(d).square().mean().backward()
-expected = [p.grad.clone() for p in model.parameters()]
-model.zero_grad()
 parallel = torch.nn.parallel.DistributedDataParallel(model)
-parallel(d[2 * rank : 2 * rank + 2]).square().mean().backward()
-for p, grad in zip(model.parameters(), expected):
-    torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)
+for gradient in (jfbfast.JFB(), jfbfast.Implicit("cg", tol=1e-12), jfbfast.Phantom(3)):
+    model.gradient = gradient
+    model(d).square().mean().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    parallel(d[2 * rank : 2 * rank + 2]).square().mean().backward()
+    for p, grad in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-8, atol=1e-10)
+    model.zero_grad()
 dist.destroy_process_group()
 """
 

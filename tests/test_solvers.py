@@ -5,35 +5,13 @@ import warnings
 
 import pytest
 import torch
+from maps import Counted, linear_map
 
 import jfbfast
-from jfbfast import Anderson, Picard, Status, native, reference
+from jfbfast import Anderson, Broyden, Inertial, Picard, Status, native, reference
+from jfbfast.solvers import loop
 
-SOLVERS = (Anderson, Picard)
-
-
-def linear_map(n, radius, seed=0):
-    """x ↦ M x + b with the spectral radius of M as given, and its fixed point."""
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(n, n, generator=generator, dtype=torch.float64)
-    matrix *= radius / torch.linalg.eigvals(matrix).abs().max()
-    b = torch.randn(n, generator=generator, dtype=torch.float64)
-    return (
-        (lambda x: x @ matrix.T + b),
-        torch.linalg.solve(torch.eye(n, dtype=torch.float64) - matrix, b),
-        matrix,
-        b,
-    )
-
-
-class Counted:
-    def __init__(self, layer):
-        self.layer, self.calls, self.batches = layer, 0, []
-
-    def __call__(self, x, *inputs):
-        self.calls += 1
-        self.batches.append(len(x))
-        return self.layer(x, *inputs)
+SOLVERS = (Anderson, Broyden, Inertial, Picard)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -144,9 +122,10 @@ def test_each_sample_stops_by_itself_and_leaves_the_batch(solver):
     assert counted.batches[0] == 4 and counted.batches[-1] <= 2
     for i in range(4):
         alone = solver(tol=1e-8, max_iter=200).solve(layer, x0[i : i + 1], (rates[i : i + 1],))
-        for whole, one in zip(together, alone, strict=True):
+        for whole, one in zip(together[:5], alone[:5], strict=True):
             torch.testing.assert_close(whole[i : i + 1], one, rtol=0, atol=0)
-    assert together.iterations.tolist() == sorted(together.iterations.tolist())
+    if solver is not Inertial:  # which is not the slower, the larger the rate
+        assert together.iterations.tolist() == sorted(together.iterations.tolist())
     assert together.iterations[0] < together.iterations[3]
 
 
@@ -171,7 +150,7 @@ def test_a_bad_sample_leaves_the_others_bit_identical(solver, captured):
         poisoned[1, 3] = poison
         bad = solve(poisoned)
         assert bad.status.tolist() == [good.status[0], Status.DIVERGED, good.status[2]]
-        for a, c in zip(good, bad, strict=True):
+        for a, c in zip(good[:5], bad[:5], strict=True):
             assert torch.equal(a[[0, 2]], c[[0, 2]])
         assert torch.equal(bad.value[1], torch.zeros(20, dtype=torch.float64))  # its only finite iterate
 
@@ -239,20 +218,22 @@ def test_a_layer_that_reuses_its_output_buffer_converges_all_the_same(solver):
     torch.testing.assert_close(solution.value[0], fixed_point, rtol=0, atol=1e-6)
 
 
-def test_images_of_any_layout_and_the_exact_solution_at_the_start():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_images_of_any_layout_and_the_exact_solution_at_the_start(solver):
     x0 = torch.randn(2, 4, 5, 3).permute(0, 3, 1, 2)
-    solution = Anderson().solve(lambda x: x.contiguous(memory_format=torch.channels_last), x0)
+    solution = solver().solve(lambda x: x.contiguous(memory_format=torch.channels_last), x0)
     torch.testing.assert_close(solution.value, x0)
     assert solution.iterations.tolist() == [1, 1] and solution.residual.tolist() == [0, 0]
-    empty = Anderson().solve(lambda x: x, torch.zeros(0, 3, 4, 4))
+    empty = solver().solve(lambda x: x, torch.zeros(0, 3, 4, 4))
     assert empty.value.shape == (0, 3, 4, 4) and empty.status.shape == (0,)
 
 
-def test_half_precision_claims_a_residual_measured_wider():
-    solution = Anderson(tol=0.05).solve(
-        lambda x: (0.5 * x + 1).to(torch.bfloat16), torch.zeros(1, 64, dtype=torch.bfloat16)
-    )
-    assert solution.value.dtype == torch.bfloat16 and solution.residual.dtype == torch.float32
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_claims_a_residual_measured_wider(solver, dtype):
+    solution = solver(tol=0.05).solve(lambda x: 0.5 * x + 1, torch.zeros(1, 64, dtype=dtype))
+    assert solution.status[0] == Status.CONVERGED
+    assert solution.value.dtype == dtype and solution.residual.dtype == torch.float32
     x = solution.value.float()
     assert float((0.5 * x + 1 - x).norm() / (0.5 * x + 1).norm()) <= 0.06
 
@@ -286,9 +267,16 @@ def test_weights_minimise_the_mixed_residual(kernels):
             lambda: Anderson(history=torch.bfloat16).solve(lambda x: x, torch.zeros(2, 3, dtype=torch.float64)),
             "takes float32 iterates",
         ),
+        (lambda: Broyden(memory=0), "memory is 0"),
+        (lambda: Broyden(memory=31), "memory is 31; it takes an integer from 1 to 30"),
+        (lambda: Inertial(momentum=1.0), r"momentum is 1.0; it takes a number in \[0, 1\)"),
         (lambda: Picard(atol=float("inf")), "atol is inf"),
         (lambda: Anderson().solve(lambda x: x, torch.zeros(3, dtype=torch.long)), "x0 is torch.int64"),
         (lambda: Anderson().solve(lambda x: x[:, :1], torch.zeros(3, 2)), "layer maps shape"),
+        (
+            lambda: Anderson().solve(lambda x: x, torch.zeros(3, 2), coarse=lambda x: x[:, :1]),
+            "coarse maps shape",
+        ),
         (
             lambda: Anderson().solve(lambda x, d: x, torch.zeros(3, 2), (torch.zeros(2),)),
             r"inputs\[0\] has shape",
@@ -300,9 +288,31 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_solvers_are_values():
-    assert pickle.loads(pickle.dumps(Anderson(memory=3))) == Anderson(memory=3)
-    assert "memory=3" in repr(Anderson(memory=3))
+@pytest.mark.parametrize("solver", [Anderson(memory=3), Broyden(memory=3), Inertial(momentum=0.3), Picard(tol=0.3)])
+def test_solvers_are_values(solver):
+    assert pickle.loads(pickle.dumps(solver)) == solver
+    assert "=0.3" in repr(solver) or "memory=3" in repr(solver)
+
+
+@pytest.mark.parametrize("solver", [Anderson(1e-9, memory=3), Broyden(1e-9, memory=3), Inertial(1e-9), Picard(1e-9)])
+def test_leaving_the_batch_changes_no_bit(solver, monkeypatch):
+    """With every sample kept to the end, and with samples that leave and histories that start anew."""
+    matrix = linear_map(20, 0.9)[2]
+    rates = torch.tensor([0.2, 0.3, -2.0, 0.25, 0.9, 0.1, 1.1], dtype=torch.float64)[:, None]
+
+    def layer(x, rate):
+        return torch.cos(2 * rate * (x[:, None, :] * matrix).sum(-1)) + rate
+
+    x0 = torch.randn(7, 20, dtype=torch.float64)
+    counted = Counted(layer)
+    leaving = solver.solve(counted, x0, (rates,))
+    assert counted.batches[-1] < 7
+    monkeypatch.setattr(loop, "_COMPACTION", 0)
+    counted = Counted(layer)
+    staying = solver.solve(counted, x0, (rates,))
+    assert set(counted.batches) == {7}
+    for a, c in zip(leaving[:5], staying[:5], strict=True):
+        assert torch.equal(a, c)
 
 
 def test_no_warning_from_the_solver_itself():

@@ -1,0 +1,175 @@
+"""`jfbfast evaluate`: networks and baselines on the same photographs, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from jfbfast.checkpoint import ModelConfig
+from jfbfast.data import image_files
+from jfbfast.datasets import Images, Photographs, split
+from jfbfast.evaluation import Method, Scores, baseline_methods, evaluate, network_method, write_scores
+from jfbfast.operators import GaussianBlur
+from jfbfast.pretrained import load_model
+
+_SETTING = ("kernel_size", "sigma", "noise", "padding_mode")
+
+
+def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
+    found = []
+    for checkpoint in checkpoints:
+        model, config = load_model(checkpoint)
+        if config.form == "denoiser":
+            raise ValueError(f"{checkpoint} is a denoiser alone, which --denoiser takes; give networks that undo blur")
+        name = Path(checkpoint).parent.name if Path(checkpoint).stem == "model" else Path(checkpoint).stem
+        found.append((name or checkpoint, model, config))
+    return found
+
+
+def _setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]) -> ModelConfig:
+    """The measurements to make: as given, or else as the first network's; the defaults without one."""
+    base = configs[0] if configs else ModelConfig()
+    values = {name: getattr(base, name) if given[name] is None else given[name] for name in _SETTING}
+    return ModelConfig(**values)
+
+
+def _methods(names: Sequence[str], blur: GaussianBlur, denoiser: str | None, device: torch.device) -> list[Method]:
+    network = None
+    if denoiser is not None:
+        network, config = load_model(denoiser)
+        if config.form != "denoiser":
+            raise ValueError(f"--denoiser is {denoiser}, a {config.form} network; it takes one trained as a denoiser")
+        network = network.to(device)
+    known = baseline_methods(blur, network)
+    if "pnp" in names and network is None:
+        raise ValueError("--methods has pnp, which takes a --denoiser")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--methods has {name!r}; it takes {', '.join(baseline_methods(blur, nn.Identity()))}")
+    return [known[name] for name in names]
+
+
+def results_table(scores: Sequence[Scores], title: str) -> Table:
+    """The rows as people read them."""
+    table = Table(title=title, caption="Means over all images, ± half of the 95% confidence interval.")
+    table.add_column("method")
+    for heading in (
+        "PSNR, dB\n(range 2)",
+        "PSNR, dB\n(peak 1, as the paper)",
+        "SSIM",
+        "evaluations\nmedian, max",
+        "not converged,\ndiverged",
+    ):
+        table.add_column(heading, justify="right")
+    for found in scores:
+        row = found.summary()
+        told = f" ({row['parameter']})" if row["parameter"] else ""
+        evaluations = (
+            "" if row["evaluations_max"] is None else f"{row['evaluations_median']:g}, {row['evaluations_max']}"
+        )
+        late = "" if row["not_converged"] is None else f"{row['not_converged']}, {row['diverged']}"
+        table.add_row(
+            f"{found.method}{told}",
+            f"{row['psnr']:.2f} ± {row['psnr_ci95']:.2f}",
+            f"{row['psnr_paper']:.2f}",
+            f"{row['ssim']:.4f} ± {row['ssim_ci95']:.4f}",
+            evaluations,
+            late,
+        )
+    return table
+
+
+def compare(
+    checkpoints: Sequence[str],
+    data: Path,
+    *,
+    methods: Sequence[str],
+    denoiser: str | None,
+    given: Mapping[str, Any],
+    held_out: tuple[float, float, int | None],
+    preprocessing: tuple[int | None, bool],
+    batch_size: int,
+    out: Path | None,
+    device: str,
+    seed: int,
+    console: Console,
+) -> list[Scores]:
+    """Score networks and baselines on the photographs that are left after training's and validation's.
+
+    Args:
+        checkpoints: shipped names or files.
+        data: directory of photographs.
+        methods: names of baselines.
+        denoiser: checkpoint for "pnp".
+        given: kernel_size, sigma, noise and padding_mode; None for the first network's.
+        held_out: of `split`, train and validation, and the most images to score.
+        preprocessing: resize and squash, of `Photographs`.
+        out: .csv or .json to write, or None.
+
+    Raises:
+        ValueError: no images to score; a name that is none; options that contradict each other.
+    """
+    if out is not None and out.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"--out is {out}; it takes a .csv or a .json")
+    if batch_size < 1 or (held_out[2] is not None and held_out[2] < 1):
+        raise ValueError("--batch-size and --limit take integers of at least 1")
+    where = torch.device(device)
+    networks = _networks(checkpoints)
+    setting = _setting(given, [config for _, _, config in networks])
+    blur = setting.blur()
+    chosen = _methods(methods, blur, denoiser, where)
+    for name, model, config in networks:
+        if (config.kernel_size, config.sigma, config.noise) != (setting.kernel_size, setting.sigma, setting.noise):
+            console.print(f"{name} was trained for another blur or noise: {config.sigma:g}, {config.noise:g}.")
+        model.blur = blur
+        chosen.append(network_method(name, model.to(where)))
+    _, validation_files, files = split(image_files(data), held_out[0], held_out[1])
+    files = files[: held_out[2]]
+    if not files:
+        raise ValueError(f"--train and --validation leave no photograph of {data} to score")
+    images = Images(Photographs(files, *preprocessing), seed=seed)
+    validation = Images(Photographs(validation_files, *preprocessing), seed=seed + 1)
+
+    scores = []
+    with Progress(console=console, transient=True) as bar:
+        for method in chosen:
+            task = bar.add_task(method.name, total=len(images))
+            try:
+                found = evaluate(
+                    method,
+                    images,
+                    validation,
+                    blur,
+                    setting.noise,
+                    batch_size=batch_size,
+                    device=where,
+                    progress=partial(bar.advance, task),
+                )
+            except ValueError as error:  # one method's; the others' results are wanted all the same
+                console.print(f"{method.name} is not in the table: {error}", highlight=False, markup=False)
+            else:
+                scores.append(found)
+    if not scores:
+        raise ValueError("no method could be scored")
+    title = (
+        f"{len(images)} images; blur {setting.kernel_size} × {setting.kernel_size}, σ = {setting.sigma:g}, "
+        f"{setting.padding_mode}; noise {setting.noise:g}; parameters chosen on {len(validation)} other images"
+    )
+    console.print(results_table(scores, title))
+    if out is not None:
+        about = {
+            **{name: getattr(setting, name) for name in _SETTING},
+            "seed": seed,
+            "images": [str(f.relative_to(data)) for f in files],
+            "validation": [str(f.relative_to(data)) for f in validation_files],
+        }
+        write_scores(out, scores, about)
+    return scores

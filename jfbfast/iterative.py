@@ -1,0 +1,160 @@
+"""Any linear operator A: what DE-GRAD needs of it, and functions of AᵀA by conjugate gradients."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from numbers import Integral
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jfbfast import reference
+from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
+from jfbfast.inverse import full_precision
+from jfbfast.solvers import ConvergenceWarning
+
+
+class LinearOperator(Protocol):
+    """What DE-GRAD needs of A."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def adjoint(self, y: Tensor) -> Tensor: ...
+
+
+class PhysicsOperator(nn.Module):
+    """A linear physics of deepinv, without its noise, as an operator with ``forward`` and ``adjoint``."""
+
+    def __init__(self, physics: Any) -> None:
+        super().__init__()
+        self.physics = physics
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x."""
+        return self.physics.A(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
+        return self.physics.A_adjoint(y)
+
+
+class IterativeOperator(nn.Module):
+    """A linear operator with ``solve`` and ``filter``, both by conjugate gradients on AᵀA + λI.
+
+    `DEGrad` wraps an operator in it by itself; wrap one by hand to choose the tolerance. The layer
+    x − P(g) has the same fixed points however roughly P = (AᵀA + λI)⁻¹ is solved, so that 1e-2 does
+    for a preconditioned layer without a filter; the filter itself is off by at most tol·‖x‖.
+
+    Everything is differentiable in the images and the damping, twice too: the derivatives of a solve
+    are solves. Learnable parameters of A get their gradient through A and Aᵀ, and none through
+    ``solve`` and ``filter`` (at a fixed point of x − P(g), where g = 0, that through P is zero).
+
+    Args:
+        operator: A, with ``forward`` (B, …) to (B, …) and ``adjoint``, sample by sample. Half-precision
+            images are solved for in float32, so it must take those.
+        tol: a sample is done where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖; None for 1e-6, in float64 1e-12.
+        max_iter: applications of AᵀA a solve at most.
+
+    Raises:
+        ValueError: ``tol`` not in (0, 1); ``max_iter`` below 1.
+    """
+
+    def __init__(self, operator: LinearOperator, tol: float | None = None, max_iter: int = 1000) -> None:
+        super().__init__()
+        if tol is not None and not 0 < tol < 1:
+            raise ValueError(f"tol is {tol}; it takes None or a number in (0, 1)")
+        if not isinstance(max_iter, Integral) or max_iter < 1:
+            raise ValueError(f"max_iter is {max_iter}; it takes an integer of at least 1")
+        self.operator: Any = operator
+        self.tol: float | None = tol
+        self.max_iter: int = max_iter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x."""
+        return self.operator(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
+        return self.operator.adjoint(y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """AᵀA x."""
+        return self.adjoint(self(x))
+
+    def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
+        """(AᵀA + λI)⁻¹ b; NaN for a sample whose b is not finite.
+
+        Args:
+            b: (B, …).
+            damping: λ > 0, a number or a tensor of shape () or (B, 1, …, 1).
+
+        Raises:
+            ValueError: b without a batch dimension; a number λ ≤ 0; a tensor of another shape.
+
+        Warns:
+            ConvergenceWarning: some samples did not reach ``tol``; usually ``adjoint`` is not the adjoint.
+        """
+        if b.dim() < 2:
+            raise ValueError(f"b has shape {tuple(b.shape)}; it takes a batch (B, …)")
+        if not isinstance(damping, Tensor):
+            if not 0 < damping < math.inf:
+                raise ValueError(f"damping is {damping}; it takes a positive number")
+            damping = torch.tensor(damping, dtype=torch.float64, device=b.device)
+        if damping.dim() and damping.shape != (len(b), *[1] * (b.dim() - 1)):
+            raise ValueError(
+                f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (B, 1, …, 1)"
+            )
+        return _Solve.apply(b, damping, self)
+
+    def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
+        """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: what A keeps of x."""
+        return (x - damping * self.solve(x, damping)).to(x.dtype)
+
+    def _solve(self, b: Tensor, damping: Tensor) -> Tensor:
+        wide = reference.band_dtype(b.dtype)
+        tol = TOLERANCE[wide] if self.tol is None else self.tol
+        with full_precision(b.device):
+            x, unfinished = conjugate_gradients(
+                self.normal,
+                b.to(wide),
+                damping.to(wide),
+                tol=tol,
+                max_iter=self.max_iter,
+                dims=tuple(range(1, b.dim())),
+            )
+        if unfinished.any():
+            warnings.warn(
+                f"{int(unfinished.sum())} of {len(b)} samples did not reach tol={tol:g} in {self.max_iter} "
+                "iterations of conjugate gradients",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return x.to(b.dtype)
+
+    def extra_repr(self) -> str:
+        return f"tol={self.tol}, max_iter={self.max_iter}"
+
+
+class _Solve(torch.autograd.Function):
+    """x = P b with P = (AᵀA + λI)⁻¹: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −⟨P g, x⟩."""
+
+    @staticmethod
+    def forward(b: Tensor, damping: Tensor, operator: IterativeOperator) -> Tensor:
+        return operator._solve(b, damping)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, damping, ctx.operator = inputs
+        ctx.save_for_backward(damping, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        damping, x = ctx.saved_tensors
+        u = _Solve.apply(g, damping, ctx.operator)
+        to_damping = None
+        if ctx.needs_input_grad[1]:
+            wide = reference.band_dtype(g.dtype)
+            to_damping = -(u.to(wide) * x.to(wide)).sum_to_size(damping.shape).to(damping.dtype)
+        return u, to_damping, None

@@ -1,0 +1,234 @@
+"""A layer prepared for a solve: the same function, without gradients, cheaper to evaluate.
+
+Its convolutions are evaluated by twins with weights of their own: spectral norms materialised, a
+batch norm that follows folded in, channels-last, the bias and a ReLU that follows fused where torch
+offers it, and optionally in lower precision. Everything else of the module is shared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jfbfast.fixed_map import owner
+from jfbfast.lipschitz import NormalisedConv2d
+
+Layer = Callable[..., Tensor]
+
+
+def _plain(module: nn.Module) -> bool:
+    """Nothing but its forward happens when it is called."""
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _foldable(module: nn.Module) -> bool:
+    """A convolution whose function is known from its weight, which may be computed (spectral norm)."""
+    if not (isinstance(module, nn.Conv2d) and _plain(module)):
+        return False
+    return type(module).forward is nn.Conv2d.forward or isinstance(module, NormalisedConv2d)
+
+
+def _norm_to_fold(module: nn.Module) -> bool:
+    return type(module) is nn.BatchNorm2d and module.running_mean is not None and _plain(module)
+
+
+class _PreparedConv2d(nn.Module):
+    """A convolution in eval() with what follows it: batch norm, ReLU.
+
+    Args:
+        source: the convolution.
+        norm: the batch norm to fold in.
+        relu: whether a ReLU follows.
+    """
+
+    def __init__(self, source: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: bool = False) -> None:
+        super().__init__()
+        self.sources = (source, norm)  # in a tuple, so that they are not its submodules
+        self.relu = relu
+        self.dtype: torch.dtype | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        """What a forward asks of the convolution beside calling it."""
+        return getattr(self.sources[0], name)
+
+    def refresh(self) -> None:
+        """Take the weights as they are now."""
+        conv, norm = self.sources
+        weight = conv.current_weight() if isinstance(conv, NormalisedConv2d) else conv.weight
+        bias = conv.bias
+        if norm is not None:
+            assert norm.running_mean is not None and norm.running_var is not None
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            scale = scale if norm.weight is None else scale * norm.weight
+            weight = weight * scale[:, None, None, None]
+            bias = (0 if bias is None else bias) - norm.running_mean
+            bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
+        self.weight = self._stored(self.weight, weight, torch.channels_last)
+        self.bias = None if bias is None else self._stored(self.bias, bias, torch.contiguous_format)
+
+    def _stored(self, kept: Tensor | None, value: Tensor, memory_format: torch.memory_format) -> Tensor:
+        """The value in this twin's dtype; in the same memory as before, which a compiled twin holds on to."""
+        dtype = self.dtype or value.dtype
+        if kept is not None and (kept.shape, kept.dtype, kept.device) == (value.shape, dtype, value.device):
+            return kept.copy_(value)
+        return torch.empty_like(value, dtype=dtype, memory_format=memory_format).copy_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, weight = self.sources[0], self.weight
+        assert weight is not None
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(weight.dtype, memory_format=torch.channels_last)
+            if self.relu and _fuses_relu(conv, x):
+                arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
+                return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *arguments, "relu", [], "")
+            out = conv._conv_forward(x, weight, self.bias)
+            return F.relu_(out) if self.relu else out
+
+
+def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not isinstance(conv.padding, str)
+        and conv.padding_mode == "zeros"
+        and x.numel() > 0
+    )
+
+
+def _folded(modules: dict[str, nn.Module | None]) -> Iterator[tuple[str, nn.Module | None]]:
+    """The members of a Sequential: a convolution takes in the batch norm and the ReLU behind it."""
+    names = list(modules)
+    while names:
+        name = names.pop(0)
+        module = modules[name]
+        if module is None or not _foldable(module):
+            yield name, module
+            continue
+        assert isinstance(module, nn.Conv2d)
+        taken: list[nn.Module] = []
+        for follows in (_norm_to_fold, lambda m: type(m) is nn.ReLU and _plain(m)):
+            following = modules[names[0]] if names else None
+            if following is not None and follows(following):
+                taken.append(following)
+                names.pop(0)
+        norm = next((m for m in taken if isinstance(m, nn.BatchNorm2d)), None)
+        yield name, _PreparedConv2d(module, norm, relu=any(isinstance(m, nn.ReLU) for m in taken))
+
+
+class _Twin:
+    """The twin of a module tree: containers are copies, convolutions prepared, everything else shared."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        self.copies: list[tuple[nn.Module, nn.Module]] = []
+        self.convolutions: list[_PreparedConv2d] = []
+        self.seen: dict[nn.Module, nn.Module] = {}
+        self.compiled: dict[str, Layer] = {}
+        self.module = self._twin(module)
+        for conv in self.convolutions[1:-1]:  # the first and the last map from and to the image, and are cheap
+            conv.dtype = dtype
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        if module not in self.seen:
+            self.seen[module] = self._made(module)
+        return self.seen[module]
+
+    def _made(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, _PreparedConv2d):
+            self.convolutions.append(module)
+            return module
+        if _foldable(module):
+            assert isinstance(module, nn.Conv2d)
+            return self._made(_PreparedConv2d(module))
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            return module
+        sequential = type(module).forward is nn.Sequential.forward
+        members = dict(_folded(module._modules) if sequential else module._modules.items())
+        twins = {name: None if member is None else self._twin(member) for name, member in members.items()}
+        if all(twins[name] is module._modules[name] for name in twins):
+            return module
+        copy = type(module).__new__(type(module))
+        copy.__dict__["_modules"] = twins
+        self.copies.append((module, copy))
+        return copy
+
+    def method(self, name: str, compiled: bool) -> Layer:
+        """The twin's method of that name, through torch.compile if asked; a compiled one is kept."""
+        method: Layer = getattr(self.module, name)
+        if not compiled:
+            return method
+        if name not in self.compiled:
+            self.compiled[name] = torch.compile(method)
+        return self.compiled[name]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take everything as it is now in the module."""
+        for module, copy in self.copies:
+            twins = copy.__dict__["_modules"]
+            copy.__dict__.clear()
+            copy.__dict__.update(module.__dict__, _modules=twins, training=False)
+        for conv in self.convolutions:
+            conv.refresh()
+
+
+_Structure = tuple[tuple[int, bool], ...]
+
+
+def _structure(module: nn.Module) -> _Structure:
+    return tuple((id(m), _plain(m)) for m in module.modules())
+
+
+class _Twins(dict[torch.dtype | None, tuple[_Structure, _Twin]]):
+    """The twins that a module keeps of itself, by dtype; they are not copied or saved with it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Twins:
+        return _Twins()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Twins, ()
+
+
+def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype, which is one that a layer can be prepared in; raises ValueError for another."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"solve_dtype is {dtype}; it takes None, torch.bfloat16 or torch.float16")
+    return dtype
+
+
+def prepared(layer: Layer, dtype: torch.dtype | None = None, *, compiled: bool = False) -> Layer:
+    """The layer as a solve evaluates it: the same function to rounding, in eval() and without gradients.
+
+    The weights are taken at this call. What cannot be prepared is used as it is: a layer that is
+    neither a module nor a module's method, a convolution with hooks or of another class, a compiled
+    or scripted module.
+
+    Args:
+        layer: a module, a module's method or any callable.
+        dtype: torch.bfloat16 or torch.float16 evaluates the layer under autocast, and its convolutions
+            in that dtype with weights that are stored in it, all but the first and the last; None
+            evaluates it in the weights' own precision, whatever autocast the caller has.
+        compiled: pass a module, or a module's method, through torch.compile.
+    """
+    module = owner(layer)
+    if module is not None:
+        structure, twins = _structure(module), module.__dict__.setdefault("_jfbfast_twins", _Twins())
+        if dtype not in twins or twins[dtype][0] != structure:
+            twins[dtype] = structure, _Twin(module, dtype)
+        twin = twins[dtype][1]
+        twin.refresh()
+        layer = twin.method("__call__" if layer is module else layer.__name__, compiled)
+
+    def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            return layer(x, *inputs)
+
+    return evaluate

@@ -1,0 +1,298 @@
+"""A training run in a directory of its own: settings, metrics, checkpoints to resume from, and the trained network.
+
+``config.yaml`` holds the resolved settings, ``metrics.csv`` a row every few steps, ``pretraining.ckpt``
+and ``training.ckpt`` the state of each phase after its last interval, ``model.safetensors`` the result.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from torch import Tensor, nn
+
+from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint, write_whole
+from jfbfast.data import image_files
+from jfbfast.datasets import Images, Photographs, RandomCrops, split
+from jfbfast.degrad import DEGrad
+from jfbfast.denoisers import RED
+from jfbfast.settings import changed_settings, make_settings, read_settings, write_settings
+from jfbfast.training import DeblurTask, DenoiserTask, MovingAverage, Optimization, fit
+
+METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
+VALIDATION = ("val_psnr", "val_evaluations", "val_diverged")
+_COLUMNS = ("phase", "step", *METRICS, *VALIDATION)
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class _CheckpointFiles(TorchCheckpointIO):
+    """Run checkpoints as files that are whole or absent, and that are read as plain tensors and numbers."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        write_whole(Path(path), lambda partial: torch.save({**checkpoint, "jfbfast": "run/1"}, partial))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch reads past a wrong checksum
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken pickle raises nearly anything
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({told})") from error
+        if not isinstance(checkpoint, dict) or checkpoint.get("jfbfast") != "run/1":
+            raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast")
+        return checkpoint
+
+
+class Metrics(Callback):
+    """A row of ``metrics.csv`` every few steps, and after each validation; the trainer's loggers get the same.
+
+    A row's step is the number of steps done. Rows of steps that a resumed run repeats are dropped first.
+
+    Args:
+        path: of the file.
+        phase: the first column.
+        step: the step the run goes on from.
+        every: steps between two rows.
+    """
+
+    def __init__(self, path: Path, phase: str, step: int, every: int) -> None:
+        self.path, self.phase, self.every = path, phase, every
+        if _first_process():
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [r for r in csv.DictReader(file) if r["phase"] != self.phase or int(r["step"] or 0) <= step]
+
+        def write(partial: Path) -> None:
+            with partial.open("w", newline="") as file:
+                writer = csv.DictWriter(file, _COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_whole(self.path, write)
+
+    def _report(self, trainer: L.Trainer, names: Sequence[str]) -> None:
+        if not trainer.is_global_zero:
+            return
+        found = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
+        for logger in trainer.loggers:
+            logger.log_metrics(found, trainer.global_step)
+        row = {name: f"{value:.9g}" for name, value in found.items()}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, _COLUMNS).writerow({"phase": self.phase, "step": trainer.global_step, **row})
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self._report(trainer, METRICS)
+
+    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self._report(trainer, VALIDATION)
+
+
+class _Residual(nn.Module):
+    """y − R(y): what the paper's R removes at an image, as a denoiser."""
+
+    def __init__(self, regularizer: nn.Module) -> None:
+        super().__init__()
+        self.regularizer = regularizer
+
+    def forward(self, y: Tensor) -> Tensor:
+        out: Tensor = y - self.regularizer(y)
+        return out
+
+
+def denoiser_of(model: nn.Module) -> nn.Module:
+    """The denoiser that a network of ours is built on."""
+    if isinstance(model, DEGrad):
+        regularizer: nn.Module = model.regularizer
+        return regularizer.denoiser if isinstance(regularizer, RED) else _Residual(regularizer)
+    inner = getattr(model, "denoiser", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _start_from(model: nn.Module, config: ModelConfig, path: str) -> None:
+    """Copy a checkpoint's weights: of the same network, or of its denoiser."""
+    source, found = load_checkpoint(path)
+    same = (found.form == "denoiser") == (config.form == "denoiser")
+    target = model if same else denoiser_of(model)
+    try:
+        target.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"init is {path}, a {found.form} network with {dict(found.denoiser)}; this run takes a {config.form} "
+            f"network or a denoiser, with {dict(config.denoiser)}"
+        ) from error
+
+
+class Run:
+    """A run of `jfbfast train` in a directory.
+
+    Args:
+        values: settings by name, of those that were chosen.
+        out: the directory.
+        resume: go on with the run that is there, from its last checkpoints.
+        progress: show bars.
+
+    Raises:
+        ValueError: settings that are not valid; a directory that holds a run, without ``resume``, or
+            holds none with it; a setting that a resumed run may not change.
+    """
+
+    def __init__(self, values: Mapping[str, Any], out: Path, *, resume: bool = False, progress: bool = True) -> None:
+        file = out / "config.yaml"
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out is the file {out}; it takes a directory")
+        if file.exists() and not resume and _first_process():
+            raise ValueError(f"{out} holds a run already; choose another directory, or resume it")
+        if resume:
+            if not file.exists():
+                raise ValueError(f"{out} holds no run to resume")
+            old = make_settings(read_settings(file))
+            self.settings = make_settings({**read_settings(file), **values}).resolved()
+            if changed := changed_settings(old, self.settings):
+                name = changed[0]
+                raise ValueError(
+                    f"{name} is {getattr(self.settings, name)}; the run in {out} was started with {getattr(old, name)}"
+                )
+        else:
+            self.settings = make_settings(values).resolved()
+        self.out, self.resume, self.progress = out, resume, progress
+        self.config = self.settings.model_config()
+
+    def _data(self, console: Console) -> tuple[RandomCrops, Images | None]:
+        settings = self.settings
+        kept, held_out, _ = split(image_files(settings.data), settings.train, settings.validation)
+        if not kept:
+            raise ValueError(f"train and validation leave no photograph of {settings.data} to train on")
+        console.print(f"{len(kept)} photographs to train on, {len(held_out)} to validate on.", highlight=False)
+        cache = int(settings.cache * 2**30)
+        photographs = Photographs(kept, settings.resize, settings.squash, cache)
+        if not photographs.cached:
+            console.print(f"They take more than {settings.cache:g} GiB decoded, and are decoded at each use.")
+        length = settings.batch_size * max(settings.steps, settings.pretraining_steps or 0)
+        crops = RandomCrops(photographs, settings.crop, length, settings.flips, settings.seed)
+        if not held_out:
+            return crops, None
+        side = settings.resize or settings.crop
+        return crops, Images(Photographs(held_out, settings.resize, settings.squash, cache), side, settings.seed)
+
+    def _optimization(self, rate: float) -> Optimization:
+        return Optimization(rate, self.settings.schedule, self.settings.warmup, self.settings.beta2)
+
+    def _fit(
+        self, phase: str, task: DeblurTask | DenoiserTask, train: RandomCrops, val: Images | None, steps: int
+    ) -> L.Trainer:
+        settings, file = self.settings, self.out / f"{phase}.ckpt"
+        step = 0
+        if file.exists():
+            step = int(_CheckpointFiles().load_checkpoint(file)["global_step"])
+        callbacks: list[Callback] = [
+            Metrics(self.out / "metrics.csv", phase, step, settings.log_every),
+            ModelCheckpoint(
+                self.out, phase, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+            ),
+        ]
+        if settings.ema:
+            callbacks.append(MovingAverage(settings.ema))
+        return fit(
+            task,
+            train,
+            steps=steps,
+            batch_size=settings.batch_size,
+            val=val,
+            interval=settings.interval,
+            precision=settings.precision,
+            clip=settings.clip,
+            workers=settings.workers,
+            progress=self.progress,
+            resume=str(file) if file.exists() else None,
+            callbacks=callbacks,
+            logger=TensorBoardLogger(self.out, "tensorboard", phase) if settings.tensorboard else False,
+            enable_checkpointing=True,
+            plugins=[_CheckpointFiles()],
+        )
+
+    def train(self, console: Console) -> float | None:
+        """Train, or go on training, up to ``model.safetensors``; the last validation's PSNR at the true range, in dB.
+
+        Raises:
+            CheckpointError: a checkpoint of the run, or the one to start from, is not whole.
+            ImageError: a photograph that cannot be used.
+            ValueError: a split without photographs to train on, or a setting that the network does not take.
+        """
+        settings, config = self.settings, self.config
+        L.seed_everything(settings.seed, verbose=False)
+        model = config.model()
+        if settings.init is not None:
+            _start_from(model, config, settings.init)
+        crops, val = self._data(console)
+        self._claim()
+        alone = config.form == "denoiser"
+        steps, runner = settings.pretraining_steps or 0, None
+        pretrained, phase = self.out / "pretrained.safetensors", self.out / "training.ckpt"
+        if pretrained.exists():
+            model.load_state_dict(load_checkpoint(pretrained)[0].state_dict())
+        elif steps and not phase.exists():
+            console.print(f"Pretraining the denoiser: {steps} steps.", highlight=False)
+            low, high = settings.pretraining_noise
+            task = DenoiserTask(
+                denoiser_of(model), (low, high), self._optimization(settings.pretraining_rate), settings.seed
+            )
+            runner = self._fit("pretraining", task, crops, val, steps)
+            self._save(pretrained, model, config)
+        if not alone:
+            console.print(f"Training the {config.form} network: {settings.steps} steps.", highlight=False)
+            in_training: dict[str, Any] = {}
+            if isinstance(model, DEGrad):
+                assert settings.training_tol is not None and settings.training_max_iter is not None
+                solver = replace(model.solver, tol=settings.training_tol, max_iter=settings.training_max_iter)
+                dtype = None if settings.solve_dtype == "float32" else getattr(torch, settings.solve_dtype)
+                in_training = {"solver": solver, "solve_dtype": dtype}
+            runner = self._fit(
+                "training",
+                DeblurTask(
+                    model,
+                    config.blur(),
+                    config.noise,
+                    self._optimization(settings.learning_rate),
+                    settings.seed,
+                    in_training,
+                    settings.jacobian_penalty,
+                ),
+                crops,
+                val,
+                settings.steps,
+            )
+        self._save(self.out / "model.safetensors", model, config, settings.half)
+        quality = None if runner is None else runner.callback_metrics.get("val_psnr")
+        return None if quality is None else float(quality)
+
+    @rank_zero_only
+    def _claim(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_settings(self.out / "config.yaml", self.settings)
+
+    @rank_zero_only
+    def _save(self, path: Path, model: nn.Module, config: ModelConfig, half: bool = False) -> None:
+        save_checkpoint(path, model, config, half=half)

@@ -1,0 +1,254 @@
+"""The settings of a training run: one dataclass, from which come the flags of `jfbfast train` and its YAML file."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+if TYPE_CHECKING:
+    from jfbfast.checkpoint import ModelConfig
+
+# Of where and how a run computes; a resumed run may change them.
+CIRCUMSTANCES = frozenset({"data", "workers", "cache", "tensorboard"})
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Every setting of `jfbfast train`, each with its help; None stands for what the help calls the default."""
+
+    data: Annotated[str, "Directory of photographs, searched with its subdirectories."]
+    train: Annotated[
+        float | None, "Photographs to train on, first by name: a share or a count. (default: the rest)"
+    ] = None
+    validation: Annotated[float, "Photographs to validate on, next by name: a share or a count."] = 0.1
+    resize: Annotated[int | None, "First resize each photograph to this square. (default: as it is)"] = None
+    squash: Annotated[bool, "Resize both sides to exactly that, and not the shorter one with the centre kept."] = False
+    crop: Annotated[int, "Side of the random crops in pixels."] = 64
+    flips: Annotated[bool, "Mirror every other crop."] = True
+
+    kernel_size: Annotated[int, "Side of the Gaussian blur in pixels, odd."] = 5
+    sigma: Annotated[float, "Standard deviation of the blur in pixels."] = 1.0
+    padding_mode: Annotated[str, "Beyond the edge: zeros, reflect, replicate or circular."] = "reflect"
+    noise: Annotated[float, "Standard deviation of the noise, for images in [−1, 1]."] = 0.01
+
+    form: Annotated[str, "Of the network: filtered, preconditioned, paper, feed-forward, or denoiser alone."] = (
+        "filtered"
+    )
+    denoiser: Annotated[str, "DnCNN, UNet or NonexpansiveDenoiser."] = "DnCNN"
+    features: Annotated[
+        tuple[int, ...] | None, "Channels: 64; of a UNet at each scale, 64,96,128. (default: these)"
+    ] = None
+    blocks: Annotated[tuple[int, ...], "Residual blocks of a UNet at each scale."] = (2, 2, 2)
+    depth: Annotated[int, "Convolutions of a DnCNN or NonexpansiveDenoiser."] = 17
+    batch_norm: Annotated[bool | None, "Batch norms in a DnCNN. (default: in the paper's form)"] = None
+    spectral_norm: Annotated[
+        str | None,
+        "Spectral norms in a DnCNN: matrix, the paper's; conv, which bounds its norm; none. (default: by form)",
+    ] = None
+    bias: Annotated[bool | None, "Biases in the convolutions. (default: but in the paper's form)"] = None
+    weight: Annotated[float, "λ at the start."] = 0.05
+    step_size: Annotated[float, "η of the paper's form at the start."] = 1.0
+    averaging: Annotated[float, "α of the averaged layer (1 − α)x + αT(x)."] = 1.0
+    solver: Annotated[str, "Anderson, Broyden, Inertial or Picard, and arguments, as in Anderson:memory=3."] = (
+        "Anderson"
+    )
+    tol: Annotated[float, "Relative residual at which a solve stops."] = 1e-3
+    max_iter: Annotated[int, "Evaluations of the layer in a solve at most."] = 50
+    training_tol: Annotated[float | None, "tol in training. (default: tol)"] = None
+    training_max_iter: Annotated[int | None, "max_iter in training. (default: max_iter)"] = None
+    solve_dtype: Annotated[str, "Of a solve's first evaluations in training: float32, bfloat16 or float16."] = "float32"
+    gradient: Annotated[str, "The gradient method and its arguments, as in jfb or unrolled:steps=10."] = "jfb"
+
+    init: Annotated[str | None, "Start from this checkpoint: of the same network, or of its denoiser."] = None
+    pretraining_steps: Annotated[int | None, "Batches of denoising first. (default: 1000; 0 with --init)"] = None
+    pretraining_rate: Annotated[float, "The highest learning rate of denoising."] = 1e-3
+    pretraining_noise: Annotated[tuple[float, ...], "The least and the largest noise to denoise."] = (0.01, 0.12)
+    steps: Annotated[int, "Batches of training the network itself."] = 500
+    batch_size: Annotated[int, "Crops a batch, over all processes together."] = 16
+    learning_rate: Annotated[float, "The highest."] = 3e-4
+    schedule: Annotated[str, "Of the learning rate: onecycle, cosine or constant."] = "onecycle"
+    warmup: Annotated[int, "Steps of linear warm-up of cosine and constant."] = 0
+    beta2: Annotated[float, "Of Adam."] = 0.999
+    clip: Annotated[float, "Largest norm of a gradient; 0 for any."] = 1.0
+    jacobian_penalty: Annotated[float, "Weight of the penalty that trains the layer to contract."] = 0.0
+    ema: Annotated[float, "Decay of the weights' exponential moving average; 0 for none."] = 0.0
+    precision: Annotated[str, "32, bf16 or fp16: what may be computed in half precision under autocast."] = "32"
+    half: Annotated[bool, "Store the trained weights in float16."] = False
+
+    seed: Annotated[int, "Of every random number."] = 0
+    interval: Annotated[int, "Steps between two checkpoints, each with a validation."] = 200
+    log_every: Annotated[int, "Steps between two rows of metrics."] = 10
+    workers: Annotated[int, "Processes that load images."] = 0
+    cache: Annotated[float, "GiB of memory for decoded images; more are decoded at each use."] = 2.0
+    tensorboard: Annotated[bool, "Write TensorBoard files too."] = True
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "batch_size", "interval", "log_every", "steps"):
+            if getattr(self, name) < (self.form != "denoiser" or name != "steps"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes an integer of at least 1")
+        for name in ("seed", "workers", "warmup", "pretraining_steps", "clip", "cache", "jacobian_penalty"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes a number of at least 0")
+        for name, choices in (
+            ("denoiser", ("DnCNN", "UNet", "NonexpansiveDenoiser")),
+            ("schedule", ("onecycle", "cosine", "constant")),
+            ("precision", ("32", "bf16", "fp16")),
+            ("solve_dtype", ("float32", "bfloat16", "float16")),
+            ("spectral_norm", (None, "matrix", "conv", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it takes one of {', '.join(filter(None, choices))}"
+                )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it takes a number in [0, 1)")
+        if len(self.pretraining_noise) != 2:
+            raise ValueError(f"pretraining_noise is {self.pretraining_noise}; it takes two numbers")
+
+    def resolved(self) -> TrainingSettings:
+        """With each default that depends on another setting in its place."""
+        paper = self.form == "paper"
+        chosen: dict[str, Any] = {
+            "features": (64, 96, 128) if self.denoiser == "UNet" else (64,),
+            "batch_norm": paper,
+            "spectral_norm": "matrix" if paper else "none",
+            "bias": not paper,
+            "training_tol": self.tol,
+            "training_max_iter": self.max_iter,
+            "pretraining_steps": 1000 if self.init is None else 0,
+        }
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
+
+    def model_config(self) -> ModelConfig:
+        """The network's description."""
+        from jfbfast.checkpoint import ModelConfig
+
+        settings = self.resolved()
+        assert settings.features is not None
+        network: dict[str, Any] = {"kind": self.denoiser}
+        if self.denoiser == "UNet":
+            network |= {"features": list(settings.features), "blocks": list(self.blocks)}
+        elif len(settings.features) != 1:
+            raise ValueError(f"features is {settings.features}; a {self.denoiser} takes one number")
+        else:
+            network |= {"features": settings.features[0], "depth": self.depth, "bias": settings.bias}
+        if self.denoiser == "DnCNN":
+            network |= {
+                "norm": "batch" if settings.batch_norm else None,
+                "spectral_norm": {"matrix": True, "conv": "conv", "none": False}[str(settings.spectral_norm)],
+                "residual": self.form != "paper",
+            }
+        return ModelConfig(
+            form=self.form,  # type: ignore[arg-type]  # checked where the model is made
+            denoiser=network,
+            kernel_size=self.kernel_size,
+            sigma=self.sigma,
+            padding_mode=self.padding_mode,
+            noise=self.noise,
+            weight=self.weight,
+            step_size=self.step_size,
+            averaging=self.averaging,
+            solver={**_description("solver", self.solver), "tol": self.tol, "max_iter": self.max_iter},
+            gradient=_description("gradient", self.gradient),
+        )
+
+
+def _description(name: str, text: str) -> dict[str, Any]:
+    """{"kind": "unrolled", "steps": 10} from unrolled:steps=10."""
+    kind, _, arguments = text.partition(":")
+    found: dict[str, Any] = {"kind": kind}
+    for argument in filter(None, arguments.split(",")):
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{name} is {text!r}; it takes NAME or NAME:KEY=VALUE,KEY=VALUE")
+        found[key.strip()] = _number(value.strip())
+    return found
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def setting_types() -> dict[str, tuple[Any, str]]:
+    """Each setting's type and help."""
+    hints = get_type_hints(TrainingSettings, include_extras=True)
+    return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value as the setting's type; tuples from lists, single numbers, or text with commas."""
+    kinds = _alternatives(setting_types()[name][0])
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_single(name, part, get_args(kind)[0]) for part in parts)
+    return _single(name, value, kind)
+
+
+def _single(name: str, value: Any, kind: type[Any]) -> Any:
+    wrong = isinstance(value, bool) != (kind is bool) or (kind is int and isinstance(value, float) and value % 1)
+    try:
+        if not wrong and not (kind is str and isinstance(value, (list, dict))):
+            return kind(value)
+    except (TypeError, ValueError):
+        pass
+    told = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
+    raise ValueError(f"{name} is {value!r}; it takes {told}")
+
+
+def make_settings(values: Mapping[str, Any]) -> TrainingSettings:
+    """Settings from their names and values, as YAML or the command line has them.
+
+    Raises:
+        ValueError: an unknown name, a value of another type, or one out of its range; no data directory.
+    """
+    known = setting_types()
+    unknown = sorted(map(str, values.keys() - known.keys()))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no setting; the settings are {', '.join(known)}")
+    if values.get("data") is None:
+        raise ValueError("data is missing; it takes a directory of photographs")
+    return TrainingSettings(**{name: _checked(name, value) for name, value in values.items()})
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML file.
+
+    Raises:
+        ValueError: no such file, or not a mapping in YAML.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a file of settings ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a file of settings (it holds no names with values)")
+    return values
+
+
+def write_settings(path: Path, settings: TrainingSettings) -> None:
+    """Every setting, as YAML that `read_settings` reads."""
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def changed_settings(old: TrainingSettings, new: TrainingSettings) -> list[str]:
+    """The settings that a resumed run may not change, and that differ."""
+    names = [f.name for f in fields(TrainingSettings) if f.name not in CIRCUMSTANCES]
+    return [name for name in names if getattr(old, name) != getattr(new, name)]

@@ -1,0 +1,196 @@
+"""Anderson acceleration: on any device by the shared loop, on CUDA with every decision on the GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jfbfast import cuda, native, ops, reference
+from jfbfast.solvers.base import FixedPointSolver
+from jfbfast.solvers.estimate import LowRank
+from jfbfast.solvers.loop import CUDA_POLL, Iteration, Phase, Stall
+from jfbfast.solvers.solution import FixedPointSolution
+
+
+@dataclass(frozen=True)
+class Anderson(FixedPointSolver):
+    """Anderson acceleration, type II: x ← Σ αᵢ T(xᵢ), α = argmin ‖Σ αᵢ (T(xᵢ) − xᵢ)‖ with Σ αᵢ = 1.
+
+    Over the last ``memory`` pairs of each sample (Walker and Ni, 2011, without damping). Where a
+    sample's residual grows to four times its lowest, its history is dropped and it takes the damped
+    step x + ½(T(x) − x).
+
+    Args:
+        tol, max_iter, atol: as in `FixedPointSolver`.
+        memory: pairs (x, T(x)) kept, at least 1; 1 is the plain iteration.
+        regularization: ε of the weights' penalty ε Σ αᵢ²‖T(xᵢ) − xᵢ‖², relative to the residuals.
+        history: torch.bfloat16 keeps the history of float32 iterates in half the memory: residuals, and
+            differences of images, beside the newest images in float32; None keeps it in the iterates' dtype.
+
+    Raises:
+        ValueError: as in `FixedPointSolver`; ``memory`` below 1; ``regularization`` not positive; another
+            ``history``, or one in bfloat16 for iterates that are not float32.
+    """
+
+    estimates_inverse: ClassVar[bool] = True
+
+    memory: int = 5
+    regularization: float = 1e-10
+    history: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.memory, Integral) or self.memory < 1:
+            raise ValueError(f"memory is {self.memory}; it takes an integer of at least 1")
+        if not 0 < self.regularization < math.inf:
+            raise ValueError(f"regularization is {self.regularization}; it takes a positive number")
+        if self.history not in (None, torch.bfloat16):
+            raise ValueError(f"history is {self.history}; it takes None or torch.bfloat16")
+
+    def start(self, x: Tensor) -> Iteration:
+        return _AndersonIteration(x, self.memory, self.regularization, self.history)
+
+    def _run(self, phase: Phase) -> FixedPointSolution:
+        x0 = phase.start
+        if self.history is not None and x0.dtype != torch.float32:
+            raise ValueError(f"history is {self.history}, which takes float32 iterates; x0 is {x0.dtype}")
+        if (
+            x0.is_cuda
+            and not phase.estimate
+            and x0.dtype in (torch.float32, torch.float64)
+            and self.memory <= cuda.MAX_MEMORY
+            and ops.selected_backend() != "reference"
+            and not cuda.why_not(x0.get_device())
+        ):
+            return self._run_on_device(phase)
+        return super()._run(phase)
+
+    def _run_on_device(self, phase: Phase) -> FixedPointSolution:
+        """The same loop with every decision of an iteration taken on the GPU, which the host never waits for."""
+        x, inputs = phase.flat_start(), phase.inputs
+        state = cuda.AndersonCuda(
+            x,
+            tol=self.tol,
+            atol=self.atol,
+            memory=self.memory,
+            regularization=self.regularization,
+            history=self.history,
+        )
+        stall = Stall(len(x), x.device) if phase.stop_when_stalled else None
+        for evaluation in range(1, phase.longest + 1):
+            state.step(x, phase.evaluate(x, inputs))
+            if phase.shortest <= evaluation < phase.longest:
+                state.stop(state.iterations >= phase.budget)
+            if evaluation % CUDA_POLL == 0:
+                if stall is not None:
+                    state.stop(stall.update(state.lowest, CUDA_POLL))
+                running = state.running()
+                remaining = int(running.sum())
+                if remaining == 0:
+                    break
+                if inputs and remaining <= len(running) // 2:
+                    rows = state.select(running)
+                    x, inputs = x[rows], tuple(v[rows] for v in inputs)
+        return FixedPointSolution(*state.finish())
+
+
+class _AndersonIteration(Iteration):
+    """The residuals gᵢ = T(xᵢ) − xᵢ, the images T(xᵢ) and the Gram matrix ⟨gᵢ, gⱼ⟩, in a ring.
+
+    The images are the layer's own outputs. A history in bfloat16 keeps the differences of successive
+    images in their place, and only the newest image.
+    """
+
+    def __init__(self, x: Tensor, memory: int, regularization: float, history: torch.dtype | None) -> None:
+        batch = len(x)
+        self.kernels = native if ops.kernels_for(x.device) is native else reference
+        self.regularization = regularization
+        self.residuals = torch.zeros(memory, *x.shape, dtype=history or x.dtype, device=x.device)
+        self.differences = None if history is None else torch.zeros_like(self.residuals)
+        self.images: list[Tensor] = []  # by slot; with differences the newest alone
+        self.gram = torch.zeros(batch, memory, memory, dtype=torch.float64, device=x.device)
+        self.valid = torch.zeros(batch, memory, dtype=torch.bool, device=x.device)
+        self.pairs = 0
+        self.reused_output = False
+
+    @property
+    def slot(self) -> int:
+        """Of the newest pair."""
+        return (self.pairs - 1) % len(self.residuals)
+
+    @property
+    def filled(self) -> int:
+        return min(self.pairs, len(self.residuals))
+
+    def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        if any(image.data_ptr() == f.data_ptr() for image in self.images):
+            self.reused_output = True  # the layer wrote over an earlier output of its own: begin anew, with copies
+            self.valid[:] = False
+        self.pairs += 1
+        self.valid[:, self.slot] = True
+        norms = self.kernels.anderson_append(x, f, self.residuals, self.gram, self.slot, self.filled)
+        residual, image = norms.sqrt().unbind(1)
+        return residual, image
+
+    def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
+        filled = self.filled
+        newest = torch.arange(self.valid.shape[1], device=x.device) == self.slot
+        self.valid &= newest | ~grown[:, None]
+        alpha = self.kernels.anderson_weights(
+            self.gram[:, :filled, :filled], self.valid[:, :filled], self.regularization
+        )
+        kept = f.clone() if self.reused_output else f
+        if self.differences is None:
+            self.images[self.slot : self.slot + 1] = [kept]
+            following = self.kernels.anderson_mix(alpha, self.images, out=out)
+        else:
+            previous = self.images[0] if self.images else None
+            following = self.kernels.anderson_mix_differences(alpha, f, previous, self.differences, self.slot, out=out)
+            self.images = [kept]
+        if x.is_cuda or grown.any():
+            following = torch.where(grown[:, None], torch.lerp(x, f, 0.5), following)
+        return following
+
+    def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
+        """I − ΔF (ΔGᵀΔG)⁻¹ ΔGᵀ, which maps each ΔG = (∂T/∂x − I) ΔX to −ΔX, as ΔF = ΔX + ΔG.
+
+        ΔF and ΔG are the older images' and residuals' differences to the newest. ΔGᵀΔG is
+        regularised like the weights, no finer than the history is rounded, and enters by its Cholesky
+        factor: with LLᵀ = ΔGᵀΔG, U = ΔF L⁻ᵀ and V = ΔG L⁻ᵀ.
+        """
+        wide = reference.band_dtype(f.dtype)
+        memory = len(self.residuals)
+        older = [(self.slot - age) % memory for age in range(1, self.filled)]
+        residual = self.residuals[self.slot][rows].to(wide)
+        delta_g = residual.new_empty(len(older), *residual.shape)
+        delta_f = torch.empty_like(delta_g)
+        newer = f[rows].to(wide)
+        for k, slot in enumerate(older):
+            delta_g[k] = self.residuals[slot][rows].to(wide) - residual
+            if self.differences is None:
+                delta_f[k] = self.images[slot][rows].to(wide) - newer
+            elif k == 0:
+                delta_f[k] = self.images[0][rows] - newer
+            else:
+                delta_f[k] = delta_f[k - 1] - self.differences[older[k - 1]][rows]
+        products = torch.einsum("kbn,lbn->bkl", delta_g.double(), delta_g.double())
+        norm = products.diagonal(dim1=1, dim2=2).sqrt()
+        scale = torch.where(self.valid[rows][:, older] & (norm > 0), 1 / norm, 0)
+        epsilon = max(self.regularization, torch.finfo(self.residuals.dtype).eps)
+        cosines = products * scale[:, :, None] * scale[:, None, :]
+        system = cosines + torch.diag_embed(torch.where(scale > 0, epsilon, 1.0))
+        factor = torch.linalg.cholesky_ex(system)[0]
+        inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False).to(wide)
+        return LowRank(*(torch.einsum("kbn,blk->lbn", delta, inverse) for delta in (delta_f, delta_g)))
+
+    def select(self, rows: Tensor) -> None:
+        self.residuals = self.residuals[:, rows]
+        self.differences = None if self.differences is None else self.differences[:, rows]
+        self.images = [image[rows] for image in self.images]
+        self.gram = self.gram[rows]
+        self.valid = self.valid[rows]

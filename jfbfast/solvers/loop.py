@@ -1,0 +1,218 @@
+"""The loop that every method shares: one layer, evaluated until each sample of a batch has ended."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jfbfast.solvers.estimate import InverseEstimate, LowRank
+from jfbfast.solvers.solution import FixedPointSolution, Status
+
+Layer = Callable[..., Tensor]
+
+CUDA_POLL = 4  # iterations between two looks at whether every sample is done
+
+DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
+_SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safeguard last acted
+_STALL_FALL = 0.7  # what a residual that has not stalled falls to …
+_STALL_WINDOW = 5  # … over so many evaluations
+_COMPACTION = 0.5  # the share of a batch, still running, at which the others leave it
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class Iteration(ABC):
+    """What one solve of one method keeps between evaluations, on flat iterates (B, N)."""
+
+    @abstractmethod
+    def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the pair (x, f = T(x)); return ‖f − x‖ and ‖f‖, each (B,)."""
+
+    @abstractmethod
+    def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
+        """The next iterate, in ``out`` or not; ``grown`` (B,) marks samples to safeguard.
+
+        ``x`` keeps its values until the next pair has been measured.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Keep these samples alone, bool (B,)."""
+
+    def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
+        """(I − ∂T/∂x)⁻¹ of these samples, (b,) indices, from the pairs measured so far; f is the newest T(x)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One layer to iterate: the whole of a solve, or its coarse or its fine part.
+
+    Attributes:
+        layer: T, and ``name``, what an error calls it.
+        start: the first iterate, (B, …).
+        inputs: tensors (B, …), passed on to the layer.
+        budget: evaluations that each sample may take, at least 1, (B,), from ``shortest`` to ``longest``.
+        stop_when_stalled: whether a sample ends where `Stall` says so.
+        estimate: whether to keep each sample's history for an `InverseEstimate`.
+    """
+
+    layer: Layer
+    start: Tensor
+    inputs: tuple[Tensor, ...]
+    budget: Tensor
+    shortest: int
+    longest: int
+    stop_when_stalled: bool = False
+    estimate: bool = False
+    name: str = "layer"
+
+    def flat_start(self) -> Tensor:
+        """A copy of the start, (B, N)."""
+        start = self.start
+        return start.reshape(len(start), start.shape[1:].numel()).clone(memory_format=torch.contiguous_format)
+
+    def evaluate(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """T(x) for flat iterates, in their dtype."""
+        images = x.view(-1, *self.start.shape[1:])
+        f = self.layer(images, *inputs)
+        if f.shape != images.shape:
+            raise ValueError(
+                f"{self.name} maps shape {tuple(images.shape)} to {tuple(f.shape)}; "
+                "it takes a layer that keeps the shape"
+            )
+        return f.to(x.dtype).reshape(x.shape)
+
+
+class Stall:
+    """Which samples have stalled: in 5 evaluations the lowest ‖T(x) − x‖ has not fallen by 30%."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.mark = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
+        self.since = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def update(self, lowest: Tensor, evaluations: int = 1) -> Tensor:
+        """Take the lowest residuals after so many more evaluations; return the mask, (B,)."""
+        fell = lowest <= _STALL_FALL * self.mark
+        self.mark = torch.where(fell, lowest, self.mark)
+        self.since = torch.where(fell, 0, self.since + evaluations)
+        return self.since >= _STALL_WINDOW
+
+    def select(self, rows: Tensor) -> None:
+        self.mark, self.since = self.mark[rows], self.since[rows]
+
+
+def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The rows of a where the mask holds and of b elsewhere; on the CPU no copy where all rows agree."""
+    if mask.device.type == "cpu":
+        if mask.all():
+            return a
+        if not mask.any():
+            return b
+    return torch.where(mask[:, None], a, b)
+
+
+class _Samples:
+    """What is known of each sample that is still in the batch."""
+
+    def __init__(self, x: Tensor, budget: Tensor) -> None:
+        batch, device = len(x), x.device
+        self.rows = torch.arange(batch, device=device)  # in the batch at the start
+        self.budget = budget
+        self.active = torch.ones(batch, dtype=torch.bool, device=device)
+        self.value = x
+        self.residual = torch.full((batch,), torch.nan, dtype=torch.float64, device=device)  # relative, at value
+        self.iterations = torch.zeros(batch, dtype=torch.long, device=device)
+        self.status = torch.full((batch,), Status.MAX_ITER, dtype=torch.long, device=device)
+        self.lowest = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
+        self.guarded = self.lowest  # the lowest since the safeguard last acted
+        self.bound = self.lowest
+
+    def judge(self, x: Tensor, residual: Tensor, image: Tensor, tol: float, atol: float) -> None:
+        """Take ‖T(x) − x‖ and ‖T(x)‖ of the newest iterates: who has converged, diverged or spent its budget?"""
+        finite = residual.isfinite() & image.isfinite()
+        converged = self.active & finite & (residual <= tol * image + atol)
+        outgrown = (residual > self.bound) | (image > self.bound)
+        diverged = self.active & ~converged & (~finite | outgrown)
+        improved = converged | (self.active & ~diverged & (residual < self.lowest))
+        self.lowest = torch.where(improved, residual, self.lowest)
+        self.value = _where(improved, x, self.value)
+        self.residual = torch.where(improved, residual / image.clamp_min(_TINY), self.residual)
+        self.iterations = self.iterations + self.active
+        self.status = self.status.masked_fill(converged, Status.CONVERGED).masked_fill(diverged, Status.DIVERGED)
+        self.active = self.active & ~converged & ~diverged & (self.iterations < self.budget)
+
+    def grown(self, residual: Tensor) -> Tensor:
+        """The samples whose residual has grown so far that the safeguard acts on them, (B,)."""
+        grown = residual > _SAFEGUARD_GROWTH * self.guarded
+        self.guarded = torch.where(grown, residual, torch.minimum(self.guarded, residual))
+        return grown
+
+    def found(self) -> tuple[Tensor, ...]:
+        """The value, residual, iterations and status of each row."""
+        return self.value, self.residual, self.iterations, self.status
+
+    def put(self, solution: tuple[Tensor, ...], which: Tensor | slice) -> None:
+        """Write what was found of these rows in the order of the batch at the start."""
+        for target, source in zip(solution, self.found(), strict=True):
+            target[self.rows[which]] = source[which]
+
+    def select(self, rows: Tensor) -> None:
+        for name, field in vars(self).items():
+            setattr(self, name, field[rows])
+
+
+def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol: float) -> FixedPointSolution:
+    """Run one phase; the value comes flat, (B, N), and the residual in float64."""
+    x, inputs, device = phase.flat_start(), phase.inputs, phase.start.device
+    iteration = start(x)
+    samples = _Samples(x, phase.budget)
+    stall = Stall(len(x), device) if phase.stop_when_stalled else None
+    inverse = InverseEstimate(phase.start.shape) if phase.estimate else None
+    solution = tuple(torch.empty_like(field) for field in samples.found())
+    buffers = [torch.empty_like(x) for _ in range(3)]
+    poll = 1 if device.type == "cpu" else CUDA_POLL
+
+    for evaluation in range(1, phase.longest + 1):
+        f = phase.evaluate(x, inputs)
+        residual, image = iteration.measure(x, f)
+        if evaluation == 1:
+            samples.bound = DIVERGED_GROWTH * (residual + image)
+        before = samples.active
+        samples.judge(x, residual, image, tol, atol)
+        if stall is not None:
+            samples.active = samples.active & ~stall.update(samples.lowest)
+        if inverse is not None:
+            ended = before & ~samples.active & (samples.status != Status.DIVERGED)
+            if ended.any():
+                inverse.put(samples.rows[ended], iteration.inverse(ended.nonzero()[:, 0], f))
+        if evaluation == phase.longest:
+            break
+        if evaluation % poll == 0:
+            remaining = int(samples.active.sum())
+            if remaining == 0:
+                break
+            if inputs and remaining <= _COMPACTION * len(x):
+                running = samples.active
+                samples.put(solution, ~running)
+                x, f, residual, *inputs_left = (v[running] for v in (x, f, residual, *inputs))
+                inputs = tuple(inputs_left)
+                iteration.select(running)
+                if stall is not None:
+                    stall.select(running)
+                samples.select(running)
+                buffers = [torch.empty_like(x) for _ in range(3)]
+
+        free = next(b for b in buffers if b is not x and b is not samples.value)
+        following = iteration.advance(x, f, samples.grown(residual), out=free)
+        x = _where(samples.active, following, x)
+
+    if len(x) == len(phase.start):
+        solution = samples.found()
+    else:
+        samples.put(solution, slice(None))
+    value, relative, iterations, status = solution
+    return FixedPointSolution(value, relative, iterations, status, inverse=inverse)

@@ -1,0 +1,84 @@
+"""The plain iteration, and the same with momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jfbfast.solvers.base import FixedPointSolver
+from jfbfast.solvers.loop import Iteration
+
+
+@dataclass(frozen=True)
+class Picard(FixedPointSolver):
+    """The plain iteration x ← T(x). Arguments as in `FixedPointSolver`."""
+
+    def start(self, x: Tensor) -> Iteration:
+        return _PicardIteration()
+
+
+class _PicardIteration(Iteration):
+    def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        norm = torch.linalg.vector_norm
+        return norm(f - x, dim=1, dtype=torch.float64), norm(f, dim=1, dtype=torch.float64)
+
+    def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(f)  # not f itself: a layer may write its next output over it
+
+    def select(self, rows: Tensor) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Inertial(FixedPointSolver):
+    """Momentum: xₖ₊₁ = T(yₖ), yₖ = xₖ + β(xₖ − xₖ₋₁) (Nesterov, 1983; for fixed points Maingé, 2008).
+
+    The layer is evaluated at the y, which are the iterates that the solution speaks of. Each
+    eigenvalue λ of ∂T/∂x decays like the larger root of r² = λ((1 + β)r − β): for λ in [0, ρ] the
+    best β is (1 − √(1 − ρ)) / (1 + √(1 − ρ)) and its rate 1 − √(1 − ρ), where the plain iteration
+    has ρ. Momentum suits maps of such a spectrum, as a gradient step has; it is stable for real λ in
+    (−1 / (1 + 2β), 1). A residual that rises tells of too much of it (O'Donoghue and Candès, 2015): a
+    sample whose residual does not fall drops its momentum and goes on by the plain iteration.
+
+    Args:
+        tol, max_iter, atol: as in `FixedPointSolver`.
+        momentum: β, in [0, 1); ½ is the best for ρ = 8/9 and stable for real λ in (−½, 1).
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    momentum: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it takes a number in [0, 1)")
+
+    def start(self, x: Tensor) -> Iteration:
+        return _InertialIteration(x, self.momentum)
+
+
+class _InertialIteration(_PicardIteration):
+    def __init__(self, x: Tensor, momentum: float) -> None:
+        self.momentum = torch.full_like(x[:, :1], momentum)
+        self.previous = x.clone()
+        self.residual = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+
+    def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        residual, image = super().measure(x, f)
+        self.momentum = self.momentum.masked_fill(~(residual < self.residual)[:, None], 0)
+        self.residual = residual
+        return residual, image
+
+    def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
+        torch.lerp(self.previous, f, 1 + self.momentum, out=out)
+        self.previous.copy_(f)
+        return out
+
+    def select(self, rows: Tensor) -> None:
+        self.momentum, self.previous, self.residual = (
+            field[rows] for field in (self.momentum, self.previous, self.residual)
+        )

@@ -1,0 +1,44 @@
+"""What a solve reports of each sample."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jfbfast.solvers.estimate import InverseEstimate
+
+
+class Status(IntEnum):
+    """How the solve of one sample ended."""
+
+    CONVERGED = 0
+    MAX_ITER = 1
+    DIVERGED = 2
+
+
+class ConvergenceWarning(UserWarning):
+    """Some samples of a batch did not reach the tolerance asked for."""
+
+
+class FixedPointSolution(NamedTuple):
+    """What a solve found, in the order of the batch.
+
+    Attributes:
+        value: the iterate x, (B, …); for a sample that did not converge, the one of the lowest
+            ‖T(x) − x‖; NaN for a sample that never had a finite one.
+        residual: ‖T(x) − x‖ / ‖T(x)‖ at ``value``, (B,), measured in float32 or wider.
+        iterations: evaluations of T, those of its coarse twin among them, (B,).
+        status: a `Status` as an int64 tensor, (B,).
+        coarse_iterations: those of ``iterations`` that the coarse twin served, (B,).
+        inverse: (I − ∂T/∂x)⁻¹ as the solve's history has it, where it was asked for.
+    """
+
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+    status: Tensor
+    coarse_iterations: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
+    inverse: InverseEstimate | None = None

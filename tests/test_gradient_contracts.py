@@ -1,0 +1,191 @@
+"""What every gradient method keeps to: precision, bad samples, statistics, memory, warnings."""
+
+import copy
+import sys
+import warnings
+
+import pytest
+import torch
+from implicit import TIGHT, assert_all_close, gradients_of, problem, solver_for
+from models import networks
+from torch import nn
+
+from jfbfast import (
+    Anderson,
+    ConvergenceWarning,
+    DEGrad,
+    DnCNN,
+    GaussianBlur,
+    Implicit,
+    Phantom,
+    Picard,
+    Unrolled,
+    fixed_point,
+)
+from jfbfast.gradients.methods import GRADIENTS
+
+METHODS = [*GRADIENTS, Implicit("cg"), Implicit("anderson")]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_method_under_autocast(method):
+    cell, d, x0 = problem(dtype=torch.float32)
+    solver = solver_for(method, Anderson(tol=2e-2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fixed_point(cell, x0, inputs=(d,), solver=solver, gradient=method)
+    assert out.dtype == torch.float32
+    with warnings.catch_warnings():  # the products of a layer in bfloat16 are rounded
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = gradients_of(cell, d, out)
+    expected = gradients_of(cell, d, fixed_point(cell, x0, inputs=(d,), solver=solver_for(method), gradient=method))
+    assert all(g.dtype == torch.float32 for g in found)
+    assert_all_close(found, expected, 0.1)
+
+
+def test_a_backward_under_autocast_is_as_exact_as_without():
+    cell, d, x0 = problem(dtype=torch.float32)
+    found = []
+    for autocast in (True, False):
+        out = fixed_point(cell, x0, inputs=(d,), solver=Anderson(tol=1e-6), gradient=Implicit("cg"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(gradients_of(cell, d, out))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_bad_sample_takes_no_part(method):
+    cell, d, x0 = problem(batch=4)
+    good = [0, 1, 3]
+    kept = d.detach()[good].requires_grad_()
+    expected = fixed_point(cell, x0[good], inputs=(kept,), solver=solver_for(method), gradient=method)
+    with torch.no_grad():
+        d[2, 5] = torch.nan
+    with pytest.warns(ConvergenceWarning, match="1 of 4 samples.* diverged"):
+        found = fixed_point(cell, x0, inputs=(d,), solver=solver_for(method), gradient=method)
+    assert torch.equal(found[2], x0[2])
+    torch.testing.assert_close(found[good], expected, rtol=1e-11, atol=1e-11)
+    gradients = torch.autograd.grad(found[good].square().sum(), [d, *cell.parameters()])
+    assert (gradients[0][2] == 0).all()
+    expected = torch.autograd.grad(expected.square().sum(), [kept, *cell.parameters()])
+    assert_all_close([gradients[0][good], *gradients[1:]], expected, 1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_captured_data_of_a_sample_that_grows_without_bound(method):
+    """Its layer's Jacobian is 3 I; without inputs it stays in the batch, with a gradient of zero."""
+    factors = torch.tensor([0.5, 3.0, 0.2], dtype=torch.float64)[:, None]
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+    def layer(x):
+        return weight * factors.to(x) * x + 1
+
+    x0 = torch.zeros(3, 4, dtype=torch.float64)
+    method = Unrolled(30) if method == "unrolled" else method
+    with pytest.warns(ConvergenceWarning, match=r"1 diverged|1 of 3 samples diverged"):
+        out = fixed_point(
+            layer, x0, parameters=[weight], solver=solver_for(method, Picard(tol=1e-10, max_iter=100)), gradient=method
+        )
+    out[[0, 2]].sum().backward()
+    assert weight.grad.isfinite().all() and (weight.grad > 0).all()
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_output_is_the_same(name, mode):
+    cell, d, x0 = problem()
+    expected = fixed_point(cell, x0, inputs=(d,), solver=solver_for(name), gradient=name)
+    with mode():
+        found = fixed_point(cell, x0, inputs=(d,), solver=solver_for(name), gradient=name)
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_an_empty_batch_and_a_wholly_bad_one(name):
+    cell, d, x0 = problem()
+    none = torch.zeros(0, 12, dtype=torch.float64, requires_grad=True)
+    out = fixed_point(cell, x0[:0], inputs=(none,), solver=solver_for(name), gradient=name)
+    assert out.shape == (0, 12)
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), list(cell.parameters())))
+    with pytest.warns(ConvergenceWarning):
+        out = fixed_point(cell, x0, inputs=(d * torch.nan,), solver=solver_for(name), gradient=name)
+    assert torch.equal(out, x0)
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), list(cell.parameters())))
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_trace_does_not_depend_on_the_iterations(name):
+    """What autograd keeps in forward, in elements, with 3 and with 60 evaluations."""
+    cell, d, x0 = problem()
+    kept = []
+    for max_iter in (3, 60):
+        count = []
+        solver = solver_for(name, Anderson(tol=0, max_iter=max_iter))
+        with (
+            warnings.catch_warnings(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, count=count: count.append(t.numel()) or t, lambda t: t),
+        ):
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fixed_point(cell, x0, inputs=(d,), solver=solver, gradient=name)
+        kept.append(sum(count))
+    assert kept[0] == kept[1] > 0
+
+
+@pytest.mark.parametrize("method", [Phantom(steps=3), Unrolled(4), Implicit(max_iter=300)], ids=str)
+@pytest.mark.parametrize("bad", [False, True])
+def test_running_statistics_step_once(method, bad):
+    model = DEGrad(GaussianBlur(), DnCNN(3, 5, 3), step_size=0.3, gradient=method).double().train()
+    d = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    good = slice(0, 3)
+    if bad:
+        d[2, 0, 0, 0] = torch.nan
+        good = slice(0, 2)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model(d)
+    for norm in (m for m in twin.modules() if hasattr(m, "power_iteration")):
+        norm.power_iteration()
+    seen = []
+    norm = next(m for m in twin.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    twin.eval()
+    twin.layer(model.solution.value[good], d[good])
+    updated = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    mean, var = seen[0].mean((0, 2, 3)), seen[0].var((0, 2, 3))
+    torch.testing.assert_close(updated.running_mean, 0.9 * norm.running_mean + 0.1 * mean)
+    torch.testing.assert_close(updated.running_var, 0.9 * norm.running_var + 0.1 * var)
+    assert int(updated.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("solver", ["gmres", "cg", "anderson"])
+def test_an_adjoint_that_stops_early_says_so(solver):
+    cell, d, x0 = problem()
+    out = fixed_point(cell, x0, inputs=(d,), solver=TIGHT, gradient=Implicit(solver, tol=1e-9, max_iter=2))
+    with pytest.warns(
+        ConvergenceWarning, match=r"3 of 3 samples did not reach tol=1e-09 in 2 .*largest residual [\d.]+e-"
+    ):
+        gradients = gradients_of(cell, d, out)
+    assert all(g.isfinite().all() for g in gradients)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = fixed_point(cell, x0, inputs=(d,), solver=TIGHT, gradient=Implicit(solver, tol=0, max_iter=2))
+        gradients_of(cell, d, out)
+
+
+def test_a_warning_points_at_the_callers_line():
+    cell, d, x0 = problem()
+    model = networks()["filtered"]
+    model.solver = hasty = Anderson(tol=1e-9, max_iter=2)
+
+    def line():
+        return sys._getframe(1).f_lineno
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        out, first = fixed_point(cell, x0, inputs=(d,), solver=hasty, gradient=Implicit(max_iter=1)), line()
+        model(torch.randn(1, 3, 8, 8)), (second := line())
+        out.sum().backward(), (third := line())
+        fixed_point(lambda x, d: 1e9 * x + d, x0, inputs=(d,), gradient="unrolled"), (fourth := line())
+    assert all(warning.filename == __file__ for warning in found)
+    assert [warning.lineno for warning in found] == [first, second, third, fourth]

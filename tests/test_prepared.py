@@ -1,0 +1,180 @@
+"""The form of a layer that a solve evaluates: the same function, at every time, whatever the module is."""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from models import networks
+from torch import nn
+
+from jfbfast import DnCNN, UNet
+from jfbfast.denoisers import SpectralNormConv2d
+from jfbfast.prepared import _PreparedConv2d, _Twin, prepared
+
+
+class Branches(nn.Module):
+    """Convolutions in and out of a Sequential, of several kinds, with what cannot be folded between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"), nn.BatchNorm2d(4))
+        self.normed = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))
+        self.pair = nn.Sequential(SpectralNormConv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.GroupNorm(2, 4))
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.head = nn.Sequential(nn.Conv2d(4, 3, 2, stride=2, bias=False), nn.BatchNorm2d(3, affine=False), nn.ReLU())
+        self.gain = 1.0
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h + torch.relu(self.normed(h)) / self.first[0].in_channels
+        return self.gain * self.head(self.up(self.pair(h)))
+
+
+def module(name):
+    torch.manual_seed(0)
+    net = {
+        "DnCNN": lambda: DnCNN(3, 6, 4),
+        "DnCNN with bias": lambda: DnCNN(3, 6, 4, norm=None, spectral_norm=False, bias=True, residual=True),
+        "UNet": lambda: UNet(3, (6, 4), (1, 1)),
+        "branches": Branches,
+        "convolution": lambda: nn.Conv2d(3, 3, 3, padding=1),
+    }[name]()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+            if m.affine:
+                nn.init.normal_(m.weight)
+                nn.init.normal_(m.bias)
+    return net.double().eval()
+
+
+NAMES = ["DnCNN", "DnCNN with bias", "UNet", "branches", "convolution"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_it_is_the_same_function_after_every_change_of_the_module(name):
+    net, x = module(name), torch.randn(2, 3, 8, 12, dtype=torch.float64)
+
+    def check():
+        torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+
+    check()
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # which torch's version counters do not see
+    check()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean += 1
+        if isinstance(m, SpectralNormConv2d):
+            m.power_iteration()
+    check()
+    if hasattr(net, "gain"):
+        net.gain = 3.0
+        net.first[0] = nn.Conv2d(3, 4, 1).double()
+        check()
+        net.pair[1].register_forward_hook(lambda m, args, out: out + 1)
+        check()
+
+
+def test_every_convolution_of_a_dncnn_is_folded():
+    twin = _Twin(module("DnCNN"), None).module
+    kinds = [type(m) for m in twin.layers]
+    assert kinds.count(_PreparedConv2d) == 4 and nn.BatchNorm2d not in kinds and nn.ReLU not in kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_fused_relu_against_float64(dtype, channels_last):
+    net = module("DnCNN with bias")
+    x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    exact = net(x)
+    image = x.float().contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    net.float()
+    out = prepared(net, None if dtype == torch.float32 else dtype)(image)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        theirs = net(image)
+    assert out.dtype == torch.float32
+    assert (out - exact).norm() <= max(2 * (theirs - exact).norm(), 1e-5 * exact.norm())
+
+
+def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
+    twin = _Twin(module("UNet").float(), torch.bfloat16)
+    twin.refresh()
+    weights = [m.weight for m in twin.module.modules() if isinstance(m, _PreparedConv2d)]
+    assert weights[0].dtype == weights[-1].dtype == torch.float32
+    assert {w.dtype for w in weights[1:-1]} == {torch.bfloat16}
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
+@pytest.mark.parametrize("name", networks())
+@torch.no_grad()
+def test_a_method_of_a_model(name):
+    model = networks()[name].double().eval()
+    x, d = torch.randn(2, 2, 3, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(prepared(model.layer)(x, d), model.layer(x, d), rtol=1e-10, atol=1e-12)
+
+
+def test_what_cannot_be_prepared_is_used_as_it_is():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
+    for module in (nn.Linear(3, 3), Own(3, 3, 1), traced):
+        assert _Twin(module, None).module is module
+    x = torch.randn(3)
+    torch.testing.assert_close(prepared(torch.tanh)(x), x.tanh())
+
+
+def test_the_callers_autocast_does_not_change_its_precision():
+    net, x = module("UNet").float(), torch.randn(1, 3, 8, 8)
+    expected = prepared(net)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prepared(net)(x), expected)
+
+
+@pytest.mark.slow
+def test_through_torch_compile_it_follows_the_weights():
+    model = networks()["filtered"].eval()
+    x, d = torch.randn(2, 2, 3, 9, 8)
+    torch.compiler.reset()
+    with torch.no_grad(), torch.compiler.set_stance("default"):
+        for _ in range(2):
+            expected = model.layer(x, d)
+            torch.testing.assert_close(prepared(model.layer, compiled=True)(x, d), expected, rtol=1e-4, atol=1e-5)
+            for parameter in model.parameters():
+                parameter += 0.05
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["DnCNN", "convolution"])
+def test_twins_are_neither_kept_alive_nor_copied_nor_saved(name):
+    net = module(name)
+    prepared(net)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+        torch.nn.init.ones_(next(other.parameters()))
+        torch.testing.assert_close(prepared(other)(x), other(x))
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+
+def test_training_mode_is_left_alone():
+    net = module("DnCNN").train()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    out = prepared(net)(x)
+    assert net.training and all(m.training for m in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(out, net.eval()(x), rtol=1e-10, atol=1e-12)

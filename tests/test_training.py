@@ -1,0 +1,445 @@
+"""Training runs: the data's order, resuming, repeating, sharing a batch among processes."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import jfbfast
+from jfbfast.checkpoint import CheckpointError, load_checkpoint
+from jfbfast.data import ImageError
+from jfbfast.datasets import Images, Photographs, RandomCrops, split
+from jfbfast.runs import Run
+from jfbfast.settings import make_settings, read_settings, write_settings
+from jfbfast.training import DeblurTask, MovingAverage, Optimization, fit
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "features": 4,
+    "depth": 3,
+    "crop": 16,
+    "batch_size": 2,
+    "validation": 1,
+    "pretraining_steps": 4,
+    "steps": 6,
+    "interval": 2,
+    "log_every": 1,
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Here and in subprocesses: the arithmetic of these sizes is too little to share."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five small photographs."""
+    out = tmp_path / "photographs"
+    out.mkdir()
+    for i in range(5):
+        rgb = np.random.default_rng(i).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+        Image.fromarray(rgb).resize((30, 24), Image.Resampling.BICUBIC).save(out / f"{i}.png")
+    return out
+
+
+def train(folder, out, resume=False, **values):
+    values = {"data": str(folder), **TINY, **values}
+    return Run(values, out, resume=resume, progress=False).train(Console(quiet=True))
+
+
+def rows(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(out):
+    return load_checkpoint(out / "model.safetensors")[0].state_dict()
+
+
+def assert_same(a, b):
+    assert rows(a) == rows(b)
+    assert all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+def test_a_sample_is_a_function_of_seed_and_index():
+    photographs = [torch.randint(0, 256, (3, 20 + i, 30), dtype=torch.uint8) for i in range(5)]
+    crops = RandomCrops(photographs, 16, length=20, seed=3)
+    forward = [crops[i] for i in range(20)]
+    backward = [RandomCrops(photographs, 16, length=20, seed=3)[i] for i in reversed(range(20))][::-1]
+    for a, b in zip(forward, backward, strict=True):
+        assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+    assert not torch.equal(forward[0].noise, RandomCrops(photographs, 16, length=20, seed=4)[0].noise)
+    noise = torch.stack([sample.noise for sample in forward])
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    orders = [[crops._photograph(i) for i in range(5 * e, 5 * e + 5)] for e in range(4)]
+    assert all(sorted(order) == list(range(5)) for order in orders) and len(set(map(tuple, orders))) > 1
+
+
+def test_crops_are_parts_of_the_photographs():
+    photograph = torch.arange(3 * 12 * 9).view(3, 12, 9).remainder(256).byte()
+    parts = {
+        tuple((flip(photograph[:, y : y + 8, x : x + 8]).float() / 127.5 - 1).flatten().tolist())
+        for y in range(5)
+        for x in range(2)
+        for flip in (lambda p: p, lambda p: p.flip(-1))
+    }
+    found = {tuple(RandomCrops([photograph], 8, 400)[i].x.flatten().tolist()) for i in range(400)}
+    assert found == parts
+    assert len({tuple(s.x.flatten().tolist()) for s in RandomCrops([photograph], 8, 200, flips=False)}) == 10
+
+
+def test_photographs_in_memory_are_those_on_disk(folder):
+    files = sorted(folder.iterdir())
+    for options in ({}, {"resize": 16}, {"resize": 16, "squash": True}):
+        cached, streamed = Photographs(files, **options), Photographs(files, **options, cache=100)
+        assert cached.cached and not streamed.cached
+        assert all(torch.equal(a, b) for a, b in zip(cached, streamed, strict=True))
+    squashed = Photographs(files, 16, squash=True)[0]
+    with Image.open(files[0]) as image:
+        pillow = torch.from_numpy(np.array(image.resize((16, 16), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    assert (squashed.int() - pillow.int()).abs().max() <= 1  # the paper's transforms.Resize((16, 16))
+    assert torch.equal(Images(Photographs(files))[0].x, Photographs(files)[0].float() / 127.5 - 1)
+    (folder / "0.png").write_text("not an image")
+    with pytest.raises(ImageError, match=r"0\.png"):
+        Photographs(files)
+
+
+@pytest.mark.parametrize(
+    ("train_part", "validation", "sizes"),
+    [(None, 0.1, (9, 1, 0)), (7, 2, (7, 2, 1)), (0.5, 0.2, (5, 2, 3)), (0, 3, (0, 3, 7))],
+)
+def test_split_by_name(train_part, validation, sizes):
+    parts = split(range(10), train_part, validation)
+    assert tuple(map(len, parts)) == sizes
+    assert [i for part in parts for i in part] == list(range(10))
+
+
+@pytest.mark.parametrize(("train_part", "validation"), [(8, 3), (None, 11), (1.5, 0), (-1, 0), (float("nan"), 0)])
+def test_a_split_that_cannot_be(train_part, validation):
+    with pytest.raises(ValueError, match=r"train|validation"):
+        split(range(10), train_part, validation)
+
+
+def test_a_run_leaves_what_it_promises_and_repeats(folder, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    quality = train(folder, a, ema=0.9)
+    train(folder, b, ema=0.9)
+    assert_same(a, b)
+    assert {"config.yaml", "metrics.csv", "model.safetensors", "training.ckpt", "pretraining.ckpt"} <= set(
+        os.listdir(a)
+    )
+    assert not [name for name in os.listdir(a) if "partial" in name]
+    found = rows(a)
+    assert [(r["phase"], r["step"]) for r in found if r["loss"]] == [
+        *(("pretraining", str(i + 1)) for i in range(4)),
+        *(("training", str(i + 1)) for i in range(6)),
+    ]
+    validated = [r for r in found if r["val_psnr"]]
+    assert [r["step"] for r in validated] == ["2", "4", "2", "4", "6"]
+    assert abs(float(validated[-1]["val_psnr"]) - quality) < 1e-4
+    train(folder, tmp_path / "c", ema=0.9, seed=1)
+    assert rows(tmp_path / "c") != found
+
+
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        ("training", {"ema": 0.9, "schedule": "cosine", "pretraining_steps": 0}),
+        pytest.param("pretraining", {"form": "paper", "padding_mode": "zeros"}, marks=pytest.mark.slow),
+        pytest.param("training", {"form": "paper", "ema": 0.5, "workers": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_any_moment_resumes_as_if_it_had_not_been(folder, tmp_path, stop, options):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = {"pretraining_steps": 20, "steps": 20, **options}
+    train(folder, whole, **options)
+    flags = [
+        f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items() if name != "tensorboard"
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jfbfast", "train", str(folder), "--out", str(killed), "--no-tensorboard", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and not (killed / f"{stop}.ckpt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (killed / "model.safetensors").exists()
+    train(folder, killed, resume=True, **options)
+    assert_same(whole, killed)
+
+
+def test_a_run_killed_before_its_last_file_needs_no_more_steps(folder, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(folder, whole, ema=0.9)
+    train(folder, out, ema=0.9)
+    (out / "model.safetensors").unlink()
+    train(folder, out, resume=True)
+    assert_same(whole, out)
+
+
+def test_a_bad_run_checkpoint_is_one_sentence(folder, tmp_path):
+    out = tmp_path / "out"
+    train(folder, out)
+    file = out / "training.ckpt"
+    content = file.read_bytes()
+    middle = content.index(weights(out)["regularizer.denoiser.layers.0.weight"].numpy().tobytes()[:64])
+    for broken in (
+        content[:-100],
+        b"",
+        b"something else",
+        content[:middle] + bytes(255 - b for b in content[middle : middle + 64]) + content[middle + 64 :],
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"training\.ckpt: not a whole checkpoint of a run"):
+            train(folder, out, resume=True)
+    torch.save({"state_dict": {}}, file)
+    with pytest.raises(CheckpointError, match="not a checkpoint of a run of jfbfast"):
+        train(folder, out, resume=True)
+
+
+def test_a_run_is_not_overwritten_or_changed(folder, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train(folder, out, resume=True)
+    train(folder, out)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(folder, out)
+    with pytest.raises(ValueError, match=r"steps is 7; the run in .* was started with 6"):
+        train(folder, out, resume=True, steps=7)
+    train(folder, out, resume=True, workers=1)
+
+
+FORMS = {
+    "filtered UNet": {"denoiser": "UNet", "features": (4, 8), "blocks": (1, 1)},
+    "preconditioned": {
+        "form": "preconditioned",
+        "solver": "Picard",
+        "max_iter": 4,
+        "tol": 0,
+        "gradient": "neumann:terms=2",
+    },
+    "paper": {"form": "paper", "step_size": 0.5, "tol": 0, "training_max_iter": 5},
+    "unrolled": {"gradient": "unrolled:steps=3", "solve_dtype": "bfloat16", "tol": 1.0},
+    "implicit": {"gradient": "implicit:tol=0.01,max_iter=5", "solver": "Broyden:memory=3"},
+    "nonexpansive": {"denoiser": "NonexpansiveDenoiser", "solver": "Inertial:momentum=0.2"},
+    "feed-forward": {"form": "feed-forward"},
+    "denoiser": {"form": "denoiser", "steps": 0},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_trains(folder, tmp_path, name):
+    out = tmp_path / "out"
+    quality = train(folder, out, **FORMS[name], half=name == "paper")
+    model, config = load_checkpoint(out / "model.safetensors")
+    assert config == make_settings({"data": str(folder), **TINY, **FORMS[name]}).model_config()
+    assert all(value.dtype != torch.float16 for value in model.state_dict().values())
+    assert quality is not None and 5 < quality < 60
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
+def test_a_run_starts_from_other_weights(folder, tmp_path):
+    start = tmp_path / "denoiser" / "model.safetensors"
+    train(folder, start.parent, form="denoiser", steps=0)
+    still = {"pretraining_steps": None, "steps": 1, "learning_rate": 1e-9}
+    train(folder, tmp_path / "first", init=str(start), **still)
+    source, target = weights(start.parent), weights(tmp_path / "first")
+    for key, value in source.items():
+        torch.testing.assert_close(target[f"regularizer.denoiser.{key}"], value, rtol=0, atol=1e-7)
+    first = str(tmp_path / "first" / "model.safetensors")
+    train(folder, tmp_path / "second", init=first, **still)
+    assert not (tmp_path / "second" / "pretraining.ckpt").exists()
+    for key, value in target.items():
+        torch.testing.assert_close(weights(tmp_path / "second")[key], value, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"init is .* a filtered network"):
+        train(folder, tmp_path / "third", init=first, depth=4)
+
+
+def task(penalty=0.0):
+    torch.manual_seed(0)
+    regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
+    model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact")
+    return DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3), jacobian_penalty=penalty)
+
+
+def test_the_moving_average_is_the_recurrence():
+    crops = RandomCrops([torch.rand(3, 20, 20)], 8, length=12)
+    seen = []
+
+    class Watch(MovingAverage):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            seen.append(pl_module.model.regularizer.log_weight.detach().clone())
+            super().on_train_batch_end(trainer, pl_module, *rest)
+
+    mine = task()
+    fit(mine, crops, steps=6, batch_size=2, callbacks=[Watch(0.5)], progress=False)
+    mean = seen[0]
+    for count, value in enumerate(seen[1:], 1):
+        mean = mean.lerp(value, 1 - min(0.5, (1 + count) / (10 + count)))
+    torch.testing.assert_close(mine.model.regularizer.log_weight.detach(), mean)
+    assert not torch.equal(mean, seen[-1])
+
+
+@pytest.mark.skipif(not hasattr(jfbfast, "jacobian_penalty"), reason="jfbfast has no jacobian_penalty")
+def test_the_penalty_is_part_of_the_loss():
+    crops = RandomCrops([torch.rand(3, 20, 20)], 8, length=2)
+    moved = []
+    for penalty in (0.0, 10.0):
+        mine = task(penalty)
+        fit(mine, crops, steps=1, batch_size=2, progress=False)
+        moved.append([p.detach().clone() for p in mine.parameters()])
+    assert any(not torch.equal(a, b) for a, b in zip(*moved, strict=True))
+
+
+SHARED = """
+import json, sys, torch, jfbfast
+from lightning.pytorch.callbacks import Callback
+from jfbfast.datasets import RandomCrops
+from jfbfast.training import DeblurTask, Optimization, fit
+torch.manual_seed(0)
+regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
+model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact", solver=jfbfast.Anderson(tol=1e-10))
+task = DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3)).double()
+
+class Double(torch.utils.data.Dataset):
+    crops = RandomCrops([torch.rand(3, 20, 24), torch.rand(3, 16, 16)], 8, length=12)
+    def __len__(self):
+        return 12
+    def __getitem__(self, i):
+        return type(self.crops[i])(*(v.double() for v in self.crops[i]))
+
+class Gradients(Callback):
+    def on_before_optimizer_step(self, trainer, task, optimizer):
+        if trainer.global_step == 0 and trainer.is_global_zero:
+            torch.save([p.grad.clone() for p in task.parameters()], sys.argv[1])
+
+fit(task, Double(), steps=3, batch_size=4, accelerator="cpu", callbacks=[Gradients()], progress=False, clip=0)
+"""
+
+
+def test_processes_share_a_batch(tmp_path):
+    """The gradient of Lightning's own step on two gloo processes is that of one with the whole batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+    }
+    environments = [{}, *({**torchrun, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2))]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(tmp_path / ("two" if environment else "one"))],
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
+    for process in processes:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error
+    one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 5
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_that_cannot_be_shared_is_named():
+    from jfbfast.training import _Batches
+
+    assert list(_Batches(3, 2, 4, rank=1, world=2)) == [[13, 15], [17, 19]]
+    with pytest.raises(ValueError, match="batch_size is 3; it takes a multiple of the 2 processes"):
+        _Batches(0, 1, 3, 0, 2)
+    with pytest.raises(ValueError, match="train has 2 samples"):
+        fit(task(), RandomCrops([torch.rand(3, 8, 8)], 8, length=2), steps=2, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nonsense": 1}, "nonsense is no setting"),
+        ({"steps": "many"}, "steps is 'many'; it takes an integer"),
+        ({"steps": 1.5}, "steps is 1.5; it takes an integer"),
+        ({"flips": 1}, "flips is 1; it takes true or false"),
+        ({"steps": 0}, "steps is 0"),
+        ({"spectral_norm": "some"}, "spectral_norm is 'some'; it takes one of matrix, conv, none"),
+        ({"schedule": "steep"}, "schedule is 'steep'; it takes one of onecycle, cosine, constant"),
+        ({"ema": 1}, "ema is 1"),
+        ({"features": "4,x"}, "features is 'x'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"data": None}, "data is missing"),
+    ],
+)
+def test_a_bad_setting_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_settings({"data": "somewhere", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"form": "round"}, "form is 'round'"),
+        ({"gradient": "guess"}, "gradient is 'guess'"),
+        ({"gradient": "jfb:terms=3"}, "jfb does not take"),
+        ({"gradient": "jfb:terms"}, "NAME:KEY=VALUE"),
+        ({"form": "paper", "denoiser": "UNet"}, "takes a DnCNN, not residual"),
+        ({"features": "4,8"}, "a DnCNN takes one number"),
+        ({"solver": "Newton"}, "solver is of kind 'Newton'"),
+        ({"solver": "Picard:memory=3"}, "Picard does not take"),
+    ],
+)
+def test_a_network_that_cannot_be_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_settings({"data": "somewhere", **values}).model_config().model()
+
+
+def test_settings_from_the_command_line_and_from_a_file_are_the_same():
+    typed = make_settings({"data": "d", "features": "4,8,8", "learning_rate": "1e-3", "pretraining_noise": [0.1, 1]})
+    assert typed.features == (4, 8, 8) and typed.learning_rate == 1e-3 and typed.pretraining_noise == (0.1, 1.0)
+    config = make_settings({"data": "d", "gradient": "jfb"}).model_config()
+    assert json.loads(json.dumps(config.denoiser)) == config.denoiser
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "training").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_documented_runs_are_valid(file):
+    settings = make_settings({**read_settings(file), "data": "d"}).resolved()
+    model = settings.model_config().model()
+    assert sum(p.numel() for p in model.parameters()) > 1e5
+
+
+def test_resolved_settings_survive_their_file(tmp_path):
+    settings = make_settings({"data": "d", "denoiser": "UNet", "form": "preconditioned", "train": 0.5}).resolved()
+    write_settings(tmp_path / "config.yaml", settings)
+    assert make_settings(read_settings(tmp_path / "config.yaml")) == settings
+    for content in ("- a\n", "a: [", "\xff"):
+        (tmp_path / "config.yaml").write_text(content, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"config\.yaml: not a file of settings"):
+            read_settings(tmp_path / "config.yaml")
