@@ -337,13 +337,14 @@ def diagnose(
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="What to run; by default kernels.")] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
-    quick: Annotated[bool, typer.Option(help="Few sizes, about a minute.")] = False,
+    quick: Annotated[bool, typer.Option(help="Few sizes, a minute or two.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights for step.", metavar="FILE")] = None,
 ) -> None:
-    """Time the kernels on this machine against PyTorch and other libraries."""
+    """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries."""
     with _one_sentence():
         benchmarks = import_module("jfbfast.benchmarks")
         for name in names or ["kernels"]:
-            benchmarks.run(name, out, quick, console)
+            benchmarks.run(name, out, quick, console, checkpoint)
 
 
 def main() -> None:
