@@ -174,7 +174,9 @@ def test_bad_input_is_named():
 
 
 def test_diagnose_on_the_command_line(tmp_path):
-    config = ModelConfig(features=4, depth=3)
+    config = ModelConfig(
+        denoiser={"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
+    )
     save_checkpoint(tmp_path / "small.safetensors", config.model(), config)
     pixels = torch.from_numpy(photographs.coffee()[:90, :90].copy()).permute(2, 0, 1) / 255
     write_photograph(tmp_path / "photo.png", Photograph(pixels, None, photographs.coffee().dtype))
