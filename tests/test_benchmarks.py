@@ -248,7 +248,7 @@ def test_an_untrained_network_is_made_a_contraction():
 
 
 def test_trained_weights_come_from_a_checkpoint(tmp_path):
-    denoiser = {"kind": "DnCNN", "features": 4, "depth": 3, "residual": True}
+    denoiser = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
     config = ModelConfig(denoiser=denoiser, weight=0.07, noise=0.02)
     model = config.model().eval()
     save_checkpoint(tmp_path / "weights", model, config)
