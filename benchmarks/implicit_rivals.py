@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import jfbfast
-from jfbfast import Anderson, DEGrad, backend, inverse, reference
-from jfbfast.denoisers import SpectralNormConv2d, log_parameter
+from jfbfast import Anderson, Implicit, backend, fixed_point, inverse, reference
+from jfbfast.denoisers import log_parameter
 from jfbfast.inverse import Taps
+from jfbfast.lipschitz import NormalisedConv2d
 from jfbfast.operators import GaussianBlur
 
 from . import rivals
@@ -67,8 +66,10 @@ class Watched(Anderson):
 
     see: See = None
 
-    def solve(self, layer: Any, x0: Tensor, inputs: Any = ()) -> Any:
-        return super().solve(layer if self.see is None else _shown(layer, self.see), x0, inputs)
+    def solve(self, layer: Any, x0: Tensor, inputs: Any = (), *, coarse: Any = None, **options: Any) -> Any:
+        if self.see is not None:
+            layer, coarse = _shown(layer, self.see), None if coarse is None else _shown(coarse, self.see)
+        return super().solve(layer, x0, inputs, coarse=coarse, **options)
 
 
 def _shown(layer: Callable[..., Tensor], see: See) -> Callable[..., Tensor]:
@@ -109,7 +110,7 @@ class UsersLayer(nn.Module):
         self.log_weight = log_parameter("weight", weights.weight)
         if layer == "paper":
             self.log_step_size = log_parameter("step_size", 1.0)
-        self.norms = [] if published else [m for m in self.modules() if isinstance(m, SpectralNormConv2d)]
+        self.norms = [] if published else [m for m in self.modules() if isinstance(m, NormalisedConv2d)]
         self.blur = rivals.conv2d(weights.kernel_size, weights.sigma, d.contiguous(memory_format=self.format))
         taps: Taps = GaussianBlur(weights.kernel_size, weights.sigma).taps
         self.factors = inverse.factors(taps, (d.shape[-2], d.shape[-1]), d.dtype, d.device)
@@ -242,7 +243,7 @@ def compiled(given: Problem, layer: str, half: bool) -> Side:
     def forward(evaluations: int, see: See) -> Tensor:
         x0, beside = users.start(given.d)
         solver = Watched(tol=0.0, max_iter=evaluations, see=see)
-        return jfbfast.fixed_point(whole, x0, inputs=(beside,), solver=solver)
+        return fixed_point(whole, x0, inputs=(beside,), solver=solver)
 
     return Side(forward, list(users.parameters()), lag=0, context=partial(backend, "reference"))
 
@@ -264,11 +265,13 @@ def sides(
 ) -> Iterator[tuple[str, Callable[[], Side]]]:
     """Every side that is installed, ours first: its name, and what makes it."""
     yield OURS, partial(ours, given, layer, half)
-    if "solve_dtype" in inspect.signature(DEGrad).parameters and not half:
+    if not half:
         yield OURS_LOW, partial(ours, given, layer, half, solve_dtype=torch.bfloat16)
+    if compile_:
+        yield f"{OURS}, compiled", partial(ours, given, layer, half, compile_solve=True)
     yield "PyTorch", partial(ours, given, layer, half, kernels="reference")
     if compile_:
-        yield "compiled", partial(compiled, given, layer, half)
+        yield "PyTorch, compiled", partial(compiled, given, layer, half)
     yield "published loop", partial(published, given, layer, half)
     if "torchdeq" not in missing:
         yield "TorchDEQ", partial(torchdeq, given, layer, half)
@@ -278,7 +281,5 @@ def sides(
 
 def jacobian_sides(given: Problem, layer: str) -> Iterator[tuple[str, Callable[[], Side]]]:
     """The exact gradient in place of JFB's, by solving with (I − ∂T/∂x)ᵀ; the paper's is CG on the normal equations."""
-    if hasattr(jfbfast, "Implicit"):
-        for solver in ("cg", "gmres"):
-            method = jfbfast.Implicit(solver)
-            yield f"jfbfast, {solver.upper()}", partial(ours, given, layer, False, gradient=method)
+    for method in (Implicit("cg"), Implicit("gmres")):
+        yield f"{OURS}, {method.solver.upper()}", partial(ours, given, layer, False, gradient=method)

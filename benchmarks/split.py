@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jfbfast import DEGrad
+from jfbfast import RED, DEGrad, SeparableBlur
 
 from .implicit_rivals import Watched, autocast
 from .problem import Problem, model
 from .timing import spread
 
 _STEPS = 3
+_BLUR = ("forward", "adjoint", "gradient", "gradient_step", "solve", "filter")
 
 
 @dataclass(frozen=True)
@@ -82,25 +85,29 @@ class _Timed(Watched):
         return iteration
 
 
-def _instrument(net: DEGrad, watch: Stopwatch) -> None:
-    """On CUDA, where the solver takes its decisions on the device, its share is within the overhead's."""
-    net.regularizer.forward = watch("denoiser", net.regularizer.forward)
-    for name in ("forward", "adjoint", "gradient", "gradient_step", "solve", "filter"):
-        setattr(net.blur, name, watch("data_step", getattr(net.blur, name)))
+@contextmanager
+def _instrumented(watch: Stopwatch) -> Iterator[None]:
+    """The classes, and not a model, since a solve evaluates a twin of it.
+
+    On CUDA, where the solver takes its decisions on the device, its share is within the overhead's.
+    """
+    parts: list[tuple[type, str, str]] = [(RED, "forward", "denoiser")]
+    parts += [(SeparableBlur, name, "data_step") for name in _BLUR]
+    with ExitStack() as stack:
+        for owner, name, part in parts:
+            stack.enter_context(patch.object(owner, name, watch(part, getattr(owner, name))))
+        yield
 
 
 def split(given: Problem, layer: str, half: bool, evaluations: int) -> Split:
     """The medians of a few steps, after one to warm up."""
-    net, device = model(given, layer), given.d.device
+    net = model(given, layer)
     shares: list[dict[str, float]] = []
-    plain = net.regularizer.forward, dict(net.blur.__dict__)
     for _ in range(_STEPS + 1):
-        watch = Stopwatch(device)
-        net.regularizer.forward = plain[0]
-        net.blur.__dict__ = dict(plain[1])
-        _instrument(net, watch)
+        watch = Stopwatch(given.d.device)
         net.solver = _Timed(tol=0.0, max_iter=evaluations, watch=watch)
-        watch("overhead", _step)(net, given, half, watch)
+        with _instrumented(watch):
+            watch("overhead", _step)(net, given, half, watch)
         total = sum(watch.seconds.values())
         shares.append({part: seconds / total for part, seconds in watch.seconds.items()})
     medians = {part: spread([s[part] for s in shares[1:]]).median for part in shares[0]}
