@@ -250,7 +250,7 @@ def compiled(given: Problem, layer: str, half: bool) -> Side:
 
 def ours(given: Problem, layer: str, half: bool, kernels: str = "auto", **options: Any) -> Side:
     """`DEGrad`, as a user calls it; ``options`` as there."""
-    net = model(given, layer, **options)
+    net = model(given, layer, **options).train()
 
     def forward(evaluations: int, see: See) -> Tensor:
         net.solver = Watched(tol=0.0, max_iter=evaluations, see=see)

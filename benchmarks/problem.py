@@ -19,7 +19,7 @@ LAYERS = ("preconditioned", "filtered", "paper")
 
 _SHRINKAGE, _DEPARTURE = 0.8, 0.2  # D(x) = c(x − γN(x)) with γ‖∂N‖ = 0.2, so that ‖∂D‖ ≤ 0.96
 _POWER_ITERATIONS = 300  # after which one more step leaves a spectral norm as it is
-_REFERENCE = Anderson(tol=1e-10, max_iter=400)
+_REFERENCE = Anderson(tol=1e-8, max_iter=400)  # with ‖∂T‖ ≤ 0.995, an error of 2e-6
 
 
 class Contraction(nn.Module):

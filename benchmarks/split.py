@@ -101,7 +101,7 @@ def _instrumented(watch: Stopwatch) -> Iterator[None]:
 
 def split(given: Problem, layer: str, half: bool, evaluations: int) -> Split:
     """The medians of a few steps, after one to warm up."""
-    net = model(given, layer)
+    net = model(given, layer).train()
     shares: list[dict[str, float]] = []
     for _ in range(_STEPS + 1):
         watch = Stopwatch(given.d.device)
