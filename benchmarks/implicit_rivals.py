@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import jfbfast
-from jfbfast import Anderson, Implicit, backend, inverse, reference
+from jfbfast import Anderson, Implicit, backend, fixed_point, inverse, reference
 from jfbfast.denoisers import log_parameter
 from jfbfast.inverse import Taps
 from jfbfast.lipschitz import NormalisedConv2d
@@ -68,7 +67,8 @@ class Watched(Anderson):
     see: See = None
 
     def solve(self, layer: Any, x0: Tensor, inputs: Any = (), *, coarse: Any = None, **options: Any) -> Any:
-        layer, coarse = (f and _shown(f, self.see) for f in (layer, coarse))
+        if self.see is not None:
+            layer, coarse = _shown(layer, self.see), None if coarse is None else _shown(coarse, self.see)
         return super().solve(layer, x0, inputs, coarse=coarse, **options)
 
 
@@ -243,14 +243,14 @@ def compiled(given: Problem, layer: str, half: bool) -> Side:
     def forward(evaluations: int, see: See) -> Tensor:
         x0, beside = users.start(given.d)
         solver = Watched(tol=0.0, max_iter=evaluations, see=see)
-        return jfbfast.fixed_point(whole, x0, inputs=(beside,), solver=solver)
+        return fixed_point(whole, x0, inputs=(beside,), solver=solver)
 
     return Side(forward, list(users.parameters()), lag=0, context=partial(backend, "reference"))
 
 
 def ours(given: Problem, layer: str, half: bool, kernels: str = "auto", **options: Any) -> Side:
     """`DEGrad`, as a user calls it; ``options`` as there."""
-    net = model(given, layer, **options)
+    net = model(given, layer, **options).train()
 
     def forward(evaluations: int, see: See) -> Tensor:
         net.solver = Watched(tol=0.0, max_iter=evaluations, see=see)
@@ -267,9 +267,11 @@ def sides(
     yield OURS, partial(ours, given, layer, half)
     if not half:
         yield OURS_LOW, partial(ours, given, layer, half, solve_dtype=torch.bfloat16)
+    if compile_:
+        yield f"{OURS}, compiled", partial(ours, given, layer, half, compile_solve=True)
     yield "PyTorch", partial(ours, given, layer, half, kernels="reference")
     if compile_:
-        yield "compiled", partial(compiled, given, layer, half)
+        yield "PyTorch, compiled", partial(compiled, given, layer, half)
     yield "published loop", partial(published, given, layer, half)
     if "torchdeq" not in missing:
         yield "TorchDEQ", partial(torchdeq, given, layer, half)
@@ -279,5 +281,5 @@ def sides(
 
 def jacobian_sides(given: Problem, layer: str) -> Iterator[tuple[str, Callable[[], Side]]]:
     """The exact gradient in place of JFB's, by solving with (I − ∂T/∂x)ᵀ; the paper's is CG on the normal equations."""
-    for solver in ("cg", "gmres"):
-        yield f"jfbfast, {solver.upper()}", partial(ours, given, layer, False, gradient=Implicit(solver))
+    for method in (Implicit("cg"), Implicit("gmres")):
+        yield f"{OURS}, {method.solver.upper()}", partial(ours, given, layer, False, gradient=method)

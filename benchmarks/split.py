@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jfbfast import DEGrad
+from jfbfast import RED, DEGrad, SeparableBlur
 
 from .implicit_rivals import Watched, autocast
 from .problem import Problem, model
 from .timing import spread
 
 _STEPS = 3
+_BLUR = ("forward", "adjoint", "gradient", "gradient_step", "solve", "filter")
 
 
 @dataclass(frozen=True)
@@ -85,28 +86,27 @@ class _Timed(Watched):
 
 
 @contextmanager
-def _instrumented(net: DEGrad, watch: Stopwatch) -> Iterator[None]:
-    """Parts timed by their classes' methods, since the solve evaluates copies of the modules.
+def _instrumented(watch: Stopwatch) -> Iterator[None]:
+    """The classes, and not a model, since a solve evaluates a twin of it.
 
     On CUDA, where the solver takes its decisions on the device, its share is within the overhead's.
     """
-    timed = [(type(net.regularizer), "forward", "denoiser")]
-    blurring = ("forward", "adjoint", "gradient", "gradient_step", "solve", "filter")
-    timed += [(type(net.blur), name, "data_step") for name in blurring]
+    parts: list[tuple[type, str, str]] = [(RED, "forward", "denoiser")]
+    parts += [(SeparableBlur, name, "data_step") for name in _BLUR]
     with ExitStack() as stack:
-        for owner, name, part in timed:
+        for owner, name, part in parts:
             stack.enter_context(patch.object(owner, name, watch(part, getattr(owner, name))))
         yield
 
 
 def split(given: Problem, layer: str, half: bool, evaluations: int) -> Split:
     """The medians of a few steps, after one to warm up."""
-    net, device = model(given, layer), given.d.device
+    net = model(given, layer).train()
     shares: list[dict[str, float]] = []
     for _ in range(_STEPS + 1):
-        watch = Stopwatch(device)
+        watch = Stopwatch(given.d.device)
         net.solver = _Timed(tol=0.0, max_iter=evaluations, watch=watch)
-        with _instrumented(net, watch):
+        with _instrumented(watch):
             watch("overhead", _step)(net, given, half, watch)
         total = sum(watch.seconds.values())
         shares.append({part: seconds / total for part, seconds in watch.seconds.items()})

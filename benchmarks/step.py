@@ -24,7 +24,7 @@ from jfbfast import ConvergenceWarning
 from . import machine, rivals
 from .implicit_rivals import OURS, Side, jacobian_sides, sides
 from .memory import peak_megabytes
-from .problem import Problem, Weights, fixed_point, problem, trained, untrained
+from .problem import Problem, Weights, fixed_point, has_batch_statistics, problem, trained, untrained
 from .report import write_csv
 from .split import split
 from .step_report import Row, plot, tables
@@ -180,9 +180,17 @@ class Benchmark:
     def run(self) -> list[Row]:
         for layer, size in self.plan.cases:
             given = problem(self.weights, size, self.plan.batch, self.device)
+            with self.console.status(f"{layer} layer, {size}²: its fixed points in float64"):
+                coupled = has_batch_statistics(self.weights.denoiser)
+                fixed = {b: fixed_point(given, layer, b) for b in {False, coupled}}
+            if fixed[False] is None:
+                self.say(f"the {layer} layer has no fixed point to be found with these weights; it is left out")
+                continue
+            if fixed[coupled] is None:
+                self.say(f"published loop, {layer} layer: its map, by batch statistics, has no fixed point to be found")
             for half in (False, True):
                 with self.console.status(f"{layer} layer, {size}², {'bfloat16' if half else 'float32'}"):
-                    self._at_equal_error(given, layer, half)
+                    self._at_equal_error(given, layer, half, fixed)
         if self.main is not None:
             self._against_evaluations(self.main[0])
             self._against_size(*self.main)
@@ -223,21 +231,15 @@ class Benchmark:
             machine=self.machine,
         )
 
-    def _at_equal_error(self, given: Problem, layer: str, half: bool) -> None:
+    def _at_equal_error(self, given: Problem, layer: str, half: bool, fixed: dict[bool, Tensor | None]) -> None:
         torch.compiler.reset()
-        compile_ = layer in self.plan.compiled and not half
-        made = self._make(sides(given, layer, half, self.missing, compile_))
-        fixed = {b: fixed_point(given, layer, b) for b in {s.batch_statistics for s in made.values()}}
-        if (own := fixed[False]) is None:
-            self.say(f"the {layer} layer has no fixed point that can be found with these weights; it is left out")
-            return
-        found = {}
+        found, made = {}, self._make(sides(given, layer, half, self.missing, layer in self.plan.compiled and not half))
         for name, side in made.items():
             target = fixed[side.batch_statistics]
-            if target is None:
-                self.say(f"{name}, {layer} layer: its map, by batch statistics, has no fixed point that can be found")
             try:
-                found[name] = find(side, own if target is None else target, self.plan.targets, self.plan.limit)
+                target = fixed[False] if target is None else target
+                assert target is not None
+                found[name] = find(side, target, self.plan.targets, self.plan.limit)
             except Exception as failure:
                 self._leave_out(name, failure)
         if self.main is None:

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-import jfbfast
 from jfbfast import Anderson, DnCNN, GaussianBlur
 from jfbfast.benchmarks import implicit_rivals, kernels, machine, memory, problem, rivals, run, split, step
 from jfbfast.benchmarks.timing import Measured, between_evaluations, interleave, ratios, spread, timed
@@ -168,6 +167,9 @@ def test_a_tiny_benchmark_writes_its_table_csv_and_picture(tmp_path, monkeypatch
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
+DNCNN = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
+
+
 def tiny_problem():
     network = problem.Contraction(DnCNN(3, 4, 3, None).eval(), 0.05)
     weights = problem.Weights(problem._settled(network), 0.5, 3, 0.7, 0.01)
@@ -248,14 +250,17 @@ def test_an_untrained_network_is_made_a_contraction():
 
 
 def test_trained_weights_come_from_a_checkpoint(tmp_path):
-    denoiser = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
-    config = ModelConfig(denoiser=denoiser, weight=0.07, noise=0.02)
+    config = ModelConfig(denoiser=DNCNN, weight=0.07, noise=0.02)
     model = config.model().eval()
     save_checkpoint(tmp_path / "weights", model, config)
     weights = problem.trained(tmp_path / "weights")
     x = torch.randn(1, 3, 8, 8)
     torch.testing.assert_close(weights.denoiser(x), model.regularizer.denoiser(x))
     assert weights.weight == pytest.approx(0.07) and weights.noise == 0.02
+    other = ModelConfig(form="denoiser", denoiser=DNCNN)
+    save_checkpoint(tmp_path / "denoiser", other.model(), other)
+    with pytest.raises(ValueError, match="of the form 'denoiser'"):
+        problem.trained(tmp_path / "denoiser")
     with pytest.raises(ValueError, match="the benchmark step alone takes one"):
         run("kernels", tmp_path, True, Console(), tmp_path / "weights")
 
@@ -303,7 +308,7 @@ def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monke
     with (tmp_path / "step.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     of = {e: [row for row in rows if row["experiment"] == e] for e in ("step", "evaluations", "size", "memory")}
-    assert {row["side"] for row in of["step"]} >= {"jfbfast", "PyTorch", "published loop"}
+    assert {row["side"] for row in of["step"]} >= {"jfbfast", "PyTorch", "published loop", "jfbfast, solve in bf16"}
     assert "deepinv" not in {row["side"] for row in rows}
     assert {(row["layer"], row["dtype"], row["target_error"]) for row in of["step"]} == set(
         itertools.product(("preconditioned", "paper"), ("float32", "bfloat16"), ("0.1", "0.01"))
@@ -319,8 +324,7 @@ def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monke
         assert row["instruction_sets"] and row["torch"] == torch.__version__
     assert {row["evaluations"] for row in of["evaluations"]} == {"2", "3"}
     assert {row["size"] for row in of["size"]} == {"12", "16"}
-    exact = {row["side"] for row in of["size"] if row["size"] == "12"} & {"jfbfast, CG", "jfbfast, GMRES"}
-    assert len(exact) == 2 * hasattr(jfbfast, "Implicit")
+    assert {row["side"] for row in of["size"] if row["size"] == "12"} >= {"jfbfast, CG", "jfbfast, GMRES"}
     assert [float(row["peak_mb"]) >= 0 for row in of["memory"]] == [True]
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
