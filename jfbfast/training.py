@@ -70,7 +70,7 @@ class _Task(L.LightningModule):
 
     def report(self, bar: bool = False, batch_size: int | None = None, **values: Tensor) -> None:
         """Metrics for the progress bar and for `Metrics` of jfbfast.runs, which writes them."""
-        self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size)
+        self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size, sync_dist=True)
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
         generator = np.random.default_rng((self.seed, self.global_step, self.global_rank))
