@@ -13,16 +13,20 @@ from rich.console import Console
 
 BENCHMARKS = {
     "kernels": "the blur, the data step and Anderson's step against what users write today",
+    "step": "a whole training step against the published loop, TorchDEQ and deepinv, at equal true error",
 }
 
 
-def run(name: str, out: Path, quick: bool, console: Console) -> None:
+def run(name: str, out: Path, quick: bool, console: Console, checkpoint: Path | None = None) -> None:
     """Run one benchmark, write its files into ``out`` (made where missing) and print its tables.
 
     Raises:
-        ValueError: a name that is not in `BENCHMARKS`.
+        ValueError: a name that is not in `BENCHMARKS`; a ``checkpoint`` of trained weights for another than step.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    if checkpoint is not None and name != "step":
+        raise ValueError(f"checkpoint is {str(checkpoint)!r}; the benchmark step alone takes one, not {name}")
+    options = {} if checkpoint is None else {"checkpoint": checkpoint}
     out.mkdir(parents=True, exist_ok=True)
-    import_module(f"jfbfast.benchmarks.{name}").run(out, quick, console)
+    import_module(f"jfbfast.benchmarks.{name}").run(out, quick, console, **options)

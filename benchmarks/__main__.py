@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jfbfast import keep_freed_memory
+
 from . import BENCHMARKS, run
 
 
@@ -21,13 +23,15 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below")
     parser.add_argument("--out", type=Path, default=Path(), help="directory for the CSV and the picture")
-    parser.add_argument("--quick", action="store_true", help="few sizes, about a minute")
+    parser.add_argument("--quick", action="store_true", help="few sizes, a minute or two")
+    parser.add_argument("--checkpoint", type=Path, help="trained weights for step, of jfbfast train or demo")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     if not arguments.names:
         parser.print_help()
     for name in arguments.names:
         try:
-            run(name, arguments.out, arguments.quick, Console())
+            run(name, arguments.out, arguments.quick, Console(), arguments.checkpoint)
         except ValueError as error:
             parser.error(str(error))
 

@@ -98,9 +98,9 @@ def make_row(
     )
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line a row; the machine's fields are its last columns."""
-    names = [f.name for f in fields(Row) if f.name != "machine"] + [f.name for f in fields(Machine)]
+def write_csv(rows: Sequence[Any], path: Path) -> None:
+    """One line a row, of a dataclass; the fields of its machine are the last columns."""
+    names = [f.name for f in fields(rows[0]) if f.name != "machine"] + [f.name for f in fields(Machine)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from jfbfast import diagnostics, spectrum
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
@@ -10,6 +11,7 @@ from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, S
 from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
+from jfbfast.penalty import jacobian_penalty
 from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
 from jfbfast.warm_start import WarmStart
@@ -44,10 +46,13 @@ __all__ = [
     "Unrolled",
     "WarmStart",
     "backend",
+    "diagnostics",
     "direct_inverse",
     "fixed_point",
     "gradient_descent",
+    "jacobian_penalty",
     "keep_freed_memory",
     "show_config",
+    "spectrum",
     "tikhonov",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `jfbfast info | demo | restore | train | evaluate | bench`."""
+"""The command line: `jfbfast info | demo | restore | train | evaluate | diagnose | bench`."""
 
 from __future__ import annotations
 
@@ -290,16 +290,63 @@ def evaluate(
 
 
 @app.command()
+def diagnose(
+    checkpoint: Annotated[Path, typer.Argument(help="From demo or train.")],
+    images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, to be blurred.")],
+    out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
+    crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
+    samples: Annotated[int, typer.Option(help="Crops.")] = 4,
+    iterations: Annotated[int, typer.Option(help="Evaluations of the layer that the history runs to.")] = 300,
+    seed: Seed = 0,
+) -> None:
+    """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
+    with _one_sentence():
+        import torch
+
+        from jfbfast.checkpoint import load_checkpoint
+        from jfbfast.data import ImageError, read_photograph
+        from jfbfast.degrad import DEGrad
+        from jfbfast.diagnostics import report
+
+        for name, value in (("crop", crop), ("samples", samples)):
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it takes an integer of at least 1")
+        model, config = load_checkpoint(checkpoint)
+        if not isinstance(model, DEGrad):
+            raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
+        random = torch.Generator().manual_seed(seed)
+        squares = []
+        for i in range(samples):
+            pixels = read_photograph(images[i % len(images)]).pixels
+            if min(pixels.shape[-2:]) < crop:
+                raise ImageError(f"{images[i % len(images)]}: smaller than crops of {crop} pixels")
+            top, left = (int(torch.randint(n - crop + 1, (), generator=random)) for n in pixels.shape[-2:])
+            square = pixels[:, top : top + crop, left : left + crop]
+            square = square.mean(0, keepdim=True) if config.channels == 1 else square
+            squares.append(2 * square.expand(config.channels, -1, -1) - 1)
+        x = torch.stack(squares)
+        d = config.blur()(x) + config.noise * torch.randn(x.shape, generator=random)
+        with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
+            found = report(model, d, x, iterations=iterations, seed=seed)
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{checkpoint.stem}-diagnosis.png"
+        found.plot(path)
+        console.print(found.table())
+        console.print(f"Picture: {path}", highlight=False, markup=False)
+
+
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="What to run; by default kernels.")] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
-    quick: Annotated[bool, typer.Option(help="Few sizes, about a minute.")] = False,
+    quick: Annotated[bool, typer.Option(help="Few sizes, a minute or two.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights for step.", metavar="FILE")] = None,
 ) -> None:
-    """Time the kernels on this machine against PyTorch and other libraries."""
+    """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries."""
     with _one_sentence():
         benchmarks = import_module("jfbfast.benchmarks")
         for name in names or ["kernels"]:
-            benchmarks.run(name, out, quick, console)
+            benchmarks.run(name, out, quick, console, checkpoint)
 
 
 def main() -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast.denoisers import RED, log_parameter
+from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
 from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator
 from jfbfast.operators import SeparableBlur
 from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
+from jfbfast.spectrum import optimal_averaging, ritz_values
 
 
 class DEGrad(nn.Module):
@@ -35,7 +37,9 @@ class DEGrad(nn.Module):
         preconditioner: None, or "exact".
         damping: λ > 0 of the preconditioner, the start of a learnable parameter; None for the
             weight of a `RED` regulariser.
-        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points.
+        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points; "auto" to
+            estimate it at the first forward, and whenever `update_averaging` is called. Then it is a
+            buffer, NaN before the first estimate.
         solver: `Anderson()` where None.
         gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
             `fixed_point`).
@@ -59,7 +63,7 @@ class DEGrad(nn.Module):
         step_size: float = 1.0,
         preconditioner: Literal["exact"] | None = None,
         damping: float | None = None,
-        averaging: float = 1.0,
+        averaging: float | Literal["auto"] = 1.0,
         solver: FixedPointSolver | None = None,
         gradient: str | GradientMethod = "jfb",
         solve_dtype: torch.dtype | None = None,
@@ -78,8 +82,8 @@ class DEGrad(nn.Module):
             raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
         if preconditioner and damping is None and not isinstance(regularizer, RED):
             raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
-        if not (isinstance(averaging, (int, float)) and 0 < averaging <= 1):
-            raise ValueError(f"averaging is {averaging!r}; it takes a number in (0, 1]")
+        if averaging != "auto" and not (isinstance(averaging, (int, float)) and 0 < averaging <= 1):
+            raise ValueError(f"averaging is {averaging!r}; it takes a number in (0, 1], or 'auto'")
         filtered = isinstance(regularizer, RED) and regularizer.filtered
         needed = [method for method, used in (("solve", preconditioner), ("filter", filtered)) if used]
         if not all(callable(getattr(blur, method, None)) for method in needed):
@@ -87,7 +91,11 @@ class DEGrad(nn.Module):
         self.blur: Any = blur
         self.regularizer: Any = regularizer
         self.preconditioner = preconditioner
-        self.averaging = averaging
+        self.averaging: float | Tensor
+        if averaging == "auto":
+            self.register_buffer("averaging", torch.tensor(torch.nan))
+        else:
+            self.averaging = averaging
         self.solver = Anderson() if solver is None else solver
         self.gradient = gradient_method(gradient)
         self.solve_dtype = checked_solve_dtype(solve_dtype)
@@ -138,7 +146,29 @@ class DEGrad(nn.Module):
         else:
             gradient = self.blur.gradient(x, d, r) if separable else self.blur.adjoint(self.blur(x) - d) + r
             image = x - self.blur.solve(gradient, self.damping)
+        if isinstance(self.averaging, Tensor):
+            return torch.lerp(x, image, self.averaging.nan_to_num(1.0).to(x.dtype))
         return image if self.averaging == 1 else torch.lerp(x, image, self.averaging)
+
+    @torch.no_grad()
+    def update_averaging(self, d: Tensor, x0: Tensor | None = None) -> None:
+        """Estimate the α of ``averaging="auto"``: the `optimal_averaging` of the spectra at the fixed points for d.
+
+        It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
+        one that is best for the worst of them. It stays NaN, and the layer T, where all samples diverge.
+
+        Args:
+            d, x0: as in `forward`.
+
+        Raises:
+            ValueError: a model whose ``averaging`` is a number.
+        """
+        if not isinstance(self.averaging, Tensor):
+            raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
+        self.averaging.fill_(torch.nan)
+        with fixed_map(self), materialised_weights(self):
+            found = self.solver.solve(self.layer, self.start(d) if x0 is None else x0, (d,))
+        self.averaging.fill_(optimal_averaging(ritz_values(self.layer, found.value, (d,))))
 
     @torch.compiler.disable
     def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
@@ -161,6 +191,8 @@ class DEGrad(nn.Module):
                 raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of d, {tuple(d.shape)}")
         if x0 is None:
             x0 = self.start(d)
+        if isinstance(self.averaging, Tensor) and self.averaging.isnan():
+            self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
             self.layer,
             x0,

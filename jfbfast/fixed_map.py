@@ -8,7 +8,7 @@ one power iteration before the solve, one update of the running statistics at th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,6 +19,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from jfbfast.lipschitz import NormalisedConv2d, SpectralNormConv2d
+
+
+def owner(layer: Callable[..., Tensor]) -> nn.Module | None:
+    """The module that a layer is, or is a method of; None for another callable."""
+    found = getattr(layer, "__self__", layer)
+    return found if isinstance(found, nn.Module) else None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast.fixed_map import owner
 from jfbfast.lipschitz import NormalisedConv2d
 
 Layer = Callable[..., Tensor]
@@ -217,14 +218,14 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, compiled: bool =
             evaluates it in the weights' own precision, whatever autocast the caller has.
         compiled: pass a module, or a module's method, through torch.compile.
     """
-    owner = getattr(layer, "__self__", layer)
-    if isinstance(owner, nn.Module):
-        structure, twins = _structure(owner), owner.__dict__.setdefault("_jfbfast_twins", _Twins())
+    module = owner(layer)
+    if module is not None:
+        structure, twins = _structure(module), module.__dict__.setdefault("_jfbfast_twins", _Twins())
         if dtype not in twins or twins[dtype][0] != structure:
-            twins[dtype] = structure, _Twin(owner, dtype)
+            twins[dtype] = structure, _Twin(module, dtype)
         twin = twins[dtype][1]
         twin.refresh()
-        layer = twin.method("__call__" if layer is owner else layer.__name__, compiled)
+        layer = twin.method("__call__" if layer is module else layer.__name__, compiled)
 
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jfbfast.fixed_map import fixed_map, materialised_weights, step_spectral_norms, updated_statistics
+from jfbfast.fixed_map import fixed_map, materialised_weights, owner, step_spectral_norms, updated_statistics
 from jfbfast.gradients.convergence import warn_unconverged
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled, gradient_method
 from jfbfast.prepared import checked_solve_dtype, prepared
@@ -95,19 +95,13 @@ def _raise_for_captured(out: Tensor, known: set[int]) -> None:
         stack.extend(next_node for next_node, _ in node.next_functions)
 
 
-def _owner(layer: Layer) -> nn.Module | None:
-    """The module that a layer is, or is a method of."""
-    owner = getattr(layer, "__self__", layer)
-    return owner if isinstance(owner, nn.Module) else None
-
-
 class _Network:
     """The layer with its parameters, as the method applies it at the fixed point."""
 
     def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod) -> None:
         if isinstance(parameters, Tensor):
             raise TypeError("parameters is a tensor; it takes an iterable of tensors")
-        self.layer, self.module, self.method = layer, _owner(layer), method
+        self.layer, self.module, self.method = layer, owner(layer), method
         self.named = parameters is not None
         if parameters is None:
             parameters = () if self.module is None else self.module.parameters()

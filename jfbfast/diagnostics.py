@@ -1,0 +1,299 @@
+"""Is an implicit network well conditioned, and does its gradient method suit it? `report` measures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from jfbfast.degrad import DEGrad
+from jfbfast.denoisers import RED
+from jfbfast.fixed_map import fixed_map
+from jfbfast.gradients import GradientMethod, Implicit, solve_fixed_point
+from jfbfast.gradients.methods import GRADIENTS
+from jfbfast.history import History, convergence_history
+from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, FixedPointSolver, Picard, Status
+from jfbfast.spectrum import Linearisation, operator_norm, ritz_values, symmetric_ritz_values
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = [
+    "Report",
+    "convergence_history",
+    "gradient_agreement",
+    "jfb_condition",
+    "lipschitz_bound",
+    "report",
+]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` measured, for a batch of B samples; on the CPU, in the order of the batch.
+
+    Attributes:
+        radius: γ, the spectral radius of ∂T/∂x at x*, (B,).
+        norm: ‖∂T/∂x‖₂ at x*, (B,).
+        ritz_values: of ∂T/∂x at x*, (B, k), complex.
+        bound: the bound on γ of `lipschitz_bound`, (B,); None for a layer that has none.
+        condition: the lower bound on κ(MᵀM) of `jfb_condition`, (B,).
+        cosine, norm_ratio: of each gradient method's gradient to the exact one, (B,) by name.
+        solution: of the model's own solve, at its own tolerance.
+        history: of its solver run on with tol = 0.
+        tol: of its solver.
+    """
+
+    radius: Tensor
+    norm: Tensor
+    ritz_values: Tensor
+    bound: Tensor | None
+    condition: Tensor
+    cosine: dict[str, Tensor]
+    norm_ratio: dict[str, Tensor]
+    solution: FixedPointSolution
+    history: History
+    tol: float
+
+    def table(self) -> Table:
+        """The report as a table of rich: median and worst sample of each quantity."""
+        from rich.table import Table
+
+        table = Table(title=f"{len(self.radius)} samples at their fixed points", title_justify="left")
+        for header, justify in (("", "left"), ("median", "right"), ("worst", "right"), ("", "left")):
+            table.add_column(header, justify=justify)  # type: ignore[arg-type]
+        for name, values, worst, form, meaning in _rows(self):
+            finite = values[~values.isnan()].double()
+            cells = [form.format(float(f(finite))) if finite.numel() else "–" for f in (torch.median, worst)]
+            table.add_row(name, *cells, meaning)
+        return table
+
+    def plot(self, path: str | Path) -> None:
+        """Save the report as a picture: residuals, quality, eigenvalues, cosines."""
+        from jfbfast.plots import diagnosis
+
+        diagnosis(self, path)
+
+
+Row = tuple[str, Tensor, Callable[[Tensor], Tensor], str, str]
+
+
+def _rows(r: Report) -> list[Row]:
+    """Name, values of the samples, which of them is the worst, format and meaning of each line."""
+    diverged = int((r.solution.status == Status.DIVERGED).sum())
+    rows: list[Row] = [
+        ("contraction factor γ", r.radius, torch.max, "{:.3f}", "below 1: x ← T(x) converges"),
+        ("operator norm ‖∂T/∂x‖", r.norm, torch.max, "{:.3f}", "below 1: every step contracts"),
+    ]
+    if r.bound is not None:
+        rows.append(("bound on γ", r.bound, torch.max, "{:.3f}", "λ/(√λ+√δ)² · Lip(D)"))
+    rows += [
+        ("lowest Re μ", r.ritz_values.real.amin(1), torch.min, "{:.3f}", "below −1: needs averaging"),
+        ("highest Re μ", r.ritz_values.real.amax(1), torch.max, "{:.3f}", "near 1: close to singular"),
+        ("κ(MᵀM), at least", r.condition, torch.max, "{:.3g}", "JFB's theorem: κ < 1/γ"),
+        ("1/γ", 1 / r.radius, torch.min, "{:.3g}", ""),
+        (
+            "evaluations",
+            r.solution.iterations,
+            torch.max,
+            "{:.0f}",
+            f"to {r.tol:g}; {diverged} diverged",
+        ),
+    ]
+    marks = [k for k in (10, 30, 100, 300) if k <= len(r.history.residual)]
+    for k in marks[-1:]:
+        rows.append((f"residual at {k}", r.history.residual[k - 1], torch.max, "{:.1e}", "evaluations, tol = 0"))
+    if r.history.psnr is not None:
+        for k in marks:
+            rows.append((f"PSNR at {k}", r.history.psnr[k - 1], torch.min, "{:.2f}", "evaluations, in dB, range 2"))
+    for name, cosine in r.cosine.items():
+        ratio = float(r.norm_ratio[name].nanmedian())
+        rows.append((f"cosine of {name}", cosine, torch.min, "{:.4f}", f"to the exact; norm ratio {ratio:.3f}"))
+    return rows
+
+
+def lipschitz_bound(model: DEGrad, x: Tensor) -> Tensor | None:
+    """The bound λ/(√λ + √δ)² · ‖∂D‖₂ on the contraction factor of a filtered, preconditioned model at x.
+
+    ∂T/∂x = λP ∂D W has the eigenvalues of ∂D · λWP, D at W x, and the symmetric λWP, a function of AᵀA,
+    has the norm max λs/((s + δ)(s + λ)) over s ≥ 0. ‖∂D‖₂ is measured there. With averaging α it is
+    1 − α + α times that.
+
+    Args:
+        model: a DE-GRAD.
+        x: where, (B, C, H, W).
+
+    Returns:
+        (B,), or None where the model is not filtered and preconditioned, with R's weight λ as damping.
+    """
+    red = model.regularizer
+    if model.preconditioner is None or model.log_damping is not None or not isinstance(red, RED) or not red.filtered:
+        return None
+    with torch.no_grad():
+        weight, damping = red.weight, red.filter_damping
+        assert damping is not None
+        lipschitz = operator_norm(red.denoiser, model.blur.filter(x, damping))
+        factor = weight / (weight.sqrt() + damping.sqrt()) ** 2 * lipschitz
+        alpha = model.averaging.nan_to_num(1.0) if isinstance(model.averaging, Tensor) else model.averaging
+        return 1 - alpha + alpha * factor
+
+
+def jfb_condition(model: DEGrad, x: Tensor, d: Tensor, steps: int = 30) -> Tensor:
+    """A lower bound on the condition number of MᵀM, M = (∂T/∂Θ)ᵀ, of each sample at x, (B,).
+
+    JFB's gradient is known to descend where M has full column rank and κ(MᵀM) < 1/γ (Fung et al.,
+    2022; Liu, Tong and Zhao, 2024). Ritz values of MᵀM = (∂T/∂Θ)(∂T/∂Θ)ᵀ lie between its extreme
+    eigenvalues, so the largest over the smallest, to which its rounding error is added, is at most
+    κ. Infinite where Θ has fewer numbers than a sample, since M then has no full column rank.
+
+    Args:
+        model: a DE-GRAD.
+        x, d: where, (B, C, H, W).
+        steps: of Lanczos' method, of two products each.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    n = x[:1].numel()
+    if sum(p.numel() for p in parameters) < n:
+        return torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
+    bounds = []
+    with fixed_map(model):
+        for i in range(len(x)):  # the samples share Θ
+            rows = slice(i, i + 1)
+            with torch.enable_grad():
+                jacobian = Linearisation(model.layer(x[rows].detach(), d[rows].detach()), parameters)
+
+            def normal(w: Tensor, jacobian: Linearisation = jacobian, rows: slice = rows) -> Tensor:
+                return jacobian.jvp(jacobian.vjp(w.view_as(x[rows]))).flatten(1)
+
+            values = symmetric_ritz_values(normal, x[rows].flatten(1), steps)[0]
+            rounding = torch.finfo(x.dtype).eps * n * values[-1]
+            bounds.append(values[-1] / (values[0].clamp_min(0) + rounding))
+    return torch.stack(bounds).to(x.dtype) if bounds else x.new_zeros(0)
+
+
+def gradient_agreement(
+    model: DEGrad, d: Tensor, value: Tensor, cotangent: Tensor, exact: GradientMethod
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Cosine and norm ratio, over all parameters, of each method's gradient to the exact implicit one.
+
+    Each method of `GRADIENTS`, with its defaults, is run as in training: from the model's own start by its own
+    solver; one that asks for an estimate which that solver does not make is left out. The exact gradient is
+    taken at ``value``. Sample by sample, since each has a gradient of its own.
+
+    Args:
+        model: a DE-GRAD.
+        d: the measurements, (B, C, H, W).
+        value: the fixed points x*, to as high a precision as there is.
+        cotangent: ∂ℓ/∂T(x*), like x*.
+        exact: the method that solves for the exact gradient.
+
+    Returns:
+        By name of the method, (B,) each; NaN where a gradient is zero or not finite.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(rows: slice, x0: Tensor, solver: FixedPointSolver, method: str | GradientMethod) -> Tensor:
+        with torch.enable_grad():
+            out, _ = solve_fixed_point(
+                model.layer,
+                x0,
+                inputs=(d[rows],),
+                solver=solver,
+                gradient=method,
+                solve_dtype=None if method is exact else model.solve_dtype,
+            )
+            found = torch.autograd.grad(out, parameters, cotangent[rows], allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found]).double()
+
+    estimates = model.solver.estimates_inverse
+    names = [name for name, method in GRADIENTS.items() if estimates or method.needs != "inverse"]
+    cosine = {name: value.new_full((len(value),), torch.nan) for name in names}
+    ratio = {name: column.clone() for name, column in cosine.items()}
+    with fixed_map(model):
+        start = model.start(d)
+        for i in range(len(value)):
+            rows = slice(i, i + 1)
+            at_value = Picard(tol=0, max_iter=1)  # one evaluation: it stays where it starts
+            reference = gradient(rows, value[rows], at_value, exact)
+            for name in names:
+                found = gradient(rows, start[rows], model.solver, name)
+                ratio[name][i] = found.norm() / reference.norm()
+                cosine[name][i] = found @ reference / (found.norm() * reference.norm())
+    return cosine, ratio
+
+
+def report(
+    model: DEGrad,
+    d: Tensor,
+    x: Tensor | None = None,
+    *,
+    iterations: int = 300,
+    steps: int = 60,
+    seed: int = 0,
+) -> Report:
+    """Measure the conditioning of a model on a few samples; it stays as it is.
+
+    The point x* is the best iterate of the model's own solver run on with tol = 0. Minutes for samples
+    of 64 × 64 on a CPU: small crops and few samples tell as much.
+
+    Args:
+        model: a DE-GRAD.
+        d: the measurements, (B, C, H, W).
+        x: the truth, like d, in [−1, 1], for quality and for gradients of ℓ = ½‖T(x*) − x‖²; without it
+            the gradients are those of a random cotangent.
+        iterations: evaluations of the history.
+        steps: of Arnoldi's method, vector-Jacobian products.
+        seed: of the random cotangent.
+
+    Raises:
+        ValueError: x of another shape than d; ``iterations`` or ``steps`` below 1.
+    """
+    if x is not None and x.shape != d.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it takes that of d, {tuple(d.shape)}")
+    with warnings.catch_warnings(), fixed_map(model):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        with torch.no_grad():
+            _, solution = solve_fixed_point(
+                model.layer, model.start(d), inputs=(d,), solver=model.solver, solve_dtype=model.solve_dtype
+            )
+        history = convergence_history(model, d, x, iterations)
+        value = history.solution.value
+        if x is None:
+            random = torch.Generator().manual_seed(seed)
+            cotangent = torch.randn(value.shape, generator=random, dtype=value.dtype).to(value.device)
+        else:
+            with torch.no_grad():
+                cotangent = model.layer(value, d) - x
+        exact = Implicit(tol=10 * torch.finfo(value.dtype).eps, max_iter=200)
+        cosine, ratio = gradient_agreement(model, d, value, cotangent, exact)
+        values = ritz_values(model.layer, value, (d,), steps)
+        found = Report(
+            radius=values.abs().amax(1),
+            norm=operator_norm(model.layer, value, (d,)),
+            ritz_values=values,
+            bound=lipschitz_bound(model, value),
+            condition=jfb_condition(model, value, d),
+            cosine=cosine,
+            norm_ratio=ratio,
+            solution=solution,
+            history=history,
+            tol=model.solver.tol,
+        )
+    return _to_cpu(found)
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: item.cpu() for name, item in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*map(_to_cpu, value))
+    if isinstance(value, Report):
+        return Report(**{name: _to_cpu(item) for name, item in vars(value).items()})
+    return value

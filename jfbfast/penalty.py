@@ -1,0 +1,70 @@
+"""A penalty on the layer's Jacobian, which trains an implicit network to contract."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jfbfast.degrad import DEGrad
+from jfbfast.fixed_map import fixed_map, owner
+from jfbfast.solvers import Layer, Status
+
+
+def _unit(v: Tensor) -> Tensor:
+    return F.normalize(v.flatten(1), dim=1).view_as(v)
+
+
+def jacobian_penalty(
+    layer: DEGrad | Layer, *inputs: Tensor, x: Tensor | None = None, bound: float = 0.7, iterations: int = 3
+) -> Tensor:
+    """The mean over samples of relu(‖vᵀ ∂T/∂x‖ − bound)², v a unit vector from power iterations v ← (∂T/∂x)ᵀ v.
+
+    ‖vᵀ ∂T/∂x‖ tends to the contraction factor γ where one real eigenvalue dominates, and is at most
+    ‖∂T/∂x‖₂ always. The random starts are drawn from torch's generator; v and x are constants of the
+    gradient, which costs a differentiation of one vector-Jacobian product.
+
+        restored = model(d)
+        loss = F.mse_loss(restored, x) + 1e-4 * jfbfast.jacobian_penalty(model, d)
+
+    Args:
+        layer: a `DEGrad`, or a layer T(x, *inputs) as `fixed_point` takes it. It is held still, as in
+            the gradient of a solve.
+        inputs: of the layer, (B, …); the measurements d of a `DEGrad`.
+        x: the point, (B, …); of a `DEGrad` by default the fixed point of its last forward, of which
+            samples that diverged are left out. So are samples of which x or an input is not finite.
+        bound: what ‖vᵀ ∂T/∂x‖ may be at no cost, at least 0.
+        iterations: of the power method, at least 0.
+
+    Returns:
+        The penalty, a tensor of shape (), differentiable in the layer's parameters; 0 for no samples.
+
+    Raises:
+        ValueError: ``bound`` or ``iterations`` below 0; no ``x`` where the layer holds no solution of these inputs.
+    """
+    if not bound >= 0:
+        raise ValueError(f"bound is {bound}; it takes a number of at least 0")
+    if iterations < 0:
+        raise ValueError(f"iterations is {iterations}; it takes an integer of at least 0")
+    usable: Tensor | bool = True
+    if x is None:
+        solution = layer.solution if isinstance(layer, DEGrad) else None
+        if solution is None or any(len(value) != len(solution.value) for value in inputs):
+            raise ValueError(
+                "x is None; it takes a tensor, or a DEGrad as layer whose last forward was on these inputs"
+            )
+        x, usable = solution.value, solution.status != Status.DIVERGED
+    for value in (x, *inputs):
+        usable = usable & value.detach().flatten(1).isfinite().all(1)
+    x, *inputs_left = (value[usable] for value in (x, *inputs))
+    transform = layer.layer if isinstance(layer, DEGrad) else layer
+
+    with fixed_map(owner(transform)), torch.enable_grad():
+        point = x.detach().requires_grad_()
+        out = transform(point, *inputs_left).to(point.dtype)
+        v = _unit(torch.randn_like(point))
+        for _ in range(iterations):
+            v = _unit(torch.autograd.grad(out, point, v, retain_graph=True)[0])
+        (product,) = torch.autograd.grad(out, point, v, create_graph=True)
+    excess = F.relu(product.flatten(1).norm(dim=1) - bound)
+    return excess.square().sum() / max(len(x), 1)
