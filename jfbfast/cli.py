@@ -291,7 +291,7 @@ def evaluate(
 
 @app.command()
 def diagnose(
-    checkpoint: Annotated[Path, typer.Argument(help="From demo or train.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="NAME|FILE", help="Shipped, or from demo or train.")],
     images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, to be blurred.")],
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
     crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
@@ -303,15 +303,15 @@ def diagnose(
     with _one_sentence():
         import torch
 
-        from jfbfast.checkpoint import load_checkpoint
         from jfbfast.data import ImageError, read_photograph
         from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
+        from jfbfast.pretrained import load_model
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it takes an integer of at least 1")
-        model, config = load_checkpoint(checkpoint)
+        model, config = load_model(checkpoint)
         if not isinstance(model, DEGrad):
             raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
         random = torch.Generator().manual_seed(seed)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -25,6 +24,7 @@ from jfbfast.datasets import Sample
 from jfbfast.degrad import DEGrad
 from jfbfast.lipschitz import SpectralNormConv2d
 from jfbfast.operators import GaussianBlur
+from jfbfast.penalty import jacobian_penalty
 from jfbfast.solvers import ConvergenceWarning, Status
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -189,7 +189,7 @@ class DeblurTask(_Task):
     def penalty(self, sample: Sample) -> Tensor | float:
         if not self.jacobian_penalty:
             return 0.0
-        penalty: Tensor = import_module("jfbfast").jacobian_penalty(self.model, self.measure(sample))
+        penalty: Tensor = jacobian_penalty(self.model, self.measure(sample))
         self.report(jacobian_penalty=penalty.detach())
         return self.jacobian_penalty * penalty
 
