@@ -167,19 +167,21 @@ def extensions() -> list[Extension]:
 
 
 def packages() -> dict[str, str]:
-    """Each package and its folder: kernels/ and benchmarks/ are installed below jfbfast."""
+    """Each package and its folder: kernels/ and benchmarks/ are installed below jfbfast, weights/ has data alone."""
     found = {}
     for top in ("jfbfast", "kernels", "benchmarks"):
         for folder in sorted({path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}):
             parts = folder.parts if top == "jfbfast" else ("jfbfast", *folder.parts)
             found[".".join(parts)] = str(folder)
+    if (ROOT / "jfbfast" / "weights").is_dir():
+        found["jfbfast.weights"] = "jfbfast/weights"
     return found
 
 
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"jfbfast": ["py.typed", "weights/*.safetensors", "weights/*.md"]},
+    package_data={"jfbfast": ["py.typed"], "jfbfast.weights": ["*.safetensors", "*.md"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildWithNinja},
 )

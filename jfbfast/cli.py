@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes one speaks
 
 PaddingMode = Annotated[str, typer.Option(help="Beyond the edge: zeros, reflect, replicate or circular.")]
 Seed = Annotated[int, typer.Option(help="Of every random number.")]
@@ -158,11 +159,12 @@ def restore(
                 shared = overlap
                 if shared is None:
                     shared = seamless_overlap(restorer, d, tile) if max(d.shape[-2:]) > tile else min(96, tile // 4)
+                caught.clear()
                 restored = restore_tiled(restorer, d, tile=tile, overlap=shared, progress=partial(_advance, bar, task))
+                late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
                 if check_tiles:
-                    how += f"; tiles differ by {tiling_error(restorer, d, tile=tile, overlap=shared) / 2:.1e} of white"
+                    how += f"; tiles differ by {tiling_error(restorer, d, restored) / 2:.1e} of white"
             write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
-            late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
             said = f"; {late} tiles did not converge" if late else ""
             console.print(f"{source} → {target} ({how}{said})", highlight=False, markup=False)
 
@@ -289,7 +291,7 @@ def evaluate(
 
 @app.command()
 def diagnose(
-    checkpoint: Annotated[Path, typer.Argument(help="From demo or train.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="NAME|FILE", help="Shipped, or from demo or train.")],
     images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, to be blurred.")],
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
     crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
@@ -301,15 +303,15 @@ def diagnose(
     with _one_sentence():
         import torch
 
-        from jfbfast.checkpoint import load_checkpoint
         from jfbfast.data import ImageError, read_photograph
         from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
+        from jfbfast.pretrained import load_model
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it takes an integer of at least 1")
-        model, config = load_checkpoint(checkpoint)
+        model, config = load_model(checkpoint)
         if not isinstance(model, DEGrad):
             raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
         random = torch.Generator().manual_seed(seed)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -25,6 +24,7 @@ from jfbfast.datasets import Sample
 from jfbfast.degrad import DEGrad
 from jfbfast.lipschitz import SpectralNormConv2d
 from jfbfast.operators import GaussianBlur
+from jfbfast.penalty import jacobian_penalty
 from jfbfast.solvers import ConvergenceWarning, Status
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -70,7 +70,7 @@ class _Task(L.LightningModule):
 
     def report(self, bar: bool = False, batch_size: int | None = None, **values: Tensor) -> None:
         """Metrics for the progress bar and for `Metrics` of jfbfast.runs, which writes them."""
-        self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size)
+        self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size, sync_dist=True)
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
         generator = np.random.default_rng((self.seed, self.global_step, self.global_rank))
@@ -189,7 +189,7 @@ class DeblurTask(_Task):
     def penalty(self, sample: Sample) -> Tensor | float:
         if not self.jacobian_penalty:
             return 0.0
-        penalty: Tensor = import_module("jfbfast").jacobian_penalty(self.model, self.measure(sample))
+        penalty: Tensor = jacobian_penalty(self.model, self.measure(sample))
         self.report(jacobian_penalty=penalty.detach())
         return self.jacobian_penalty * penalty
 
