@@ -120,8 +120,8 @@ def restore(
             checkpoint = matching_name(int(given[0]), given[1], level, padding_mode)
             if checkpoint is None:
                 console.print(
-                    f"No shipped model is for kernel size {given[0]}, σ = {given[1]:g} and noise {level:g}: "
-                    "restoring by Tikhonov regularisation, λ by the discrepancy principle."
+                    f"No shipped model is for kernel size {given[0]}, σ = {given[1]:g}, {padding_mode} at the edge "
+                    f"and noise {level:g}: restoring by Tikhonov regularisation, λ by the discrepancy principle."
                 )
             else:
                 console.print(f"Restoring by the shipped model {checkpoint}.")

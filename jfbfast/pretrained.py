@@ -39,14 +39,12 @@ def load_model(name_or_file: str | Path) -> tuple[nn.Module, ModelConfig]:
 
 
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str) -> str | None:
-    """The shipped DE-GRAD for that blur and noise: a filtered one, of that padding mode, where there is a choice."""
+    """The shipped DE-GRAD that was trained for that blur, edges and all, and that noise; a filtered one for choice."""
+    wanted = kernel_size, sigma, noise, padding_mode
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
-        if config.form in ("paper", "preconditioned", "filtered") and (kernel_size, sigma, noise) == (
-            config.kernel_size,
-            config.sigma,
-            config.noise,
-        ):
-            found.append((config.form != "filtered", config.padding_mode != padding_mode, name))
+        trained_for = config.kernel_size, config.sigma, config.noise, config.padding_mode
+        if config.form in ("paper", "preconditioned", "filtered") and trained_for == wanted:
+            found.append((config.form != "filtered", name))
     return min(found)[-1] if found else None

@@ -209,7 +209,9 @@ def test_shipped_models_load_by_name(shipped):
 @pytest.mark.parametrize(
     ("setting", "name"),
     [
-        ((5, 1.0, 0.01, "zeros"), "b-filtered"),
+        ((5, 1.0, 0.01, "reflect"), "b-filtered"),
+        ((5, 1.0, 0.01, "zeros"), "a-paper"),
+        ((5, 1.0, 0.01, "circular"), None),
         ((7, 1.0, 0.01, "reflect"), "d-seven"),
         ((5, 2.0, 0.01, "reflect"), None),
         ((5, 1.0, 0.02, "reflect"), None),
