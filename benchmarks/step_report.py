@@ -217,7 +217,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     steps = _of(rows, "step")
     colours = {side: "black" if side == OURS else f"C{i}" for i, side in enumerate(_names(rows))}
     grids = [column for column in _GRIDS if _of(rows, column)]
-    figure = plt.figure(figsize=(15, 10.5), layout="constrained")
+    lines = len({(row.layer, row.side) for row in steps}) + 2 * len({row.layer for row in steps})
+    figure = plt.figure(figsize=(15, max(0.42 * lines + 1, 3.4 * (len(grids) + 1))), layout="constrained")
     grid = figure.add_gridspec(len(grids) + 1, 2, width_ratios=(1.25, 1))
     _plot_steps(figure.add_subplot(grid[:, 0]), steps)
     for i, column in enumerate(grids):
@@ -312,13 +313,13 @@ def _plot_split(axis: Any, rows: list[Row]) -> None:
     start = [0.0] * len(rows)
     for i, (part, name) in enumerate(_PARTS.items()):
         shares = [getattr(row, f"split_{part}") * 100 for row in rows]
-        axis.barh(range(len(rows)), shares, left=start, label=name, color=f"C{i}")
+        axis.barh(range(len(rows)), shares, 0.7, left=start, label=name, color=f"C{i}")
         for y, (left, share) in enumerate(zip(start, shares, strict=True)):
             if share >= 4:
                 axis.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=7, color="white")
         start = [a + b for a, b in zip(start, shares, strict=True)]
     axis.set_yticks(range(len(rows)), labels, fontsize=8)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_ylim(max(len(rows), 4) - 0.5, -0.5)
     axis.set_xlim(0, 100)
     axis.set_title("jfbfast's step, in percent of its time", loc="left", fontsize=10)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
