@@ -263,7 +263,7 @@ def _plot_steps(axis: Any, rows: list[Row]) -> None:
     axis.grid(axis="y", alpha=0.2)
     _seconds_axis(axis.xaxis)
     axis.set_title("a training step at equal true error (its evaluations)", loc="left", fontsize=10)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=len(keys) + 1, frameon=False)
+    axis.figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=len(keys) + 1)
 
 
 def _marker(dtype: str) -> dict[str, Any]:
@@ -304,7 +304,8 @@ def _plot_grid(axis: Any, rows: list[Row], column: str, colours: dict[str, str],
 
 def _seconds_axis(axis: Any) -> None:
     axis.set_major_formatter(lambda value, _: f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_minor_formatter(NullFormatter())
 
 

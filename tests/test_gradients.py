@@ -25,6 +25,14 @@ def reference_gradient(model, d, loss):
     return {name: p.grad for name, p in twin.named_parameters()}, leaf.grad
 
 
+def test_a_compiled_module_is_a_layer():
+    cell, d = Cell(), torch.randn(2, 12)
+    plain = fixed_point(cell, torch.zeros(2, 12), inputs=(d,))
+    compiled = fixed_point(torch.compile(cell, backend="eager"), torch.zeros(2, 12), inputs=(d,))
+    assert compiled.requires_grad
+    torch.testing.assert_close(compiled, plain)
+
+
 @pytest.mark.parametrize("name", networks())
 @pytest.mark.parametrize("training", [True, False])
 def test_the_gradient_is_that_of_one_layer(name, training):

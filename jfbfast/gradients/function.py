@@ -33,8 +33,8 @@ class _Applications:
         self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
 
     def __call__(self, x: Tensor) -> Tensor:
-        update = self.module is not None and len(x) > 0 and self.count == self.noted
-        with updated_statistics(self.module) if self.module and update else nullcontext(), fixed_map(self.module):
+        noting = self.module if len(x) > 0 and self.count == self.noted else None
+        with nullcontext() if noting is None else updated_statistics(noting), fixed_map(self.module):
             image = self.layer(x, *self.inputs).to(x.dtype)
         if image.shape != x.shape:
             raise ValueError(
