@@ -147,13 +147,15 @@ def test_through_torch_compile_it_follows_the_weights():
     model = networks()["filtered"].eval()
     x, d = torch.randn(2, 2, 3, 9, 8)
     torch.compiler.reset()
-    with torch.no_grad(), torch.compiler.set_stance("default"):
+    graphs = []
+    with torch.no_grad():
         for _ in range(2):
             expected = model.layer(x, d)
             torch.testing.assert_close(prepared(model.layer, compiled=True)(x, d), expected, rtol=1e-4, atol=1e-5)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
             for parameter in model.parameters():
                 parameter += 0.05
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert graphs[0] == graphs[1]  # new weights compile nothing anew
 
 
 @pytest.mark.parametrize("name", ["DnCNN", "convolution"])
