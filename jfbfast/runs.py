@@ -29,7 +29,7 @@ from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED
 from jfbfast.settings import changed_settings, make_settings, read_settings, write_settings
-from jfbfast.training import DeblurTask, DenoiserTask, MovingAverage, Optimization, fit
+from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
 
 METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
 VALIDATION = ("val_psnr", "val_evaluations", "val_diverged")
@@ -197,6 +197,12 @@ class Run:
         side = settings.resize or settings.crop
         return crops, Images(Photographs(held_out, settings.resize, settings.squash, cache), side, settings.seed)
 
+    def _contraction(self) -> JacobianPenalty | None:
+        weight, settings = self.settings.jacobian_penalty, self.settings
+        if not weight:
+            return None
+        return JacobianPenalty(weight, settings.jacobian_bound, settings.jacobian_interval, settings.jacobian_samples)
+
     def _optimization(self, rate: float) -> Optimization:
         return Optimization(rate, self.settings.schedule, self.settings.warmup, self.settings.beta2)
 
@@ -278,7 +284,7 @@ class Run:
                     self._optimization(settings.learning_rate),
                     settings.seed,
                     in_training,
-                    settings.jacobian_penalty,
+                    self._contraction(),
                 ),
                 crops,
                 val,

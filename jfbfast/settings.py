@@ -76,6 +76,9 @@ class TrainingSettings:
     beta2: Annotated[float, "Of Adam."] = 0.999
     clip: Annotated[float, "Largest norm of a gradient; 0 for any."] = 1.0
     jacobian_penalty: Annotated[float, "Weight of the penalty that trains the layer to contract."] = 0.0
+    jacobian_bound: Annotated[float, "Norm of vᵀ ∂T/∂x that the penalty leaves alone."] = 0.7
+    jacobian_interval: Annotated[int, "Steps between two penalties, each counted that many times."] = 1
+    jacobian_samples: Annotated[int | None, "Samples of a batch to penalise. (default: all)"] = None
     ema: Annotated[float, "Decay of the weights' exponential moving average; 0 for none."] = 0.0
     precision: Annotated[str, "32, bf16 or fp16: what may be computed in half precision under autocast."] = "32"
     half: Annotated[bool, "Store the trained weights in float16."] = False
@@ -88,10 +91,20 @@ class TrainingSettings:
     tensorboard: Annotated[bool, "Write TensorBoard files too."] = True
 
     def __post_init__(self) -> None:
-        for name in ("crop", "batch_size", "interval", "log_every", "steps"):
-            if getattr(self, name) < (self.form != "denoiser" or name != "steps"):
+        for name in ("crop", "batch_size", "interval", "log_every", "steps", "jacobian_interval", "jacobian_samples"):
+            least = self.form != "denoiser" or name != "steps"
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes an integer of at least 1")
-        for name in ("seed", "workers", "warmup", "pretraining_steps", "clip", "cache", "jacobian_penalty"):
+        for name in (
+            "seed",
+            "workers",
+            "warmup",
+            "pretraining_steps",
+            "clip",
+            "cache",
+            "jacobian_penalty",
+            "jacobian_bound",
+        ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a number of at least 0")
         for name, choices in (

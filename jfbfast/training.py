@@ -36,6 +36,23 @@ def degrade(x: Tensor, blur: GaussianBlur, noise: float, generator: torch.Genera
 
 
 @dataclass(frozen=True)
+class JacobianPenalty:
+    """The term weight · `jacobian_penalty` of a `DEGrad`'s loss.
+
+    Attributes:
+        weight: of the term.
+        bound: of `jacobian_penalty`.
+        interval: the term is in every interval-th step alone, and counts that many times.
+        samples: of a process's batch, those it is taken on; None for all.
+    """
+
+    weight: float
+    bound: float = 0.7
+    interval: int = 1
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
 class Optimization:
     """Adam, and its learning rate over a run.
 
@@ -142,7 +159,7 @@ class DeblurTask(_Task):
         optimization: how to train it.
         seed: of what the samples do not decide.
         in_training: attributes of a `DEGrad` that it has in training alone, such as ``solver`` or ``solve_dtype``.
-        jacobian_penalty: weight of `jacobian_penalty`, for a `DEGrad`.
+        contraction: the penalty that trains a `DEGrad` to contract, or None.
     """
 
     def __init__(
@@ -153,14 +170,14 @@ class DeblurTask(_Task):
         optimization: Optimization = Optimization(3e-4),
         seed: int = 0,
         in_training: Mapping[str, Any] | None = None,
-        jacobian_penalty: float = 0.0,
+        contraction: JacobianPenalty | None = None,
     ) -> None:
         super().__init__(optimization, seed)
         self.model = model
         self.blur = blur
         self.noise = noise
         self.in_training = dict(in_training or {})
-        self.jacobian_penalty = jacobian_penalty
+        self.contraction = contraction
 
     def measure(self, sample: Sample) -> Tensor:
         """d = A x + ε."""
@@ -187,11 +204,16 @@ class DeblurTask(_Task):
         return restored
 
     def penalty(self, sample: Sample) -> Tensor | float:
-        if not self.jacobian_penalty:
+        if self.contraction is None or self.global_step % self.contraction.interval:
             return 0.0
-        penalty: Tensor = jacobian_penalty(self.model, self.measure(sample))
+        assert isinstance(self.model, DEGrad) and self.model.solution is not None
+        solution = self.model.solution
+        kept = torch.nonzero(solution.status != Status.DIVERGED)[: self.contraction.samples, 0]
+        penalty: Tensor = jacobian_penalty(
+            self.model, self.measure(sample)[kept], x=solution.value[kept], bound=self.contraction.bound
+        )
         self.report(jacobian_penalty=penalty.detach())
-        return self.jacobian_penalty * penalty
+        return self.contraction.weight * self.contraction.interval * penalty
 
 
 class MovingAverage(WeightAveraging):

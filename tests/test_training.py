@@ -22,7 +22,7 @@ from jfbfast.data import ImageError
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.runs import Run
 from jfbfast.settings import make_settings, read_settings, write_settings
-from jfbfast.training import DeblurTask, MovingAverage, Optimization, fit
+from jfbfast.training import DeblurTask, JacobianPenalty, MovingAverage, Optimization, fit
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -277,11 +277,11 @@ def test_a_run_starts_from_other_weights(folder, tmp_path):
         train(folder, tmp_path / "third", init=first, depth=4)
 
 
-def task(penalty=0.0):
+def task(contraction=None):
     torch.manual_seed(0)
     regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
     model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact")
-    return DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3), jacobian_penalty=penalty)
+    return DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3), contraction=contraction)
 
 
 def test_the_moving_average_is_the_recurrence():
@@ -306,13 +306,26 @@ def test_the_penalty_is_part_of_the_loss():
     crops = RandomCrops([torch.rand(3, 20, 20)], 8, length=2)
     moved = []
     for penalty in (0.0, 10.0):
-        mine = task(penalty)
+        mine = task(JacobianPenalty(penalty) if penalty else None)
         mine.model.regularizer.denoiser = torch.nn.Conv2d(3, 3, 3, padding=1)
         torch.nn.init.dirac_(mine.model.regularizer.denoiser.weight).data.mul_(5)  # ∂T about 5/4
         runner = fit(mine, crops, steps=1, batch_size=2, progress=False)
         assert not penalty or runner.callback_metrics["jacobian_penalty"] > 0.01
         moved.append([p.detach().clone() for p in mine.parameters()])
     assert any(not torch.equal(a, b) for a, b in zip(*moved, strict=True))
+
+
+def test_the_penalty_is_taken_at_an_interval_on_some_samples(monkeypatch):
+    taken = []
+
+    def counted(model, d, *, x, bound):
+        taken.append((mine.global_step, len(d), len(x), bound))
+        return jfbfast.jacobian_penalty(model, d, x=x, bound=bound)
+
+    monkeypatch.setattr("jfbfast.training.jacobian_penalty", counted)
+    mine = task(JacobianPenalty(1e-4, bound=0.5, interval=2, samples=3))
+    fit(mine, RandomCrops([torch.rand(3, 20, 20)], 8, length=20), steps=5, batch_size=4, progress=False)
+    assert taken == [(step, 3, 3, 0.5) for step in (0, 2, 4)]
 
 
 SHARED = """
