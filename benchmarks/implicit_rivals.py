@@ -37,7 +37,6 @@ class Side:
     Attributes:
         forward: the restored images after so many evaluations of the layer, and once more with its gradient.
         parameters: what gets a gradient.
-        lag: evaluations by which the solve ends before the one whose value ``forward`` returns.
         least: evaluations.
         batch_statistics: whether its map normalises by the batch at hand.
         context: within which a whole step is taken.
@@ -45,7 +44,6 @@ class Side:
 
     forward: Callable[[int, See], Tensor]
     parameters: list[nn.Parameter]
-    lag: int = 1
     least: int = 1
     batch_statistics: bool = False
     context: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -245,7 +243,7 @@ def compiled(given: Problem, layer: str, half: bool) -> Side:
         solver = Watched(tol=0.0, max_iter=evaluations, see=see)
         return fixed_point(whole, x0, inputs=(beside,), solver=solver)
 
-    return Side(forward, list(users.parameters()), lag=0, context=partial(backend, "reference"))
+    return Side(forward, list(users.parameters()), context=partial(backend, "reference"))
 
 
 def ours(given: Problem, layer: str, half: bool, kernels: str = "auto", **options: Any) -> Side:
@@ -257,7 +255,7 @@ def ours(given: Problem, layer: str, half: bool, kernels: str = "auto", **option
         with autocast(given.d, half):
             return net(given.d)
 
-    return Side(forward, list(net.parameters()), lag=0, context=partial(backend, kernels))
+    return Side(forward, list(net.parameters()), context=partial(backend, kernels))
 
 
 def sides(

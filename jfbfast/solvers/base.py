@@ -68,7 +68,7 @@ class FixedPointSolver(ABC):
 
         With ``coarse`` the solve goes down a ladder of two: it iterates with ``coarse`` until each
         sample has converged, diverged or stalled there, and then with ``layer``, with a fresh history,
-        from each sample's best iterate. What is claimed of a sample is measured with ``layer``, which
+        from the iterate that follows each sample's best. What is claimed of a sample is measured with ``layer``, which
         keeps at least one of the ``max_iter`` evaluations of each sample.
 
         A sample has stalled when in 5 evaluations its lowest ‖T(x) − x‖ has not fallen by 30%: at the
@@ -131,7 +131,8 @@ class FixedPointSolver(ABC):
         rows = (~accepted).nonzero()[:, 0]
         if len(rows) == 0:
             return found
-        start, spent, *inputs_left = (v[rows] for v in (found.value, found.iterations, *inputs))
+        coarsely = found.value if found.following is None else found.following
+        start, spent, *inputs_left = (v[rows] for v in (coarsely, found.iterations, *inputs))
         budget = self.max_iter - spent
         shortest, longest = int(budget.min()), int(budget.max())
         phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, stop_when_stalled, estimate)
@@ -139,8 +140,13 @@ class FixedPointSolver(ABC):
         fine = fine._replace(iterations=fine.iterations + spent, coarse_iterations=spent)
         if len(rows) == batch:
             return fine
-        merged = [whole.index_put((rows,), part) for whole, part in zip(found[:4], fine[:4], strict=True)]
-        return FixedPointSolution._make((*merged, found.coarse_iterations, None))
+        value, residual, iterations, status = (
+            whole.index_put((rows,), part) for whole, part in zip(found[:4], fine[:4], strict=True)
+        )
+        following = None
+        if found.following is not None and fine.following is not None:
+            following = found.following.index_put((rows,), fine.following)
+        return FixedPointSolution(value, residual, iterations, status, found.coarse_iterations, following=following)
 
     def _run(self, phase: Phase) -> FixedPointSolution:
         """One phase of the solve; value and residual as `iterate` has them."""
@@ -152,5 +158,6 @@ def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
     unusable = found.residual.isnan() & ~start.reshape(found.value.shape).isfinite().all(1)
     return found._replace(
         value=torch.where(unusable[:, None], torch.nan, found.value).view(start.shape),
+        following=None if found.following is None else found.following.view(start.shape),
         residual=found.residual.to(band_dtype(start.dtype)),
     )
