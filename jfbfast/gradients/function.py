@@ -282,8 +282,9 @@ def fixed_point(
 ) -> Tensor:
     """T(x*; inputs) at the fixed point x* = T(x*; inputs), with the gradient of an implicit network.
 
-    Forward solves without gradients and applies the layer once more; backward differentiates that
-    one application, so memory does not depend on the number of iterations (but see `Phantom` and
+    Forward solves without gradients and applies the layer once more, one step beyond the solve's last
+    iterate: that application is the output, measures the solution's residual, and is what backward
+    differentiates, so memory does not depend on the number of iterations (but see `Phantom` and
     `Unrolled`, which apply it more often). During all of it the layer is one fixed map, as if its
     module were in eval(); in train(), spectral norms take one power iteration before, and batch
     norms update their running statistics once, at x*.
