@@ -16,6 +16,13 @@ typedef Vec<float> Floats;
 constexpr int kFloats = kLanes<float>;
 constexpr int kTile = 4, kSpan = 6, kPlaces = kSpan * kSpan;
 
+// Compiled once: a copy inlined into the loop of several threads may contract other products than that of one.
+#if defined(__GNUC__)
+#define JFBFAST_ONCE __attribute__((noinline))
+#else
+#define JFBFAST_ONCE
+#endif
+
 constexpr double kA = 5 / 8.0, kB = 3 / 2.0, kA2 = kA * kA, kB2 = kB * kB;
 constexpr double kAtA = 1 / (2 * kA2 * (kA2 - kB2)), kAtB = 1 / (2 * kB2 * (kB2 - kA2));
 
@@ -91,7 +98,7 @@ struct Panels {
     std::int64_t vectors, count;
 };
 
-void multiply_panel(int vectors, const float* left, std::int64_t row, const float* right, std::int64_t depth, float* c,
+JFBFAST_ONCE void multiply_panel(int vectors, const float* left, std::int64_t row, const float* right, std::int64_t depth, float* c,
                     std::int64_t stride) {
     switch (vectors) {
         case 1: return multiply<1>(left, row, right, depth, c, stride);
@@ -121,7 +128,7 @@ struct Tiles {
 };
 
 // B^T d B of one tile, written to one row of each of the places' matrices.
-void transform_tile(const float* x, const Tiles& tiles, std::int64_t tile, std::int64_t channels, const float* zeros,
+JFBFAST_ONCE void transform_tile(const float* x, const Tiles& tiles, std::int64_t tile, std::int64_t channels, const float* zeros,
                     float* v, std::int64_t plane) {
     const Tiles::Place place = tiles.place(tile);
     const std::int64_t height = tiles.shape.height, width = tiles.shape.width;
@@ -154,7 +161,7 @@ void transform_tile(const float* x, const Tiles& tiles, std::int64_t tile, std::
 }
 
 // A^T m A of one tile with the bias and the ReLU, written where the image is.
-void finish_tile(const Convolution& conv, const Tiles& tiles, std::int64_t tile, const float* m, std::int64_t plane) {
+JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::int64_t tile, const float* m, std::int64_t plane) {
     const Tiles::Place place = tiles.place(tile);
     const std::int64_t height = tiles.shape.height, width = tiles.shape.width, channels = tiles.shape.out;
     const int rows = int(smaller(kTile, height - place.top)), columns = int(smaller(kTile, width - place.left));

@@ -108,7 +108,9 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
     x, tables = x.contiguous(), _tables(bands, x)
     out = _empty(x.shape, x.dtype)
     if x.numel():
-        _module().blur(_dtype(x.dtype), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads())
+        _module().blur(
+            _dtype(x.dtype), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads()
+        )
     return out
 
 
@@ -254,12 +256,16 @@ def anderson_mix_differences(
 _CHANNEL_BLOCK = 16  # csrc/kernels.h
 
 
+def _transformed_size(weight: Tensor) -> int:
+    blocks = -(-weight.shape[0] // _CHANNEL_BLOCK)
+    return 36 * weight.shape[1] * blocks * _CHANNEL_BLOCK
+
+
 def winograd_weights(weight: Tensor) -> Tensor:
     """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`."""
     out_channels, in_channels = weight.shape[:2]
     weight = weight.contiguous()
-    padded = -(-out_channels // _CHANNEL_BLOCK) * _CHANNEL_BLOCK
-    out = torch.empty(36 * in_channels * padded)
+    out = torch.empty(_transformed_size(weight))
     _module().winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
     return out
 
@@ -271,6 +277,8 @@ def conv3x3(
     batch, channels, height, width = x.shape
     out_channels = len(weight)
     transformed = winograd_weights(weight) if transformed is None else transformed
+    if transformed.numel() != _transformed_size(weight) or not transformed.is_contiguous():
+        raise ValueError(f"transformed has shape {tuple(transformed.shape)}; it takes what winograd_weights returned")
     x = x.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
     out = _empty((batch, height, width, out_channels), x.dtype).permute(0, 3, 1, 2)

@@ -203,7 +203,7 @@ def _solve(
     device = x0.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     inputs = tuple(i.detach() for i in inputs)
-    fine = prepared(layer, compiled=compiled)
+    fine = prepared(layer, tol=solver.tol, compiled=compiled)
     coarse = prepared(layer, solve_dtype or autocast, compiled=compiled) if solve_dtype or autocast else None
     if coarse is not None and solver.tol == 0 and solve_dtype is None:
         return solver.solve(coarse, x0, inputs, estimate=estimate)  # the caller counts evaluations of this very layer
