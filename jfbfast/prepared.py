@@ -2,7 +2,8 @@
 
 Its convolutions are evaluated by twins with weights of their own: spectral norms materialised, a
 batch norm that follows folded in, channels-last, the bias and a ReLU that follows fused where torch
-offers it, and optionally in lower precision. Everything else of the module is shared with it.
+offers it, and optionally in lower precision or by Winograd's convolution (`ops.conv3x3`). Everything
+else of the module is shared with it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast import ops
 from jfbfast.fixed_map import owner
 from jfbfast.lipschitz import NormalisedConv2d
 
 Layer = Callable[..., Tensor]
+
+_WINOGRAD_TOL = 1e-4  # the rounding of Winograd's convolution is about 1e-6, and a solve to less must not see it
 
 
 def _plain(module: nn.Module) -> bool:
@@ -52,14 +56,15 @@ class _PreparedConv2d(nn.Module):
         self.dtype: torch.dtype | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.transformed: Tensor | None = None
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
         """What a forward asks of the convolution beside calling it."""
         return getattr(self.sources[0], name)
 
-    def refresh(self) -> None:
-        """Take the weights as they are now."""
+    def refresh(self, winograd: bool) -> None:
+        """Take the weights as they are now; ``winograd``: for Winograd's convolution, where it serves."""
         conv, norm = self.sources
         weight = conv.current_weight() if isinstance(conv, NormalisedConv2d) else conv.weight
         bias = conv.bias
@@ -72,6 +77,9 @@ class _PreparedConv2d(nn.Module):
             bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
         self.weight = self._stored(self.weight, weight, torch.channels_last)
         self.bias = None if bias is None else self._stored(self.bias, bias, torch.contiguous_format)
+        transformed = ops.transformed_weight(self.weight) if winograd and _is_3x3(conv) else None
+        kept = self.transformed
+        self.transformed = None if transformed is None else self._stored(kept, transformed, torch.contiguous_format)
 
     def _stored(self, kept: Tensor | None, value: Tensor, memory_format: torch.memory_format) -> Tensor:
         """The value in this twin's dtype; in the same memory as before, which a compiled twin holds on to."""
@@ -85,11 +93,24 @@ class _PreparedConv2d(nn.Module):
         assert weight is not None
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(weight.dtype, memory_format=torch.channels_last)
+            if self.transformed is not None:
+                return ops.conv3x3(x, weight, self.bias, self.relu, self.transformed)
             if self.relu and _fuses_relu(conv, x):
                 arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
                 return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *arguments, "relu", [], "")
             out = conv._conv_forward(x, weight, self.bias)
             return F.relu_(out) if self.relu else out
+
+
+def _is_3x3(conv: nn.Conv2d) -> bool:
+    """A convolution that `ops.conv3x3` is."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding in ((1, 1), "same")
+        and conv.padding_mode == "zeros"
+        and conv.groups == 1
+    )
 
 
 def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -170,14 +191,14 @@ class _Twin:
         return self.compiled[name]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take everything as it is now in the module."""
+    def refresh(self, winograd: bool = False) -> None:
+        """Take everything as it is now in the module; ``winograd`` as in `_PreparedConv2d.refresh`."""
         for module, copy in self.copies:
             twins = copy.__dict__["_modules"]
             copy.__dict__.clear()
             copy.__dict__.update(module.__dict__, _modules=twins, training=False)
         for conv in self.convolutions:
-            conv.refresh()
+            conv.refresh(winograd)
 
 
 _Structure = tuple[tuple[int, bool], ...]
@@ -204,7 +225,7 @@ def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-def prepared(layer: Layer, dtype: torch.dtype | None = None, *, compiled: bool = False) -> Layer:
+def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0, compiled: bool = False) -> Layer:
     """The layer as a solve evaluates it: the same function to rounding, in eval() and without gradients.
 
     The weights are taken at this call. What cannot be prepared is used as it is: a layer that is
@@ -216,6 +237,8 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, compiled: bool =
         dtype: torch.bfloat16 or torch.float16 evaluates the layer under autocast, and its convolutions
             in that dtype with weights that are stored in it, all but the first and the last; None
             evaluates it in the weights' own precision, whatever autocast the caller has.
+        tol: the relative residual that the solve is to reach. From 1e-4 on, float32 convolutions on the
+            CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and enough channels.
         compiled: pass a module, or a module's method, through torch.compile.
     """
     module = owner(layer)
@@ -224,7 +247,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, compiled: bool =
         if dtype not in twins or twins[dtype][0] != structure:
             twins[dtype] = structure, _Twin(module, dtype)
         twin = twins[dtype][1]
-        twin.refresh()
+        twin.refresh(winograd=tol >= _WINOGRAD_TOL)
         layer = twin.method("__call__" if layer is module else layer.__name__, compiled)
 
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:

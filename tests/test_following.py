@@ -115,7 +115,7 @@ def test_what_low_precision_claims_in_error_goes_on_in_full(monkeypatch, max_ite
     fine, coarse = Counted(lambda x, d: 0.5 * x + d), Counted(lambda x, d: 0.2 * x + d)
     monkeypatch.setattr(
         "jfbfast.gradients.function.prepared",
-        lambda layer, dtype=None, compiled=False: fine if dtype is None else coarse,
+        lambda layer, dtype=None, **_: fine if dtype is None else coarse,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -140,7 +140,7 @@ class _Solve:
         )
 
     def _prepared(self, dtype: torch.dtype | None) -> Layer:
-        return prepared(self.network.layer, dtype, compiled=self.compiled)
+        return prepared(self.network.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
 
     @contextmanager
     def _still(self) -> Iterator[None]:
