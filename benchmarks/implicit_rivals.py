@@ -25,7 +25,7 @@ from .problem import Problem, has_batch_statistics, model
 
 OURS, OURS_LOW = "jfbfast", "jfbfast, solve in bf16"
 
-_TOL = 1e-4  # of our solves, a tenth of the smallest target: where to stop, max_iter says
+TOL = 1e-4  # of our solves, a tenth of the smallest target: where to stop, max_iter says
 _REGULARIZATION = 1e-10  # of the others' Gram matrices: of 1e-4, their default, to 1e-10 it takes fewest evaluations
 
 See = Callable[[Tensor], None] | None  # is shown the layer's value at each evaluation of a solve
@@ -61,14 +61,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Watched(Anderson):
-    """Anderson's method that shows every value of the layer."""
+    """Anderson's method that shows every value of the layer, and stays with the coarse one where its word is taken."""
 
     see: See = None
 
-    def solve(self, layer: Any, x0: Tensor, inputs: Any = (), *, coarse: Any = None, **options: Any) -> Any:
+    def solve(
+        self, layer: Any, x0: Tensor, inputs: Any = (), *, coarse: Any = None, verify: bool = True, **options: Any
+    ) -> Any:
+        if coarse is not None and not verify:
+            layer, coarse = coarse, None
         if self.see is not None:
             layer, coarse = _shown(layer, self.see), None if coarse is None else _shown(coarse, self.see)
-        return super().solve(layer, x0, inputs, coarse=coarse, **options)
+        return super().solve(layer, x0, inputs, coarse=coarse, verify=verify, **options)
 
 
 def _shown(layer: Callable[..., Tensor], see: See) -> Callable[..., Tensor]:
@@ -252,7 +256,7 @@ def ours(given: Problem, layer: str, half: bool, kernels: str = "auto", **option
     net = model(given, layer, **options).train()
 
     def forward(evaluations: int, see: See) -> Tensor:
-        net.solver = Watched(tol=_TOL, max_iter=evaluations, see=see)
+        net.solver = Watched(tol=TOL, max_iter=evaluations, see=see)
         with autocast(given.d, half):
             return net(given.d)
 
