@@ -300,3 +300,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         for k in (5, 200)
     )
     assert many <= 1.02 * few
+
+
+def test_parameters_that_are_computed_get_a_gradient():
+    cell, d = Cell(), torch.randn(2, 12)
+    scale = torch.tensor(0.9, requires_grad=True)
+    computed = {name: p.detach() * scale for name, p in cell.named_parameters()}
+
+    class Solved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, d):
+            return fixed_point(self.cell, torch.zeros(2, 12), inputs=(d,), solver=Anderson(tol=1e-6))
+
+    out = torch.func.functional_call(Solved(), {f"cell.{name}": p for name, p in computed.items()}, (d,))
+    out.sum().backward()
+    assert scale.grad.isfinite() and scale.grad != 0

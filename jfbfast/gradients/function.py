@@ -293,8 +293,9 @@ def fixed_point(
     takes no part in the gradient.
 
     Args:
-        layer: T(x, *inputs), (B, …) to the same shape, sample by sample: a module, a module's method
-            or any callable.
+        layer: T(x, *inputs), (B, …) to the same shape, sample by sample, which leaves its arguments as
+            they are: a module, a module's method or any callable. What holds for "its module" below
+            holds for the former two; modules that a lambda calls stay in the mode they are in.
         x0: the start, (B, …); it gets no gradient.
         inputs: tensors (B, …) on which T depends, differentiable.
         parameters: the tensors Θ that get a gradient; None for all of the layer's module's.
@@ -311,6 +312,7 @@ def fixed_point(
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
             from the solver's estimate of the inverse where it made none; what `FixedPointSolver.solve` raises.
+        RuntimeError: in a second backward through the same output, with ``retain_graph`` too.
 
     Warns:
         ConvergenceWarning: some samples did not converge (with tol = 0: diverged).

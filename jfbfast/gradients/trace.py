@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jfbfast.fixed_map import fixed_map, owner, updated_statistics
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.solvers import Layer
+from jfbfast.solvers.loop import evaluated
 
 
 class _Applications:
@@ -29,7 +30,7 @@ class _Applications:
     def __call__(self, x: Tensor) -> Tensor:
         noting = self.module if len(x) > 0 and self.count == self.noted else None
         with nullcontext() if noting is None else updated_statistics(noting), fixed_map(self.module):
-            image = self.layer(x, *self.inputs).to(x.dtype)
+            image = evaluated(self.layer, "layer", x, self.inputs).to(x.dtype)
         if image.shape != x.shape:
             raise ValueError(
                 f"layer maps shape {tuple(x.shape)} to {tuple(image.shape)}; it takes a layer that keeps the shape"
@@ -72,16 +73,17 @@ class _FixedPointFunction(torch.autograd.Function):
         return (None, None, *found)
 
 
-def _raise_for_captured(out: Tensor, known: set[int]) -> None:
+def _raise_for_captured(out: Tensor, known: Iterable[Tensor]) -> None:
     """Raise where the trace reaches a leaf that asks for a gradient and would get none."""
-    seen, stack = set(), [out.grad_fn]
+    stack, seen = [out.grad_fn], {t.grad_fn for t in known if t.grad_fn is not None}
+    leaves = {id(t) for t in known}
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
+        if leaf is not None and id(leaf) not in leaves:
             raise ValueError(
                 f"layer uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and would get none; "
                 "name such tensors in parameters=, or pass a module or a module's method as layer"
@@ -113,7 +115,7 @@ class Network:
         out = method.trace(applications, x)
         if differentiable:
             if not self.named:
-                _raise_for_captured(out, {id(t) for t in (x, *leaves, *self.parameters)})
+                _raise_for_captured(out, (x, *leaves, *self.parameters))
             trace = _Trace(out, Jacobian(x, out, inverse), (*leaves, *self.parameters))
             out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
         return out, applications.ends

@@ -47,6 +47,23 @@ class Iteration(ABC):
         raise NotImplementedError
 
 
+def evaluated(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """layer(x, *inputs).
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: the layer wrote over x or an input.
+    """
+    given = [value for value in (x, *inputs) if not value.is_inference()]
+    versions = [value._version for value in given]
+    f = layer(x, *inputs)
+    if not isinstance(f, Tensor):
+        raise TypeError(f"{name} returns a {type(f).__name__}; it takes a layer that returns a tensor")
+    if [value._version for value in given] != versions:
+        raise ValueError(f"{name} writes over its input; it takes a layer that leaves x and the inputs as they are")
+    return f
+
+
 @dataclass(frozen=True)
 class Phase:
     """One layer to iterate: the whole of a solve, or its coarse or its fine part.
@@ -78,7 +95,7 @@ class Phase:
     def evaluate(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """T(x) for flat iterates, in their dtype."""
         images = x.view(-1, *self.start.shape[1:])
-        f = self.layer(images, *inputs)
+        f = evaluated(self.layer, self.name, images, inputs)
         if f.shape != images.shape:
             raise ValueError(
                 f"{self.name} maps shape {tuple(images.shape)} to {tuple(f.shape)}; "
