@@ -18,6 +18,7 @@ from jfbfast.gradients.trace import Network
 from jfbfast.prepared import checked_solve_dtype, prepared
 from jfbfast.reference import band_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
+from jfbfast.solvers.base import checked_solver
 from jfbfast.solvers.loop import DIVERGED_GROWTH, SAFEGUARD_GROWTH
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -237,7 +238,7 @@ def solve_fixed_point(
     compile_solve: bool = False,
 ) -> tuple[Tensor, FixedPointSolution]:
     """`fixed_point` and the `FixedPointSolution` that it rests on."""
-    solver = Anderson() if solver is None else solver
+    solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
     network = Network(layer, parameters, method)
@@ -307,7 +308,7 @@ def fixed_point(
         T(x*), of x0's shape and dtype.
 
     Raises:
-        TypeError: ``parameters`` is a tensor; ``gradient`` neither a name nor a method.
+        TypeError: ``parameters`` is a tensor; ``gradient`` neither a name nor a method; ``solver`` is none.
         ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
@@ -43,10 +43,10 @@ class FixedPointSolver(ABC):
     def __post_init__(self) -> None:
         for name in ("tol", "atol"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it takes a finite number of at least 0")
-        if not isinstance(self.max_iter, Integral) or self.max_iter < 1:
-            raise ValueError(f"max_iter is {self.max_iter}; it takes an integer of at least 1")
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+                raise ValueError(f"{name} is {value!r}; it takes a finite number of at least 0")
+        if isinstance(self.max_iter, bool) or not isinstance(self.max_iter, Integral) or self.max_iter < 1:
+            raise ValueError(f"max_iter is {self.max_iter!r}; it takes an integer of at least 1")
 
     @abstractmethod
     def start(self, x: Tensor) -> Iteration:
@@ -88,14 +88,20 @@ class FixedPointSolver(ABC):
                 evaluations of ``layer`` (Ramzi et al., 2022).
 
         Raises:
+            TypeError: x0, an input or what the layer returns is no tensor.
             ValueError: x0 without a batch dimension or not floating point, an input of another batch
-                size, a layer that changes the shape, or ``estimate`` of a method that has no history.
+                size, a layer that changes the shape or writes over its arguments, or ``estimate`` of a
+                method that has no history.
         """
+        if not isinstance(x0, Tensor):
+            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor")
         if x0.dim() < 1 or not x0.is_floating_point():
             raise ValueError(
                 f"x0 is {x0.dtype} of shape {tuple(x0.shape)}; it takes a floating-point tensor of shape (B, …)"
             )
         for i, value in enumerate(inputs):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"inputs[{i}] is a {type(value).__name__}; it takes a tensor")
             if value.shape[:1] != x0.shape[:1]:
                 raise ValueError(
                     f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x0, ({x0.shape[0]}, …)"
@@ -151,6 +157,13 @@ class FixedPointSolver(ABC):
     def _run(self, phase: Phase) -> FixedPointSolution:
         """One phase of the solve; value and residual as `iterate` has them."""
         return iterate(phase, self.start, self.tol, self.atol)
+
+
+def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:
+    """The solver; raises TypeError for what is none, such as its class."""
+    if solver is not None and not isinstance(solver, FixedPointSolver):
+        raise TypeError(f"solver is {solver!r}; it takes an instance, such as Anderson()")
+    return solver
 
 
 def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
