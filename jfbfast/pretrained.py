@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config
+from jfbfast.conditional import ConditionalDEGrad
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -36,6 +37,27 @@ def load_model(name_or_file: str | Path) -> tuple[nn.Module, ModelConfig]:
     """
     shipped = str(name_or_file) in pretrained_names()
     return load_checkpoint(pretrained_file(str(name_or_file)) if shipped else name_or_file)
+
+
+def set_measurement(name: str, model: nn.Module, config: ModelConfig, sigma: float | None, noise: float | None) -> None:
+    """Set a model for these measurements; one for a single setting takes its own alone, or None for them.
+
+    Raises:
+        ValueError: a model for a range of measurements, and None or a value out of it; one for a single setting,
+            and another.
+    """
+    if isinstance(model, ConditionalDEGrad):
+        if sigma is None or noise is None:
+            (s, t), (low, high) = model.ranges.sigma, model.ranges.noise
+            raise ValueError(
+                f"{name} is for a range of measurements; it takes sigma, from {s:g} to {t:g} pixels, and noise, "
+                f"from {low:g} to {high:g}: sigma is {sigma} and noise is {noise}"
+            )
+        model.set_measurement(sigma, noise)
+        return
+    for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
+        if value not in (None, own):
+            raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
 
 
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str) -> str | None:
