@@ -18,12 +18,15 @@ from jfbfast.denoisers import RED
 from jfbfast.operators import GaussianBlur
 
 REFERENCE_SIGMA, REFERENCE_NOISE = 1.0, 0.01
-NOISE_FLOOR = 0.003  # about the rounding of 8 bits, 1/(255√3) on [−1, 1]
+NOISE_FLOOR = 1e-4  # λ ends at 1e-4 of its value at 0.01: without noise Tikhonov's best is about 2e-6
 CONDITIONS = 2
 
 
 def condition(sigma: float, noise: float) -> tuple[float, float]:
-    """(log σ/σ₀, log (ν + ν₀)/(0.01 + ν₀)), σ₀ = 1 pixel, ν₀ = 0.003: what the network is told; 0 at σ = 1, ν = 0.01."""
+    """What the network is told of σ in pixels and the noise level ν: (log σ, log (ν + ν₀)/(0.01 + ν₀)), ν₀ = 1e-4.
+
+    It is 0 at σ = 1 and ν = 0.01.
+    """
     return (
         math.log(sigma / REFERENCE_SIGMA),
         math.log((noise + NOISE_FLOOR) / (REFERENCE_NOISE + NOISE_FLOOR)),
@@ -53,6 +56,9 @@ class Ranges:
             if len(values) != 2 or not valid(values[0]) or not values[0] <= values[1] < math.inf:
                 least = "positive" if name == "sigma_range" else "non-negative"
                 raise ValueError(f"{name} is {tuple(values)}; it takes two {least} numbers, the lesser first")
+
+    def __contains__(self, setting: tuple[float, float]) -> bool:
+        return all(low <= value <= high for value, (low, high) in zip(setting, (self.sigma, self.noise), strict=True))
 
     def check(self, sigma: float, noise: float) -> None:
         """Raise ValueError, naming the range, unless both are within theirs."""

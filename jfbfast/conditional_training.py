@@ -32,7 +32,7 @@ class ConditionalDeblurTask(DeblurTask):
     def __init__(
         self,
         model: ConditionalDEGrad,
-        optimization: Optimization = Optimization(3e-4),
+        optimization: Optimization,
         seed: int = 0,
         in_training: Mapping[str, Any] | None = None,
         contraction: JacobianPenalty | None = None,

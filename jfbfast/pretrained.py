@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config
-from jfbfast.conditional import ConditionalDEGrad
+from jfbfast.conditional import ConditionalDEGrad, Ranges
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -61,12 +61,15 @@ def set_measurement(name: str, model: nn.Module, config: ModelConfig, sigma: flo
 
 
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str) -> str | None:
-    """The shipped DE-GRAD that was trained for that blur, edges and all, and that noise; a filtered one for choice."""
-    wanted = kernel_size, sigma, noise, padding_mode
+    """The shipped DE-GRAD that was trained for that blur, edges and all, and that noise.
+
+    One for that setting alone, a filtered one for choice; else one for a range of settings.
+    """
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
-        trained_for = config.kernel_size, config.sigma, config.noise, config.padding_mode
-        if config.form in ("paper", "preconditioned", "filtered") and trained_for == wanted:
-            found.append((config.form != "filtered", name))
+        ranges = config.ranges or Ranges((config.sigma,) * 2, (config.noise,) * 2)
+        suits = (config.kernel_size, config.padding_mode) == (kernel_size, padding_mode) and (sigma, noise) in ranges
+        if config.form in ("paper", "preconditioned", "filtered") and suits:
+            found.append((config.ranges is not None, config.form != "filtered", name))
     return min(found)[-1] if found else None

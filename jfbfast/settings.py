@@ -70,7 +70,7 @@ class TrainingSettings:
     gradient: Annotated[str, "The gradient method and its arguments, as in jfb or unrolled:steps=10."] = "jfb"
 
     init: Annotated[
-        str | None, "Start from this checkpoint: of the same network, for one setting too, or of its denoiser."
+        str | None, "Start from this checkpoint: of the same network, of it for one setting, or of its denoiser."
     ] = None
     pretraining_steps: Annotated[int | None, "Batches of denoising first. (default: 1000; 0 with --init or ranges)"] = (
         None
