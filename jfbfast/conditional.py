@@ -58,6 +58,7 @@ class Ranges:
                 raise ValueError(f"{name} is {tuple(values)}; it takes two {least} numbers, the lesser first")
 
     def __contains__(self, setting: tuple[float, float]) -> bool:
+        """Whether (σ, ν) is within both."""
         return all(low <= value <= high for value, (low, high) in zip(setting, (self.sigma, self.noise), strict=True))
 
     def check(self, sigma: float, noise: float) -> None:
