@@ -282,7 +282,7 @@ class Run:
                 in_training = {"solver": solver, "solve_dtype": dtype}
             options = self._optimization(settings.learning_rate), settings.seed, in_training, self._contraction()
             deblur = (
-                ConditionalDeblurTask(model, *options)
+                ConditionalDeblurTask(model, *options, settings.measurements)
                 if isinstance(model, ConditionalDEGrad)
                 else DeblurTask(model, config.blur(), config.noise, *options)
             )

@@ -37,9 +37,10 @@ class TrainingSettings:
     noise: Annotated[float, "Standard deviation of the noise, for images in [−1, 1]."] = 0.01
 
     sigma_range: Annotated[
-        tuple[float, ...] | None, "Train one filtered UNet for all σ between two, each batch with its own."
+        tuple[float, ...] | None, "Train one filtered UNet for all σ between two, drawn at random."
     ] = None
     noise_range: Annotated[tuple[float, ...] | None, "And for all noise between two, on [−1, 1]."] = None
+    measurements: Annotated[int, "With these ranges: different σ and noise in each batch, which they share out."] = 4
 
     form: Annotated[str, "Of the network: filtered, preconditioned, paper, feed-forward, or denoiser alone."] = (
         "filtered"
@@ -135,6 +136,8 @@ class TrainingSettings:
             raise ValueError("sigma_range and noise_range are for one network; it takes both, or neither")
         if self.conditional and (self.form, self.denoiser) != ("filtered", "UNet"):
             raise ValueError(f"form is {self.form} with a {self.denoiser}; sigma_range takes filtered with a UNet")
+        if self.conditional and (self.measurements < 1 or self.batch_size % self.measurements):
+            raise ValueError(f"measurements is {self.measurements}; it takes a divisor of batch_size={self.batch_size}")
         if self.conditional and self.pretraining_steps:
             raise ValueError(f"pretraining_steps is {self.pretraining_steps}; with sigma_range it takes 0")
 
