@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig
+from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, split
 from jfbfast.evaluation import Method, Scores, baseline_methods, evaluate, network_method, write_scores
@@ -127,7 +128,9 @@ def compare(
     blur = setting.blur()
     chosen = _methods(methods, blur, denoiser, where)
     for name, model, config in networks:
-        if (config.kernel_size, config.sigma, config.noise) != (setting.kernel_size, setting.sigma, setting.noise):
+        if isinstance(model, ConditionalDEGrad):
+            model.set_measurement(setting.sigma, setting.noise)
+        elif (config.kernel_size, config.sigma, config.noise) != (setting.kernel_size, setting.sigma, setting.noise):
             console.print(f"{name} was trained for another blur or noise: {config.sigma:g}, {config.noise:g}.")
         model.blur = blur
         chosen.append(network_method(name, model.to(where)))

@@ -109,18 +109,25 @@ class DEGrad(nn.Module):
         self.solution = None
 
     @classmethod
-    def from_pretrained(cls, name: str) -> DEGrad:
+    def from_pretrained(cls, name: str, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
         """A model that ships with the package, in eval(); `pretrained_names` of jfbfast.pretrained lists them.
 
+        Args:
+            name: of the model.
+            sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1], which a model for
+                a range of them takes (a `ConditionalDEGrad`); one for a single setting has its own.
+
         Raises:
-            ValueError: no DE-GRAD of that name; the message lists the names.
+            ValueError: no DE-GRAD of that name, and the message lists the names; σ or noise missing, out of the
+                model's range, or another than its own.
         """
         from jfbfast.checkpoint import load_checkpoint
-        from jfbfast.pretrained import pretrained_file
+        from jfbfast.pretrained import pretrained_file, set_measurement
 
         model, config = load_checkpoint(pretrained_file(name))
         if not isinstance(model, cls):
             raise ValueError(f"name is {name!r}, a {config.form} network; it takes a DE-GRAD")
+        set_measurement(name, model, config, sigma, noise)
         return model
 
     @property

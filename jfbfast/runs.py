@@ -24,6 +24,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint, write_whole
+from jfbfast.conditional import ConditionalDEGrad
+from jfbfast.conditional_training import ConditionalDeblurTask
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.degrad import DEGrad
@@ -132,12 +134,15 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _start_from(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Copy a checkpoint's weights: of the same network, or of its denoiser."""
+    """Copy a checkpoint's weights: of the same network, of it for one setting, or of its denoiser."""
     source, found = load_checkpoint(path)
     same = (found.form == "denoiser") == (config.form == "denoiser")
     target = model if same else denoiser_of(model)
     try:
-        target.load_state_dict(source.state_dict())
+        if isinstance(target, ConditionalDEGrad) and found.ranges is None:
+            target.load_single_setting(source.state_dict())
+        else:
+            target.load_state_dict(source.state_dict())
     except RuntimeError as error:
         raise ValueError(
             f"init is {path}, a {found.form} network with {dict(found.denoiser)}; this run takes a {config.form} "
@@ -275,21 +280,13 @@ class Run:
                 solver = replace(model.solver, tol=settings.training_tol, max_iter=settings.training_max_iter)
                 dtype = None if settings.solve_dtype == "float32" else getattr(torch, settings.solve_dtype)
                 in_training = {"solver": solver, "solve_dtype": dtype}
-            runner = self._fit(
-                "training",
-                DeblurTask(
-                    model,
-                    config.blur(),
-                    config.noise,
-                    self._optimization(settings.learning_rate),
-                    settings.seed,
-                    in_training,
-                    self._contraction(),
-                ),
-                crops,
-                val,
-                settings.steps,
+            options = self._optimization(settings.learning_rate), settings.seed, in_training, self._contraction()
+            deblur = (
+                ConditionalDeblurTask(model, *options, settings.measurements)
+                if isinstance(model, ConditionalDEGrad)
+                else DeblurTask(model, config.blur(), config.noise, *options)
             )
+            runner = self._fit("training", deblur, crops, val, settings.steps)
         self._save(self.out / "model.safetensors", model, config, settings.half)
         quality = None if runner is None else runner.callback_metrics.get("val_psnr")
         return None if quality is None else float(quality)
