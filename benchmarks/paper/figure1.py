@@ -119,14 +119,14 @@ def run(plan: Plan, out: Path, console: Console) -> Section:
 
 
 def _markdown(curves: Sequence[Curve]) -> str:
-    header = ("run", "photographs", "steps", "epochs", "hours", "training loss", "validation loss", "validation PSNR")
+    header = ("run", "photographs", "steps", "epochs", "minutes", "training loss", "validation loss", "validation PSNR")
     lines = []
     for curve in curves:
         last = curve.points[-1]
         validated = next((p for p in reversed(curve.points) if p.val_loss is not None and p.phase == last.phase), None)
         cells = [str(curve.photographs or ""), str(last.total_step)]
         cells.append("" if last.epoch is None else f"{last.epoch:.1f}")
-        cells.append("" if last.seconds is None else f"{last.seconds / 3600:.2f}")
+        cells.append("" if last.seconds is None else f"{last.seconds / 60:.1f}")
         if validated is None:
             cells += ["", "", ""]
         else:
@@ -158,7 +158,7 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     for axis, label in zip(axes[0], ("steps", f"{unit} of training and validation"), strict=False):
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
@@ -196,5 +196,5 @@ def _plot_curve(axis: Any, curve: Curve, place: Callable[[Point], float | None],
         ):
             found = [(x, getattr(p, name)) for x, p in points if p.phase == phase and getattr(p, name) is not None]
             if found:
-                marker = {"marker": "o", "markersize": 4} if name == "val_loss" else {}
+                marker = {"loss": {}, "mean_loss": {"marker": "."}, "val_loss": {"marker": "o", "markersize": 4}}[name]
                 axis.plot(*zip(*found, strict=True), line, color=colour, linewidth=width, alpha=alpha, **marker)

@@ -105,7 +105,7 @@ def run(plan: Plan, out: Path, console: Console) -> Section:
     title = (
         f"a training step of the paper's layer, batch {plan.step_batch}, {plan.evaluations} evaluations in the solve"
     )
-    plot(times, f"{title}\n{about.device}, {about.threads} threads, float32", out / "figure2.png")
+    plot(times, f"{title}\n{about.device}, threads: {about.threads}, float32", out / "figure2.png")
     console.print(f"Picture: {out / 'figure2.png'}", highlight=False)
     text = (
         f"{title[0].upper()}{title[1:]}, float32. In brackets the ratio to jfbfast's JFB. The Jacobian-based sides are "
@@ -137,7 +137,7 @@ def _cell(time: Time) -> str:
 
 def plot(times: Sequence[Time], title: str, path: Path) -> None:
     """Time against size, on logarithmic axes; what was not measured is hollow and dotted."""
-    figure, axis = plt.subplots(figsize=(7.8, 5.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.8, 5.9), layout="constrained")
     for side, label in LABELS.items():
         colour, marker = _STYLES[side]
         mine = [time for time in times if time.side == side and time.seconds is not None]
@@ -165,7 +165,7 @@ def plot(times: Sequence[Time], title: str, path: Path) -> None:
     axis.set_ylabel("time of a step")
     axis.grid(alpha=0.3)
     axis.set_title(title, fontsize=9, loc="left")
-    axis.legend(fontsize=9)
+    figure.legend(loc="outside lower left", fontsize=9, ncols=2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import machine
 from .plan import Plan
-from .study import Study
+from .study import LABELS, Study
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def write(path: Path, sections: Sequence[Section], plan: Plan, study: Study | No
         lines += ["", f"**Note:** {busy}."]
     if study is not None and study.missing:
         lines += ["", "Missing:", ""]
-        lines += [f"- {why}." for why in study.missing.values()]
+        lines += [f"- {LABELS[name]}: {why}." for name, why in study.missing.items()]
     for section in sections:
         data = ", ".join(f"[{name}]({name})" for name in section.data)
         lines += ["", f"## {section.title}", "", section.text, "", f"![{section.title}]({section.picture})", ""]

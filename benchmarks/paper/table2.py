@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def run(study: Study, out: Path, console: Console) -> Section:
     )
     console.print(results_table(scores, study.about()))
     for name, why in missing.items():
-        console.print(f"{LABELS[name]} is not in the table: {why}", highlight=False, markup=False)
+        if name not in study.missing:
+            console.print(f"{LABELS[name]} is not in the table: {why}", highlight=False, markup=False)
     rows = [_row(name, scores, missing, study) for name in LABELS]
     with (out / "table2.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -112,20 +114,23 @@ def plot(scores: Sequence[Scores], missing: Mapping[str, str], title: str, path:
         1, 3, figsize=(13, 0.42 * len(names) + 1.9), layout="constrained", width_ratios=(3, 3, 1.9), sharey=True
     )
     for axis, column, heading in (
-        (axes[0], "psnr", "PSNR in dB at range 2; in brackets at peak 1, as the paper's code"),
+        (axes[0], "psnr", "PSNR, dB, at range 2 (at the paper's peak of 1)"),
         (axes[1], "ssim", "SSIM"),
     ):
+        values = [row[column] for row in found.values() if math.isfinite(row[column])]
+        least = found["blurred"][column] if "blurred" in found else min(values, default=0.0)
+        high = max([*values, least])
+        margin = (high - least) or abs(high) * 0.1 or 1.0
+        low = least - 0.15 * margin
+        axis.set_xlim(low, high + 0.55 * margin)
+        axis.set_xticks([tick for tick in axis.get_xticks() if low <= tick <= high + 0.05 * margin])
         for y, name in enumerate(names):
             if name in found:
-                _bar(axis, y, found[name], column, "C3" if name == "ours" else "C0")
+                _bar(axis, y, found[name], column, low, "C3" if name == "ours" else "C0")
             else:
                 axis.text(
                     0.02, y, "missing", transform=axis.get_yaxis_transform(), va="center", color="grey", style="italic"
                 )
-        values = [row[column] for row in found.values()]
-        low, high = min(values), max(values)
-        margin = (high - low) or abs(high) * 0.1
-        axis.set_xlim(low - 0.1 * margin, high + (0.75 if column == "psnr" else 0.45) * margin)
         axis.set_title(heading, loc="left", fontsize=9.5)
         axis.grid(axis="x", alpha=0.3)
     for x, heading in ((0.0, "evaluations:\nmedian (largest)"), (0.62, "not\nconverged")):
@@ -143,9 +148,13 @@ def plot(scores: Sequence[Scores], missing: Mapping[str, str], title: str, path:
     plt.close(figure)
 
 
-def _bar(axis: Any, y: int, row: Mapping[str, Any], column: str, colour: str) -> None:
+def _bar(axis: Any, y: int, row: Mapping[str, Any], column: str, low: float, colour: str) -> None:
+    """The mean, its interval and its figure; below ``low``, where the axis starts, an arrow to the left."""
     value, half = row[column], row[f"{column}_ci95"]
-    interval = 0.0 if half != half else half
-    axis.errorbar(value, y, xerr=interval, fmt="o", color=colour, capsize=3, markersize=5)
+    interval = half if math.isfinite(half) else 0.0
     told = f"{value:.2f} ({row['psnr_paper']:.2f})" if column == "psnr" else f"{value:.4f}"
-    axis.annotate(told, (value + interval, y), (8, 0), textcoords="offset points", va="center", fontsize=9)
+    if value >= low:
+        axis.errorbar(value, y, xerr=interval, fmt="o", color=colour, capsize=3, markersize=5)
+        axis.annotate(told, (value + interval, y), (8, 0), textcoords="offset points", va="center", fontsize=9)
+    else:  # or not finite
+        axis.annotate(f"← {told}", (low, y), (5, 0), textcoords="offset points", va="center", fontsize=9)
