@@ -320,11 +320,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_scores(path: Path, scores: Sequence[Scores], about: Mapping[str, Any]) -> None:
-    """The rows as CSV, or, by the suffix .json, the rows with every image's scores and what ``about`` tells of them."""
+    """The rows as CSV, or, by the suffix .json, with every image's scores, every trial, and what ``about`` tells."""
     rows = [s.summary() for s in scores]
     if path.suffix.lower() == ".json":
         for row, found in zip(rows, scores, strict=True):
             columns = {name: getattr(found, name) for name in ("psnr", "ssim", "evaluations", "status")}
+            row["tuning"] = [{"value": v, "validation_psnr": quality} for v, quality in found.trials.items()]
             row["per_image"] = {name: values.tolist() for name, values in columns.items() if values is not None}
         content = _without_nan({**about, "methods": rows})
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

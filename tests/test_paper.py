@@ -116,6 +116,7 @@ def test_tuning_takes_the_best_of_the_validation_images_alone(plan, tmp_path):
         assert told[name] == f"{chosen['parameter']} = {float(chosen['value']):.3g}"
     study = Study(plan, QUIET)
     assert [file.name for file in study.validation_files] == ["2.png", "3.png"]
+    assert study.validation.seed != study.images.seed  # or the first of both would share their noise
     ((x, d),) = measurements(study.validation, study.blur, 0.01, 16)
     for row in rows:
         if row["method"] == "gradient-descent" and int(row["value"]) < 100:
@@ -164,17 +165,17 @@ def test_table1_restores_the_measurements_of_table2(plan, tmp_path):
     assert all(len(each.images) == 1 and each.images[0].isfinite().all() for each in restored)
 
 
-METRICS = """phase,step,seconds,loss,psnr,evaluations,diverged,jacobian_penalty,val_loss,val_psnr,val_evaluations,val_diverged
-pretraining,1,2.5,0.4,10,,,,,,,
-pretraining,2,5,0.2,13,,,,,,,
-pretraining,2,6,,,,,,0.5,9,,
-pretraining,3,8,0.1,16,,,,,,,
-training,1,10,0.08,17,5,0,,,,,
-training,2,12,0.06,18,5,0,,,,,
-training,2,13,,,,,,0.09,16.5,5,0
-training,3,15,nan,nan,5,0,,,,,
-training,4,17,0.04,20,5,0,,,,,
-training,4,18,,,,,,0.05,19,5,0
+METRICS = """phase,step,seconds,loss,psnr,evaluations,val_loss,val_psnr,val_evaluations
+pretraining,1,2.5,0.4,10,,,,
+pretraining,2,5,0.2,13,,,,
+pretraining,2,6,,,,0.5,9,
+pretraining,3,8,0.1,16,,,,
+training,1,10,0.08,17,5,,,
+training,2,12,0.06,18,5,,,
+training,2,13,,,,0.09,16.5,5
+training,3,15,nan,nan,5,,,
+training,4,17,0.04,20,5,,,
+training,4,18,,,,0.05,19,5
 """
 
 
@@ -197,9 +198,8 @@ def test_figure1_reads_the_phases_of_a_run(folder, tmp_path):
     means = [p.mean_loss for p in points if p.mean_loss]
     assert means == pytest.approx([0.3, 0.07, 0.04]) and not any(p.from_psnr for p in points)
 
-    older = [
-        ",".join(line.split(",")[:2] + line.split(",")[3:8] + line.split(",")[9:]) for line in METRICS.splitlines()
-    ]
+    lines = [line.split(",") for line in METRICS.splitlines()]
+    older = [",".join(line[:2] + line[3:6] + line[7:]) for line in lines]  # without seconds and val_loss
     (tmp_path / "run" / "metrics.csv").write_text("\n".join(older) + "\n")
     (tmp_path / "run" / "config.yaml").unlink()
     old = curves.read("b", tmp_path / "run")
@@ -247,6 +247,8 @@ def test_figure1_trains_both_recipes_where_no_run_is_given(plan, tmp_path, monke
         assert float(mine[-1]["epoch"]) == (4 + pretraining) / 2  # 2 of 4 photographs a step
         seconds = [float(row["seconds"]) for row in mine]
         assert seconds[0] > 0 and seconds == sorted(seconds)
+    paper.run(tmp_path, True, QUIET, plan, ("figure1",))  # goes on with what is there, which is finished
+    assert read(tmp_path / "figure1.csv") == rows
     again = replace(plan, runs=tuple(f"{r}={tmp_path / f'figure1-{r}'}" for r in figure1.NAMES))
     paper.run(tmp_path / "again", True, QUIET, again, ("figure1",))
     assert [{**row, "run": ""} for row in read(tmp_path / "again" / "figure1.csv")] == [{**r, "run": ""} for r in rows]

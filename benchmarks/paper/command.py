@@ -111,6 +111,9 @@ def paper(
             chosen["sizes"] = _integers(sizes)
         data = Path(rest[0]) if rest else None
         make(out, quick, Console(), replace(plan, data=data, checkpoints=checkpoints, **chosen), parts or PARTS)
+    except ModuleNotFoundError as error:
+        Console(stderr=True).print(f"error: {error.name} is not installed; pip install 'jfbfast[train,bench]'")
+        raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
         raise typer.Exit(1) from error

@@ -95,6 +95,7 @@ def _expected(times: Sequence[Time], side: str, size: int) -> float | None:
 
 def run(plan: Plan, out: Path, console: Console) -> Section:
     """Write figure2.csv and figure2.png."""
+    busy = machine.disturbance()  # as it is before
     times = measure(plan, console)
     about = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with (out / "figure2.csv").open("w", newline="", encoding="utf-8") as file:
@@ -106,13 +107,16 @@ def run(plan: Plan, out: Path, console: Console) -> Section:
         f"a training step of the paper's layer, batch {plan.step_batch}, {plan.evaluations} evaluations in the solve"
     )
     plot(times, f"{title}\n{about.device}, threads: {about.threads}, float32", out / "figure2.png")
+    if busy:
+        console.print(f"[yellow]{busy}[/]", highlight=False)
     console.print(f"Picture: {out / 'figure2.png'}", highlight=False)
     text = (
         f"{title[0].upper()}{title[1:]}, float32. In brackets the ratio to jfbfast's JFB. The Jacobian-based sides are "
         "jfbfast's too, so that they differ from its JFB in the gradient alone: the exact one, to a relative residual "
         "of 1e-6 in at most 50 iterations. "
         "The DnCNN, of 17 layers of 64 features, is untrained and scaled to a contraction. ~ measured once; "
-        f"≈ extrapolated by the number of pixels, where a step was expected to take over {plan.cap:g} s.\n\n"
+        f"≈ extrapolated by the number of pixels, where a step was expected to take over {plan.cap:g} s."
+        f"{f' **{busy[0].upper()}{busy[1:]}.**' if busy else ''}\n\n"
         f"{_markdown(times)}"
     )
     return Section("Figure 2: time of a training step", text, "figure2.png", ("figure2.csv",))

@@ -48,8 +48,6 @@ def write(path: Path, sections: Sequence[Section], plan: Plan, study: Study | No
         f"jfbfast {about.jfbfast}, torch {about.torch}, {about.device} ({about.instruction_sets}), "
         f"{about.threads} threads, seed {plan.seed}.",
     ]
-    if busy := machine.disturbance():
-        lines += ["", f"**Note:** {busy}."]
     if study is not None and study.missing:
         lines += ["", "Missing:", ""]
         lines += [f"- {LABELS[name]}: {why}." for name, why in study.missing.items()]

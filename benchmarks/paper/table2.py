@@ -75,10 +75,13 @@ def _row(name: str, scores: Sequence[Scores], missing: Mapping[str, str], study:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     """PSNR at range 2, at peak 1, SSIM, evaluations, not converged."""
     evaluations = row["evaluations_max"]
+    halves = {name: f" ± {row[name]:.{digits}f}" for name, digits in (("psnr_ci95", 2), ("ssim_ci95", 4))}
+    if row["images"] == 1:
+        halves = dict.fromkeys(halves, "")
     return [
-        f"{row['psnr']:.2f} ± {row['psnr_ci95']:.2f}",
+        f"{row['psnr']:.2f}{halves['psnr_ci95']}",
         f"{row['psnr_paper']:.2f}",
-        f"{row['ssim']:.4f} ± {row['ssim_ci95']:.4f}",
+        f"{row['ssim']:.4f}{halves['ssim_ci95']}",
         "" if evaluations is None else f"{row['evaluations_median']:g} (at most {evaluations})",
         "" if row["not_converged"] is None else f"{row['not_converged'] + row['diverged']} of {row['images']}",
     ]
