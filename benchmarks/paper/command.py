@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _PARTS = ("figure1", "table1", "table2", "figure2")
 
 
-def _network(told: str) -> typer.models.OptionInfo:
+def _network(told: str) -> Any:
     return typer.Option(metavar="NAME|FILE", help=told)
 
 
@@ -104,7 +104,7 @@ def paper(
             raise ValueError(f"{rest[0]!r} is no part; it takes {', '.join(PARTS)}, and one directory of photographs")
         plan = QUICK if quick else Plan()
         checkpoints = dict(plan.checkpoints) | {role: each for role, each in networks.items() if each is not None}
-        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if resize is not None:
             chosen["resize"] = resize or None
         if sizes is not None:

@@ -166,11 +166,12 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     axes[0, 0].set_ylabel("mean squared error, images in [−1, 1]")
     for curve in curves:
         axes[0, 0].plot([], [], color=colours[curve.name], linewidth=3, label=f"{curve.name}{_size(curve)}")
-    for style, label in (
+    styles: tuple[tuple[dict[str, Any], str], ...] = (
         ({"linestyle": "-"}, "training"),
         ({"linestyle": "--", "marker": "o", "markersize": 4}, "validation"),
         ({"linestyle": ":"}, "pretraining, by denoising"),
-    ):
+    )
+    for style, label in styles:
         axes[0, 0].plot([], [], color="dimgrey", label=label, **style)
     figure.legend(loc="outside upper left", ncols=2, fontsize=9)
     figure.savefig(path, dpi=130)
