@@ -23,7 +23,7 @@ PURE_PYTHON = os.environ.get("JFBFAST_PURE_PYTHON") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
 
 # Each kernel source is compiled once per instruction set; csrc/dispatch.cpp picks one at run time.
-KERNELS = ("blur", "gradient", "anderson", "table")
+KERNELS = ("blur", "gradient", "anderson", "winograd", "table")
 SHARED = ("bindings", "dispatch", "pool", "weights")
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if X86:

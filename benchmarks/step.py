@@ -145,7 +145,7 @@ def _tried(side: Side, fixed: Tensor, target: float, record: list[float], limit:
     within = min(record) <= target
     aim = target if within else _NEAREST * min(record)
     first = next((k for k, value in enumerate(record, 1) if value <= aim), len(record))
-    least = min(max(first - side.lag, side.least), limit)
+    least = min(max(first - 1, side.least), limit)  # the layer with its gradient is one more
     more = max(least // 20, 1)
     for evaluations in range(least, min(least + _TRIES * more, limit) + 1, more):
         found = error(side.forward(evaluations, None), fixed)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -174,6 +175,23 @@ PYBIND11_MODULE(_native, module) {
             mix.weights = pointer<double>(weights);
             mix.out = pointer(out);
             kernels().mix_differences(dtype, history, mix, samples, size, threads);
+        },
+        release);
+
+    module.def(
+        "winograd_weights",
+        [](Address weight, Address out, std::int64_t in_channels, std::int64_t out_channels, int threads) {
+            kernels().winograd_weights(pointer<float>(weight), pointer<float>(out), in_channels, out_channels, threads);
+        },
+        release);
+
+    module.def(
+        "convolution",
+        [](Address x, Address weights, Address bias, Address out, bool relu, const std::array<std::int64_t, 5>& shape,
+           int threads) {
+            kernels().convolution(
+                {pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(out), relu},
+                {shape[0], shape[1], shape[2], shape[3], shape[4]}, threads);
         },
         release);
 }

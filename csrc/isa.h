@@ -12,6 +12,9 @@ void append(DType, DType history, const Append&, std::int64_t samples, std::int6
 void mix(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
 void mix_differences(DType, DType history, const MixDifferences&, std::int64_t samples, std::int64_t size,
                      int threads);
+void winograd_weights(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
+                      int threads);
+void convolution(const Convolution&, const ImageShape&, int threads);
 
 // Calls body(S{}) with the storage type of a dtype.
 template <class Body>

@@ -83,6 +83,22 @@ struct MixDifferences {
     void* out;
 };
 
+// Images [batch, height, width, channels] with `in` channels, mapped to as many with `out`.
+struct ImageShape {
+    std::int64_t batch, height, width, in, out;
+};
+
+constexpr int kChannelBlock = 16;  // Winograd's matrices have a multiple of it as columns
+
+// A 3 x 3 convolution with zero padding 1, float32.
+struct Convolution {
+    const float* x;
+    const float* weights;  // as winograd_weights made them: 36 * in * (out rounded up to kChannelBlock)
+    const float* bias;     // [out], or null
+    float* out;
+    bool relu;
+};
+
 // alpha of reference.anderson_weights; gram is [samples, m, m], valid and alpha are [samples, m].
 void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha,
                       std::int64_t samples, int m);
@@ -96,6 +112,9 @@ struct Kernels {
     void (*mix)(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
     void (*mix_differences)(DType, DType history, const MixDifferences&, std::int64_t samples, std::int64_t size,
                             int threads);
+    void (*winograd_weights)(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
+                             int threads);
+    void (*convolution)(const Convolution&, const ImageShape&, int threads);
 };
 
 // The widest set that this CPU runs, or the narrower one that the variable JFBFAST_ISA names.

@@ -8,7 +8,8 @@ namespace jfbfast {
 namespace JFBFAST_ISA {
 
 extern const Kernels table;
-const Kernels table = {JFBFAST_NAME(JFBFAST_ISA), blur, gradient, append, mix, mix_differences};
+const Kernels table = {JFBFAST_NAME(JFBFAST_ISA), blur, gradient, append, mix, mix_differences, winograd_weights,
+                       convolution};
 
 }  // namespace JFBFAST_ISA
 }  // namespace jfbfast

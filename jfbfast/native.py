@@ -5,6 +5,7 @@ Where the compiled module is missing, ``AVAILABLE`` is False and ``WHY_NOT`` say
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from importlib import import_module
@@ -54,8 +55,8 @@ def describe() -> str:
     return f"C++ ({isa}, {threads})"
 
 
-def _dtype(tensor: Tensor) -> object:
-    return getattr(_module().DType, str(tensor.dtype).removeprefix("torch."))
+def _dtype(dtype: torch.dtype) -> object:
+    return getattr(_module().DType, str(dtype).removeprefix("torch."))
 
 
 def _contiguous(tensor: Tensor | None, like: Tensor) -> Tensor | None:
@@ -95,19 +96,21 @@ def _bands(tables: Bands) -> tuple[tuple[int, int], tuple[int, int]]:
 _POOLED = 1 << 16  # bytes from which a fresh allocation costs more than asking the pool
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised contiguous result; a large one in memory that an earlier result had (csrc/pool.cpp)."""
-    if x.nbytes < _POOLED:
-        return torch.empty(x.shape, dtype=x.dtype)
-    return torch.utils.dlpack.from_dlpack(_module().empty(list(x.shape), _dtype(x)))
+    if math.prod(shape) * dtype.itemsize < _POOLED:
+        return torch.empty(shape, dtype=dtype)
+    return torch.utils.dlpack.from_dlpack(_module().empty(list(shape), _dtype(dtype)))
 
 
 def blur(x: Tensor, bands: Bands) -> Tensor:
     """As `reference.blur`."""
     x, tables = x.contiguous(), _tables(bands, x)
-    out = _empty_like(x)
+    out = _empty(x.shape, x.dtype)
     if x.numel():
-        _module().blur(_dtype(x), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads())
+        _module().blur(
+            _dtype(x.dtype), _address(x), _address(out), _planes(x), *_bands(tables), tables.circular, _threads()
+        )
     return out
 
 
@@ -122,11 +125,11 @@ def _gradient(
 ) -> Tensor | tuple[Tensor, Tensor]:
     x, d, r = x.contiguous(), _contiguous(d, x), _contiguous(r, x)
     tables, adjoint_tables = _tables(bands, x), _tables(adjoint, x)
-    out = _empty_like(x)
+    out = _empty(x.shape, x.dtype)
     squares = torch.zeros(x.shape[0] if norms else 0, dtype=torch.float32)
     if x.numel():
         _module().gradient(
-            _dtype(x),
+            _dtype(x.dtype),
             *(_address(t) for t in (x, d, r, out)),
             _planes(x),
             *_bands(tables),
@@ -175,8 +178,8 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
     norms = torch.zeros(samples, 2, dtype=torch.float64)
     if samples:
         _module().anderson_append(
-            _dtype(x),
-            _dtype(residuals),
+            _dtype(x.dtype),
+            _dtype(residuals.dtype),
             x.data_ptr(),
             f.data_ptr(),
             [residual.data_ptr() for residual in residuals[:filled]],
@@ -207,7 +210,7 @@ def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = N
     out = torch.empty_like(kept[0]) if out is None else out
     if out.numel():
         _module().anderson_mix(
-            _dtype(out),
+            _dtype(out.dtype),
             alpha.data_ptr(),
             [image.data_ptr() for image in kept],
             out.data_ptr(),
@@ -237,8 +240,8 @@ def anderson_mix_differences(
     ring = [(slot - age) % memory for age in range(filled)]
     weights = (1 - alpha[:, ring].to(torch.float64).cumsum(1))[:, : filled - 1].contiguous()
     _module().anderson_mix_differences(
-        _dtype(f),
-        _dtype(differences),
+        _dtype(f.dtype),
+        _dtype(differences.dtype),
         weights.data_ptr(),
         f.data_ptr(),
         previous.data_ptr(),
@@ -247,4 +250,43 @@ def anderson_mix_differences(
         *f.shape,
         _threads(),
     )
+    return out
+
+
+_CHANNEL_BLOCK = 16  # csrc/kernels.h
+
+
+def _transformed_size(weight: Tensor) -> int:
+    blocks = -(-weight.shape[0] // _CHANNEL_BLOCK)
+    return 36 * weight.shape[1] * blocks * _CHANNEL_BLOCK
+
+
+def winograd_weights(weight: Tensor) -> Tensor:
+    """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`."""
+    out_channels, in_channels = weight.shape[:2]
+    weight = weight.contiguous()
+    out = torch.empty(_transformed_size(weight))
+    _module().winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
+    return out
+
+
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+) -> Tensor:
+    """As `reference.conv3x3`, in float32 and channels-last; ``transformed`` is `winograd_weights` of the weight."""
+    batch, channels, height, width = x.shape
+    out_channels = len(weight)
+    transformed = winograd_weights(weight) if transformed is None else transformed
+    if transformed.numel() != _transformed_size(weight) or not transformed.is_contiguous():
+        raise ValueError(f"transformed has shape {tuple(transformed.shape)}; it takes what winograd_weights returned")
+    x = x.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
+    out = _empty((batch, height, width, out_channels), x.dtype).permute(0, 3, 1, 2)
+    if out.numel():
+        _module().convolution(
+            *(_address(t) for t in (x, transformed, bias, out)),
+            relu,
+            (batch, height, width, channels, out_channels),
+            _threads(),
+        )
     return out

@@ -4,9 +4,11 @@
 ``jfbfast::gradient``        Aᵀ(A x − d) + r
 ``jfbfast::gradient_step``   x − η(Aᵀ(A x − d) + r)
 ``jfbfast::solve``           (AᵀA + λI)⁻¹ b
+``jfbfast::conv3x3``         weight ∗ x + bias, and a ReLU
 
-Every op takes images (…, H, W) and the two filters with their padding mode, and returns a
-contiguous tensor. Which twin computes it is decided at each call, by `kernels_for`.
+Every op of the operator takes images (…, H, W) and the two filters with their padding mode, and returns a
+contiguous tensor; the convolution takes (B, C, H, W) and returns a channels-last one. Which twin
+computes it is decided at each call, by `kernels_for`.
 """
 
 from __future__ import annotations
@@ -115,6 +117,7 @@ for _schema in (
     f"gradient(Tensor x, Tensor? d, Tensor? r, {_FILTERS}) -> Tensor",
     f"gradient_step(Tensor x, Tensor? d, Tensor? r, Tensor step_size, {_FILTERS}) -> Tensor",
     f"solve(Tensor b, Tensor damping, {_FILTERS}) -> Tensor",
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None) -> Tensor",
 ):
     _name, _signature = _schema.split("(", 1)
     torch.library.define(f"jfbfast::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
@@ -123,6 +126,7 @@ blur = torch.ops.jfbfast.blur
 gradient = torch.ops.jfbfast.gradient
 gradient_step = torch.ops.jfbfast.gradient_step
 solve = torch.ops.jfbfast.solve
+conv3x3 = torch.ops.jfbfast.conv3x3
 
 Filter = Sequence[float]
 
@@ -170,6 +174,52 @@ def _solve(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, padding_m
     _check(b=b)
     taps = _taps(taps_y, taps_x, padding_mode)
     return inverse.solve(b, damping, taps, _kernels(b, taps)).contiguous()
+
+
+def transformed_weight(weight: Tensor) -> Tensor | None:
+    """What `conv3x3` can be given as ``transformed``, to be made once for a weight; None where it would not be used."""
+    return native.winograd_weights(weight) if _winograd_takes(weight) else None
+
+
+def _winograd_takes(weight: Tensor) -> bool:
+    """Winograd's convolution is there for such a weight, and faster: with few channels its transforms cost too much."""
+    available = _backend in ("auto", "native") and native.AVAILABLE
+    return available and weight.device.type == "cpu" and weight.dtype == torch.float32 and min(weight.shape[:2]) >= 16
+
+
+def _fills_tiles(x: Tensor) -> bool:
+    """Images make up at least half of the 4 × 4 tiles that Winograd's convolution covers them with."""
+    height, width = x.shape[-2:]
+    return 2 * height * width >= 16 * -(-height // 4) * -(-width // 4)
+
+
+def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
+        )
+    for name, given, shape in (("weight", weight, (len(weight), x.shape[1], 3, 3)), ("bias", bias, (len(weight),))):
+        if given is not None and (given.shape != shape or given.dtype != x.dtype or given.device != x.device):
+            raise ValueError(
+                f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}; "
+                f"it takes {x.dtype} of shape {shape} on {x.device}"
+            )
+
+
+@torch.library.impl("jfbfast::conv3x3", "default")
+def _conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+) -> Tensor:
+    _check_conv3x3(x, weight, bias)
+    if _winograd_takes(weight) and _fills_tiles(x):
+        return native.conv3x3(x, weight, bias, relu, transformed)
+    return reference.conv3x3(x, weight, bias, relu).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("jfbfast::conv3x3")
+def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("jfbfast::blur")

@@ -148,6 +148,18 @@ def gradient_step(
     return (out, _squared_norms(g)) if norms else out
 
 
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """Σ weight[o, c, i, j] · x[c, y + i − 1, z + j − 1] + bias[o], and its positive part where ``relu``.
+
+    Args:
+        x: [B, C, H, W]; zero outside.
+        weight: [O, C, 3, 3].
+        bias: [O].
+    """
+    out = F.conv2d(x, weight, bias, padding=1)
+    return out.relu_() if relu else out
+
+
 class SVD(NamedTuple):
     """B = U diag(s) Vᵀ, each factor [n, n] or [n]."""
 

@@ -8,6 +8,7 @@
 #include "anderson.cpp"
 #include "blur.cpp"
 #include "gradient.cpp"
+#include "winograd.cpp"
 
 using namespace jfbfast;
 namespace isa = jfbfast::JFBFAST_ISA;
@@ -153,6 +154,27 @@ void check_anderson(DType dtype, DType history, double tolerance, std::int64_t s
         }
 }
 
+void check_convolution(int height, int width, int in, int out, bool relu) {
+    const ImageShape shape{2, height, width, in, out};
+    const int padded = (out + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
+    const auto x = image<float>(2 * height * width * in), weight = image<float>(out * in * 9), bias = image<float>(out);
+    std::vector<float> transformed(36 * in * padded), convolved(2 * height * width * out);
+    isa::winograd_weights(weight.data(), transformed.data(), in, out, 1);
+    isa::convolution({x.data(), transformed.data(), bias.data(), convolved.data(), relu}, shape, 1);
+    for (int pixel = 0; pixel < 2 * height * width; ++pixel)
+        for (int o = 0; o < out; ++o) {
+            const int y = pixel / width % height, z = pixel % width;
+            double sum = bias[o];
+            for (int i = -1; i <= 1; ++i)
+                for (int j = -1; j <= 1; ++j) {
+                    if (y + i < 0 || y + i >= height || z + j < 0 || z + j >= width) continue;
+                    const float* const from = x.data() + (pixel + i * width + j) * in;
+                    for (int c = 0; c < in; ++c) sum += double(from[c]) * weight[(o * in + c) * 9 + 3 * i + j + 4];
+                }
+            expect_close(convolved[pixel * out + o], relu && sum < 0 ? 0 : sum, 1e-4, "convolution");
+        }
+}
+
 }  // namespace
 
 int main() {
@@ -174,6 +196,9 @@ int main() {
         check_anderson<float, bfloat16>(DType::kFloat32, DType::kBFloat16, 1e-2, size);
         check_anderson<float16, float16>(DType::kFloat16, DType::kFloat16, 4e-3, size);
     }
+    const int channels[][2] = {{1, 1}, {3, 17}, {16, 16}, {20, 80}};
+    for (const auto& size : sizes)
+        for (const auto& c : channels) check_convolution(size[0], size[1], c[0], c[1], c[0] > 3);
     std::printf("%d failures\n", failures);
     return failures ? 1 : 0;
 }

@@ -69,6 +69,12 @@ BROKEN = {
         ("gradient.cpp", "rows[k] = adjoint_weights + (i + k) * slots;", "rows[k] = weights + (i + k) * slots;"),
         "gradient_step: got",
     ),
+    "a tile that reads past the image": (
+        ("winograd.cpp", "y < height && z >= 0", "y <= height && z >= 0"), "heap-buffer-overflow",
+    ),
+    "points that differ from side to side": (
+        ("winograd.cpp", "y[2] = float(kA2) * sum_a", "y[2] = float(kB2) * sum_a"), "convolution: got",
+    ),
 }  # fmt: skip
 
 

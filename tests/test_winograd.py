@@ -1,0 +1,241 @@
+"""Winograd's 3 × 3 convolution against float64, and where it is used."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jfbfast import DnCNN, backend, native, ops, reference
+from jfbfast.prepared import _Twin, prepared
+
+SIZES = ((1, 1), (3, 5), (4, 4), (13, 21), (64, 64))
+CHANNELS = ((3, 17), (17, 3), (64, 96), (96, 64), (16, 80))
+FURTHER = 8  # a 4 × 4 tile's output is at most so many times further from float64 than the direct convolution's
+
+
+def problem(batch: int, channels: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs, outputs = channels
+    x = torch.randn(batch, inputs, *size, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / (9 * inputs) ** 0.5
+    return x, weight, torch.randn(outputs, generator=generator)
+
+
+def assert_as_good(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> None:
+    exact = reference.conv3x3(x.double(), weight.double(), None if bias is None else bias.double(), relu)
+    assert got.shape == exact.shape and got.dtype == x.dtype
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    direct = reference.conv3x3(x, weight, bias, relu)
+    errors = [(y - exact).square().mean().sqrt() for y in (got, direct)]
+    assert errors[0] <= FURTHER * errors[1] + 1e-6 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees_with_float64(size: tuple[int, int], channels: tuple[int, int]) -> None:
+    for batch, biased, relu in itertools.product((1, 3), (False, True), (False, True)):
+        x, weight, bias = problem(batch, channels, size)
+        given = bias if biased else None
+        assert_as_good(native.conv3x3(x, weight, given, relu), x, weight, given, relu)
+
+
+@pytest.mark.parametrize("size", tuple(itertools.product((1, 2, 5, 7, 8), (1, 4, 6, 9))))
+def test_one_input_at_a_time_reaches_its_neighbours_alone(size: tuple[int, int]) -> None:
+    """The response to each pixel: nine taps, which are those of the weight, and zero elsewhere."""
+    pixels = size[0] * size[1]
+    x = torch.eye(pixels).view(pixels, 1, *size)
+    weight = torch.arange(1.0, 10).view(1, 1, 3, 3)
+    torch.testing.assert_close(native.conv3x3(x, weight), reference.conv3x3(x, weight), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ((0, 16, 8, 8), (2, 16, 0, 8), (2, 16, 8, 0)))
+def test_empty_images(shape: tuple[int, ...]) -> None:
+    weight = torch.ones(20, 16, 3, 3)
+    assert ops.conv3x3(torch.zeros(shape), weight).shape == (shape[0], 20, *shape[2:])
+
+
+LAYOUTS = {
+    "channels first": lambda x: x.contiguous(),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every other column": lambda x: torch.stack((x, torch.full_like(x, torch.nan)), -1).flatten(-2)[..., ::2],
+    "cut out": lambda x: nn.functional.pad(x, (3, 2, 1, 4), value=torch.nan)[..., 1:-4, 3:-2],
+    "some channels": lambda x: torch.cat((x, torch.full_like(x, torch.nan)), 1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_images_and_weights_are_not_misread(layout: str) -> None:
+    x, weight, bias = problem(2, (16, 17), (9, 21))
+    strided = LAYOUTS[layout](x)
+    expected = native.conv3x3(strided.clone(memory_format=torch.channels_last), weight, bias, True)
+    for w in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
+        assert torch.equal(native.conv3x3(strided, w, bias.repeat(2)[:17], True), expected)
+
+
+def test_a_transformed_weight_is_the_weight() -> None:
+    x, weight, bias = problem(2, (32, 48), (9, 21))
+    transformed = ops.transformed_weight(weight)
+    assert torch.equal(ops.conv3x3(x, weight, bias, True, transformed), ops.conv3x3(x, weight, bias, True))
+
+
+def test_results_do_not_depend_on_the_thread_count_or_the_rest_of_the_batch() -> None:
+    x, weight, bias = problem(5, (64, 32), (37, 22))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(native.conv3x3(x, weight, bias))
+            assert torch.equal(native.conv3x3(x[3:4], weight, bias), results[-1][3:4])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_nan_stays_in_its_sample_and_passes_the_relu() -> None:
+    x, weight, bias = problem(3, (16, 16), (9, 14))
+    for poison, relu in ((torch.nan, True), (torch.nan, False), (torch.inf, False)):
+        spoilt = x.clone()
+        spoilt[1, 5, 4, 7] = poison
+        got, clean = (native.conv3x3(images, weight, bias, relu) for images in (spoilt, x))
+        assert torch.equal(got[[0, 2]], clean[[0, 2]])
+        reached = got[1, :, 3:6, 6:9]
+        assert not reached.isfinite().any() and (reached.isnan().all() or not relu)
+
+
+@pytest.mark.parametrize("channels", ((16, 16), (32, 17), (64, 96)))
+def test_nothing_is_written_or_read_outside(channels: tuple[int, int]) -> None:
+    """Every buffer lies between guards: NaN before and behind what is read, a mark around what is written."""
+    x, weight, bias = problem(2, channels, (7, 10))
+    expected = native.conv3x3(x, weight, bias)
+
+    def guarded(values: Tensor, guard: float) -> Tensor:
+        memory = torch.full((values.numel() + 128,), guard)
+        memory[64:-64] = values.flatten()
+        return memory
+
+    images, kernels, biases = (
+        guarded(t, torch.nan) for t in (x.permute(0, 2, 3, 1), native.winograd_weights(weight), bias)
+    )
+    out = guarded(torch.zeros(2, 7, 10, channels[1]), 7.0)
+    addresses = (t.data_ptr() + 4 * 64 for t in (images, kernels, biases, out))
+    native._module().convolution(*addresses, False, (2, 7, 10, *channels), 1)
+    assert torch.equal(out[64:-64].view(2, 7, 10, -1).permute(0, 3, 1, 2), expected)
+    assert (out[:64] == 7).all() and (out[-64:] == 7).all()
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+def test_every_instruction_set(isa: str) -> None:
+    """The narrower kernels too, in a process of their own; one that this CPU lacks falls back."""
+    names = "float64 or neighbours or misread or thread or nan or outside"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
+    done = subprocess.run(command, env={**os.environ, "JFBFAST_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("channels", ((16, 17), (3, 16)))
+def test_the_op_passes_opcheck(channels: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight, bias = (t.to(dtype) for t in problem(2, channels, (5, 9)))
+    torch.library.opcheck(ops.conv3x3, (x, weight, bias, True))
+    torch.library.opcheck(ops.conv3x3, (x.contiguous(), weight, None, False))
+
+
+def test_the_op_leaves_to_torch_what_winograd_does_not_serve() -> None:
+    for channels, size, dtype in (((3, 16), (8, 8), torch.float32), ((16, 16), (1, 8), torch.float32)):
+        x, weight, bias = (t.to(dtype) for t in problem(2, channels, size))
+        assert torch.equal(ops.conv3x3(x, weight, bias, True), reference.conv3x3(x, weight, bias, True))
+    x, weight, bias = problem(2, (16, 16), (8, 8))
+    with backend("reference"):
+        assert torch.equal(ops.conv3x3(x, weight, bias), reference.conv3x3(x, weight, bias))
+    assert ops.transformed_weight(weight.double()) is None and ops.transformed_weight(weight[:3]) is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"x": torch.zeros(16, 8, 8)}, "x is"),
+        ({"x": torch.zeros(1, 17, 8, 8)}, "weight is"),
+        ({"weight": torch.zeros(16, 16, 5, 5)}, "weight is"),
+        ({"weight": torch.zeros(16, 16, 3, 3).double()}, "weight is"),
+        ({"bias": torch.zeros(1)}, "bias is"),
+        ({"transformed": torch.zeros(5)}, "transformed has"),
+    ),
+)
+def test_bad_input_is_named(change: dict[str, Tensor], message: str) -> None:
+    given = {"x": torch.zeros(1, 16, 8, 8), "weight": torch.zeros(16, 16, 3, 3), "bias": torch.zeros(16)} | change
+    with pytest.raises(ValueError, match=message):
+        ops.conv3x3(given["x"], given["weight"], given["bias"], False, given.get("transformed"))
+
+
+class Mixed(nn.Module):
+    """Convolutions that Winograd's can replace, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding="same", bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
+            nn.Conv2d(32, 32, 3, padding=1, groups=2),
+            nn.Conv2d(32, 32, 3, padding=2, dilation=2),
+            nn.Conv2d(32, 32, 3, padding=1, stride=2),
+            nn.Conv2d(32, 3, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+def winograd_convolutions(net: nn.Module, tol: float) -> list[tuple[int, int]]:
+    twin = _Twin(net, None)
+    twin.refresh(winograd=tol >= 1e-4)
+    return [(m.in_channels, m.out_channels) for m in twin.convolutions if m.transformed is not None]
+
+
+@torch.no_grad()
+def test_a_prepared_layer_uses_it_where_it_serves_and_the_tolerance_allows() -> None:
+    net = Mixed().eval()
+    net.layers[3].running_mean.normal_()
+    assert winograd_convolutions(net, 1e-3) == [(16, 32), (32, 32)]
+    assert winograd_convolutions(net, 1e-5) == []
+    assert winograd_convolutions(Mixed().double(), 1e-3) == []
+    x = torch.randn(2, 3, 12, 10)
+    exact = net.double()(x.double())
+    net.float()
+    got = prepared(net, tol=1e-3)(x)
+    assert not torch.equal(got, prepared(net)(x))
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    torch.testing.assert_close(prepared(net, tol=1e-3)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_deep_denoiser_keeps_its_accuracy() -> None:
+    net = DnCNN(3, 32, 17, norm=None, spectral_norm=False, bias=True).eval()
+    x = torch.randn(2, 3, 24, 24)
+    exact = net.double()(x.double())
+    net.float()
+    errors = [(prepared(net, tol=tol)(x) - exact).norm() / exact.norm() for tol in (1e-3, 0.0)]
+    assert errors[0] < 1e-5 and errors[1] < 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_through_torch_compile() -> None:
+    net, x = Mixed().eval(), torch.randn(2, 3, 12, 10)
+    torch.compiler.reset()
+    torch.testing.assert_close(prepared(net, tol=1e-3, compiled=True)(x), net(x), rtol=1e-4, atol=1e-5)
