@@ -23,7 +23,7 @@ from jfbfast.operators import GaussianBlur
 from . import rivals
 from .problem import Problem, has_batch_statistics, model
 
-OURS, OURS_LOW = "jfbfast", "jfbfast, solve in bf16"
+OURS, OURS_LOW, PUBLISHED = "jfbfast", "jfbfast, solve in bf16", "published loop"
 
 TOL = 1e-4  # of our solves, a tenth of the smallest target: where to stop, max_iter says
 _REGULARIZATION = 1e-10  # of the others' Gram matrices: of 1e-4, their default, to 1e-10 it takes fewest evaluations
@@ -275,7 +275,7 @@ def sides(
     yield "PyTorch", partial(ours, given, layer, half, kernels="reference")
     if compile_:
         yield "PyTorch, compiled", partial(compiled, given, layer, half)
-    yield "published loop", partial(published, given, layer, half)
+    yield PUBLISHED, partial(published, given, layer, half)
     if "torchdeq" not in missing:
         yield "TorchDEQ", partial(torchdeq, given, layer, half)
     if "deepinv" not in missing:

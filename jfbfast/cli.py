@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 _EXTRAS = "the command line needs more packages: pip install 'jfbfast[train]'"
 
@@ -19,6 +19,7 @@ try:
     import typer
     from rich.console import Console
     from rich.progress import Progress, TaskID
+    from typer.core import TyperCommand
 
     from jfbfast.settings import TrainingSettings, setting_types
 except ModuleNotFoundError as error:  # pragma: no cover
@@ -343,14 +344,27 @@ def diagnose(
         console.print(f"Picture: {path}", highlight=False, markup=False)
 
 
-@app.command()
+class _Bench(TyperCommand):
+    """`bench paper` is a command of its own, with other options."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if args[:1] != ["paper"]:
+            return super().make_context(info_name, args, parent, **extra)
+        paper = typer.main.get_command(import_module("jfbfast.benchmarks.paper.command").app)
+        return paper.make_context(f"{info_name} paper", args[1:], parent, **extra)
+
+
+@app.command(cls=_Bench)
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="What to run; by default kernels.")] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, a minute or two.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights for step.", metavar="FILE")] = None,
 ) -> None:
-    """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries."""
+    """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
+
+    jfbfast bench paper, which has options of its own, makes the tables and figures of the paper.
+    """
     with _one_sentence():
         benchmarks = import_module("jfbfast.benchmarks")
         for name in names or ["kernels"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,8 +35,8 @@ from jfbfast.settings import changed_settings, make_settings, read_settings, wri
 from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
 
 METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
-VALIDATION = ("val_psnr", "val_evaluations", "val_diverged")
-_COLUMNS = ("phase", "step", *METRICS, *VALIDATION)
+VALIDATION = ("val_loss", "val_psnr", "val_evaluations", "val_diverged")
+_COLUMNS = ("phase", "step", "seconds", *METRICS, *VALIDATION)
 
 
 def _first_process() -> bool:
@@ -65,7 +66,8 @@ class _CheckpointFiles(TorchCheckpointIO):
 class Metrics(Callback):
     """A row of ``metrics.csv`` every few steps, and after each validation; the trainer's loggers get the same.
 
-    A row's step is the number of steps done. Rows of steps that a resumed run repeats are dropped first.
+    A row's step is the number of steps done in the phase, its seconds those of fitting since the run began, all
+    phases and validations together. Rows of steps that a resumed run repeats are dropped first, their time too.
 
     Args:
         path: of the file.
@@ -76,6 +78,7 @@ class Metrics(Callback):
 
     def __init__(self, path: Path, phase: str, step: int, every: int) -> None:
         self.path, self.phase, self.every = path, phase, every
+        self.seconds, self.start = 0.0, time.perf_counter()
         if _first_process():
             self._begin(step)
 
@@ -84,6 +87,8 @@ class Metrics(Callback):
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = [r for r in csv.DictReader(file) if r["phase"] != self.phase or int(r["step"] or 0) <= step]
+        if rows:
+            self.seconds = float(rows[-1].get("seconds") or "nan")
 
         def write(partial: Path) -> None:
             with partial.open("w", newline="") as file:
@@ -100,8 +105,12 @@ class Metrics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(found, trainer.global_step)
         row = {name: f"{value:.9g}" for name, value in found.items()}
+        row["seconds"] = f"{self.seconds + time.perf_counter() - self.start:.3f}"
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, _COLUMNS).writerow({"phase": self.phase, "step": trainer.global_step, **row})
+
+    def on_train_start(self, *args: Any) -> None:
+        self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step % self.every == 0:

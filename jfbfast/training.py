@@ -107,6 +107,7 @@ class _Task(L.LightningModule):
         restored = self.restore(sample).to(sample.x.dtype)
         psnr = peak_signal_noise_ratio(restored, sample.x, data_range=2.0, dim=(1, 2, 3))
         self.report(True, len(sample.x), val_psnr=psnr)
+        self.report(False, len(sample.x), val_loss=F.mse_loss(restored, sample.x))
 
     def configure_optimizers(self) -> Any:
         rate = self.optimization.learning_rate

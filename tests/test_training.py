@@ -66,8 +66,14 @@ def train(folder, out, resume=False, **values):
 
 
 def rows(out):
+    """Without the seconds, the one column that no two runs share."""
     with (out / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def seconds(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        return [float(row["seconds"]) for row in csv.DictReader(file)]
 
 
 def weights(out):
@@ -155,6 +161,10 @@ def test_a_run_leaves_what_it_promises_and_repeats(folder, tmp_path):
     validated = [r for r in found if r["val_psnr"]]
     assert [r["step"] for r in validated] == ["2", "4", "2", "4", "6"]
     assert abs(float(validated[-1]["val_psnr"]) - quality) < 1e-4
+    assert [float(r["val_loss"]) for r in validated] == pytest.approx(  # of one image
+        [4 * 10 ** (-float(r["val_psnr"]) / 10) for r in validated], rel=1e-4
+    )
+    assert seconds(a)[0] > 0 and seconds(a) == sorted(seconds(a))
     train(folder, tmp_path / "c", ema=0.9, seed=1)
     assert rows(tmp_path / "c") != found
 
@@ -188,6 +198,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_it_had_not_been(folder, tmp_pa
     assert not (killed / "model.safetensors").exists()
     train(folder, killed, resume=True, **options)
     assert_same(whole, killed)
+    assert seconds(killed) == sorted(seconds(killed))
 
 
 def test_a_run_killed_before_its_last_file_needs_no_more_steps(folder, tmp_path):
