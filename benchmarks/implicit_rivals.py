@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -25,7 +25,7 @@ from .problem import Problem, has_batch_statistics, model
 
 OURS, OURS_LOW, PUBLISHED = "jfbfast", "jfbfast, solve in bf16", "published loop"
 
-TOL = 1e-4  # of our solves, a tenth of the smallest target: where to stop, max_iter says
+TOL = 1e-4  # that our layer is prepared for, a tenth of the smallest target
 _REGULARIZATION = 1e-10  # of the others' Gram matrices: of 1e-4, their default, to 1e-10 it takes fewest evaluations
 
 See = Callable[[Tensor], None] | None  # is shown the layer's value at each evaluation of a solve
@@ -61,7 +61,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Watched(Anderson):
-    """Anderson's method that shows every value of the layer, and stays with the coarse one where its word is taken."""
+    """Anderson's method that takes ``max_iter`` evaluations whatever its tolerance, and shows each value of the layer.
+
+    The layer is prepared for the tolerance. Where the coarse layer's word is taken, all evaluations are of that one.
+    """
 
     see: See = None
 
@@ -72,7 +75,8 @@ class Watched(Anderson):
             layer, coarse = coarse, None
         if self.see is not None:
             layer, coarse = _shown(layer, self.see), None if coarse is None else _shown(coarse, self.see)
-        return super().solve(layer, x0, inputs, coarse=coarse, verify=verify, **options)
+        exactly = replace(self, tol=0.0)
+        return super(Watched, exactly).solve(layer, x0, inputs, coarse=coarse, verify=verify, **options)
 
 
 def _shown(layer: Callable[..., Tensor], see: See) -> Callable[..., Tensor]:
