@@ -13,8 +13,8 @@ from jfbfast.operators import GaussianBlur
 
 Restorer = Callable[[Tensor], Tensor]
 
-LEAST_TILE = 32  # pixels; from here on the overlap that is measured leaves room to align the tiles
 ALIGNMENT = 16  # pixels; what the coarsest scale of a U-Net of four scales divides
+LEAST_TILE = 2 * ALIGNMENT  # pixels; from here on any overlap leaves room to align the tiles
 HALF_A_GREY_LEVEL = 1 / 255  # on [−1, 1]
 
 
@@ -26,7 +26,8 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     """
     if length <= tile:
         return [(0, length)]
-    count = -(-(length - overlap) // (tile - overlap))
+    stride = (tile - overlap) // ALIGNMENT * ALIGNMENT
+    count = 1 + -(-(length - tile) // stride)
     starts = [i * (length - tile) // (count - 1) // ALIGNMENT * ALIGNMENT for i in range(count)]
     return [(start, start + tile) for start in starts[:-1]] + [(starts[-1], length)]
 
@@ -66,13 +67,15 @@ def restore_tiled(
     Args:
         restore: (1, C, h, w) to the same shape.
         d: (C, H, W), any size.
-        tile: side of a tile in pixels.
+        tile: side of a tile in pixels, at least `LEAST_TILE`.
         overlap: pixels that neighbouring tiles share at least, under half of ``tile``.
         progress: called after each tile with the tiles done and the tiles in all.
 
     Raises:
-        ValueError: an overlap that is not positive and under half of the tile.
+        ValueError: a smaller tile; an overlap below 4, or not under half of the tile.
     """
+    if tile < LEAST_TILE:
+        raise ValueError(f"tile is {tile}; it takes at least {LEAST_TILE}")
     if not 4 <= overlap < tile / 2:
         raise ValueError(f"overlap is {overlap}; it takes at least 4 and less than half of tile={tile}")
     total, weight = torch.zeros_like(d), torch.zeros(d.shape[-2:])

@@ -236,7 +236,9 @@ def test_every_shipped_model_has_a_card_and_loads():
         load_checkpoint(pretrained.pretrained_file(name))
 
 
-@pytest.mark.parametrize(("shape", "tile", "overlap"), [((70, 130), 64, 16), ((64, 64), 64, 16), ((40, 65), 48, 20)])
+@pytest.mark.parametrize(
+    ("shape", "tile", "overlap"), [((70, 130), 64, 16), ((64, 64), 64, 16), ((40, 65), 48, 20), ((184, 333), 47, 4)]
+)
 def test_tiles_cover_the_image_and_blend_to_it(shape, tile, overlap):
     covered = torch.zeros(shape)
     for rows, columns, weights in tiles(*shape, tile, overlap):
