@@ -79,7 +79,7 @@ void multiply(const float* left, std::int64_t row, const float* right, std::int6
         for (int v = 0; v < Vectors; ++v) factors[v] = load(right + (k * Vectors + v) * kFloats);
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
-            const Floats value = broadcast(left[r * row + k]);
+            const float value = left[r * row + k];
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) sums[r][v] += value * factors[v];
         }
@@ -194,7 +194,7 @@ JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::
     });
 }
 
-constexpr std::int64_t kWorkspace = 448 << 10;  // bytes of V and M that stay in the second-level cache
+constexpr std::int64_t kWorkspace = 256 << 10;  // bytes of V and M that stay in the second-level cache
 
 // Tiles in a block: what the cache holds, less where there are too few for all threads.
 std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, int threads) {
