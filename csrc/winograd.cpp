@@ -2,8 +2,10 @@
 //
 //   Y = A^T [sum over the channels of (G g G^T) . (B^T d B)] A,   d the 6 x 6 inputs of the tile
 //
+// and the gradient of g is G^T [sum over the tiles of (B^T d B) . (A dY A^T)] G.
+//
 // The points 0, +-5/8, +-3/2 and infinity round a quarter as much as the usual 0, +-1, +-2 do. For each of the
-// 36 places the sum over the channels is a matrix product, V U = M, with a row a tile.
+// 36 places the sum over the channels is a matrix product, V U = M, with a row a tile; dU = V^T dM.
 #include "isa.h"
 #include "parallel.h"
 #include "rows.h"
@@ -60,6 +62,26 @@ inline void output_transform(const V* m, V* y) {  // A^T m
     y[3] = m[5] + float(kA2 * kA) * difference_a + float(kB2 * kB) * difference_b;
 }
 
+template <class V>
+inline void gradient_transform(const V* y, V* m) {  // A y
+    const V even_a = y[0] + float(kA2) * y[2], odd_a = float(kA) * y[1] + float(kA2 * kA) * y[3];
+    const V even_b = y[0] + float(kB2) * y[2], odd_b = float(kB) * y[1] + float(kB2 * kB) * y[3];
+    m[0] = y[0];
+    m[1] = even_a + odd_a;
+    m[2] = even_a - odd_a;
+    m[3] = even_b + odd_b;
+    m[4] = even_b - odd_b;
+    m[5] = y[3];
+}
+
+template <class V>
+inline void weight_gradient_transform(const V* u, V* g) {  // G^T u
+    const V sum_a = float(kAtA) * (u[1] + u[2]), sum_b = float(kAtB) * (u[3] + u[4]);
+    g[0] = float(1 / (kA2 * kB2)) * u[0] + sum_a + sum_b;
+    g[1] = float(kAtA * kA) * (u[1] - u[2]) + float(kAtB * kB) * (u[3] - u[4]);
+    g[2] = float(kA2) * sum_a + float(kB2) * sum_b + u[5];
+}
+
 // The matrix product in registers: kRows rows by up to kPanel vectors of columns.
 constexpr int kRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -68,18 +90,23 @@ constexpr int kPanel = 4;
 constexpr int kPanel = 2;
 #endif
 
-// c[r, :] = sum over k of left[r, k] * right[k, :]
-template <int Vectors>
-void multiply(const float* left, std::int64_t row, const float* right, std::int64_t depth, float* c,
-              std::int64_t stride) {
+// c = left right, or with Transposed c += left^T right; a matrix is where its rows begin, and their distance.
+template <int Vectors, bool Transposed>
+void multiply(const float* left, std::int64_t left_row, const float* right, std::int64_t right_row, std::int64_t depth,
+              float* c, std::int64_t c_row) {
     Floats sums[kRows][Vectors] = {};
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v)
+            if (Transposed) sums[r][v] = load(c + r * c_row + v * kFloats);
     for (std::int64_t k = 0; k < depth; ++k) {
         Floats factors[Vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) factors[v] = load(right + (k * Vectors + v) * kFloats);
+        for (int v = 0; v < Vectors; ++v) factors[v] = load(right + k * right_row + v * kFloats);
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
-            const float value = left[r * row + k];
+            const float value = Transposed ? left[k * left_row + r] : left[r * left_row + k];
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) sums[r][v] += value * factors[v];
         }
@@ -87,7 +114,7 @@ void multiply(const float* left, std::int64_t row, const float* right, std::int6
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) store(c + r * stride + v * kFloats, sums[r][v]);
+        for (int v = 0; v < Vectors; ++v) store(c + r * c_row + v * kFloats, sums[r][v]);
 }
 
 // The columns of a product, `vectors` vectors of them, as panels of nearly equal width.
@@ -98,14 +125,15 @@ struct Panels {
     std::int64_t vectors, count;
 };
 
-JFBFAST_ONCE void multiply_panel(int vectors, const float* left, std::int64_t row, const float* right, std::int64_t depth, float* c,
-                    std::int64_t stride) {
+template <bool Transposed>
+JFBFAST_ONCE void multiply_panel(int vectors, const float* left, std::int64_t left_row, const float* right,
+                                 std::int64_t right_row, std::int64_t depth, float* c, std::int64_t c_row) {
     switch (vectors) {
-        case 1: return multiply<1>(left, row, right, depth, c, stride);
-        case 2: return multiply<2>(left, row, right, depth, c, stride);
+        case 1: return multiply<1, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+        case 2: return multiply<2, Transposed>(left, left_row, right, right_row, depth, c, c_row);
 #if defined(__AVX512F__) || defined(__aarch64__)
-        case 3: return multiply<3>(left, row, right, depth, c, stride);
-        case 4: return multiply<4>(left, row, right, depth, c, stride);
+        case 3: return multiply<3, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+        case 4: return multiply<4, Transposed>(left, left_row, right, right_row, depth, c, c_row);
 #endif
     }
 }
@@ -194,6 +222,41 @@ JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::
     });
 }
 
+// A dY A^T of one tile, and the sum of dY added to `total`.
+JFBFAST_ONCE void transform_gradient(const float* gradient, const Tiles& tiles, std::int64_t tile,
+                                     std::int64_t channels, const float* zeros, float* m, std::int64_t plane,
+                                     float* total) {
+    const Tiles::Place place = tiles.place(tile);
+    const std::int64_t height = tiles.shape.height, width = tiles.shape.width;
+    const float* at[kTile][kTile];
+    for (int i = 0; i < kTile; ++i)
+        for (int j = 0; j < kTile; ++j) {
+            const std::int64_t y = place.top + i, z = place.left + j;
+            const bool inside = y < height && z < width;
+            at[i][j] = inside ? gradient + ((place.image * height + y) * width + z) * channels : zeros;
+        }
+    for_each_vector<kFloats>(0, channels, [&](std::int64_t c, auto lanes) {
+        Floats half[kSpan][kTile], sum = {};
+#pragma GCC unroll 4
+        for (int j = 0; j < kTile; ++j) {
+            Floats column[kTile], out[kSpan];
+#pragma GCC unroll 4
+            for (int i = 0; i < kTile; ++i) sum += column[i] = load(at[i][j] + c, lanes);
+            gradient_transform(column, out);
+#pragma GCC unroll 6
+            for (int i = 0; i < kSpan; ++i) half[i][j] = out[i];
+        }
+        store(total + c, load(total + c) + sum);
+#pragma GCC unroll 6
+        for (int i = 0; i < kSpan; ++i) {
+            Floats out[kSpan];
+            gradient_transform(half[i], out);
+#pragma GCC unroll 6
+            for (int j = 0; j < kSpan; ++j) store(m + (i * kSpan + j) * plane + c, out[j]);
+        }
+    });
+}
+
 constexpr std::int64_t kWorkspace = 256 << 10;  // bytes of V and M that stay in the second-level cache
 
 // Tiles in a block: what the cache holds, less where there are too few for all threads.
@@ -201,6 +264,32 @@ std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, int threads) {
     const std::int64_t fit = kWorkspace / (kPlaces * floats * std::int64_t(sizeof(float)));
     const std::int64_t share = (tiles + threads - 1) / threads;
     return round_up(larger(1, smaller(fit - kRows + 1, share)), kRows);
+}
+
+constexpr std::int64_t kParts = 16, kPartTiles = 64;  // of a weight's gradient: at most, and in each at least
+
+// G^T dU G, [9, in, out].
+JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std::int64_t in, std::int64_t out,
+                                         float* to) {
+    for (std::int64_t at = 0; at < in * out; at += kFloats) {
+        Floats half[3][kSpan];
+#pragma GCC unroll 6
+        for (int j = 0; j < kSpan; ++j) {
+            Floats column[kSpan], g[3];
+#pragma GCC unroll 6
+            for (int i = 0; i < kSpan; ++i) column[i] = load(u + (i * kSpan + j) * plane + at);
+            weight_gradient_transform(column, g);
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; ++i) half[i][j] = g[i];
+        }
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+            Floats g[3];
+            weight_gradient_transform(half[i], g);
+#pragma GCC unroll 3
+            for (int j = 0; j < 3; ++j) store(to + (3 * i + j) * in * out + at, g[j]);
+        }
+    }
 }
 
 }  // namespace
@@ -255,11 +344,64 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
                 const std::int64_t column = panels.begin(panel) * kFloats;
                 const float* const u = conv.weights + (place * out + column) * shape.in;
                 for (std::int64_t t = 0; t < count; t += kRows)
-                    multiply_panel(panels.width(panel), v + place * v_plane + t * in, in, u, shape.in,
-                                   m + place * m_plane + t * out + column, out);
+                    multiply_panel<false>(panels.width(panel), v + place * v_plane + t * in, in, u,
+                                          panels.width(panel) * kFloats, shape.in,
+                                          m + place * m_plane + t * out + column, out);
             }
         for (std::int64_t t = 0; t < count; ++t) finish_tile(conv, tiles, first + t, m + t * out, m_plane);
     });
+}
+
+// The sum over the tiles is made of parts that depend on the shape alone, each in order, so that the result
+// does not depend on the thread count.
+void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threads) {
+    const Tiles tiles(shape);
+    const Panels panels(padded(shape.out));
+    const std::int64_t in = padded(shape.in), out = padded(shape.out), rows = round_up(shape.in, kRows);
+    const std::int64_t block = block_tiles(tiles.count, in + out, 1);
+    const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
+    const std::int64_t u_plane = rows * out, workspace = kPlaces * (v_plane + m_plane + u_plane);
+    const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
+    const Buffer<float> memory(threads * workspace), zeros(larger(in, out)), sums(parts * part_size), totals(parts * out);
+
+    parallel_for(parts, threads, [&](std::int64_t part, int thread) {
+        float* const v = memory.data() + thread * workspace;
+        float* const m = v + kPlaces * v_plane;
+        float* const u = m + kPlaces * m_plane;
+        std::memset(u, 0, kPlaces * u_plane * sizeof(float));
+        const std::int64_t last = (part + 1) * tiles.count / parts;
+        for (std::int64_t first = part * tiles.count / parts; first < last; first += block) {
+            const std::int64_t count = smaller(block, last - first);
+            for (std::int64_t t = 0; t < count; ++t) {
+                transform_tile(g.x, tiles, first + t, shape.in, zeros.data(), v + t * in, v_plane);
+                transform_gradient(g.gradient, tiles, first + t, shape.out, zeros.data(), m + t * out, m_plane,
+                                   totals.data() + part * out);
+            }
+            for (int place = 0; place < kPlaces; ++place)
+                for (std::int64_t panel = 0; panel < panels.count; ++panel) {
+                    const std::int64_t column = panels.begin(panel) * kFloats;
+                    for (std::int64_t row = 0; row < rows; row += kRows)
+                        multiply_panel<true>(panels.width(panel), v + place * v_plane + row, in,
+                                             m + place * m_plane + column, out, count,
+                                             u + place * u_plane + row * out + column, out);
+                }
+        }
+        finish_weight_gradient(u, u_plane, shape.in, out, sums.data() + part * part_size);
+    });
+
+    parallel_for(shape.in, threads, [&](std::int64_t c, int) {
+        for (std::int64_t o = 0; o < shape.out; ++o)
+            for (int k = 0; k < 9; ++k) {
+                float sum = 0;
+                for (std::int64_t part = 0; part < parts; ++part)
+                    sum += sums.data()[part * part_size + (k * shape.in + c) * out + o];
+                g.weight[(o * shape.in + c) * 9 + k] = sum;
+            }
+    });
+    for (std::int64_t o = 0; g.bias && o < shape.out; ++o) {
+        g.bias[o] = 0;
+        for (std::int64_t part = 0; part < parts; ++part) g.bias[o] += totals.data()[part * out + o];
+    }
 }
 
 }  // namespace JFBFAST_ISA
