@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jfbfast import DnCNN, backend, native, ops, reference
 from jfbfast.prepared import _PreparedConv2d, _Twin, prepared
+from jfbfast.winograd import WinogradConvolutions, winograd_allowed
 
 SIZES = ((1, 1), (3, 5), (4, 4), (13, 21), (64, 64))
 CHANNELS = ((3, 17), (17, 3), (64, 96), (96, 64), (16, 80))
@@ -201,7 +202,7 @@ class Mixed(nn.Module):
 
 def winograd_convolutions(net: nn.Module, tol: float) -> list[tuple[int, int]]:
     twin = _Twin(net, None)
-    twin.refresh(winograd=tol >= 1e-4)
+    twin.refresh(winograd_allowed(tol))
     kinds = [m for m in twin.module.modules() if isinstance(m, _PreparedConv2d)]
     return [(m.in_channels, m.out_channels) for m in kinds if m.transformed is not None]
 

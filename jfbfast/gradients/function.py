@@ -16,6 +16,7 @@ from jfbfast.prepared import checked_solve_dtype, prepared
 from jfbfast.reference import band_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
 from jfbfast.solvers.loop import DIVERGED_GROWTH
+from jfbfast.winograd import winograd_convolutions
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -25,16 +26,20 @@ class _Applications:
 
     Args:
         noted: the number of the application, from 0, at which running statistics are updated.
+        tol: the relative residual for which it is good enough.
     """
 
-    def __init__(self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int) -> None:
-        self.layer, self.module, self.inputs, self.noted = layer, module, inputs, noted
+    def __init__(
+        self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int, tol: float
+    ) -> None:
+        self.layer, self.module, self.inputs, self.noted, self.tol = layer, module, inputs, noted, tol
         self.count = 0
         self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
 
     def __call__(self, x: Tensor) -> Tensor:
         noting = self.module if len(x) > 0 and self.count == self.noted else None
-        with nullcontext() if noting is None else updated_statistics(noting), fixed_map(self.module):
+        noting_it = nullcontext() if noting is None else updated_statistics(noting)
+        with noting_it, fixed_map(self.module), winograd_convolutions(self.tol):
             image = self.layer(x, *self.inputs).to(x.dtype)
         if image.shape != x.shape:
             raise ValueError(
@@ -98,10 +103,13 @@ def _raise_for_captured(out: Tensor, known: set[int]) -> None:
 class _Network:
     """The layer with its parameters, as the method applies it at the fixed point."""
 
-    def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod) -> None:
+    def __init__(
+        self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, solver: FixedPointSolver
+    ) -> None:
         if isinstance(parameters, Tensor):
             raise TypeError("parameters is a tensor; it takes an iterable of tensors")
         self.layer, self.module, self.method = layer, owner(layer), method
+        self.tol = min(solver.tol, getattr(method, "tol", solver.tol))
         self.named = parameters is not None
         if parameters is None:
             parameters = () if self.module is None else self.module.parameters()
@@ -115,7 +123,7 @@ class _Network:
         x = x.detach().requires_grad_(differentiable and method.needs == "products")
         leaves = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
         noted = method.steps - 1 if isinstance(method, Unrolled) else 0
-        applications = _Applications(self.layer, self.module, leaves, noted)
+        applications = _Applications(self.layer, self.module, leaves, noted, self.tol)
         out = method.trace(applications, x)
         if differentiable:
             if not self.named:
@@ -225,7 +233,7 @@ def solve_fixed_point(
     solver = Anderson() if solver is None else solver
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
-    network = _Network(layer, parameters, method)
+    network = _Network(layer, parameters, method, solver)
     inputs = tuple(inputs)
     if network.module is not None:
         step_spectral_norms(network.module)
