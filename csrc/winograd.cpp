@@ -257,16 +257,17 @@ JFBFAST_ONCE void transform_gradient(const float* gradient, const Tiles& tiles, 
     });
 }
 
-constexpr std::int64_t kWorkspace = 256 << 10;  // bytes of V and M that stay in the second-level cache
+// Bytes of V and M together. They are to stay in the second-level cache, but dU is read and written once a block.
+constexpr std::int64_t kWorkspace = 256 << 10, kGradientWorkspace = 896 << 10;
 
-// Tiles in a block: what the cache holds, less where there are too few for all threads.
-std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, int threads) {
-    const std::int64_t fit = kWorkspace / (kPlaces * floats * std::int64_t(sizeof(float)));
+// Tiles in a block: what the workspace holds, less where there are too few for all threads.
+std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, std::int64_t bytes, int threads) {
+    const std::int64_t fit = bytes / (kPlaces * floats * std::int64_t(sizeof(float)));
     const std::int64_t share = (tiles + threads - 1) / threads;
     return round_up(larger(1, smaller(fit - kRows + 1, share)), kRows);
 }
 
-constexpr std::int64_t kParts = 16, kPartTiles = 64;  // of a weight's gradient: at most, and in each at least
+constexpr std::int64_t kParts = 16, kPartTiles = 128;  // of a weight's gradient: at most, and in each at least
 
 // G^T dU G, [9, in, out].
 JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std::int64_t in, std::int64_t out,
@@ -327,7 +328,7 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
     const Tiles tiles(shape);
     const Panels panels(padded(shape.out));
     const std::int64_t in = padded(shape.in), out = padded(shape.out);
-    const std::int64_t block = block_tiles(tiles.count, in + out, threads);
+    const std::int64_t block = block_tiles(tiles.count, in + out, kWorkspace, threads);
     // A few floats more, so that the places do not all fall on the same sets of the cache.
     const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
     const std::int64_t workspace = kPlaces * (v_plane + m_plane);
@@ -358,7 +359,7 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
     const Tiles tiles(shape);
     const Panels panels(padded(shape.out));
     const std::int64_t in = padded(shape.in), out = padded(shape.out), rows = round_up(shape.in, kRows);
-    const std::int64_t block = block_tiles(tiles.count, in + out, 1);
+    const std::int64_t block = block_tiles(tiles.count, in + out, kGradientWorkspace, 1);
     const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
     const std::int64_t u_plane = rows * out, workspace = kPlaces * (v_plane + m_plane + u_plane);
     const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
