@@ -299,6 +299,7 @@ void winograd_weights(const float* weight, float* out, std::int64_t in_channels,
                       int threads) {
     const Panels panels(padded(out_channels));
     const std::int64_t plane = in_channels * padded(out_channels);
+    threads = useful_threads(threads, plane);
     parallel_for(panels.vectors, threads, [&](std::int64_t vector, int) {
         std::int64_t panel = 0;
         while (panels.begin(panel + 1) <= vector) ++panel;
@@ -328,6 +329,7 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
     const Tiles tiles(shape);
     const Panels panels(padded(shape.out));
     const std::int64_t in = padded(shape.in), out = padded(shape.out);
+    threads = useful_threads(threads, tiles.count * in * out / 4);
     const std::int64_t block = block_tiles(tiles.count, in + out, kWorkspace, threads);
     // A few floats more, so that the places do not all fall on the same sets of the cache.
     const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
@@ -359,6 +361,7 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
     const Tiles tiles(shape);
     const Panels panels(padded(shape.out));
     const std::int64_t in = padded(shape.in), out = padded(shape.out), rows = round_up(shape.in, kRows);
+    threads = useful_threads(threads, tiles.count * in * out / 4);
     const std::int64_t block = block_tiles(tiles.count, in + out, kGradientWorkspace, 1);
     const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
     const std::int64_t u_plane = rows * out, workspace = kPlaces * (v_plane + m_plane + u_plane);
@@ -390,14 +393,14 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
         finish_weight_gradient(u, u_plane, shape.in, out, sums.data() + part * part_size);
     });
 
-    parallel_for(shape.in, threads, [&](std::int64_t c, int) {
-        for (std::int64_t o = 0; o < shape.out; ++o)
-            for (int k = 0; k < 9; ++k) {
-                float sum = 0;
-                for (std::int64_t part = 0; part < parts; ++part)
-                    sum += sums.data()[part * part_size + (k * shape.in + c) * out + o];
-                g.weight[(o * shape.in + c) * 9 + k] = sum;
-            }
+    parallel_for(shape.in, useful_threads(threads, part_size), [&](std::int64_t c, int) {
+        for (int k = 0; k < 9; ++k) {
+            float* const sum = sums.data() + (k * shape.in + c) * out;
+            for (std::int64_t part = 1; part < parts; ++part)
+                for (std::int64_t o = 0; o < out; o += kFloats)
+                    store(sum + o, load(sum + o) + load(sum + part * part_size + o));
+            for (std::int64_t o = 0; o < shape.out; ++o) g.weight[(o * shape.in + c) * 9 + k] = sum[o];
+        }
     });
     for (std::int64_t o = 0; g.bias && o < shape.out; ++o) {
         g.bias[o] = 0;
