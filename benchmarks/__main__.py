@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,10 @@ from . import BENCHMARKS, run
 
 def main() -> None:
     """The entry point of the module."""
+    if sys.argv[1:2] == ["paper"]:
+        from .paper.command import app
+
+        app(sys.argv[2:], prog_name="python -m jfbfast.benchmarks paper")
     listing = "\n".join(f"  {name:<10} {text}" for name, text in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m jfbfast.benchmarks",

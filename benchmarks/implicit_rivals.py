@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -23,8 +23,9 @@ from jfbfast.operators import GaussianBlur
 from . import rivals
 from .problem import Problem, has_batch_statistics, model
 
-OURS, OURS_LOW = "jfbfast", "jfbfast, solve in bf16"
+OURS, OURS_LOW, PUBLISHED = "jfbfast", "jfbfast, solve in bf16", "published loop"
 
+TOL = 1e-4  # that our layer is prepared for, a tenth of the smallest target
 _REGULARIZATION = 1e-10  # of the others' Gram matrices: of 1e-4, their default, to 1e-10 it takes fewest evaluations
 
 See = Callable[[Tensor], None] | None  # is shown the layer's value at each evaluation of a solve
@@ -37,7 +38,6 @@ class Side:
     Attributes:
         forward: the restored images after so many evaluations of the layer, and once more with its gradient.
         parameters: what gets a gradient.
-        lag: evaluations by which the solve ends before the one whose value ``forward`` returns.
         least: evaluations.
         batch_statistics: whether its map normalises by the batch at hand.
         context: within which a whole step is taken.
@@ -45,7 +45,6 @@ class Side:
 
     forward: Callable[[int, See], Tensor]
     parameters: list[nn.Parameter]
-    lag: int = 1
     least: int = 1
     batch_statistics: bool = False
     context: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -62,14 +61,22 @@ class Side:
 
 @dataclass(frozen=True)
 class Watched(Anderson):
-    """Anderson's method that shows every value of the layer."""
+    """Anderson's method that takes ``max_iter`` evaluations whatever its tolerance, and shows each value of the layer.
+
+    The layer is prepared for the tolerance. Where the coarse layer's word is taken, all evaluations are of that one.
+    """
 
     see: See = None
 
-    def solve(self, layer: Any, x0: Tensor, inputs: Any = (), *, coarse: Any = None, **options: Any) -> Any:
+    def solve(
+        self, layer: Any, x0: Tensor, inputs: Any = (), *, coarse: Any = None, verify: bool = True, **options: Any
+    ) -> Any:
+        if coarse is not None and not verify:
+            layer, coarse = coarse, None
         if self.see is not None:
             layer, coarse = _shown(layer, self.see), None if coarse is None else _shown(coarse, self.see)
-        return super().solve(layer, x0, inputs, coarse=coarse, **options)
+        exactly = replace(self, tol=0.0)
+        return super(Watched, exactly).solve(layer, x0, inputs, coarse=coarse, verify=verify, **options)
 
 
 def _shown(layer: Callable[..., Tensor], see: See) -> Callable[..., Tensor]:
@@ -245,7 +252,7 @@ def compiled(given: Problem, layer: str, half: bool) -> Side:
         solver = Watched(tol=0.0, max_iter=evaluations, see=see)
         return fixed_point(whole, x0, inputs=(beside,), solver=solver)
 
-    return Side(forward, list(users.parameters()), lag=0, context=partial(backend, "reference"))
+    return Side(forward, list(users.parameters()), context=partial(backend, "reference"))
 
 
 def ours(given: Problem, layer: str, half: bool, kernels: str = "auto", **options: Any) -> Side:
@@ -253,11 +260,11 @@ def ours(given: Problem, layer: str, half: bool, kernels: str = "auto", **option
     net = model(given, layer, **options).train()
 
     def forward(evaluations: int, see: See) -> Tensor:
-        net.solver = Watched(tol=0.0, max_iter=evaluations, see=see)
+        net.solver = Watched(tol=TOL, max_iter=evaluations, see=see)
         with autocast(given.d, half):
             return net(given.d)
 
-    return Side(forward, list(net.parameters()), lag=0, context=partial(backend, kernels))
+    return Side(forward, list(net.parameters()), context=partial(backend, kernels))
 
 
 def sides(
@@ -272,7 +279,7 @@ def sides(
     yield "PyTorch", partial(ours, given, layer, half, kernels="reference")
     if compile_:
         yield "PyTorch, compiled", partial(compiled, given, layer, half)
-    yield "published loop", partial(published, given, layer, half)
+    yield PUBLISHED, partial(published, given, layer, half)
     if "torchdeq" not in missing:
         yield "TorchDEQ", partial(torchdeq, given, layer, half)
     if "deepinv" not in missing:

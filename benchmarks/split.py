@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jfbfast import RED, DEGrad, SeparableBlur
 
-from .implicit_rivals import Watched, autocast
+from .implicit_rivals import TOL, Watched, autocast
 from .problem import Problem, model
 from .timing import spread
 
@@ -105,7 +105,7 @@ def split(given: Problem, layer: str, half: bool, evaluations: int) -> Split:
     shares: list[dict[str, float]] = []
     for _ in range(_STEPS + 1):
         watch = Stopwatch(given.d.device)
-        net.solver = _Timed(tol=0.0, max_iter=evaluations, watch=watch)
+        net.solver = _Timed(tol=TOL, max_iter=evaluations, watch=watch)
         with _instrumented(watch):
             watch("overhead", _step)(net, given, half, watch)
         total = sum(watch.seconds.values())

@@ -8,7 +8,7 @@ sides get the same layer, weights, batch and start.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,7 +145,7 @@ def _tried(side: Side, fixed: Tensor, target: float, record: list[float], limit:
     within = min(record) <= target
     aim = target if within else _NEAREST * min(record)
     first = next((k for k, value in enumerate(record, 1) if value <= aim), len(record))
-    least = min(max(first - side.lag, side.least), limit)
+    least = min(max(first - 1, side.least), limit)  # the layer with its gradient is one more
     more = max(least // 20, 1)
     for evaluations in range(least, min(least + _TRIES * more, limit) + 1, more):
         found = error(side.forward(evaluations, None), fixed)
@@ -161,15 +161,26 @@ def _timer(side: Side, x: Tensor, evaluations: int) -> Sampler:
 
 
 class Benchmark:
-    """One run: measures experiment by experiment, and keeps the rows."""
+    """One run: measures experiment by experiment, and keeps the rows.
 
-    def __init__(self, plan: Plan, weights: Weights, device: torch.device, console: Console) -> None:
+    Args:
+        libraries: of the rivals' libraries, those to measure where they are installed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Weights,
+        device: torch.device,
+        console: Console,
+        libraries: tuple[str, ...] = ("torchdeq", "deepinv"),
+    ) -> None:
         self.plan, self.weights, self.device, self.console = plan, weights, device, console
         self.machine = machine.describe(device)
         self.rows: list[Row] = []
-        self.missing: set[str] = set()
+        self.missing = {"torchdeq", "deepinv"} - set(libraries)
         self.main: tuple[str, int] | None = None  # the first layer with a fixed point, and our evaluations
-        for name in ("torchdeq", "deepinv"):
+        for name in libraries:
             if reason := rivals.quiet_import(name):
                 self.say(f"{reason}; it is left out")
                 self.missing.add(name)
@@ -193,7 +204,7 @@ class Benchmark:
                     self._at_equal_error(given, layer, half, fixed)
         if self.main is not None:
             self._against_evaluations(self.main[0])
-            self._against_size(*self.main)
+            self.against_size(*self.main)
             self._memory(self.main[0])
         return self.rows
 
@@ -265,14 +276,14 @@ class Benchmark:
                 row = self._row("evaluations", name, layer, given, False, count)
                 self.rows.append(row.timed(samples, measured[OURS]))
 
-    def _against_size(self, layer: str, evaluations: int) -> None:
-        """All sides with as many evaluations as ours needs for the first target in the first case."""
+    def against_size(self, layer: str, evaluations: int, wanted: Collection[str] | None = None) -> None:
+        """The sides of these names, or all, with that many evaluations at each size of the plan."""
         for size in self.plan.sizes:
             given = problem(self.weights, size, self.plan.sizes_batch, self.device)
             names = [*sides(given, layer, False, self.missing)]
             if size in self.plan.jacobian:
                 names += jacobian_sides(given, layer)
-            made = self._make(iter(names))
+            made = self._make(each for each in names if wanted is None or each[0] in wanted)
             with self.console.status(f"{size}²"):
                 measured = self._measure(made, given, dict.fromkeys(made, evaluations), f"{size}²")
             for name, samples in measured.items():

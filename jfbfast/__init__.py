@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from jfbfast import diagnostics, spectrum
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
+from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
@@ -26,6 +27,7 @@ __all__ = [
     "RED",
     "Anderson",
     "Broyden",
+    "ConditionalDEGrad",
     "ConvergenceWarning",
     "DEGrad",
     "DnCNN",

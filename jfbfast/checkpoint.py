@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from jfbfast.baselines import FeedForward
+from jfbfast.conditional import CONDITIONS, ConditionalDEGrad, Ranges
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
 from jfbfast.gradients import GradientMethod, gradient_method
@@ -80,6 +81,8 @@ class ModelConfig:
         averaging: of the `DEGrad`.
         solver: ``kind``, "Anderson", "Broyden", "Inertial" or "Picard", and its arguments.
         gradient: of the `DEGrad`: ``kind``, a method's name, and its arguments.
+        sigma_range, noise_range: of a filtered `ConditionalDEGrad`, the least and the largest; ``sigma`` and
+            ``noise`` are where it is set when it is made. None for one setting alone.
     """
 
     form: Literal["paper", "preconditioned", "filtered", "feed-forward", "denoiser"] = "filtered"
@@ -93,6 +96,15 @@ class ModelConfig:
     averaging: float | Literal["auto"] = 1.0
     solver: Description = field(default_factory=lambda: {"kind": "Anderson"})
     gradient: Description = field(default_factory=lambda: {"kind": "jfb"})
+    sigma_range: Sequence[float] | None = None
+    noise_range: Sequence[float] | None = None
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """The measurements it is for; None for one setting alone."""
+        if self.sigma_range is None or self.noise_range is None:
+            return None
+        return Ranges(tuple(self.sigma_range), tuple(self.noise_range))  # type: ignore[arg-type]  # checks it
 
     @property
     def channels(self) -> int:
@@ -124,6 +136,22 @@ class ModelConfig:
             if not isinstance(denoiser, DnCNN) or denoiser.residual:
                 raise ValueError(f"denoiser is {dict(self.denoiser)}; the paper's form takes a DnCNN, not residual")
             return DEGrad(self.blur(), denoiser, step_size=self.step_size, **options)
+        if (ranges := self.ranges) is not None:
+            if self.form != "filtered" or getattr(denoiser, "conditions", 0) != CONDITIONS:
+                raise ValueError(
+                    f"form is {self.form!r} with {dict(self.denoiser)}; sigma_range and noise_range take the filtered "
+                    f"form with a UNet of {CONDITIONS} conditions"
+                )
+            return ConditionalDEGrad(
+                denoiser,
+                kernel_size=self.kernel_size,
+                padding_mode=self.padding_mode,
+                ranges=ranges,
+                sigma=self.sigma,
+                noise=self.noise,
+                weight=self.weight,
+                **options,
+            )
         regularizer = RED(denoiser, self.weight, "weight" if self.form == "filtered" else None)
         return DEGrad(self.blur(), regularizer, preconditioner="exact", **options)
 

@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 _EXTRAS = "the command line needs more packages: pip install 'jfbfast[train]'"
 
@@ -19,6 +19,7 @@ try:
     import typer
     from rich.console import Console
     from rich.progress import Progress, TaskID
+    from typer.core import TyperCommand
 
     from jfbfast.settings import TrainingSettings, setting_types
 except ModuleNotFoundError as error:  # pragma: no cover
@@ -81,7 +82,7 @@ def restore(
         typer.Option(
             metavar="NAME|FILE",
             help="A shipped model, or a file from demo or train, or tikhonov. "
-            "(default: the shipped model for this blur and noise, else tikhonov)",
+            "(default: the shipped model for this blur and noise, or for a range with them, else tikhonov)",
         ),
     ] = None,
     kernel_size: Annotated[
@@ -104,7 +105,7 @@ def restore(
         from jfbfast.checkpoint import ModelConfig
         from jfbfast.data import read_photograph, write_photograph
         from jfbfast.operators import GaussianBlur
-        from jfbfast.pretrained import load_model, matching_name
+        from jfbfast.pretrained import load_model, matching_name, set_measurement
         from jfbfast.restoration import (
             network_restorer,
             restore_tiled,
@@ -114,6 +115,7 @@ def restore(
         )
         from jfbfast.solvers import ConvergenceWarning
 
+        picked = checkpoint is None
         if checkpoint is None:
             given = [default if value is None else value for value, default in ((kernel_size, 5), (sigma, 1.0))]
             level = 0.01 if noise is None else noise
@@ -125,18 +127,21 @@ def restore(
                 )
             else:
                 console.print(f"Restoring by the shipped model {checkpoint}.")
-        elif checkpoint != "tikhonov" and noise is not None:
-            raise ValueError(f"--noise is {noise}; with a checkpoint, which was trained for its own, it is of no use")
+                sigma, noise = given[1], level
         classical = checkpoint in (None, "tikhonov")
         model, config = (None, ModelConfig()) if classical else load_model(str(checkpoint))
         if model is not None and not hasattr(model, "blur"):
             raise ValueError(f"--checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
+        if model is not None and config.ranges is not None:
+            set_measurement(str(checkpoint), model, config, sigma, noise)
+        elif model is not None and noise is not None and not picked:
+            raise ValueError(f"--noise is {noise}; with a checkpoint, which was trained for its own, it is of no use")
         size = config.kernel_size if kernel_size is None else kernel_size
         width = config.sigma if sigma is None else sigma
         blur = GaussianBlur(size, width, padding_mode)
         if model is not None:
             model.blur = blur
-            if (size, width) != (config.kernel_size, config.sigma):
+            if size != config.kernel_size or (width != config.sigma and config.ranges is None):
                 console.print(
                     f"The checkpoint was trained for kernel size {config.kernel_size} and σ = {config.sigma:g}; "
                     f"it is used for {size} and {width:g}."
@@ -297,6 +302,8 @@ def diagnose(
     crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
     samples: Annotated[int, typer.Option(help="Crops.")] = 4,
     iterations: Annotated[int, typer.Option(help="Evaluations of the layer that the history runs to.")] = 300,
+    sigma: Annotated[float | None, typer.Option(help="Of the blur; a model for a range takes it.")] = None,
+    noise: Annotated[float | None, typer.Option(help="On [−1, 1]; a model for a range takes it.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
@@ -306,7 +313,7 @@ def diagnose(
         from jfbfast.data import ImageError, read_photograph
         from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
-        from jfbfast.pretrained import load_model
+        from jfbfast.pretrained import load_model, set_measurement
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:
@@ -314,6 +321,7 @@ def diagnose(
         model, config = load_model(checkpoint)
         if not isinstance(model, DEGrad):
             raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
+        set_measurement(str(checkpoint), model, config, sigma, noise)
         random = torch.Generator().manual_seed(seed)
         squares = []
         for i in range(samples):
@@ -325,7 +333,8 @@ def diagnose(
             square = square.mean(0, keepdim=True) if config.channels == 1 else square
             squares.append(2 * square.expand(config.channels, -1, -1) - 1)
         x = torch.stack(squares)
-        d = config.blur()(x) + config.noise * torch.randn(x.shape, generator=random)
+        level = config.noise if noise is None else noise
+        d = model.blur(x) + level * torch.randn(x.shape, generator=random)
         with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
             found = report(model, d, x, iterations=iterations, seed=seed)
         out.mkdir(parents=True, exist_ok=True)
@@ -335,14 +344,27 @@ def diagnose(
         console.print(f"Picture: {path}", highlight=False, markup=False)
 
 
-@app.command()
+class _Bench(TyperCommand):
+    """`bench paper` is a command of its own, with other options."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if args[:1] != ["paper"]:
+            return super().make_context(info_name, args, parent, **extra)
+        paper = typer.main.get_command(import_module("jfbfast.benchmarks.paper.command").app)
+        return paper.make_context(f"{info_name} paper", args[1:], parent, **extra)
+
+
+@app.command(cls=_Bench)
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="What to run; by default kernels.")] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, a minute or two.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights for step.", metavar="FILE")] = None,
 ) -> None:
-    """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries."""
+    """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
+
+    jfbfast bench paper, which has options of its own, makes the tables and figures of the paper.
+    """
     with _one_sentence():
         benchmarks = import_module("jfbfast.benchmarks")
         for name in names or ["kernels"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from rich.table import Table
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig
+from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, split
-from jfbfast.evaluation import Method, Scores, baseline_methods, evaluate, network_method, write_scores
+from jfbfast.evaluation import Choice, Method, Scores, baseline_methods, evaluate, network_method, write_scores
 from jfbfast.operators import GaussianBlur
 from jfbfast.pretrained import load_model
 
-_SETTING = ("kernel_size", "sigma", "noise", "padding_mode")
+SETTING = ("kernel_size", "sigma", "noise", "padding_mode")
 
 
 def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
@@ -34,10 +35,10 @@ def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelCon
     return found
 
 
-def _setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]) -> ModelConfig:
+def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]) -> ModelConfig:
     """The measurements to make: as given, or else as the first network's; the defaults without one."""
     base = configs[0] if configs else ModelConfig()
-    values = {name: getattr(base, name) if given[name] is None else given[name] for name in _SETTING}
+    values = {name: getattr(base, name) if given[name] is None else given[name] for name in SETTING}
     return ModelConfig(**values)
 
 
@@ -87,6 +88,41 @@ def results_table(scores: Sequence[Scores], title: str) -> Table:
     return table
 
 
+def evaluate_all(
+    methods: Sequence[Method],
+    images: Images,
+    validation: Images,
+    blur: GaussianBlur,
+    noise: float,
+    *,
+    console: Console,
+    say: Callable[[str, str], None],
+    choices: Mapping[str, Choice] | None = None,
+    **options: Any,
+) -> list[Scores]:
+    """`evaluate` for each method, with a bar.
+
+    Args:
+        methods, images, validation, blur, noise: as there.
+        say: is told the name of a method that cannot be scored, and why.
+        choices: of parameters, by name, where they are known.
+        options: batch_size and device of `evaluate`.
+    """
+    scores = []
+    with Progress(console=console, transient=True) as bar:
+        for method in methods:
+            task = bar.add_task(method.name, total=len(images))
+            choice = (choices or {}).get(method.name)
+            step = partial(bar.advance, task)
+            try:
+                found = evaluate(method, images, validation, blur, noise, choice=choice, progress=step, **options)
+            except ValueError as error:  # one method's; the others' results are wanted all the same
+                say(method.name, str(error))
+            else:
+                scores.append(found)
+    return scores
+
+
 def compare(
     checkpoints: Sequence[str],
     data: Path,
@@ -123,11 +159,13 @@ def compare(
         raise ValueError("--batch-size and --limit take integers of at least 1")
     where = torch.device(device)
     networks = _networks(checkpoints)
-    setting = _setting(given, [config for _, _, config in networks])
+    setting = measurement_setting(given, [config for _, _, config in networks])
     blur = setting.blur()
     chosen = _methods(methods, blur, denoiser, where)
     for name, model, config in networks:
-        if (config.kernel_size, config.sigma, config.noise) != (setting.kernel_size, setting.sigma, setting.noise):
+        if isinstance(model, ConditionalDEGrad):
+            model.set_measurement(setting.sigma, setting.noise)
+        elif (config.kernel_size, config.sigma, config.noise) != (setting.kernel_size, setting.sigma, setting.noise):
             console.print(f"{name} was trained for another blur or noise: {config.sigma:g}, {config.noise:g}.")
         model.blur = blur
         chosen.append(network_method(name, model.to(where)))
@@ -138,25 +176,12 @@ def compare(
     images = Images(Photographs(files, *preprocessing), seed=seed)
     validation = Images(Photographs(validation_files, *preprocessing), seed=seed + 1)
 
-    scores = []
-    with Progress(console=console, transient=True) as bar:
-        for method in chosen:
-            task = bar.add_task(method.name, total=len(images))
-            try:
-                found = evaluate(
-                    method,
-                    images,
-                    validation,
-                    blur,
-                    setting.noise,
-                    batch_size=batch_size,
-                    device=where,
-                    progress=partial(bar.advance, task),
-                )
-            except ValueError as error:  # one method's; the others' results are wanted all the same
-                console.print(f"{method.name} is not in the table: {error}", highlight=False, markup=False)
-            else:
-                scores.append(found)
+    def say(name: str, why: str) -> None:
+        console.print(f"{name} is not in the table: {why}", highlight=False, markup=False)
+
+    scores = evaluate_all(
+        chosen, images, validation, blur, setting.noise, batch_size=batch_size, device=where, console=console, say=say
+    )
     if not scores:
         raise ValueError("no method could be scored")
     title = (
@@ -166,7 +191,7 @@ def compare(
     console.print(results_table(scores, title))
     if out is not None:
         about = {
-            **{name: getattr(setting, name) for name in _SETTING},
+            **{name: getattr(setting, name) for name in SETTING},
             "seed": seed,
             "images": [str(f.relative_to(data)) for f in files],
             "validation": [str(f.relative_to(data)) for f in validation_files],

@@ -14,6 +14,7 @@ from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator
 from jfbfast.operators import SeparableBlur
 from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
+from jfbfast.solvers.base import checked_solver
 from jfbfast.spectrum import optimal_averaging, ritz_values
 
 
@@ -50,7 +51,7 @@ class DEGrad(nn.Module):
 
     Raises:
         ValueError: a value out of its range, or options that contradict each other.
-        TypeError: an operator without ``adjoint``.
+        TypeError: an operator without ``adjoint``; a regulariser that cannot be called; a solver that is none.
     """
 
     solution: FixedPointSolution | None
@@ -74,6 +75,8 @@ class DEGrad(nn.Module):
             blur = PhysicsOperator(blur)
         if not callable(getattr(blur, "adjoint", None)):
             raise TypeError(f"blur is {type(blur).__name__}, which has no adjoint; this layer takes one that has")
+        if not callable(regularizer):
+            raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
         if preconditioner not in (None, "exact"):
             raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
         if preconditioner is None and damping is not None:
@@ -82,7 +85,8 @@ class DEGrad(nn.Module):
             raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
         if preconditioner and damping is None and not isinstance(regularizer, RED):
             raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
-        if averaging != "auto" and not (isinstance(averaging, (int, float)) and 0 < averaging <= 1):
+        number = isinstance(averaging, (int, float)) and not isinstance(averaging, bool)
+        if averaging != "auto" and not (number and 0 < averaging <= 1):
             raise ValueError(f"averaging is {averaging!r}; it takes a number in (0, 1], or 'auto'")
         filtered = isinstance(regularizer, RED) and regularizer.filtered
         needed = [method for method, used in (("solve", preconditioner), ("filter", filtered)) if used]
@@ -96,7 +100,7 @@ class DEGrad(nn.Module):
             self.register_buffer("averaging", torch.tensor(torch.nan))
         else:
             self.averaging = averaging
-        self.solver = Anderson() if solver is None else solver
+        self.solver = checked_solver(solver) or Anderson()
         self.gradient = gradient_method(gradient)
         self.solve_dtype = checked_solve_dtype(solve_dtype)
         self.compile_solve = compile_solve
@@ -105,18 +109,25 @@ class DEGrad(nn.Module):
         self.solution = None
 
     @classmethod
-    def from_pretrained(cls, name: str) -> DEGrad:
+    def from_pretrained(cls, name: str, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
         """A model that ships with the package, in eval(); `pretrained_names` of jfbfast.pretrained lists them.
 
+        Args:
+            name: of the model.
+            sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1], which a model for
+                a range of them takes (a `ConditionalDEGrad`); one for a single setting has its own.
+
         Raises:
-            ValueError: no DE-GRAD of that name; the message lists the names.
+            ValueError: no DE-GRAD of that name, and the message lists the names; σ or noise missing, out of the
+                model's range, or another than its own.
         """
         from jfbfast.checkpoint import load_checkpoint
-        from jfbfast.pretrained import pretrained_file
+        from jfbfast.pretrained import pretrained_file, set_measurement
 
         model, config = load_checkpoint(pretrained_file(name))
         if not isinstance(model, cls):
             raise ValueError(f"name is {name!r}, a {config.form} network; it takes a DE-GRAD")
+        set_measurement(name, model, config, sigma, noise)
         return model
 
     @property
@@ -179,7 +190,7 @@ class DEGrad(nn.Module):
             x0: the start; ``start(d)`` where None.
 
         Raises:
-            ValueError: d or x0 of another shape.
+            ValueError: d of another shape; x0 of another shape, dtype or device than d.
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
@@ -191,6 +202,8 @@ class DEGrad(nn.Module):
                 raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of d, {tuple(d.shape)}")
         if x0 is None:
             x0 = self.start(d)
+        elif (x0.dtype, x0.device) != (d.dtype, d.device):
+            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what d is, {d.dtype} on {d.device}")
         if isinstance(self.averaging, Tensor) and self.averaging.isnan():
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(

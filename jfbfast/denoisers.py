@@ -188,7 +188,12 @@ class RED(nn.Module):
                     f"operator is {type(operator).__name__}; a filtered RED takes one with a method filter(x, damping)"
                 )
             seen = operator.filter(x, damping)
-        return (self.weight * (x - self.denoiser(seen))).to(x.dtype)
+        return (self.weight * (x - self.denoise(seen))).to(x.dtype)
+
+    def denoise(self, seen: Tensor) -> Tensor:
+        """D of what it sees, x or W x."""
+        denoised: Tensor = self.denoiser(seen)
+        return denoised
 
 
 def log_parameter(name: str, value: float) -> nn.Parameter:

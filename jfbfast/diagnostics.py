@@ -137,7 +137,7 @@ def lipschitz_bound(model: DEGrad, x: Tensor) -> Tensor | None:
     with torch.no_grad():
         weight, damping = red.weight, red.filter_damping
         assert damping is not None
-        lipschitz = operator_norm(red.denoiser, model.blur.filter(x, damping))
+        lipschitz = operator_norm(red.denoise, model.blur.filter(x, damping))
         factor = weight / (weight.sqrt() + damping.sqrt()) ** 2 * lipschitz
         alpha = model.averaging.nan_to_num(1.0) if isinstance(model.averaging, Tensor) else model.averaging
         return 1 - alpha + alpha * factor

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,19 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A method's parameter, and how it was chosen.
+
+    Attributes:
+        value: of the best mean PSNR on the validation images.
+        trials: that PSNR in dB at the true range 2, for every candidate; empty for a method without a parameter.
+    """
+
+    value: float
+    trials: Mapping[float, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Scores:
     """What one method reached on every image, in the order of the images.
 
@@ -68,6 +81,7 @@ class Scores:
         ssim: (N,).
         evaluations, status: (N,), or None.
         seconds: for all images, on whatever device they were.
+        trials: of the `Choice` of the parameter.
     """
 
     method: str
@@ -77,6 +91,7 @@ class Scores:
     parameter: Mapping[str, float] = field(default_factory=dict)
     evaluations: Tensor | None = None
     status: Tensor | None = None
+    trials: Mapping[float, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """One row: means over all images, with half-widths of 95% confidence intervals (Student's t)."""
@@ -177,6 +192,33 @@ def _scores(
     return Scores(method.name, joined["psnr"], joined["ssim"], seconds, chosen, joined["evaluations"], joined["status"])
 
 
+def choose(
+    method: Method,
+    validation: Images,
+    blur: SeparableBlur,
+    noise: float,
+    *,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+) -> Choice:
+    """A method's parameter, the one of the best mean PSNR on ``validation``.
+
+    Args:
+        method, validation, blur, noise, batch_size, device: as in `evaluate`.
+
+    Raises:
+        ValueError: a method with a parameter, and no validation images.
+    """
+    if len(method.candidates) == 1:
+        return Choice(method.candidates[0])
+    if not len(validation):
+        raise ValueError(f"validation is empty; it takes images that choose {method.parameter} of {method.name}")
+    pairs = list(measurements(validation, blur, noise, batch_size, device))
+    quality = [float(_scores(method, v, iter(pairs), None).psnr.mean()) for v in method.candidates]
+    best = int(np.argmax(np.nan_to_num(quality, nan=-np.inf)))
+    return Choice(method.candidates[best], dict(zip(method.candidates, quality, strict=True)))
+
+
 def evaluate(
     method: Method,
     images: Images,
@@ -184,6 +226,7 @@ def evaluate(
     blur: SeparableBlur,
     noise: float,
     *,
+    choice: Choice | None = None,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
@@ -195,6 +238,7 @@ def evaluate(
         images: to score; each is scored, whatever became of it.
         validation: other images, which choose the parameter.
         blur, noise: of the measurements.
+        choice: what `choose` said of the same; None to choose here.
         batch_size: images restored together, which changes no score.
         device: to restore on.
         progress: called with the number of images of each batch scored.
@@ -204,14 +248,10 @@ def evaluate(
     """
     if not len(images):
         raise ValueError("images is empty; it takes at least one to score")
-    value = method.candidates[0]
-    if len(method.candidates) > 1:
-        if not len(validation):
-            raise ValueError(f"validation is empty; it takes images that choose {method.parameter} of {method.name}")
-        pairs = list(measurements(validation, blur, noise, batch_size, device))
-        quality = [float(_scores(method, v, iter(pairs), None).psnr.mean()) for v in method.candidates]
-        value = method.candidates[int(np.argmax(np.nan_to_num(quality, nan=-np.inf)))]
-    return _scores(method, value, measurements(images, blur, noise, batch_size, device), progress)
+    if choice is None:
+        choice = choose(method, validation, blur, noise, batch_size=batch_size, device=device)
+    found = _scores(method, choice.value, measurements(images, blur, noise, batch_size, device), progress)
+    return replace(found, trials=choice.trials)
 
 
 def _solved(solution: FixedPointSolution) -> Restoration:
@@ -280,11 +320,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_scores(path: Path, scores: Sequence[Scores], about: Mapping[str, Any]) -> None:
-    """The rows as CSV, or, by the suffix .json, the rows with every image's scores and what ``about`` tells of them."""
+    """The rows as CSV, or, by the suffix .json, with every image's scores, every trial, and what ``about`` tells."""
     rows = [s.summary() for s in scores]
     if path.suffix.lower() == ".json":
         for row, found in zip(rows, scores, strict=True):
             columns = {name: getattr(found, name) for name in ("psnr", "ssim", "evaluations", "status")}
+            row["tuning"] = [{"value": v, "validation_psnr": quality} for v, quality in found.trials.items()]
             row["per_image"] = {name: values.tolist() for name, values in columns.items() if values is not None}
         content = _without_nan({**about, "methods": rows})
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -293,3 +334,19 @@ def write_scores(path: Path, scores: Sequence[Scores], about: Mapping[str, Any])
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_tuning(path: Path, scores: Sequence[Scores]) -> None:
+    """Every candidate of every parameter as CSV: its mean PSNR on the validation images, and whether it was chosen.
+
+    ``at_end`` tells of a choice that is the least or the largest candidate, so that a wider grid might do better.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("method", "parameter", "value", "validation_psnr", "chosen", "at_end"))
+        for found in scores:
+            for name, chosen in found.parameter.items():
+                for value, quality in found.trials.items():
+                    taken = value == chosen
+                    at_end = taken and value in (min(found.trials), max(found.trials))
+                    writer.writerow((found.method, name, value, quality, taken, at_end))

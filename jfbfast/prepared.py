@@ -8,7 +8,9 @@ else of the module is shared with it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,8 +41,8 @@ def _norm_to_fold(module: nn.Module) -> bool:
     return type(module) is nn.BatchNorm2d and module.running_mean is not None and _plain(module)
 
 
-class _PreparedConv2d(nn.Module):
-    """A convolution in eval() with what follows it: batch norm, ReLU.
+class _PreparedConv2d(nn.Conv2d):
+    """A convolution in eval() with what follows it: batch norm, ReLU. All but its forward is the source's.
 
     Args:
         source: the convolution.
@@ -49,18 +51,18 @@ class _PreparedConv2d(nn.Module):
     """
 
     def __init__(self, source: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: bool = False) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.sources = (source, norm)  # in a tuple, so that they are not its submodules
         self.relu = relu
         self.dtype: torch.dtype | None = None
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+        self.prepared_weight: Tensor | None = None
+        self.prepared_bias: Tensor | None = None
         self.transformed: Tensor | None = None
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
         """What a forward asks of the convolution beside calling it."""
-        return getattr(self.sources[0], name)
+        return getattr(self.__dict__["sources"][0], name)
 
     def refresh(self, winograd: bool) -> None:
         """Take the weights as they are now; ``winograd``: for Winograd's convolution, where it serves."""
@@ -74,9 +76,10 @@ class _PreparedConv2d(nn.Module):
             weight = weight * scale[:, None, None, None]
             bias = (0 if bias is None else bias) - norm.running_mean
             bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-        self.weight = self._stored(self.weight, weight, torch.channels_last)
-        self.bias = None if bias is None else self._stored(self.bias, bias, torch.contiguous_format)
-        transformed = ops.transformed_weight(self.weight) if winograd and _is_conv3x3(conv) else None
+        stored = self._stored(self.prepared_weight, weight, torch.channels_last)
+        self.prepared_weight = stored
+        self.prepared_bias = None if bias is None else self._stored(self.prepared_bias, bias, torch.contiguous_format)
+        transformed = ops.transformed_weight(stored) if winograd and _is_conv3x3(conv) else None
         kept = self.transformed
         self.transformed = None if transformed is None else self._stored(kept, transformed, torch.contiguous_format)
 
@@ -88,16 +91,16 @@ class _PreparedConv2d(nn.Module):
         return torch.empty_like(value, dtype=dtype, memory_format=memory_format).copy_(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, weight = self.sources[0], self.weight
+        conv, weight, bias = self.sources[0], self.prepared_weight, self.prepared_bias
         assert weight is not None
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(weight.dtype, memory_format=torch.channels_last)
             if self.transformed is not None:
-                return ops.conv3x3(x, weight, self.bias, self.relu, self.transformed)
+                return ops.conv3x3(x, weight, bias, self.relu, self.transformed)
             if self.relu and _fuses_relu(conv, x):
                 arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
-                return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *arguments, "relu", [], "")
-            out = conv._conv_forward(x, weight, self.bias)
+                return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, "relu", [], "")
+            out = conv._conv_forward(x, weight, bias)
             return F.relu_(out) if self.relu else out
 
 
@@ -118,31 +121,52 @@ def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
     )
 
 
-def _folded(modules: dict[str, nn.Module | None]) -> Iterator[tuple[str, nn.Module | None]]:
-    """The members of a Sequential: a convolution takes in the batch norm and the ReLU behind it."""
-    names = list(modules)
-    while names:
-        name = names.pop(0)
-        module = modules[name]
-        if module is None or not _foldable(module):
-            yield name, module
+def _folded(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    """The chain of a Sequential: a convolution takes in the batch norm and the ReLU behind it."""
+    while modules:
+        module, *modules = modules
+        if not _foldable(module):
+            yield module
             continue
         assert isinstance(module, nn.Conv2d)
-        taken: list[nn.Module] = []
-        for follows in (_norm_to_fold, lambda m: type(m) is nn.ReLU and _plain(m)):
-            following = modules[names[0]] if names else None
-            if following is not None and follows(following):
-                taken.append(following)
-                names.pop(0)
-        norm = next((m for m in taken if isinstance(m, nn.BatchNorm2d)), None)
-        yield name, _PreparedConv2d(module, norm, relu=any(isinstance(m, nn.ReLU) for m in taken))
+        norm, relu = None, False
+        if modules and _norm_to_fold(modules[0]):
+            norm, *modules = modules
+        if modules and type(modules[0]) is nn.ReLU and _plain(modules[0]):
+            relu, modules = True, modules[1:]
+        assert norm is None or isinstance(norm, nn.BatchNorm2d)
+        yield _PreparedConv2d(module, norm, relu)
+
+
+class _Chain:
+    """The forward of a Sequential's twin, whose members are the Sequential's own for whoever asks for one."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+
+    def __call__(self, x: Any) -> Any:
+        for module in self.modules:
+            x = module(x)
+        return x
+
+
+@cache
+def _twin_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a copy: what its forward sets on it is set on the module too."""
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        for module in self.__dict__.get("_source", ()):
+            setattr(module, name, value)
+        kind.__setattr__(self, name, value)
+
+    return type(kind.__name__, (kind,), {"__setattr__": __setattr__, "__module__": kind.__module__})
 
 
 class _Twin:
     """The twin of a module tree: containers are copies, convolutions prepared, everything else shared."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
-        self.copies: list[tuple[nn.Module, nn.Module]] = []
+        self.copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         self.convolutions: list[_PreparedConv2d] = []
         self.seen: dict[nn.Module, nn.Module] = {}
         self.compiled: dict[str, Layer] = {}
@@ -164,14 +188,21 @@ class _Twin:
             return self._made(_PreparedConv2d(module))
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             return module
-        sequential = type(module).forward is nn.Sequential.forward
-        members = dict(_folded(module._modules) if sequential else module._modules.items())
-        twins = {name: None if member is None else self._twin(member) for name, member in members.items()}
-        if all(twins[name] is module._modules[name] for name in twins):
-            return module
-        copy = type(module).__new__(type(module))
-        copy.__dict__["_modules"] = twins
-        self.copies.append((module, copy))
+        own: dict[str, Any] = {"_source": (module,)}
+        if type(module).forward is nn.Sequential.forward:
+            members = list(module._modules.values())
+            chain = [self._twin(m) for m in _folded([m for m in members if m is not None])]
+            if chain == members:
+                return module
+            own["forward"] = _Chain(chain)
+        else:
+            twins = {name: None if m is None else self._twin(m) for name, m in module._modules.items()}
+            if twins == module._modules:
+                return module
+            own["_modules"] = twins
+        kind = _twin_class(type(module))  # type: ignore[arg-type]  # which is hashable
+        copy = kind.__new__(kind)
+        self.copies.append((module, copy, own))
         return copy
 
     def method(self, name: str, compiled: bool) -> Layer:
@@ -183,13 +214,12 @@ class _Twin:
             self.compiled[name] = torch.compile(method)
         return self.compiled[name]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, winograd: bool = False) -> None:
         """Take everything as it is now in the module; ``winograd`` as in `_PreparedConv2d.refresh`."""
-        for module, copy in self.copies:
-            twins = copy.__dict__["_modules"]
-            copy.__dict__.clear()
-            copy.__dict__.update(module.__dict__, _modules=twins, training=False)
+        for module, copy, own in self.copies:
+            object.__setattr__(copy, "__dict__", {**module.__dict__, "training": False, **own})
         for conv in self.convolutions:
             conv.refresh(winograd)
 
@@ -201,8 +231,11 @@ def _structure(module: nn.Module) -> _Structure:
     return tuple((id(m), _plain(m)) for m in module.modules())
 
 
-class _Twins(dict[torch.dtype | None, tuple[_Structure, _Twin]]):
-    """The twins that a module keeps of itself, by dtype; they are not copied or saved with it."""
+class _Twins(threading.local):
+    """The twins that a module keeps of itself, by dtype, in each thread; they are not copied or saved with it."""
+
+    def __init__(self) -> None:
+        self.made: dict[torch.dtype | None, tuple[_Structure, _Twin]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Twins:
         return _Twins()
@@ -236,7 +269,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
     """
     module = owner(layer)
     if module is not None:
-        structure, twins = _structure(module), module.__dict__.setdefault("_jfbfast_twins", _Twins())
+        structure, twins = _structure(module), module.__dict__.setdefault("_jfbfast_twins", _Twins()).made
         if dtype not in twins or twins[dtype][0] != structure:
             twins[dtype] = structure, _Twin(module, dtype)
         twin = twins[dtype][1]

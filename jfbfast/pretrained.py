@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config
+from jfbfast.conditional import ConditionalDEGrad, Ranges
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -38,13 +39,37 @@ def load_model(name_or_file: str | Path) -> tuple[nn.Module, ModelConfig]:
     return load_checkpoint(pretrained_file(str(name_or_file)) if shipped else name_or_file)
 
 
+def set_measurement(name: str, model: nn.Module, config: ModelConfig, sigma: float | None, noise: float | None) -> None:
+    """Set a model for these measurements; one for a single setting takes its own alone, or None for them.
+
+    Raises:
+        ValueError: a model for a range of measurements, and None or a value out of it; one for a single setting,
+            and another.
+    """
+    if isinstance(model, ConditionalDEGrad):
+        if sigma is None or noise is None:
+            (s, t), (low, high) = model.ranges.sigma, model.ranges.noise
+            raise ValueError(
+                f"{name} is for a range of measurements; it takes sigma, from {s:g} to {t:g} pixels, and noise, "
+                f"from {low:g} to {high:g}: sigma is {sigma} and noise is {noise}"
+            )
+        model.set_measurement(sigma, noise)
+        return
+    for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
+        if value not in (None, own):
+            raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
+
+
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str) -> str | None:
-    """The shipped DE-GRAD that was trained for that blur, edges and all, and that noise; a filtered one for choice."""
-    wanted = kernel_size, sigma, noise, padding_mode
+    """The shipped DE-GRAD that was trained for that blur, edges and all, and that noise.
+
+    One for that setting alone, a filtered one for choice; else one for a range of settings.
+    """
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
-        trained_for = config.kernel_size, config.sigma, config.noise, config.padding_mode
-        if config.form in ("paper", "preconditioned", "filtered") and trained_for == wanted:
-            found.append((config.form != "filtered", name))
+        ranges = config.ranges or Ranges((config.sigma,) * 2, (config.noise,) * 2)
+        suits = (config.kernel_size, config.padding_mode) == (kernel_size, padding_mode) and (sigma, noise) in ranges
+        if config.form in ("paper", "preconditioned", "filtered") and suits:
+            found.append((config.ranges is not None, config.form != "filtered", name))
     return min(found)[-1] if found else None

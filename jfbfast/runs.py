@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint, write_whole
+from jfbfast.conditional import ConditionalDEGrad
+from jfbfast.conditional_training import ConditionalDeblurTask
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.degrad import DEGrad
@@ -32,8 +35,8 @@ from jfbfast.settings import changed_settings, make_settings, read_settings, wri
 from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
 
 METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
-VALIDATION = ("val_psnr", "val_evaluations", "val_diverged")
-_COLUMNS = ("phase", "step", *METRICS, *VALIDATION)
+VALIDATION = ("val_loss", "val_psnr", "val_evaluations", "val_diverged")
+_COLUMNS = ("phase", "step", "seconds", *METRICS, *VALIDATION)
 
 
 def _first_process() -> bool:
@@ -63,7 +66,8 @@ class _CheckpointFiles(TorchCheckpointIO):
 class Metrics(Callback):
     """A row of ``metrics.csv`` every few steps, and after each validation; the trainer's loggers get the same.
 
-    A row's step is the number of steps done. Rows of steps that a resumed run repeats are dropped first.
+    A row's step is the number of steps done in the phase, its seconds those of fitting since the run began, all
+    phases and validations together. Rows of steps that a resumed run repeats are dropped first, their time too.
 
     Args:
         path: of the file.
@@ -74,6 +78,7 @@ class Metrics(Callback):
 
     def __init__(self, path: Path, phase: str, step: int, every: int) -> None:
         self.path, self.phase, self.every = path, phase, every
+        self.seconds, self.start = 0.0, time.perf_counter()
         if _first_process():
             self._begin(step)
 
@@ -82,6 +87,8 @@ class Metrics(Callback):
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = [r for r in csv.DictReader(file) if r["phase"] != self.phase or int(r["step"] or 0) <= step]
+        if rows:
+            self.seconds = float(rows[-1].get("seconds") or "nan")
 
         def write(partial: Path) -> None:
             with partial.open("w", newline="") as file:
@@ -98,8 +105,12 @@ class Metrics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(found, trainer.global_step)
         row = {name: f"{value:.9g}" for name, value in found.items()}
+        row["seconds"] = f"{self.seconds + time.perf_counter() - self.start:.3f}"
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, _COLUMNS).writerow({"phase": self.phase, "step": trainer.global_step, **row})
+
+    def on_train_start(self, *args: Any) -> None:
+        self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step % self.every == 0:
@@ -132,12 +143,15 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _start_from(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Copy a checkpoint's weights: of the same network, or of its denoiser."""
+    """Copy a checkpoint's weights: of the same network, of it for one setting, or of its denoiser."""
     source, found = load_checkpoint(path)
     same = (found.form == "denoiser") == (config.form == "denoiser")
     target = model if same else denoiser_of(model)
     try:
-        target.load_state_dict(source.state_dict())
+        if isinstance(target, ConditionalDEGrad) and found.ranges is None:
+            target.load_single_setting(source.state_dict())
+        else:
+            target.load_state_dict(source.state_dict())
     except RuntimeError as error:
         raise ValueError(
             f"init is {path}, a {found.form} network with {dict(found.denoiser)}; this run takes a {config.form} "
@@ -275,21 +289,13 @@ class Run:
                 solver = replace(model.solver, tol=settings.training_tol, max_iter=settings.training_max_iter)
                 dtype = None if settings.solve_dtype == "float32" else getattr(torch, settings.solve_dtype)
                 in_training = {"solver": solver, "solve_dtype": dtype}
-            runner = self._fit(
-                "training",
-                DeblurTask(
-                    model,
-                    config.blur(),
-                    config.noise,
-                    self._optimization(settings.learning_rate),
-                    settings.seed,
-                    in_training,
-                    self._contraction(),
-                ),
-                crops,
-                val,
-                settings.steps,
+            options = self._optimization(settings.learning_rate), settings.seed, in_training, self._contraction()
+            deblur = (
+                ConditionalDeblurTask(model, *options, settings.measurements)
+                if isinstance(model, ConditionalDEGrad)
+                else DeblurTask(model, config.blur(), config.noise, *options)
             )
+            runner = self._fit("training", deblur, crops, val, settings.steps)
         self._save(self.out / "model.safetensors", model, config, settings.half)
         quality = None if runner is None else runner.callback_metrics.get("val_psnr")
         return None if quality is None else float(quality)

@@ -36,6 +36,12 @@ class TrainingSettings:
     padding_mode: Annotated[str, "Beyond the edge: zeros, reflect, replicate or circular."] = "reflect"
     noise: Annotated[float, "Standard deviation of the noise, for images in [−1, 1]."] = 0.01
 
+    sigma_range: Annotated[
+        tuple[float, ...] | None, "Train one filtered UNet for all σ between two, drawn at random."
+    ] = None
+    noise_range: Annotated[tuple[float, ...] | None, "And for all noise between two, on [−1, 1]."] = None
+    measurements: Annotated[int, "With these ranges: different σ and noise in each batch, which they share out."] = 4
+
     form: Annotated[str, "Of the network: filtered, preconditioned, paper, feed-forward, or denoiser alone."] = (
         "filtered"
     )
@@ -64,8 +70,12 @@ class TrainingSettings:
     solve_dtype: Annotated[str, "Of a solve's first evaluations in training: float32, bfloat16 or float16."] = "float32"
     gradient: Annotated[str, "The gradient method and its arguments, as in jfb or unrolled:steps=10."] = "jfb"
 
-    init: Annotated[str | None, "Start from this checkpoint: of the same network, or of its denoiser."] = None
-    pretraining_steps: Annotated[int | None, "Batches of denoising first. (default: 1000; 0 with --init)"] = None
+    init: Annotated[
+        str | None, "Start from this checkpoint: of the same network, of it for one setting, or of its denoiser."
+    ] = None
+    pretraining_steps: Annotated[int | None, "Batches of denoising first. (default: 1000; 0 with --init or ranges)"] = (
+        None
+    )
     pretraining_rate: Annotated[float, "The highest learning rate of denoising."] = 1e-3
     pretraining_noise: Annotated[tuple[float, ...], "The least and the largest noise to denoise."] = (0.01, 0.12)
     steps: Annotated[int, "Batches of training the network itself."] = 500
@@ -122,6 +132,19 @@ class TrainingSettings:
             raise ValueError(f"ema is {self.ema}; it takes a number in [0, 1)")
         if len(self.pretraining_noise) != 2:
             raise ValueError(f"pretraining_noise is {self.pretraining_noise}; it takes two numbers")
+        if (self.sigma_range is None) != (self.noise_range is None):
+            raise ValueError("sigma_range and noise_range are for one network; it takes both, or neither")
+        if self.conditional and (self.form, self.denoiser) != ("filtered", "UNet"):
+            raise ValueError(f"form is {self.form} with a {self.denoiser}; sigma_range takes filtered with a UNet")
+        if self.conditional and (self.measurements < 1 or self.batch_size % self.measurements):
+            raise ValueError(f"measurements is {self.measurements}; it takes a divisor of batch_size={self.batch_size}")
+        if self.conditional and self.pretraining_steps:
+            raise ValueError(f"pretraining_steps is {self.pretraining_steps}; with sigma_range it takes 0")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network is for a range of measurements."""
+        return self.sigma_range is not None
 
     def resolved(self) -> TrainingSettings:
         """With each default that depends on another setting in its place."""
@@ -133,19 +156,22 @@ class TrainingSettings:
             "bias": not paper,
             "training_tol": self.tol,
             "training_max_iter": self.max_iter,
-            "pretraining_steps": 1000 if self.init is None else 0,
+            "pretraining_steps": 1000 if self.init is None and not self.conditional else 0,
         }
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
     def model_config(self) -> ModelConfig:
         """The network's description."""
         from jfbfast.checkpoint import ModelConfig
+        from jfbfast.conditional import CONDITIONS
 
         settings = self.resolved()
         assert settings.features is not None
         network: dict[str, Any] = {"kind": self.denoiser}
         if self.denoiser == "UNet":
             network |= {"features": list(settings.features), "blocks": list(self.blocks)}
+            if self.conditional:
+                network["conditions"] = CONDITIONS
         elif len(settings.features) != 1:
             raise ValueError(f"features is {settings.features}; a {self.denoiser} takes one number")
         else:
@@ -168,6 +194,8 @@ class TrainingSettings:
             averaging=self.averaging,
             solver={**_description("solver", self.solver), "tol": self.tol, "max_iter": self.max_iter},
             gradient=_description("gradient", self.gradient),
+            sigma_range=None if self.sigma_range is None else list(self.sigma_range),
+            noise_range=None if self.noise_range is None else list(self.noise_range),
         )
 
 

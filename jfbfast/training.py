@@ -85,6 +85,10 @@ class _Task(L.LightningModule):
         """What is added to the loss after `restore`."""
         return 0.0
 
+    def balance(self, error: Tensor) -> Tensor | float:
+        """What a batch of this mean squared error is weighted with."""
+        return 1.0
+
     def report(self, bar: bool = False, batch_size: int | None = None, **values: Tensor) -> None:
         """Metrics for the progress bar and for `Metrics` of jfbfast.runs, which writes them."""
         self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size, sync_dist=True)
@@ -97,12 +101,13 @@ class _Task(L.LightningModule):
         error = F.mse_loss(self.restore(sample).to(sample.x.dtype), sample.x)
         self.report(loss=error.detach())
         self.report(True, psnr=-10 * torch.log10(error.detach() / 4))
-        return error + self.penalty(sample)
+        return error * self.balance(error.detach()) + self.penalty(sample)
 
     def validation_step(self, sample: Sample, batch_index: int) -> None:
         restored = self.restore(sample).to(sample.x.dtype)
         psnr = peak_signal_noise_ratio(restored, sample.x, data_range=2.0, dim=(1, 2, 3))
         self.report(True, len(sample.x), val_psnr=psnr)
+        self.report(False, len(sample.x), val_loss=F.mse_loss(restored, sample.x))
 
     def configure_optimizers(self) -> Any:
         rate = self.optimization.learning_rate

@@ -39,13 +39,19 @@ class UNet(nn.Module):
         channels: of the image, in and out.
         features: of each scale, from half resolution down.
         blocks: residual blocks of each scale, on the way down and again on the way up; the coarsest has one pass.
+        conditions: how many numbers it takes beside the images, each a constant map that joins them, as FFDNet's
+            noise level.
 
     Raises:
         ValueError: a number below 1, no scale, or another count of ``blocks`` than of ``features``.
     """
 
     def __init__(
-        self, channels: int = 3, features: Sequence[int] = (64, 96, 128), blocks: Sequence[int] = (2, 2, 2)
+        self,
+        channels: int = 3,
+        features: Sequence[int] = (64, 96, 128),
+        blocks: Sequence[int] = (2, 2, 2),
+        conditions: int = 0,
     ) -> None:
         super().__init__()
         for name, values in (("channels", (channels,)), ("features", features), ("blocks", blocks)):
@@ -53,9 +59,12 @@ class UNet(nn.Module):
                 raise ValueError(f"{name} is {values}; it takes integers of at least 1")
         if len(blocks) != len(features):
             raise ValueError(f"blocks is {tuple(blocks)}; it takes as many as features, {len(features)}")
+        if conditions < 0:
+            raise ValueError(f"conditions is {conditions}; it takes an integer of at least 0")
         *finer, coarsest = features
+        self.conditions = conditions
         self.multiple = 2 ** len(features)
-        self.head = nn.Conv2d(4 * channels, features[0], 3, padding=1)
+        self.head = nn.Conv2d(4 * channels + conditions, features[0], 3, padding=1)
         self.encoders = nn.ModuleList(map(_blocks, finer, blocks))
         self.down = nn.ModuleList(map(_halving, finer, features[1:]))
         self.middle = _blocks(coarsest, blocks[-1])
@@ -65,14 +74,22 @@ class UNet(nn.Module):
         with torch.no_grad():  # starts close to the identity
             self.tail.weight *= 0.1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, channels, H, W) to images of the same shape."""
+    def forward(self, x: Tensor, condition: Sequence[float] = ()) -> Tensor:
+        """Images (B, channels, H, W) to images of the same shape.
+
+        Raises:
+            ValueError: another count of numbers than ``conditions``.
+        """
+        if len(condition) != self.conditions:
+            raise ValueError(f"condition is {tuple(condition)}; this network takes {self.conditions} numbers")
         if not len(x):  # torch's pixel_unshuffle keeps the shape of an empty batch
             return x
         height, width = x.shape[-2:]
         padding = (0, -width % self.multiple, 0, -height % self.multiple)
         padded = F.pad(x, padding, mode="replicate") if any(padding) else x
-        h = self.head(F.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last))
+        h = F.pixel_unshuffle(padded, 2)
+        h = torch.cat([h, *(torch.full_like(h[:, :1], value) for value in condition)], 1)
+        h = self.head(h.contiguous(memory_format=torch.channels_last))
         skips = []
         for encoder, down in zip(self.encoders, self.down, strict=True):
             skips.append(encoder(h))

@@ -274,6 +274,7 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
         run("kernels", tmp_path, True, Console(), tmp_path / "weights")
 
 
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
 def test_a_part_of_the_step_pauses_the_one_around_it():
     watch = split.Stopwatch(CPU)
     inner = watch("denoiser", lambda: time.sleep(0.02))

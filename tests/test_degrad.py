@@ -9,6 +9,7 @@ import torch
 from models import networks
 from torch import nn
 
+import jfbfast
 from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Status
 
 
@@ -157,3 +158,20 @@ def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_is_no_solver_regulariser_or_start_is_refused():
+    blur, red = GaussianBlur(), jfbfast.RED(nn.Identity())
+    for wrong in (jfbfast.Anderson, "anderson"):
+        with pytest.raises(TypeError, match=r"solver is .*; it takes an instance, such as Anderson"):
+            DEGrad(blur, red, solver=wrong)
+        with pytest.raises(TypeError, match=r"solver is .*; it takes an instance, such as Anderson"):
+            jfbfast.fixed_point(torch.tanh, torch.zeros(1, 2), solver=wrong)
+    with pytest.raises(TypeError, match="regularizer is None; it takes a module"):
+        DEGrad(blur, None)
+    d = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"x0 is torch.float64 on cpu; it takes what d is, torch.float32 on cpu"):
+        DEGrad(blur, red)(d, d.double())
+    for name, wrong in (("tol", "1e-3"), ("max_iter", True)):
+        with pytest.raises(ValueError, match=f"{name} is {wrong!r}; it takes"):
+            jfbfast.Anderson(**{name: wrong})

@@ -147,7 +147,7 @@ def test_captured_data_of_a_bad_sample_is_refused_not_spread():
     weight = torch.full((3,), 0.5, requires_grad=True)
     x0, d = torch.zeros(4, 3), torch.randn(4, 3)
     d[1, 0] = torch.nan
-    with pytest.warns(ConvergenceWarning), pytest.raises(ValueError, match="inputs is empty"):
+    with pytest.raises(ValueError, match="inputs is empty"):
         fixed_point(lambda x: d + weight * x, x0, parameters=[weight])
     with pytest.warns(ConvergenceWarning):
         out = fixed_point(lambda x, d: d + weight * x, x0, inputs=(d,), parameters=[weight])
@@ -300,3 +300,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         for k in (5, 200)
     )
     assert many <= 1.02 * few
+
+
+def test_parameters_that_are_computed_get_a_gradient():
+    cell, d = Cell(), torch.randn(2, 12)
+    scale = torch.tensor(0.9, requires_grad=True)
+    computed = {name: p.detach() * scale for name, p in cell.named_parameters()}
+
+    class Solved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, d):
+            return fixed_point(self.cell, torch.zeros(2, 12), inputs=(d,), solver=Anderson(tol=1e-6))
+
+    out = torch.func.functional_call(Solved(), {f"cell.{name}": p for name, p in computed.items()}, (d,))
+    out.sum().backward()
+    assert scale.grad.isfinite() and scale.grad != 0

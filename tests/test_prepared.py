@@ -5,14 +5,18 @@ import gc
 import pickle
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import networks
 from torch import nn
 
+import jfbfast
 from jfbfast import DnCNN, UNet
 from jfbfast.denoisers import SpectralNormConv2d
+from jfbfast.gradients import solve_fixed_point
 from jfbfast.prepared import _PreparedConv2d, _Twin, prepared
 
 
@@ -83,8 +87,9 @@ def test_it_is_the_same_function_after_every_change_of_the_module(name):
 
 
 def test_every_convolution_of_a_dncnn_is_folded():
-    twin = _Twin(module("DnCNN"), None).module
-    kinds = [type(m) for m in twin.layers]
+    twin = _Twin(module("DnCNN"), None)
+    twin.refresh()
+    kinds = [type(m) for m in twin.module.layers.forward.modules]
     assert kinds.count(_PreparedConv2d) == 4 and nn.BatchNorm2d not in kinds and nn.ReLU not in kinds
 
 
@@ -107,10 +112,80 @@ def test_fused_relu_against_float64(dtype, channels_last):
 def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
     twin = _Twin(module("UNet").float(), torch.bfloat16)
     twin.refresh()
-    weights = [m.weight for m in twin.module.modules() if isinstance(m, _PreparedConv2d)]
+    weights = [m.prepared_weight for m in twin.convolutions]
     assert weights[0].dtype == weights[-1].dtype == torch.float32
     assert {w.dtype for w in weights[1:-1]} == {torch.bfloat16}
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
+class Unusual(nn.Module):
+    """A forward that looks into its members, as users write them."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.calls = way, 0
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+        self.normed = SpectralNormConv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.way == "index":
+            h = self.body[0](x)
+            return h + self.body[2](self.body[1](h))
+        if self.way == "slice":
+            return self.body[:1](x) - self.body(x)
+        if self.way == "enumerate":
+            for i, layer in enumerate(self.body):
+                x = layer(x)
+                if i == 0:
+                    skip = x
+            return x + skip
+        if self.way == "isinstance":
+            for layer in (*self.body, self.normed):
+                x = layer(x)
+                if isinstance(layer, nn.Conv2d):
+                    x = torch.tanh(x)
+            return x
+        return F.conv_transpose2d(self.normed(x), self.normed.weight, padding=1)
+
+
+@pytest.mark.parametrize("way", ["index", "slice", "enumerate", "isinstance", "weight"])
+@torch.no_grad()
+def test_a_forward_that_looks_into_its_members_is_the_same_function(way):
+    net, x = Unusual(way).double().eval(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_forward_sets_is_set_on_the_module():
+    net, d = Unusual("index"), torch.rand(2, 3, 6, 7)
+    with torch.no_grad():
+        for p in net.parameters():
+            p *= 0.2
+    _, solution = solve_fixed_point(net, d, solver=jfbfast.Picard(tol=0, max_iter=5))
+    assert net.calls == 6 and (solution.iterations == 5).all()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_solve_in_inference_mode_leaves_a_model_that_trains(dtype):
+    model, d = networks()["filtered"], torch.rand(1, 3, 8, 8)
+    model.solve_dtype = dtype
+    with torch.inference_mode():
+        expected = model.eval()(d)
+    with torch.no_grad():
+        torch.testing.assert_close(model(d), expected)
+    model.train()(d).sum().backward()
+    with torch.inference_mode():
+        model(d)
+
+
+def test_threads_share_a_model():
+    model, d = networks()["filtered"].eval(), torch.rand(4, 1, 3, 8, 8)
+    with torch.no_grad():
+        expected = [model(each) for each in d]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(torch.no_grad()(lambda i: model(d[i % 4])), range(80)))
+    for i, each in enumerate(found):
+        torch.testing.assert_close(each, expected[i % 4])
 
 
 @pytest.mark.parametrize("name", networks())

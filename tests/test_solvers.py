@@ -319,3 +319,18 @@ def test_no_warning_from_the_solver_itself():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Picard(max_iter=2).solve(lambda x: 2 * x + 1, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("solver", [Anderson, Picard])
+def test_a_layer_that_writes_over_its_input_is_refused(solver):
+    def over_x(x, d):
+        return x.mul_(0.5).add_(d)
+
+    def over_d(x, d):
+        return d.add_(0.5 * x)
+
+    for layer in (over_x, over_d):
+        with pytest.raises(ValueError, match="layer writes over its input; it takes a layer that leaves x"):
+            solver().solve(layer, torch.full((4, 2), -3.0), (torch.ones(4, 2),))
+    with pytest.raises(TypeError, match="layer returns a tuple; it takes a layer that returns a tensor"):
+        solver().solve(lambda x: (x, x), torch.zeros(1, 2))

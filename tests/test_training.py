@@ -66,8 +66,14 @@ def train(folder, out, resume=False, **values):
 
 
 def rows(out):
+    """Without the seconds, the one column that no two runs share."""
     with (out / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def seconds(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        return [float(row["seconds"]) for row in csv.DictReader(file)]
 
 
 def weights(out):
@@ -155,6 +161,10 @@ def test_a_run_leaves_what_it_promises_and_repeats(folder, tmp_path):
     validated = [r for r in found if r["val_psnr"]]
     assert [r["step"] for r in validated] == ["2", "4", "2", "4", "6"]
     assert abs(float(validated[-1]["val_psnr"]) - quality) < 1e-4
+    assert [float(r["val_loss"]) for r in validated] == pytest.approx(  # of one image
+        [4 * 10 ** (-float(r["val_psnr"]) / 10) for r in validated], rel=1e-4
+    )
+    assert seconds(a)[0] > 0 and seconds(a) == sorted(seconds(a))
     train(folder, tmp_path / "c", ema=0.9, seed=1)
     assert rows(tmp_path / "c") != found
 
@@ -188,6 +198,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_it_had_not_been(folder, tmp_pa
     assert not (killed / "model.safetensors").exists()
     train(folder, killed, resume=True, **options)
     assert_same(whole, killed)
+    assert seconds(killed) == sorted(seconds(killed))
 
 
 def test_a_run_killed_before_its_last_file_needs_no_more_steps(folder, tmp_path):
@@ -331,12 +342,19 @@ def test_the_penalty_is_taken_at_an_interval_on_some_samples(monkeypatch):
 SHARED = """
 import json, sys, torch, jfbfast
 from lightning.pytorch.callbacks import Callback
+from jfbfast.conditional import ConditionalDEGrad
+from jfbfast.conditional_training import ConditionalDeblurTask
 from jfbfast.datasets import RandomCrops
 from jfbfast.training import DeblurTask, Optimization, fit
 torch.manual_seed(0)
-regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
-model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact", solver=jfbfast.Anderson(tol=1e-10))
-task = DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3)).double()
+solver = jfbfast.Anderson(tol=1e-10)
+if sys.argv[2] == "one setting":
+    regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
+    model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact", solver=solver)
+    task = DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3)).double()
+else:
+    model = ConditionalDEGrad(jfbfast.UNet(3, (4,), (1,), conditions=2), solver=solver)
+    task = ConditionalDeblurTask(model, Optimization(1e-3), settings=2).double()
 
 class Double(torch.utils.data.Dataset):
     crops = RandomCrops([torch.rand(3, 20, 24), torch.rand(3, 16, 16)], 8, length=12)
@@ -354,7 +372,8 @@ fit(task, Double(), steps=3, batch_size=4, accelerator="cpu", callbacks=[Gradien
 """
 
 
-def test_processes_share_a_batch(tmp_path):
+@pytest.mark.parametrize("kind", ["one setting", "ranges"])
+def test_processes_share_a_batch(tmp_path, kind):
     """The gradient of Lightning's own step on two gloo processes is that of one with the whole batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -371,7 +390,7 @@ def test_processes_share_a_batch(tmp_path):
     environments = [{}, *({**torchrun, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2))]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SHARED, str(tmp_path / ("two" if environment else "one"))],
+            [sys.executable, "-c", SHARED, str(tmp_path / ("two" if environment else "one")), kind],
             env={**os.environ, **environment},
             stderr=subprocess.PIPE,
             text=True,
@@ -382,7 +401,7 @@ def test_processes_share_a_batch(tmp_path):
         error = process.communicate(timeout=300)[1]
         assert process.returncode == 0, error
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 5
+    assert len(one) == (5 if kind == "one setting" else 12)
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
 

@@ -33,7 +33,7 @@ def test_the_next_epoch_starts_where_the_last_one_ended():
     torch.testing.assert_close(x0, torch.cat([first.value[2:3], model.start(fresh), first.value[:1]]))
     warm = model(batch, x0)
     assert model.solution.iterations[0] == model.solution.iterations[2] == 1 < model.solution.iterations[1]
-    torch.testing.assert_close(warm[[0, 2]], cold[[2, 0]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(warm[[0, 2]], cold[[2, 0]], rtol=0, atol=1e-4)  # both within the solve's tol
 
 
 def test_half_precision_storage_still_saves_evaluations():

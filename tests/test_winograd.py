@@ -23,7 +23,7 @@ from jfbfast import (
     ops,
     reference,
 )
-from jfbfast.prepared import _PreparedConv2d, _Twin, prepared
+from jfbfast.prepared import _Twin, prepared
 from jfbfast.winograd import WinogradConvolutions, winograd_allowed
 
 SIZES = ((1, 1), (3, 5), (4, 4), (13, 21), (64, 64))
@@ -215,8 +215,7 @@ class Mixed(nn.Module):
 def winograd_convolutions(net: nn.Module, tol: float) -> list[tuple[int, int]]:
     twin = _Twin(net, None)
     twin.refresh(winograd_allowed(tol))
-    kinds = [m for m in twin.module.modules() if isinstance(m, _PreparedConv2d)]
-    return [(m.in_channels, m.out_channels) for m in kinds if m.transformed is not None]
+    return [(m.in_channels, m.out_channels) for m in twin.convolutions if m.transformed is not None]
 
 
 @torch.no_grad()

@@ -1,136 +1,39 @@
-"""The fixed point as a differentiable function: the solve, and the layer at x* that carries the gradient."""
+"""The fixed point as a differentiable function: the solve, then the layer at x* with its gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jfbfast.fixed_map import fixed_map, materialised_weights, owner, step_spectral_norms, updated_statistics
+from jfbfast.fixed_map import fixed_map, materialised_weights, step_spectral_norms
 from jfbfast.gradients.convergence import warn_unconverged
-from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled, gradient_method
+from jfbfast.gradients.methods import GradientMethod, Unrolled, gradient_method
+from jfbfast.gradients.trace import Network
 from jfbfast.prepared import checked_solve_dtype, prepared
 from jfbfast.reference import band_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
-from jfbfast.solvers.loop import DIVERGED_GROWTH
-from jfbfast.winograd import winograd_convolutions
+from jfbfast.solvers.base import checked_solver
+from jfbfast.solvers.loop import DIVERGED_GROWTH, SAFEGUARD_GROWTH
 
 _TINY = torch.finfo(torch.float64).tiny
 
 
-class _Applications:
-    """x ↦ T(x; inputs) for a method's trace: a fixed map whose batch norms take note of one application.
+class _Buffers:
+    """A module's buffers as they are now, to undo what a trace changes in its running statistics."""
 
-    Args:
-        noted: the number of the application, from 0, at which running statistics are updated.
-        tol: the relative residual for which it is good enough.
-    """
+    def __init__(self, module: nn.Module | None) -> None:
+        self.kept = [] if module is None else [(b, b.clone()) for b in module.buffers()]
 
-    def __init__(
-        self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int, tol: float
-    ) -> None:
-        self.layer, self.module, self.inputs, self.noted, self.tol = layer, module, inputs, noted, tol
-        self.count = 0
-        self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        noting = self.module if len(x) > 0 and self.count == self.noted else None
-        noting_it = nullcontext() if noting is None else updated_statistics(noting)
-        with noting_it, fixed_map(self.module), winograd_convolutions(self.tol):
-            image = self.layer(x, *self.inputs).to(x.dtype)
-        if image.shape != x.shape:
-            raise ValueError(
-                f"layer maps shape {tuple(x.shape)} to {tuple(image.shape)}; it takes a layer that keeps the shape"
-            )
-        self.count += 1
-        self.ends = [*self.ends[:1], (x.detach(), image.detach())]
-        return image
-
-
-class _Trace(NamedTuple):
-    """A method's output, traced from the fixed point and from the leaves that get a gradient."""
-
-    out: Tensor
-    jacobian: Jacobian
-    leaves: tuple[Tensor, ...]
-
-
-class _FixedPointFunction(torch.autograd.Function):
-    """The output of a trace; backward differentiates that trace once, with the method's cotangent."""
-
-    @staticmethod
-    def forward(ctx: Any, method: GradientMethod, trace: _Trace, *tensors: Tensor) -> Tensor:
-        ctx.method, ctx.trace = method, trace
-        return trace.out.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.trace is None:
-            raise RuntimeError("the layer at the fixed point is differentiated once; solve again for a second backward")
-        (out, jacobian, leaves), ctx.trace = ctx.trace, None
-        wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
-        found: list[Tensor | None] = [None] * len(leaves)
-        if out.requires_grad:
-            with torch.autocast(gradient.device.type, enabled=False):
-                w = ctx.method.cotangent(gradient, jacobian)
-                grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, allow_unused=True)
-            for i, grad in zip(wanted, grads, strict=True):
-                found[i] = grad
-        return (None, None, *found)
-
-
-def _raise_for_captured(out: Tensor, known: set[int]) -> None:
-    """Raise where the trace reaches a leaf that asks for a gradient and would get none."""
-    seen, stack = set(), [out.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            raise ValueError(
-                f"layer uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and would get none; "
-                "name such tensors in parameters=, or pass a module or a module's method as layer"
-            )
-        stack.extend(next_node for next_node, _ in node.next_functions)
-
-
-class _Network:
-    """The layer with its parameters, as the method applies it at the fixed point."""
-
-    def __init__(
-        self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, solver: FixedPointSolver
-    ) -> None:
-        if isinstance(parameters, Tensor):
-            raise TypeError("parameters is a tensor; it takes an iterable of tensors")
-        self.layer, self.module, self.method = layer, owner(layer), method
-        self.tol = min(solver.tol, getattr(method, "tol", solver.tol))
-        self.named = parameters is not None
-        if parameters is None:
-            parameters = () if self.module is None else self.module.parameters()
-        self.parameters = tuple(p for p in parameters if p.requires_grad)
-
-    def __call__(
-        self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The output, with its gradient where gradients are enabled, and the ends of `_Applications`."""
-        method, differentiable = self.method, torch.is_grad_enabled()
-        x = x.detach().requires_grad_(differentiable and method.needs == "products")
-        leaves = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
-        noted = method.steps - 1 if isinstance(method, Unrolled) else 0
-        applications = _Applications(self.layer, self.module, leaves, noted, self.tol)
-        out = method.trace(applications, x)
-        if differentiable:
-            if not self.named:
-                _raise_for_captured(out, {id(t) for t in (x, *leaves, *self.parameters)})
-            trace = _Trace(out, Jacobian(x, out, inverse), (*leaves, *self.parameters))
-            out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
-        return out, applications.ends
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, value in self.kept:
+            buffer.copy_(value)
 
 
 def _norms(x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,13 +44,13 @@ def _norms(x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unroll(
-    network: _Network, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
+    network: Network, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
 ) -> tuple[Tensor, FixedPointSolution]:
     """The method's applications from x0, and the solution that they amount to; x0 for a diverged sample.
 
     Where one diverged, the running statistics are as they were before.
     """
-    buffers = [] if network.module is None else [(b, b.clone()) for b in network.module.buffers()]
+    before = _Buffers(network.module)
     out, ends = network(x0, inputs)
     first_residual, first_size = _norms(*ends[0])
     bound = DIVERGED_GROWTH * (first_residual + first_size)
@@ -160,9 +63,7 @@ def _unroll(
         _TINY
     )
     if count:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        before.restore()
         warn_unconverged(f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer")
     return out, FixedPointSolution(
         value=torch.where(diverged.view(-1, *[1] * (x.dim() - 1)), x0, x),
@@ -198,24 +99,131 @@ def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], T
     return estimate.transpose if len(rows) == len(solution.value) else of_rows
 
 
-def _solve(
-    layer: Layer,
-    x0: Tensor,
-    inputs: tuple[Tensor, ...],
-    solver: FixedPointSolver,
-    solve_dtype: torch.dtype | None,
-    compiled: bool,
-    estimate: bool,
-) -> FixedPointSolution:
-    """The solve, with the layer prepared for it: in low precision first where that is asked for, or autocast is on."""
-    device = x0.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    inputs = tuple(i.detach() for i in inputs)
-    fine = prepared(layer, tol=solver.tol, compiled=compiled)
-    coarse = prepared(layer, solve_dtype or autocast, compiled=compiled) if solve_dtype or autocast else None
-    if coarse is not None and solver.tol == 0 and solve_dtype is None:
-        return solver.solve(coarse, x0, inputs, estimate=estimate)  # the caller counts evaluations of this very layer
-    return solver.solve(fine, x0, inputs, coarse=coarse, verify=solve_dtype is not None, estimate=estimate)
+class _Solve:
+    """The solve of one layer, prepared for it: in low precision first where that is asked for, or autocast is on."""
+
+    def __init__(
+        self, network: Network, solver: FixedPointSolver, solve_dtype: torch.dtype | None, compiled: bool
+    ) -> None:
+        self.network, self.solver, self.solve_dtype, self.compiled = network, solver, solve_dtype, compiled
+
+    def __call__(self, x0: Tensor, inputs: tuple[Tensor, ...], estimate: bool) -> FixedPointSolution:
+        """The solution; what low precision found is measured in full by the application that follows, if that is."""
+        solver, autocast = self.solver, _autocast_dtype(x0)
+        dtype = self.solve_dtype or autocast
+        inputs = tuple(i.detach() for i in inputs)
+        with self._still():
+            coarse = None if dtype is None else self._prepared(dtype)
+            if coarse is not None and solver.tol == 0 and self.solve_dtype is None:
+                return solver.solve(coarse, x0, inputs, estimate=estimate)  # whose evaluations the caller counts
+            fine = _Late(partial(self._prepared, None))
+            verify = self.solve_dtype is not None and autocast is not None
+            return solver.solve(fine, x0, inputs, coarse=coarse, verify=verify, estimate=estimate)
+
+    def finish(self, solution: FixedPointSolution, rejected: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
+        """Of these samples, those that low precision alone has found go on in full; of the others the value stands."""
+        unmeasured = rejected & (solution.iterations == solution.coarse_iterations)
+        if not unmeasured.any():
+            return solution
+        assert solution.following is not None
+        rows = unmeasured.nonzero()[:, 0]
+        some: Any = rows if inputs else slice(None)
+        spent = solution.iterations[rows]
+        solver = replace(self.solver, max_iter=self.solver.max_iter - int(spent.max()))
+        with self._still():
+            given = tuple(i.detach()[some] for i in inputs)
+            found = solver.solve(self._prepared(None), solution.following[some], given)
+        own = slice(None) if inputs else rows
+        merged = [whole.index_put((rows,), part[own]) for whole, part in zip(solution[:4], found[:4], strict=True)]
+        value, residual, iterations, status = merged
+        return solution._replace(
+            value=value, residual=residual, iterations=iterations.index_add(0, rows, spent), status=status
+        )
+
+    def _prepared(self, dtype: torch.dtype | None) -> Layer:
+        return prepared(self.network.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        with fixed_map(self.network.module), materialised_weights(self.network.module):
+            yield
+
+
+class _Late:
+    """A layer that is made at its first evaluation."""
+
+    def __init__(self, make: Callable[[], Layer]) -> None:
+        self.make = make
+        self.layer: Layer | None = None
+
+    def __call__(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        if self.layer is None:
+            self.layer = self.make()
+        return self.layer(x, *inputs)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _apply(
+    network: Network, solution: FixedPointSolution, points: Tensor, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The output at these points, but the value of a sample that diverged, which takes no part in the gradient.
+
+    Returns:
+        The output (B, …), the rows of the batch that the layer was applied to, and its (x, T(x)) there.
+    """
+    usable = solution.status != Status.DIVERGED
+    rows, everything = torch.arange(len(usable), device=usable.device), bool(usable.all())
+    if not everything and inputs:
+        rows = rows[usable]
+        points, inputs = points[rows], tuple(i[rows] for i in inputs)
+    elif not everything:  # the layer captured its data, so the whole batch must stay
+        points = points.nan_to_num()
+    inverse = None if solution.inverse is None else _inverse(solution, rows)
+    out, ends = network(points, inputs, inverse)
+    if everything:
+        return out, rows, ends[0]
+    if not inputs:
+        if out.requires_grad and not out[~usable].isfinite().all():
+            raise ValueError(
+                f"inputs is empty, and the layer captured data of which {int((~usable).sum())} samples are not finite; "
+                "what each sample owns must be in inputs for it to be kept out of the gradient"
+            )
+        out = out[usable]
+    return solution.value.index_put((usable.nonzero()[:, 0],), out), rows, ends[0]
+
+
+def _measured(
+    solution: FixedPointSolution, rows: Tensor, pair: tuple[Tensor, Tensor], solver: FixedPointSolver
+) -> tuple[FixedPointSolution, Tensor]:
+    """The solution one step on, where (x, T(x)) of these rows measures it; and who stays behind, (B,).
+
+    Those are samples that the solve had converged and that this finds above the tolerance, and samples
+    whose residual has grown.
+    """
+    assert solution.following is not None
+    residual, size = _norms(*pair)
+    relative = (residual / size.clamp_min(_TINY)).to(solution.residual.dtype)
+    value, known, _, status, _ = (field[rows] for field in solution[:5])
+    held = residual <= solver.tol * size + solver.atol
+    sound = torch.where(status == Status.CONVERGED, held, relative <= SAFEGUARD_GROWTH * known)
+    usable = status != Status.DIVERGED
+    moved = usable & sound
+    value = torch.where(moved.view(-1, *[1] * (value.dim() - 1)), pair[0], value)
+    relative = torch.where(moved, relative, known)
+    status = status.masked_fill(moved & held, Status.CONVERGED)
+    rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), usable & ~sound)
+    return (
+        solution._replace(
+            value=solution.value.index_put((rows,), value),
+            residual=solution.residual.index_put((rows,), relative),
+            status=solution.status.index_put((rows,), status),
+        ),
+        rejected,
+    )
 
 
 def solve_fixed_point(
@@ -230,47 +238,35 @@ def solve_fixed_point(
     compile_solve: bool = False,
 ) -> tuple[Tensor, FixedPointSolution]:
     """`fixed_point` and the `FixedPointSolution` that it rests on."""
-    solver = Anderson() if solver is None else solver
+    solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
-    network = _Network(layer, parameters, method, solver)
+    network = Network(layer, parameters, method, solver.tol)
     inputs = tuple(inputs)
     if network.module is not None:
         step_spectral_norms(network.module)
-    out: Tensor | None = None
     estimating = method.needs == "inverse" and torch.is_grad_enabled()
     if isinstance(method, Unrolled):
         out, solution = _unroll(network, method, x0, inputs, solver)
-        start = x0
+        if (solution.status == Status.DIVERGED).any():
+            out = _apply(network, solution, x0, inputs)[0]
+        return out, solution
+    solve = _Solve(network, solver, solve_dtype, compile_solve)
+    solution = solve(x0, inputs, estimating)
+    if solution.following is None and solve_dtype is not None:
+        solution = solution._replace(following=solution.value)
+    if solution.following is None or _autocast_dtype(x0) is not None:
+        out = _apply(network, solution, solution.value, inputs)[0]
     else:
-        with fixed_map(network.module), materialised_weights(network.module):
-            solution = _solve(layer, x0, inputs, solver, solve_dtype, compile_solve, estimating)
-        _warn(solution, solver)
-        start = solution.value
-
-    usable = solution.status != Status.DIVERGED
-    rows = torch.arange(len(usable), device=usable.device)
-    everything = bool(usable.all())
-    if not everything and inputs:
-        rows = usable.nonzero().squeeze(1)
-        start, inputs = start[rows], tuple(i[rows] for i in inputs)
-    elif not everything:  # the layer captured its data, so the whole batch must stay
-        start = start.nan_to_num()
-    if out is None or not everything:
-        inverse = _inverse(solution, rows) if estimating else None
-        out, _ = network(start, inputs, inverse)
-        if estimating:
-            solution = solution._replace(inverse=None)  # the backward alone holds the estimate
-    if not everything and not inputs:
-        if out.requires_grad and not out[~usable].isfinite().all():
-            raise ValueError(
-                f"inputs is empty, and the layer captured data of which {int((~usable).sum())} samples are not finite; "
-                "what each sample owns must be in inputs for it to be kept out of the gradient"
-            )
-        out = out[usable]
-    if not everything:
-        out = solution.value.index_put((usable.nonzero().squeeze(1),), out)
-    return out, solution
+        before = _Buffers(network.module)
+        out, rows, pair = _apply(network, solution, solution.following, inputs)
+        solution, rejected = _measured(solution, rows, pair, solver)
+        if rejected.any():
+            before.restore()
+            solution = solve.finish(solution, rejected, inputs)
+            out = _apply(network, solution, solution.value, inputs)[0]
+    _warn(solution, solver)
+    return out, solution._replace(inverse=None, following=None)  # the backward alone holds the estimate
 
 
 @torch.compiler.disable
@@ -287,8 +283,9 @@ def fixed_point(
 ) -> Tensor:
     """T(x*; inputs) at the fixed point x* = T(x*; inputs), with the gradient of an implicit network.
 
-    Forward solves without gradients and applies the layer once more; backward differentiates that
-    one application, so memory does not depend on the number of iterations (but see `Phantom` and
+    Forward solves without gradients and applies the layer once more, one step beyond the solve's last
+    iterate: that application is the output, measures the solution's residual, and is what backward
+    differentiates, so memory does not depend on the number of iterations (but see `Phantom` and
     `Unrolled`, which apply it more often). During all of it the layer is one fixed map, as if its
     module were in eval(); in train(), spectral norms take one power iteration before, and batch
     norms update their running statistics once, at x*.
@@ -297,8 +294,9 @@ def fixed_point(
     takes no part in the gradient.
 
     Args:
-        layer: T(x, *inputs), (B, …) to the same shape, sample by sample: a module, a module's method
-            or any callable.
+        layer: T(x, *inputs), (B, …) to the same shape, sample by sample, which leaves its arguments as
+            they are: a module, a module's method or any callable. What holds for "its module" below
+            holds for the former two; modules that a lambda calls stay in the mode they are in.
         x0: the start, (B, …); it gets no gradient.
         inputs: tensors (B, …) on which T depends, differentiable.
         parameters: the tensors Θ that get a gradient; None for all of the layer's module's.
@@ -310,11 +308,12 @@ def fixed_point(
         T(x*), of x0's shape and dtype.
 
     Raises:
-        TypeError: ``parameters`` is a tensor; ``gradient`` neither a name nor a method.
+        TypeError: ``parameters`` is a tensor; ``gradient`` neither a name nor a method; ``solver`` is none.
         ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
             from the solver's estimate of the inverse where it made none; what `FixedPointSolver.solve` raises.
+        RuntimeError: in a second backward through the same output, with ``retain_graph`` too.
 
     Warns:
         ConvergenceWarning: some samples did not converge (with tol = 0: diverged).

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
@@ -43,10 +43,10 @@ class FixedPointSolver(ABC):
     def __post_init__(self) -> None:
         for name in ("tol", "atol"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it takes a finite number of at least 0")
-        if not isinstance(self.max_iter, Integral) or self.max_iter < 1:
-            raise ValueError(f"max_iter is {self.max_iter}; it takes an integer of at least 1")
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+                raise ValueError(f"{name} is {value!r}; it takes a finite number of at least 0")
+        if isinstance(self.max_iter, bool) or not isinstance(self.max_iter, Integral) or self.max_iter < 1:
+            raise ValueError(f"max_iter is {self.max_iter!r}; it takes an integer of at least 1")
 
     @abstractmethod
     def start(self, x: Tensor) -> Iteration:
@@ -68,7 +68,7 @@ class FixedPointSolver(ABC):
 
         With ``coarse`` the solve goes down a ladder of two: it iterates with ``coarse`` until each
         sample has converged, diverged or stalled there, and then with ``layer``, with a fresh history,
-        from each sample's best iterate. What is claimed of a sample is measured with ``layer``, which
+        from the iterate that follows each sample's best. What is claimed of a sample is measured with ``layer``, which
         keeps at least one of the ``max_iter`` evaluations of each sample.
 
         A sample has stalled when in 5 evaluations its lowest ‖T(x) − x‖ has not fallen by 30%: at the
@@ -88,14 +88,20 @@ class FixedPointSolver(ABC):
                 evaluations of ``layer`` (Ramzi et al., 2022).
 
         Raises:
+            TypeError: x0, an input or what the layer returns is no tensor.
             ValueError: x0 without a batch dimension or not floating point, an input of another batch
-                size, a layer that changes the shape, or ``estimate`` of a method that has no history.
+                size, a layer that changes the shape or writes over its arguments, or ``estimate`` of a
+                method that has no history.
         """
+        if not isinstance(x0, Tensor):
+            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor")
         if x0.dim() < 1 or not x0.is_floating_point():
             raise ValueError(
                 f"x0 is {x0.dtype} of shape {tuple(x0.shape)}; it takes a floating-point tensor of shape (B, …)"
             )
         for i, value in enumerate(inputs):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"inputs[{i}] is a {type(value).__name__}; it takes a tensor")
             if value.shape[:1] != x0.shape[:1]:
                 raise ValueError(
                     f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x0, ({x0.shape[0]}, …)"
@@ -131,7 +137,8 @@ class FixedPointSolver(ABC):
         rows = (~accepted).nonzero()[:, 0]
         if len(rows) == 0:
             return found
-        start, spent, *inputs_left = (v[rows] for v in (found.value, found.iterations, *inputs))
+        coarsely = found.value if found.following is None else found.following
+        start, spent, *inputs_left = (v[rows] for v in (coarsely, found.iterations, *inputs))
         budget = self.max_iter - spent
         shortest, longest = int(budget.min()), int(budget.max())
         phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, stop_when_stalled, estimate)
@@ -139,12 +146,24 @@ class FixedPointSolver(ABC):
         fine = fine._replace(iterations=fine.iterations + spent, coarse_iterations=spent)
         if len(rows) == batch:
             return fine
-        merged = [whole.index_put((rows,), part) for whole, part in zip(found[:4], fine[:4], strict=True)]
-        return FixedPointSolution._make((*merged, found.coarse_iterations, None))
+        value, residual, iterations, status = (
+            whole.index_put((rows,), part) for whole, part in zip(found[:4], fine[:4], strict=True)
+        )
+        following = None
+        if found.following is not None and fine.following is not None:
+            following = found.following.index_put((rows,), fine.following)
+        return FixedPointSolution(value, residual, iterations, status, found.coarse_iterations, following=following)
 
     def _run(self, phase: Phase) -> FixedPointSolution:
         """One phase of the solve; value and residual as `iterate` has them."""
         return iterate(phase, self.start, self.tol, self.atol)
+
+
+def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:
+    """The solver; raises TypeError for what is none, such as its class."""
+    if solver is not None and not isinstance(solver, FixedPointSolver):
+        raise TypeError(f"solver is {solver!r}; it takes an instance, such as Anderson()")
+    return solver
 
 
 def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
@@ -152,5 +171,6 @@ def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
     unusable = found.residual.isnan() & ~start.reshape(found.value.shape).isfinite().all(1)
     return found._replace(
         value=torch.where(unusable[:, None], torch.nan, found.value).view(start.shape),
+        following=None if found.following is None else found.following.view(start.shape),
         residual=found.residual.to(band_dtype(start.dtype)),
     )

@@ -142,4 +142,4 @@ class _BroydenIteration(Iteration):
 
     def select(self, rows: Tensor) -> None:
         self.ring = self.ring[:, rows]
-        self.gram, self.valid = self.gram[rows], self.valid[rows]
+        self.gram, self.valid, self.previous = self.gram[rows], self.valid[rows], self.previous[rows]

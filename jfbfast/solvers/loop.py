@@ -17,7 +17,7 @@ Layer = Callable[..., Tensor]
 CUDA_POLL = 4  # iterations between two looks at whether every sample is done
 
 DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
-_SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safeguard last acted
+SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safeguard last acted
 _STALL_FALL = 0.7  # what a residual that has not stalled falls to …
 _STALL_WINDOW = 5  # … over so many evaluations
 _COMPACTION = 0.5  # the share of a batch, still running, at which the others leave it
@@ -45,6 +45,23 @@ class Iteration(ABC):
     def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
         """(I − ∂T/∂x)⁻¹ of these samples, (b,) indices, from the pairs measured so far; f is the newest T(x)."""
         raise NotImplementedError
+
+
+def evaluated(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """layer(x, *inputs).
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: the layer wrote over x or an input.
+    """
+    given = [value for value in (x, *inputs) if not value.is_inference()]
+    versions = [value._version for value in given]
+    f = layer(x, *inputs)
+    if not isinstance(f, Tensor):
+        raise TypeError(f"{name} returns a {type(f).__name__}; it takes a layer that returns a tensor")
+    if [value._version for value in given] != versions:
+        raise ValueError(f"{name} writes over its input; it takes a layer that leaves x and the inputs as they are")
+    return f
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ class Phase:
     def evaluate(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """T(x) for flat iterates, in their dtype."""
         images = x.view(-1, *self.start.shape[1:])
-        f = self.layer(images, *inputs)
+        f = evaluated(self.layer, self.name, images, inputs)
         if f.shape != images.shape:
             raise ValueError(
                 f"{self.name} maps shape {tuple(images.shape)} to {tuple(f.shape)}; "
@@ -123,7 +140,7 @@ class _Samples:
         self.rows = torch.arange(batch, device=device)  # in the batch at the start
         self.budget = budget
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
-        self.value = x
+        self.value = self.following = x
         self.residual = torch.full((batch,), torch.nan, dtype=torch.float64, device=device)  # relative, at value
         self.iterations = torch.zeros(batch, dtype=torch.long, device=device)
         self.status = torch.full((batch,), Status.MAX_ITER, dtype=torch.long, device=device)
@@ -131,8 +148,12 @@ class _Samples:
         self.guarded = self.lowest  # the lowest since the safeguard last acted
         self.bound = self.lowest
 
-    def judge(self, x: Tensor, residual: Tensor, image: Tensor, tol: float, atol: float) -> None:
-        """Take ‖T(x) − x‖ and ‖T(x)‖ of the newest iterates: who has converged, diverged or spent its budget?"""
+    def judge(self, x: Tensor, residual: Tensor, image: Tensor, tol: float, atol: float) -> Tensor:
+        """Take ‖T(x) − x‖ and ‖T(x)‖ of the newest iterates: who has converged, diverged or spent its budget?
+
+        Returns:
+            Whose newest iterate is its value, (B,).
+        """
         finite = residual.isfinite() & image.isfinite()
         converged = self.active & finite & (residual <= tol * image + atol)
         outgrown = (residual > self.bound) | (image > self.bound)
@@ -144,16 +165,27 @@ class _Samples:
         self.iterations = self.iterations + self.active
         self.status = self.status.masked_fill(converged, Status.CONVERGED).masked_fill(diverged, Status.DIVERGED)
         self.active = self.active & ~converged & ~diverged & (self.iterations < self.budget)
+        return improved
+
+    def step(self, following: Tensor, before: Tensor, improved: Tensor) -> Tensor:
+        """Take the iterates that follow, for those that were active ``before``; return the next to evaluate.
+
+        A sample that ended rests one step beyond its value, or at its value where that is older.
+        """
+        ended = before & ~self.active
+        if ended.any():
+            self.following = _where(ended, _where(improved, following, self.value), self.following)
+        return _where(self.active, following, self.following)
 
     def grown(self, residual: Tensor) -> Tensor:
         """The samples whose residual has grown so far that the safeguard acts on them, (B,)."""
-        grown = residual > _SAFEGUARD_GROWTH * self.guarded
+        grown = residual > SAFEGUARD_GROWTH * self.guarded
         self.guarded = torch.where(grown, residual, torch.minimum(self.guarded, residual))
         return grown
 
     def found(self) -> tuple[Tensor, ...]:
-        """The value, residual, iterations and status of each row."""
-        return self.value, self.residual, self.iterations, self.status
+        """The value, residual, iterations, status and following iterate of each row."""
+        return self.value, self.residual, self.iterations, self.status, self.following
 
     def put(self, solution: tuple[Tensor, ...], which: Tensor | slice) -> None:
         """Write what was found of these rows in the order of the batch at the start."""
@@ -173,7 +205,7 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
     stall = Stall(len(x), device) if phase.stop_when_stalled else None
     inverse = InverseEstimate(phase.start.shape) if phase.estimate else None
     solution = tuple(torch.empty_like(field) for field in samples.found())
-    buffers = [torch.empty_like(x) for _ in range(3)]
+    buffers = [torch.empty_like(x) for _ in range(4)]
     poll = 1 if device.type == "cpu" else CUDA_POLL
 
     for evaluation in range(1, phase.longest + 1):
@@ -182,15 +214,16 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
         if evaluation == 1:
             samples.bound = DIVERGED_GROWTH * (residual + image)
         before = samples.active
-        samples.judge(x, residual, image, tol, atol)
+        improved = samples.judge(x, residual, image, tol, atol)
         if stall is not None:
             samples.active = samples.active & ~stall.update(samples.lowest)
-        if inverse is not None:
-            ended = before & ~samples.active & (samples.status != Status.DIVERGED)
-            if ended.any():
-                inverse.put(samples.rows[ended], iteration.inverse(ended.nonzero()[:, 0], f))
-        if evaluation == phase.longest:
-            break
+        ended = before & ~samples.active & (samples.status != Status.DIVERGED)
+        if inverse is not None and ended.any():
+            inverse.put(samples.rows[ended], iteration.inverse(ended.nonzero()[:, 0], f))
+
+        free = next(b for b in buffers if all(b is not used for used in (x, samples.value, samples.following)))
+        following = iteration.advance(x, f, samples.grown(residual), out=free)
+        x = samples.step(following, before, improved)
         if evaluation % poll == 0:
             remaining = int(samples.active.sum())
             if remaining == 0:
@@ -198,21 +231,17 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
             if inputs and remaining <= _COMPACTION * len(x):
                 running = samples.active
                 samples.put(solution, ~running)
-                x, f, residual, *inputs_left = (v[running] for v in (x, f, residual, *inputs))
+                x, *inputs_left = (v[running] for v in (x, *inputs))
                 inputs = tuple(inputs_left)
                 iteration.select(running)
                 if stall is not None:
                     stall.select(running)
                 samples.select(running)
-                buffers = [torch.empty_like(x) for _ in range(3)]
-
-        free = next(b for b in buffers if b is not x and b is not samples.value)
-        following = iteration.advance(x, f, samples.grown(residual), out=free)
-        x = _where(samples.active, following, x)
+                buffers = [torch.empty_like(x) for _ in range(4)]
 
     if len(x) == len(phase.start):
         solution = samples.found()
     else:
         samples.put(solution, slice(None))
-    value, relative, iterations, status = solution
-    return FixedPointSolution(value, relative, iterations, status, inverse=inverse)
+    value, relative, iterations, status, following = solution
+    return FixedPointSolution(value, relative, iterations, status, inverse=inverse, following=following)

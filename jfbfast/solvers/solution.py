@@ -34,6 +34,8 @@ class FixedPointSolution(NamedTuple):
         status: a `Status` as an int64 tensor, (B,).
         coarse_iterations: those of ``iterations`` that the coarse twin served, (B,).
         inverse: (I − ∂T/∂x)⁻¹ as the solve's history has it, where it was asked for.
+        following: the iterate one step beyond ``value``, which has not been evaluated, (B, …); ``value`` itself
+            of a sample that diverged or whose last residual was not its lowest; None where the solve made none.
     """
 
     value: Tensor
@@ -42,3 +44,4 @@ class FixedPointSolution(NamedTuple):
     status: Tensor
     coarse_iterations: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
     inverse: InverseEstimate | None = None
+    following: Tensor | None = None

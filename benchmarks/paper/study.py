@@ -1,0 +1,170 @@
+"""The photographs, the measurements and the methods that Tables 1 and 2 share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+from jfbfast.baselines import FeedForward
+from jfbfast.checkpoint import ModelConfig
+from jfbfast.comparison import SETTING, measurement_setting
+from jfbfast.data import image_files
+from jfbfast.datasets import Images, Photographs, split
+from jfbfast.degrad import DEGrad
+from jfbfast.evaluation import Choice, baseline_methods, choose, network_method
+from jfbfast.pretrained import load_model
+
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network's part in the comparison.
+
+    Attributes:
+        label: of its row.
+        takes: what a checkpoint for it is.
+        accepts: whether one is.
+    """
+
+    label: str
+    takes: str
+    accepts: Callable[[ModelConfig], bool]
+
+
+def _trained_by(kind: str, *forms: str) -> Callable[[ModelConfig], bool]:
+    return lambda config: config.form in forms and config.gradient.get("kind") == kind
+
+
+_DEGRAD = ("paper", "preconditioned", "filtered")
+ROLES = {
+    "denoiser": Role("plug-and-play", "a denoiser", lambda config: config.form == "denoiser"),
+    "feed-forward": Role("feed-forward network", "a feed-forward network", lambda c: c.form == "feed-forward"),
+    "unrolled": Role("deep unrolling", "a DE-GRAD with the gradient unrolled", _trained_by("unrolled", *_DEGRAD)),
+    "implicit": Role("DEQ, exact gradient", "a DE-GRAD with the gradient implicit", _trained_by("implicit", *_DEGRAD)),
+    "paper": Role("DE-GRAD by JFB, the paper's", "a DE-GRAD of the form paper by JFB", _trained_by("jfb", "paper")),
+    "ours": Role("ours by JFB", "a DE-GRAD by JFB", _trained_by("jfb", *_DEGRAD)),
+}
+LABELS = {
+    "blurred": "blurred",
+    "direct-inverse": "direct inverse",
+    "gradient-descent": "gradient descent, stopped early",
+    "tikhonov": "Tikhonov",
+    "tv": "total variation",
+    "pnp": ROLES["denoiser"].label,
+    **{name: role.label for name, role in ROLES.items() if name != "denoiser"},
+}
+
+
+def free_photographs(directory: Path, size: int | None) -> Path:
+    """Centre squares of three of scikit-image's photographs, which anyone may use, as PNG files."""
+    from skimage import data
+    from torchvision.transforms import v2
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(("coffee", "astronaut", "chelsea")):
+        pixels = torch.from_numpy(getattr(data, name)()).permute(2, 0, 1)
+        square = v2.functional.center_crop(pixels, [min(pixels.shape[-2:])] * 2)
+        if size is not None:
+            square = v2.functional.resize(square, [size, size], antialias=True)
+        Image.fromarray(square.permute(1, 2, 0).numpy()).save(directory / f"{i}-{name}.png")
+    return directory
+
+
+class Study:
+    """What Tables 1 and 2 restore, and by what.
+
+    Attributes:
+        setting: of the measurements.
+        images, files: to score; validation, validation_files: to choose parameters.
+        methods: by their names in `LABELS`.
+        missing: names in `LABELS` of methods that no checkpoint is given for, and why.
+        checkpoints: names in `LABELS` to what was given.
+    """
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        assert plan.data is not None
+        self.plan, self.console = plan, console
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        networks = {name: _network(name, given) for name, given in plan.checkpoints.items()}
+        deblurring = [networks[name] for name in ("ours", "paper", *networks) if name in networks]
+        configs = [config for _, config in deblurring if config.form != "denoiser"]
+        self.setting = measurement_setting({name: getattr(plan, name) for name in SETTING}, configs)
+        self.blur = self.setting.blur()
+
+        self.missing: dict[str, str] = {}
+        self.checkpoints: dict[str, str] = {}
+        denoiser = networks["denoiser"][0].to(self.device) if "denoiser" in networks else None
+        self.methods = baseline_methods(self.blur, denoiser)
+        for role in ROLES:
+            name = "pnp" if role == "denoiser" else role
+            if role not in networks:
+                self.missing[name] = f"no --{role} is given, which takes {ROLES[role].takes}"
+                console.print(f"{LABELS[name]}: missing, since {self.missing[name]}.", highlight=False)
+                continue
+            self.checkpoints[name] = plan.checkpoints[role]
+            model, config = networks[role]
+            if role != "denoiser":
+                self._check_setting(role, config)
+                assert isinstance(model, (DEGrad, FeedForward))
+                model.blur = self.blur
+                self.methods[name] = network_method(name, model.to(self.device))
+
+        _, validation, files = split(image_files(plan.data), plan.train, plan.validation)
+        self.files, self.validation_files = files[: plan.limit], validation
+        if not self.files:
+            raise ValueError(f"--train and --validation leave no photograph of {plan.data} to score")
+        options: dict[str, Any] = {"resize": plan.resize, "squash": plan.squash}
+        self.images = Images(Photographs(self.files, **options), seed=plan.seed)
+        self.validation = Images(Photographs(validation, **options), seed=plan.seed + 1)
+        self._choices: dict[str, Choice] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """batch_size and device of `jfbfast.evaluation.evaluate`."""
+        return {"batch_size": self.plan.batch_size, "device": self.device}
+
+    def choice(self, name: str) -> Choice:
+        """The parameter of a method, which the validation images choose once.
+
+        Raises:
+            ValueError: as `jfbfast.evaluation.choose`.
+        """
+        if name not in self._choices:
+            with self.console.status(f"choosing the parameter of {LABELS[name]}"):
+                self._choices[name] = choose(
+                    self.methods[name], self.validation, self.blur, self.setting.noise, **self.options
+                )
+        return self._choices[name]
+
+    def about(self) -> str:
+        """What was measured, as one sentence."""
+        s = self.setting
+        return (
+            f"{len(self.files)} images; blur {s.kernel_size} × {s.kernel_size}, σ = {s.sigma:g}, {s.padding_mode} "
+            f"beyond the edge; noise {s.noise:g} on [−1, 1]; parameters chosen on {len(self.validation_files)} "
+            "other images."
+        )
+
+    def _check_setting(self, role: str, config: ModelConfig) -> None:
+        other = [name for name in SETTING if getattr(config, name) != getattr(self.setting, name)]
+        if other:
+            told = ", ".join(f"{name} = {getattr(config, name)}" for name in other)
+            self.console.print(f"--{role} was trained for other measurements ({told}).", highlight=False)
+
+
+def _network(role: str, given: str) -> tuple[nn.Module, ModelConfig]:
+    if role not in ROLES:
+        raise ValueError(f"checkpoints has the role {role!r}; it takes {', '.join(ROLES)}")
+    model, config = load_model(given)
+    if not ROLES[role].accepts(config):
+        gradient = "" if config.form in ("denoiser", "feed-forward") else f", gradient {config.gradient.get('kind')}"
+        raise ValueError(f"--{role} is {given}, of the form {config.form}{gradient}; it takes {ROLES[role].takes}")
+    return model, config

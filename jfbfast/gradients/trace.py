@@ -1,0 +1,127 @@
+"""The layer applied at the fixed point: the trace that carries the gradient, as an autograd function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jfbfast.fixed_map import fixed_map, owner, updated_statistics
+from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
+from jfbfast.solvers import Layer
+from jfbfast.solvers.loop import evaluated
+from jfbfast.winograd import winograd_convolutions
+
+
+class _Applications:
+    """x ↦ T(x; inputs) for a method's trace: a fixed map whose batch norms take note of one application.
+
+    Args:
+        noted: the number of the application, from 0, at which running statistics are updated.
+        tol: the relative residual for which it is to be good enough.
+    """
+
+    def __init__(
+        self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int, tol: float
+    ) -> None:
+        self.layer, self.module, self.inputs, self.noted, self.tol = layer, module, inputs, noted, tol
+        self.count = 0
+        self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        noting = self.module if len(x) > 0 and self.count == self.noted else None
+        statistics = nullcontext() if noting is None else updated_statistics(noting)
+        with statistics, fixed_map(self.module), winograd_convolutions(self.tol):
+            image = evaluated(self.layer, "layer", x, self.inputs).to(x.dtype)
+        if image.shape != x.shape:
+            raise ValueError(
+                f"layer maps shape {tuple(x.shape)} to {tuple(image.shape)}; it takes a layer that keeps the shape"
+            )
+        self.count += 1
+        self.ends = [*self.ends[:1], (x.detach(), image.detach())]
+        return image
+
+
+class _Trace(NamedTuple):
+    """A method's output, traced from the fixed point and from the leaves that get a gradient."""
+
+    out: Tensor
+    jacobian: Jacobian
+    leaves: tuple[Tensor, ...]
+
+
+class _FixedPointFunction(torch.autograd.Function):
+    """The output of a trace; backward differentiates that trace once, with the method's cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, method: GradientMethod, trace: _Trace, *tensors: Tensor) -> Tensor:
+        ctx.method, ctx.trace = method, trace
+        return trace.out.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.trace is None:
+            raise RuntimeError("the layer at the fixed point is differentiated once; solve again for a second backward")
+        (out, jacobian, leaves), ctx.trace = ctx.trace, None
+        wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
+        found: list[Tensor | None] = [None] * len(leaves)
+        if out.requires_grad:
+            with torch.autocast(gradient.device.type, enabled=False):
+                w = ctx.method.cotangent(gradient, jacobian)
+                grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, allow_unused=True)
+            for i, grad in zip(wanted, grads, strict=True):
+                found[i] = grad
+        return (None, None, *found)
+
+
+def _raise_for_captured(out: Tensor, known: Iterable[Tensor]) -> None:
+    """Raise where the trace reaches a leaf that asks for a gradient and would get none."""
+    stack, seen = [out.grad_fn], {t.grad_fn for t in known if t.grad_fn is not None}
+    leaves = {id(t) for t in known}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in leaves:
+            raise ValueError(
+                f"layer uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and would get none; "
+                "name such tensors in parameters=, or pass a module or a module's method as layer"
+            )
+        stack.extend(next_node for next_node, _ in node.next_functions)
+
+
+class Network:
+    """The layer with its parameters, as the method applies it at the fixed point that was found to ``tol``."""
+
+    def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, tol: float) -> None:
+        if isinstance(parameters, Tensor):
+            raise TypeError("parameters is a tensor; it takes an iterable of tensors")
+        self.layer, self.module, self.method = layer, owner(layer), method
+        self.tol = min(tol, getattr(method, "tol", tol))  # a method that solves has its own
+        self.named = parameters is not None
+        if parameters is None:
+            parameters = () if self.module is None else self.module.parameters()
+        self.parameters = tuple(p for p in parameters if p.requires_grad)
+
+    def __call__(
+        self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The output, with its gradient where gradients are enabled, and the ends of `_Applications`."""
+        method, differentiable = self.method, torch.is_grad_enabled()
+        x = x.detach().requires_grad_(differentiable and method.needs == "products")
+        leaves = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
+        noted = method.steps - 1 if isinstance(method, Unrolled) else 0
+        applications = _Applications(self.layer, self.module, leaves, noted, self.tol)
+        out = method.trace(applications, x)
+        if differentiable:
+            if not self.named:
+                _raise_for_captured(out, (x, *leaves, *self.parameters))
+            trace = _Trace(out, Jacobian(x, out, inverse), (*leaves, *self.parameters))
+            out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
+        return out, applications.ends
