@@ -32,6 +32,10 @@ PaddingMode = Annotated[str, typer.Option(help="Beyond the edge: zeros, reflect,
 Seed = Annotated[int, typer.Option(help="Of every random number.")]
 
 
+def _say_error(error: Exception) -> None:
+    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+
+
 @contextmanager
 def _one_sentence() -> Iterator[None]:
     """A user's mistake ends the program with its message, not with a traceback."""
@@ -41,7 +45,7 @@ def _one_sentence() -> Iterator[None]:
         console.print(f"[red]error:[/] {error.name} is not installed; {_EXTRAS}", markup=True)
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+        _say_error(error)
         raise typer.Exit(1) from error
 
 
@@ -100,13 +104,17 @@ def restore(
         bool, typer.Option(help="Restore in one piece too, and print the largest difference.")
     ] = False,
 ) -> None:
-    """Undo a known Gaussian blur in photographs of any size; depth and alpha are kept."""
+    """Undo a known Gaussian blur in photographs of any size; depth and alpha are kept.
+
+    A file that cannot be restored is told of, and the others are restored all the same.
+    """
     with _one_sentence():
         from jfbfast.checkpoint import ModelConfig
-        from jfbfast.data import read_photograph, write_photograph
+        from jfbfast.data import check_target, read_photograph, write_photograph
         from jfbfast.operators import GaussianBlur
         from jfbfast.pretrained import load_model, matching_name, set_measurement
         from jfbfast.restoration import (
+            LEAST_TILE,
             network_restorer,
             restore_tiled,
             seamless_overlap,
@@ -115,9 +123,12 @@ def restore(
         )
         from jfbfast.solvers import ConvergenceWarning
 
+        if tile < LEAST_TILE:
+            raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
         picked = checkpoint is None
+        given = [default if value is None else value for value, default in ((kernel_size, 5), (sigma, 1.0))]
+        GaussianBlur(int(given[0]), given[1], padding_mode)  # raises for what no blur takes
         if checkpoint is None:
-            given = [default if value is None else value for value, default in ((kernel_size, 5), (sigma, 1.0))]
             level = 0.01 if noise is None else noise
             checkpoint = matching_name(int(given[0]), given[1], level, padding_mode)
             if checkpoint is None:
@@ -146,32 +157,42 @@ def restore(
                     f"The checkpoint was trained for kernel size {config.kernel_size} and σ = {config.sigma:g}; "
                     f"it is used for {size} and {width:g}."
                 )
-        targets = _targets(images, out)
+        targets, failed = _targets(images, out), False
         for source, target in zip(images, targets, strict=True):
-            photograph = read_photograph(source)
-            d = 2 * photograph.pixels - 1
-            with (
-                Progress(console=console, transient=True) as bar,
-                warnings.catch_warnings(record=True) as caught,
-            ):
-                warnings.simplefilter("always", ConvergenceWarning)
-                task = bar.add_task(source.name)
-                if model is None:
-                    restorer, damping = tikhonov_restorer(blur, d, config.noise if noise is None else noise)
-                    how = f"Tikhonov, λ = {damping:.2g}"
-                else:
-                    restorer, how = network_restorer(model, config.channels), str(checkpoint)
-                shared = overlap
-                if shared is None:
-                    shared = seamless_overlap(restorer, d, tile) if max(d.shape[-2:]) > tile else min(96, tile // 4)
-                caught.clear()
-                restored = restore_tiled(restorer, d, tile=tile, overlap=shared, progress=partial(_advance, bar, task))
-                late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-                if check_tiles:
-                    how += f"; tiles differ by {tiling_error(restorer, d, restored) / 2:.1e} of white"
-            write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
+            try:
+                photograph = read_photograph(source)
+                check_target(target, photograph)
+                d = 2 * photograph.pixels - 1
+                with (
+                    Progress(console=console, transient=True) as bar,
+                    warnings.catch_warnings(record=True) as caught,
+                ):
+                    warnings.simplefilter("always", ConvergenceWarning)
+                    task = bar.add_task(source.name)
+                    if model is None:
+                        restorer, damping = tikhonov_restorer(blur, d, config.noise if noise is None else noise)
+                        how = f"Tikhonov, λ = {damping:.2g}"
+                    else:
+                        restorer, how = network_restorer(model, config.channels), str(checkpoint)
+                    shared = overlap
+                    if shared is None:
+                        shared = seamless_overlap(restorer, d, tile) if max(d.shape[-2:]) > tile else min(96, tile // 4)
+                    caught.clear()
+                    restored = restore_tiled(
+                        restorer, d, tile=tile, overlap=shared, progress=partial(_advance, bar, task)
+                    )
+                    late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+                    if check_tiles:
+                        how += f"; tiles differ by {tiling_error(restorer, d, restored) / 2:.1e} of white"
+                write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
+            except (ValueError, OSError) as error:
+                _say_error(error)
+                failed = True
+                continue
             said = f"; {late} tiles did not converge" if late else ""
             console.print(f"{source} → {target} ({how}{said})", highlight=False, markup=False)
+        if failed:
+            raise typer.Exit(1)
 
 
 def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:

@@ -42,6 +42,18 @@ def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]
     return ModelConfig(**values)
 
 
+def _device(name: str) -> torch.device:
+    """The device; ValueError where torch does not reach one of that name."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise ValueError(f"--device is {name}; it takes cpu or cuda ({str(error).splitlines()[0]})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name}; it takes cpu or cuda")
+    return device
+
+
 def _methods(names: Sequence[str], blur: GaussianBlur, denoiser: str | None, device: torch.device) -> list[Method]:
     network = None
     if denoiser is not None:
@@ -157,7 +169,10 @@ def compare(
         raise ValueError(f"--out is {out}; it takes a .csv or a .json")
     if batch_size < 1 or (held_out[2] is not None and held_out[2] < 1):
         raise ValueError("--batch-size and --limit take integers of at least 1")
-    where = torch.device(device)
+    if not methods and not checkpoints:
+        known = ", ".join(baseline_methods(GaussianBlur(), nn.Identity()))
+        raise ValueError(f"--methods is empty; without networks it takes one or more of {known}")
+    where = _device(device)
     networks = _networks(checkpoints)
     setting = measurement_setting(given, [config for _, _, config in networks])
     blur = setting.blur()

@@ -60,7 +60,10 @@ def _orientation(path: Path) -> int:
 def _read_array(path: Path) -> np.ndarray:
     """(H, W, channels) in RGB order: OpenCV for what Pillow would cut to 8 bits, Pillow for the rest."""
     try:
-        deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        content = np.fromfile(path, np.uint8)
+        if not content.size:
+            raise ImageError(f"{path}: the file is empty")
+        deep = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
         if deep is not None and deep.dtype in (np.uint16, np.float32):
             order = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}
             if deep.ndim == 3 and deep.shape[2] not in order:
@@ -75,7 +78,7 @@ def _read_array(path: Path) -> np.ndarray:
             grey = image.mode in ("1", "L", "LA")
             mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
             array = np.asarray(ImageOps.exif_transpose(image).convert(mode))
-    except (OSError, Image.DecompressionBombError, cv2.error) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError, cv2.error) as error:  # Pillow's of a broken PNG
         raise ImageError(f"{path}: {error}") from error
     return array if array.ndim == 3 else array[:, :, None]
 
@@ -95,20 +98,35 @@ def read_photograph(path: str | Path) -> Photograph:
     return Photograph(values[:colours], values[colours:] if colours < len(values) else None, array.dtype)
 
 
+def check_target(path: str | Path, photograph: Photograph) -> None:
+    """Tell, before there is anything to write, whether `write_photograph` could.
+
+    Raises:
+        ImageError: no such directory; another format than those of images, or one that cannot hold the samples'
+            depth or the alpha channel.
+    """
+    path, suffix = Path(path), Path(path).suffix.lower()
+    _, alpha, dtype = photograph
+    if not path.parent.is_dir():
+        raise ImageError(f"{path}: there is no directory {path.parent}")
+    if not cv2.haveImageWriter(str(path)):
+        raise ImageError(f"{path}: {suffix or 'a name without a suffix'} is no format to write; .png and .tiff are")
+    if dtype != np.uint8 and suffix not in _SIXTEEN_BIT_SUFFIXES:
+        raise ImageError(f"{path}: {suffix} cannot hold {dtype} samples; .png and .tiff can")
+    if dtype == np.float32 and suffix == ".png":
+        raise ImageError(f"{path}: .png cannot hold float32 samples; .tiff can")
+    if alpha is not None and suffix not in _ALPHA_SUFFIXES:
+        raise ImageError(f"{path}: {suffix} cannot hold an alpha channel; .png and .tiff can")
+
+
 def write_photograph(path: str | Path, photograph: Photograph) -> None:
     """Write an image file of the photograph's own sample type; values outside [0, 1] are clipped.
 
     Raises:
-        ImageError: a format that cannot hold the samples' depth or the alpha channel, or a failed write.
+        ImageError: as `check_target`, or a failed write.
     """
-    path, suffix = Path(path), Path(path).suffix.lower()
+    check_target(path, photograph)
     pixels, alpha, dtype = photograph
-    if dtype != np.uint8 and suffix not in _SIXTEEN_BIT_SUFFIXES:
-        raise ImageError(f"{path}: {suffix or 'this format'} cannot hold {dtype} samples; .png and .tiff can")
-    if dtype == np.float32 and suffix == ".png":
-        raise ImageError(f"{path}: .png cannot hold float32 samples; .tiff can")
-    if alpha is not None and suffix not in _ALPHA_SUFFIXES:
-        raise ImageError(f"{path}: {suffix or 'this format'} cannot hold an alpha channel; .png and .tiff can")
     if alpha is not None and len(pixels) == 1:
         pixels = pixels.expand(3, -1, -1)
     values = pixels if alpha is None else torch.cat((pixels, alpha))

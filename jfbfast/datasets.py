@@ -80,6 +80,9 @@ class Photographs(Sequence[Tensor]):
             with the centre square kept.
         cache: bytes of memory at most; files that need more are decoded at each use.
 
+    Attributes:
+        sizes: (H, W) of each as its file has it, before it is turned upright.
+
     Raises:
         ImageError: a file that cannot be read.
     """
@@ -92,7 +95,8 @@ class Photographs(Sequence[Tensor]):
         self.files = list(files)
         self.resize, self.squash = resize, squash
         self._block: Tensor | None = None
-        sizes = [3 * pixels for pixels in map(self._pixels, self.files)]
+        self.sizes = [self._size(file) for file in self.files]
+        sizes = [3 * height * width for height, width in self.sizes]
         if sum(sizes) <= cache:
             self._starts = [0, *np.cumsum(sizes).tolist()]
             self._block = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -105,12 +109,12 @@ class Photographs(Sequence[Tensor]):
         """Whether the images are in memory."""
         return self._block is not None
 
-    def _pixels(self, file: Path) -> int:
+    def _size(self, file: Path) -> tuple[int, int]:
         if self.resize is not None:
-            return self.resize**2
+            return self.resize, self.resize
         try:
             with Image.open(file) as image:
-                return image.width * image.height
+                return image.height, image.width
         except (OSError, Image.DecompressionBombError) as error:
             raise ImageError(f"{file}: {error}") from error
 
@@ -160,7 +164,7 @@ class RandomCrops(Dataset[Sample]):
 
     Raises:
         ValueError: a crop below 1, a negative seed, or no photograph.
-        ImageError: on access, a photograph that is too small.
+        ImageError: a photograph that is too small.
     """
 
     def __init__(
@@ -169,6 +173,13 @@ class RandomCrops(Dataset[Sample]):
         for name, value, least in (("crop", crop, 1), ("seed", seed, 0), ("photographs", len(photographs), 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it takes an integer of at least {least}")
+        sizes = photographs.sizes if isinstance(photographs, Photographs) else [p.shape[-2:] for p in photographs]
+        for which, size in enumerate(sizes):
+            if any(-(-(crop - side) // 2) >= side for side in size):
+                raise ImageError(
+                    f"{_name(photographs, which)}: too small for crops of {crop} pixels; "
+                    "resize it, or take smaller crops"
+                )
         self.photographs = photographs
         self.crop, self.flips, self.seed = crop, flips, seed
         self.length = len(photographs) if length is None else length
@@ -187,14 +198,8 @@ class RandomCrops(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        which = self._photograph(index)
-        image = self.photographs[which]
+        image = self.photographs[self._photograph(index)]
         short = [max(0, self.crop - side) for side in image.shape[-2:]]
-        if any(-(-s // 2) >= side for s, side in zip(short, image.shape[-2:], strict=True)):
-            raise ImageError(
-                f"{_name(self.photographs, which)}: too small for crops of {self.crop} pixels; "
-                "resize it, or take smaller crops"
-            )
         if any(short):
             top, left = (s // 2 for s in short)
             around = [left, top, short[1] - left, short[0] - top]

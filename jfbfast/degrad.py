@@ -40,7 +40,7 @@ class DEGrad(nn.Module):
             weight of a `RED` regulariser.
         averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points; "auto" to
             estimate it at the first forward, and whenever `update_averaging` is called. Then it is a
-            buffer, NaN before the first estimate.
+            buffer, NaN before the first estimate, which every forward tries anew until it succeeds.
         solver: `Anderson()` where None.
         gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
             `fixed_point`).
@@ -166,7 +166,8 @@ class DEGrad(nn.Module):
         """Estimate the α of ``averaging="auto"``: the `optimal_averaging` of the spectra at the fixed points for d.
 
         It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
-        one that is best for the worst of them. It stays NaN, and the layer T, where all samples diverge.
+        one that is best for the worst of them. It becomes NaN, and the layer T, where all samples diverge, and
+        stays what it is for an empty batch, of which nothing is computed.
 
         Args:
             d, x0: as in `forward`.
@@ -176,6 +177,8 @@ class DEGrad(nn.Module):
         """
         if not isinstance(self.averaging, Tensor):
             raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
+        if not len(d):
+            return
         self.averaging.fill_(torch.nan)
         with fixed_map(self), materialised_weights(self):
             found = self.solver.solve(self.layer, self.start(d) if x0 is None else x0, (d,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Literal, Protocol
 
 import torch
@@ -20,8 +21,8 @@ _CONVOLUTIONS: dict[bool | str, Callable[..., nn.Conv2d]] = {
 
 def _check_sizes(*sizes: tuple[str, int, int]) -> None:
     for name, value, least in sizes:
-        if value < least:
-            raise ValueError(f"{name} is {value}; it takes an integer of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}; it takes an integer of at least {least}")
 
 
 class DnCNN(nn.Module):
@@ -59,7 +60,7 @@ class DnCNN(nn.Module):
         _check_sizes(("channels", channels, 1), ("features", features, 1), ("depth", depth, 2))
         if norm not in ("batch", None):
             raise ValueError(f"norm is {norm!r}; it takes 'batch' or None")
-        if spectral_norm not in _CONVOLUTIONS:
+        if not isinstance(spectral_norm, (bool, str)) or spectral_norm not in _CONVOLUTIONS:
             raise ValueError(f"spectral_norm is {spectral_norm!r}; it takes True, False or 'conv'")
         convolution = _CONVOLUTIONS[spectral_norm]
         layers: list[nn.Module] = [convolution(channels, features, 3, padding=1, bias=bias), nn.ReLU()]
@@ -198,6 +199,7 @@ class RED(nn.Module):
 
 def log_parameter(name: str, value: float) -> nn.Parameter:
     """A learnable log(value), which keeps the value positive; raises ValueError naming ``name``."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}; it takes a positive number")
+    number = isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise ValueError(f"{name} is {value!r}; it takes a positive number")
     return nn.Parameter(torch.tensor(math.log(value)))

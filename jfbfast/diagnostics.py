@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,7 +240,8 @@ def report(
     """Measure the conditioning of a model on a few samples; it stays as it is.
 
     The point x* is the best iterate of the model's own solver run on with tol = 0. Minutes for samples
-    of 64 × 64 on a CPU: small crops and few samples tell as much.
+    of 64 × 64 on a CPU: small crops and few samples tell as much. Of a model of which no parameter requires a
+    gradient, the gradients are those of all its parameters.
 
     Args:
         model: a DE-GRAD.
@@ -255,7 +257,10 @@ def report(
     """
     if x is not None and x.shape != d.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; it takes that of d, {tuple(d.shape)}")
-    with warnings.catch_warnings(), fixed_map(model):
+    if not any(p.requires_grad for p in model.parameters()):
+        model = copy.deepcopy(model).requires_grad_()
+    with torch.inference_mode(False), warnings.catch_warnings(), fixed_map(model):
+        d, x = d.clone(), None if x is None else x.clone()  # autograd keeps no tensor made under inference_mode
         warnings.simplefilter("ignore", ConvergenceWarning)
         with torch.no_grad():
             _, solution = solve_fixed_point(

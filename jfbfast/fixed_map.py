@@ -4,6 +4,8 @@ During a solve, and in the layer that carries the gradient, a network in train()
 running statistics of its batch norms (batch statistics would couple the samples), applies no
 dropout, and keeps its spectral-norm weights. What a training forward changes is done here, once:
 one power iteration before the solve, one update of the running statistics at the fixed point.
+A batch norm with track_running_stats=False couples the samples all the same: eval() leaves it no
+statistics but the batch's.
 """
 
 from __future__ import annotations

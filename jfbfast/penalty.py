@@ -8,11 +8,18 @@ from torch import Tensor
 
 from jfbfast.degrad import DEGrad
 from jfbfast.fixed_map import fixed_map, owner
+from jfbfast.operators import SeparableBlur
 from jfbfast.solvers import Layer, Status
 
 
 def _unit(v: Tensor) -> Tensor:
     return F.normalize(v.flatten(1), dim=1).view_as(v)
+
+
+def _fits(layer: DEGrad | Layer, d: Tensor, x: Tensor) -> bool:
+    """Whether x can be a solution for the measurements d; a blur keeps their shape, another operator the batch."""
+    blur = isinstance(layer, DEGrad) and isinstance(layer.blur, SeparableBlur)
+    return d.shape == x.shape if blur else len(d) == len(x)
 
 
 def jacobian_penalty(
@@ -22,7 +29,8 @@ def jacobian_penalty(
 
     ‖vᵀ ∂T/∂x‖ tends to the contraction factor γ where one real eigenvalue dominates, and is at most
     ‖∂T/∂x‖₂ always. The random starts are drawn from torch's generator; v and x are constants of the
-    gradient, which costs a differentiation of one vector-Jacobian product.
+    gradient, which costs a differentiation of one vector-Jacobian product. A layer that does not depend on x
+    has the Jacobian 0, and the penalty 0.
 
         restored = model(d)
         loss = F.mse_loss(restored, x) + 1e-4 * jfbfast.jacobian_penalty(model, d)
@@ -41,15 +49,18 @@ def jacobian_penalty(
 
     Raises:
         ValueError: ``bound`` or ``iterations`` below 0; no ``x`` where the layer holds no solution of these inputs.
+        RuntimeError: under torch.inference_mode().
     """
     if not bound >= 0:
         raise ValueError(f"bound is {bound}; it takes a number of at least 0")
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}; it takes an integer of at least 0")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("jacobian_penalty differentiates, which torch.inference_mode() forbids; call it outside")
     usable: Tensor | bool = True
     if x is None:
         solution = layer.solution if isinstance(layer, DEGrad) else None
-        if solution is None or any(len(value) != len(solution.value) for value in inputs):
+        if solution is None or not all(_fits(layer, value, solution.value) for value in inputs):
             raise ValueError(
                 "x is None; it takes a tensor, or a DEGrad as layer whose last forward was on these inputs"
             )
@@ -61,10 +72,12 @@ def jacobian_penalty(
 
     with fixed_map(owner(transform)), torch.enable_grad():
         point = x.detach().requires_grad_()
-        out = transform(point, *inputs_left).to(point.dtype)
+        out = transform(point, *inputs_left).to(point.dtype) + 0 * point  # which depends on x in any case
         v = _unit(torch.randn_like(point))
         for _ in range(iterations):
             v = _unit(torch.autograd.grad(out, point, v, retain_graph=True)[0])
         (product,) = torch.autograd.grad(out, point, v, create_graph=True)
+        if not product.requires_grad:  # a Jacobian that no parameter moves
+            product = product + 0 * transform(x.detach(), *inputs_left).to(point.dtype)
     excess = F.relu(product.flatten(1).norm(dim=1) - bound)
     return excess.square().sum() / max(len(x), 1)

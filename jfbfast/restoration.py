@@ -13,6 +13,7 @@ from jfbfast.operators import GaussianBlur
 
 Restorer = Callable[[Tensor], Tensor]
 
+LEAST_TILE = 32  # pixels; from here on the overlap that is measured leaves room to align the tiles
 ALIGNMENT = 16  # pixels; what the coarsest scale of a U-Net of four scales divides
 HALF_A_GREY_LEVEL = 1 / 255  # on [−1, 1]
 

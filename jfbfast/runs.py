@@ -86,7 +86,8 @@ class Metrics(Callback):
         rows: list[dict[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                rows = [r for r in csv.DictReader(file) if r["phase"] != self.phase or int(r["step"] or 0) <= step]
+                whole = [line for line in file if line.endswith("\n")]  # a kill can cut the last one off
+            rows = [r for r in csv.DictReader(whole) if r["phase"] != self.phase or int(r["step"] or 0) <= step]
         if rows:
             self.seconds = float(rows[-1].get("seconds") or "nan")
 
@@ -264,13 +265,14 @@ class Run:
         settings, config = self.settings, self.config
         L.seed_everything(settings.seed, verbose=False)
         model = config.model()
-        if settings.init is not None:
-            _start_from(model, config, settings.init)
-        crops, val = self._data(console)
-        self._claim()
         alone = config.form == "denoiser"
         steps, runner = settings.pretraining_steps or 0, None
         pretrained, phase = self.out / "pretrained.safetensors", self.out / "training.ckpt"
+        whole = (pretrained, phase, *((self.out / "pretraining.ckpt",) if alone else ()))  # which hold every weight
+        if settings.init is not None and not any(file.exists() for file in whole):
+            _start_from(model, config, settings.init)
+        crops, val = self._data(console)
+        self._claim()
         if pretrained.exists():
             model.load_state_dict(load_checkpoint(pretrained)[0].state_dict())
         elif steps and not phase.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -101,7 +102,21 @@ class TrainingSettings:
     tensorboard: Annotated[bool, "Write TensorBoard files too."] = True
 
     def __post_init__(self) -> None:
-        for name in ("crop", "batch_size", "interval", "log_every", "steps", "jacobian_interval", "jacobian_samples"):
+        for name, value in asdict(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{name} is {value}; it takes finite numbers")
+        for name in (
+            "crop",
+            "batch_size",
+            "interval",
+            "log_every",
+            "steps",
+            "jacobian_interval",
+            "jacobian_samples",
+            "max_iter",
+            "training_max_iter",
+        ):
             least = self.form != "denoiser" or name != "steps"
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes an integer of at least 1")
@@ -114,6 +129,9 @@ class TrainingSettings:
             "cache",
             "jacobian_penalty",
             "jacobian_bound",
+            "noise",
+            "tol",
+            "training_tol",
         ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a number of at least 0")
@@ -128,10 +146,24 @@ class TrainingSettings:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it takes one of {', '.join(filter(None, choices))}"
                 )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; it takes a number in [0, 1)")
-        if len(self.pretraining_noise) != 2:
-            raise ValueError(f"pretraining_noise is {self.pretraining_noise}; it takes two numbers")
+        for name in ("learning_rate", "pretraining_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive number")
+        for name in ("ema", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes a number in [0, 1)")
+        levels = self.pretraining_noise
+        if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:
+            raise ValueError(f"pretraining_noise is {levels}; it takes two non-negative numbers, the lesser first")
+        implicit = self.form not in ("feed-forward", "denoiser")
+        if self.jacobian_penalty and not implicit:
+            raise ValueError(f"jacobian_penalty is {self.jacobian_penalty}; with form={self.form} it takes 0")
+        solver, gradient = _description("solver", self.solver), _description("gradient", self.gradient)
+        for name in ("tol", "max_iter"):
+            if name in solver:
+                raise ValueError(f"solver is {self.solver!r}; {name} is a setting of its own")
+        if implicit and gradient["kind"] == "shine" and solver["kind"] in ("Inertial", "Picard"):
+            raise ValueError(f"solver is {self.solver!r}; gradient={self.gradient} takes Anderson or Broyden")
         if (self.sigma_range is None) != (self.noise_range is None):
             raise ValueError("sigma_range and noise_range are for one network; it takes both, or neither")
         if self.conditional and (self.form, self.denoiser) != ("filtered", "UNet"):
@@ -284,9 +316,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def write_settings(path: Path, settings: TrainingSettings) -> None:
-    """Every setting, as YAML that `read_settings` reads."""
+    """Every setting, as YAML that `read_settings` reads; a reader sees the old file or the whole new one."""
+    from jfbfast.checkpoint import write_whole
+
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def changed_settings(old: TrainingSettings, new: TrainingSettings) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jfbfast.solvers import FixedPointSolution, Status
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class WarmStart:
@@ -63,7 +66,7 @@ class WarmStart:
             (B, …), of the dtype and on the device of ``default``.
 
         Raises:
-            ValueError: another number of indices than B; a stored sample of another shape.
+            ValueError: indices that are not B integers; a stored sample of another shape.
         """
         keys = _keys(indices, default)
         start = default.detach().clone()
@@ -86,7 +89,7 @@ class WarmStart:
         Samples with a value that is not finite in the stored dtype are left out, too.
 
         Raises:
-            ValueError: another number of indices than samples.
+            ValueError: indices that are not one integer for each sample.
         """
         keys = _keys(indices, solution.value)
         values = solution.value.to(device=self.device, dtype=self.dtype)
@@ -111,7 +114,12 @@ class WarmStart:
 
 
 def _keys(indices: Tensor | Sequence[int], samples: Tensor) -> list[int]:
-    keys = indices.tolist() if isinstance(indices, Tensor) else [int(i) for i in indices]
+    if isinstance(indices, Tensor) and (indices.dim() != 1 or indices.dtype not in _INTEGERS):
+        raise ValueError(f"indices is {indices.dtype} of shape {tuple(indices.shape)}; it takes integers of shape (B,)")
+    try:
+        keys = indices.tolist() if isinstance(indices, Tensor) else [index(i) for i in indices]
+    except TypeError as error:
+        raise ValueError(f"indices is {indices!r}; it takes one integer for each sample") from error
     if len(keys) != len(samples):
         raise ValueError(f"indices has {len(keys)} entries; it takes one for each of the {len(samples)} samples")
     return keys

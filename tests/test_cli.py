@@ -162,6 +162,13 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
         (("evaluate", ".", "--methods", "pnp"), "pnp, which takes a --denoiser"),
         (("evaluate", ".", "--methods", "magic"), "--methods has 'magic'; it takes blurred"),
         (("evaluate", ".", "--out", "table.txt"), "--out is table.txt"),
+        (("evaluate", ".", "--methods", ""), "--methods is empty; without networks it takes one or more of blurred"),
+        (("evaluate", ".", "--device", "foo"), "--device is foo; it takes cpu or cuda"),
+        (("evaluate", ".", "--device", "cuda:99"), "--device is cuda:99; it takes cpu or cuda"),
+        (("evaluate", ".", "--device", "meta"), "--device is meta; it takes cpu or cuda"),
+        (("restore", "missing.png", "--tile", 0), "--tile is 0; it takes an integer of at least 32"),
+        (("restore", "missing.png", "--tile", -5), "--tile is -5"),
+        (("restore", "missing.png", "--padding-mode", "foo"), "padding_mode is 'foo'"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):
@@ -170,6 +177,30 @@ def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_padding_that_no_blur_has_is_refused_before_a_model_is_looked_for():
+    assert "model" not in run("restore", "missing.png", "--padding-mode", "foo").output
+
+
+def test_a_bad_image_does_not_keep_the_others_from_being_restored(blurred, tmp_path):
+    (tmp_path / "corrupt.png").write_bytes(blurred[1].read_bytes()[:300])
+    (tmp_path / "empty.png").write_bytes(b"")
+    bad = (tmp_path / "corrupt.png", tmp_path / "empty.png")
+    result = run("restore", *bad, blurred[1], "--out", tmp_path / "out")
+    assert result.exit_code == 1 and read_photograph(tmp_path / "out" / "blurred-restored.png")
+    told = " ".join(result.output.split())
+    assert "corrupt.png: " in told and "empty.png: the file is empty" in told and "(Tikhonov" in told
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("x.xyz", r"x.xyz: .xyz is no format to write"), ("nodir/x.png", "there is no directory"), ("x.jpg", "uint16")],
+)
+def test_a_file_that_cannot_be_written_is_told_of_before_the_restoration(blurred, tmp_path, monkeypatch, out, message):
+    monkeypatch.setattr("jfbfast.restoration.restore_tiled", None)
+    result = run("restore", blurred[1], "--out", tmp_path / out)
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")

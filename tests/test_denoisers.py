@@ -3,12 +3,13 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jfbfast import DnCNN, UNet
+from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, UNet
 from jfbfast.denoisers import SpectralNormConv2d
 
 
@@ -106,3 +107,26 @@ def test_unet_keeps_any_shape_and_pads_what_its_scales_do_not_divide(shape):
 def test_unet_names_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         UNet(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DnCNN(depth="3"), "depth is '3'; it takes an integer of at least 2"),
+        (lambda: DnCNN(features=8.0), r"features is 8\.0; it takes an integer"),
+        (lambda: DnCNN(channels=True), "channels is True"),
+        (lambda: DnCNN(spectral_norm=[1]), r"spectral_norm is \[1\]; it takes True, False or 'conv'"),
+        (lambda: RED(nn.Identity(), "a"), "weight is 'a'; it takes a positive number"),
+        (lambda: RED(nn.Identity(), filter_damping=True), "filter_damping is True; it takes a positive number"),
+        (lambda: DEGrad(GaussianBlur(), nn.Identity(), step_size="a"), "step_size is 'a'; it takes a positive number"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_numbers_of_any_kind_are_taken():
+    for value in (np.float32(0.5), torch.tensor(0.5), 1):
+        assert float(RED(nn.Identity(), value).weight.detach()) == pytest.approx(float(value))
+    assert len(DnCNN(1, np.int64(4), np.int32(3)).layers) == 6

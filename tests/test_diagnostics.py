@@ -165,6 +165,20 @@ def test_table_and_picture(measured, tmp_path):
     assert min(read_photograph(tmp_path / "report.png").pixels.shape[1:]) > 800
 
 
+def test_a_frozen_model_and_one_under_inference_mode_are_measured_as_any():
+    model = networks()["filtered"].double().eval()
+    d = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    options = {"iterations": 20, "steps": 10}
+    expected = report(model, d, **options)
+    with torch.inference_mode():
+        without = report(model, d.clone(), **options)
+    frozen = report(model.requires_grad_(False), d, **options)
+    assert not any(p.requires_grad for p in model.parameters())
+    for found in (without, frozen):
+        assert torch.equal(found.cosine["jfb"], expected.cosine["jfb"]) and found.cosine["jfb"].isfinite().all()
+        assert torch.equal(found.condition, expected.condition) and torch.equal(found.radius, expected.radius)
+
+
 def test_bad_input_is_named():
     model = networks()["filtered"]
     with pytest.raises(ValueError, match="x has shape"):

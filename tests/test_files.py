@@ -80,6 +80,15 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ImageError, match=r"text\.png"):
         read_photograph(tmp_path / "text.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"empty\.png: the file is empty"):
+        read_photograph(tmp_path / "empty.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).save(tmp_path / "chunk.png")
+    content = (tmp_path / "chunk.png").read_bytes()
+    length = content.index(b"IDAT") - 4
+    (tmp_path / "chunk.png").write_bytes(content[:length] + b"\0\0\0\x20" + content[length + 4 :])
+    with pytest.raises(ImageError, match=r"chunk\.png: broken PNG file"):
+        read_photograph(tmp_path / "chunk.png")
     with pytest.raises(ImageError, match=r"none\.png"):
         read_photograph(tmp_path / "none.png")
     cv2.imwrite(str(tmp_path / "nan.tiff"), np.full((4, 4, 3), np.nan, np.float32))

@@ -302,6 +302,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert many <= 1.02 * few
 
 
+def test_parameters_with_their_names_are_refused():
+    cell, d = Cell(), torch.randn(2, 12)
+    with pytest.raises(TypeError, match="parameters has a tuple; it takes an iterable of tensors"):
+        fixed_point(cell, torch.zeros(2, 12), inputs=(d,), parameters=cell.named_parameters())
+
+
 def test_parameters_that_are_computed_get_a_gradient():
     cell, d = Cell(), torch.randn(2, 12)
     scale = torch.tensor(0.9, requires_grad=True)

@@ -102,6 +102,31 @@ def test_after_a_forward_it_takes_the_solution_and_leaves_diverged_samples_out()
     nothing.backward()
 
 
+def test_a_jacobian_of_zero_costs_nothing_and_moves_nothing():
+    bias = torch.ones(4, requires_grad=True)
+    x = torch.randn(3, 4)
+    for layer in (lambda x: bias.expand_as(x), lambda x: bias + 0.5 * x):  # and one that no parameter moves
+        penalty = jacobian_penalty(layer, x=x, bound=0.5)
+        assert penalty == 0
+        (gradient,) = torch.autograd.grad(penalty, bias)
+        assert (gradient == 0).all()
+    assert jacobian_penalty(torch.ones_like, x=x) == 0
+
+
+def test_it_is_refused_where_nothing_can_be_differentiated():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="jacobian_penalty differentiates"):
+        jacobian_penalty(Cell(), torch.zeros(2, 12), x=torch.zeros(2, 12))
+
+
+def test_the_solution_of_measurements_of_another_shape_is_not_taken():
+    model = networks()["filtered"]
+    with torch.inference_mode():
+        model(torch.randn(2, 3, 8, 8))
+    jacobian_penalty(model, torch.randn(2, 3, 8, 8)).backward()
+    with pytest.raises(ValueError, match="x is None; it takes a tensor, or a DEGrad as layer whose last forward"):
+        jacobian_penalty(model, torch.randn(2, 3, 9, 8))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

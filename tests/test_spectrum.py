@@ -183,6 +183,10 @@ def test_automatic_averaging_is_kept_with_the_weights():
     with pytest.warns(ConvergenceWarning):
         fresh(torch.full((1, 1, 8, 8), torch.nan, dtype=torch.float64))
     assert fresh.averaging.isnan()
+    fresh.solver = None
+    fresh.update_averaging(torch.zeros(0, 1, 8, 8, dtype=torch.float64))  # which solves nothing
+    other.update_averaging(d[:0])
+    assert torch.equal(other.averaging, model.averaging)
     with pytest.raises(ValueError, match=r"averaging is 0\.5; only"):
         overshooting(0.5).update_averaging(d)
     with pytest.raises(ValueError, match="averaging is 'yes'"):

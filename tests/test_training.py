@@ -20,7 +20,7 @@ import jfbfast
 from jfbfast.checkpoint import CheckpointError, load_checkpoint
 from jfbfast.data import ImageError
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
-from jfbfast.runs import Run
+from jfbfast.runs import Metrics, Run
 from jfbfast.settings import make_settings, read_settings, write_settings
 from jfbfast.training import DeblurTask, JacobianPenalty, MovingAverage, Optimization, fit
 
@@ -286,6 +286,30 @@ def test_a_run_starts_from_other_weights(folder, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "second")[key], value, rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match=r"init is .* a filtered network"):
         train(folder, tmp_path / "third", init=first, depth=4)
+    (tmp_path / "first" / "model.safetensors").unlink()
+    train(folder, tmp_path / "second", resume=True, init=first, **still)
+    with pytest.raises(CheckpointError, match="no such file"):
+        train(folder, tmp_path / "fourth", init=first, **still)
+
+
+def test_a_crop_that_no_photograph_has_claims_no_directory(folder, tmp_path):
+    out = tmp_path / "out"
+    for cache in (1.0, 1e-9):
+        with pytest.raises(ImageError, match=r"0\.png: too small for crops of 500 pixels"):
+            train(folder, out, crop=500, cache=cache)
+    assert not out.exists()
+    train(folder, out)
+
+
+def test_a_row_of_metrics_that_was_cut_off_is_dropped(tmp_path):
+    file = tmp_path / "metrics.csv"
+    Metrics(file, "training", 0, 1)
+    header = file.read_bytes()
+    row = b"training,15,0.5,0.01" + b"," * 8 + b"\r\n"
+    for end in range(len(row)):
+        file.write_bytes(header + row + row[:end])
+        Metrics(file, "training", 20, 1)
+        assert file.read_bytes() == header + row
 
 
 def task(contraction=None):
@@ -427,6 +451,22 @@ def test_a_batch_that_cannot_be_shared_is_named():
         ({"spectral_norm": "some"}, "spectral_norm is 'some'; it takes one of matrix, conv, none"),
         ({"schedule": "steep"}, "schedule is 'steep'; it takes one of onecycle, cosine, constant"),
         ({"ema": 1}, "ema is 1"),
+        ({"beta2": 2}, r"beta2 is 2\.0; it takes a number in \[0, 1\)"),
+        ({"noise": -1}, r"noise is -1\.0; it takes a number of at least 0"),
+        ({"noise": "nan"}, "noise is nan; it takes finite numbers"),
+        ({"learning_rate": -1}, r"learning_rate is -1\.0; it takes a positive number"),
+        ({"learning_rate": "nan"}, "learning_rate is nan"),
+        ({"pretraining_rate": 0}, r"pretraining_rate is 0\.0"),
+        ({"training_tol": -1}, r"training_tol is -1\.0"),
+        ({"training_max_iter": 0}, "training_max_iter is 0"),
+        ({"pretraining_noise": "0.5,0.1"}, r"pretraining_noise is \(0\.5, 0\.1\); .* the lesser first"),
+        ({"pretraining_noise": "0.1,inf"}, r"pretraining_noise is \(0\.1, inf\); it takes finite numbers"),
+        ({"form": "feed-forward", "jacobian_penalty": 1e-3}, r"jacobian_penalty is 0\.001; with form=feed-forward"),
+        ({"form": "denoiser", "jacobian_penalty": 1e-3}, r"jacobian_penalty is 0\.001; with form=denoiser it takes 0"),
+        ({"solver": "Anderson:tol=1"}, "solver is 'Anderson:tol=1'; tol is a setting of its own"),
+        ({"solver": "Broyden:memory=3, max_iter=9"}, "max_iter is a setting of its own"),
+        ({"gradient": "shine", "solver": "Picard"}, "solver is 'Picard'; gradient=shine takes Anderson or Broyden"),
+        ({"gradient": "shine:ratio=2", "solver": "Inertial:momentum=0.2"}, "takes Anderson or Broyden"),
         ({"features": "4,x"}, "features is 'x'"),
         ({"seed": -1}, "seed is -1"),
         ({"data": None}, "data is missing"),
@@ -469,10 +509,16 @@ def test_the_documented_runs_are_valid(file):
     assert sum(p.numel() for p in model.parameters()) > 1e5
 
 
-def test_resolved_settings_survive_their_file(tmp_path):
+def test_resolved_settings_survive_their_file(tmp_path, monkeypatch):
     settings = make_settings({"data": "d", "denoiser": "UNet", "form": "preconditioned", "train": 0.5}).resolved()
     write_settings(tmp_path / "config.yaml", settings)
     assert make_settings(read_settings(tmp_path / "config.yaml")) == settings
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", lambda path, *_, **__: path.write_bytes(b"dat") and path.open("xb"))
+        with pytest.raises(OSError, match="File exists"):
+            write_settings(tmp_path / "config.yaml", settings)
+    assert make_settings(read_settings(tmp_path / "config.yaml")) == settings
+    assert os.listdir(tmp_path) == ["config.yaml"]
     for content in ("- a\n", "a: [", "\xff"):
         (tmp_path / "config.yaml").write_text(content, encoding="latin-1")
         with pytest.raises(ValueError, match=r"config\.yaml: not a file of settings"):

@@ -115,6 +115,13 @@ def test_empty_batches():
         (lambda: WarmStart(max_entries=-1), "max_entries is -1"),
         (lambda: WarmStart(dtype=torch.int8), "dtype is torch.int8"),
         (lambda: WarmStart().get([1], torch.zeros(2, 3)), "indices has 1 entries"),
+        (lambda: WarmStart().get(torch.ones(2, 1).long(), torch.zeros(2, 3)), r"torch.int64 of shape \(2, 1\)"),
+        (lambda: WarmStart().put([[1], [2]], solution(torch.zeros(2, 3))), r"indices is \[\[1\], \[2\]\]; it takes"),
+        (lambda: WarmStart().put(torch.ones(2), solution(torch.zeros(2, 3))), "indices is torch.float32"),
+        (
+            lambda: WarmStart().put([1.5, 2], solution(torch.zeros(2, 3))),
+            r"indices is \[1\.5, 2\]; it takes one",
+        ),
         (lambda: WarmStart().put([1, 2, 3], solution(torch.zeros(2, 3))), "indices has 3 entries"),
     ],
 )

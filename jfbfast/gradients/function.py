@@ -288,7 +288,8 @@ def fixed_point(
     differentiates, so memory does not depend on the number of iterations (but see `Phantom` and
     `Unrolled`, which apply it more often). During all of it the layer is one fixed map, as if its
     module were in eval(); in train(), spectral norms take one power iteration before, and batch
-    norms update their running statistics once, at x*.
+    norms update their running statistics once, at x*. A batch norm with track_running_stats=False has
+    none: it normalises by the batch at every evaluation, so that one sample's solve depends on the others'.
 
     A sample whose solve diverged comes back as its best finite iterate (NaN where it had none) and
     takes no part in the gradient.
@@ -308,7 +309,8 @@ def fixed_point(
         T(x*), of x0's shape and dtype.
 
     Raises:
-        TypeError: ``parameters`` is a tensor; ``gradient`` neither a name nor a method; ``solver`` is none.
+        TypeError: ``parameters`` is a tensor, or has what is none; ``gradient`` neither a name nor a method;
+            ``solver`` is none.
         ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient

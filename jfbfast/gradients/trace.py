@@ -107,6 +107,10 @@ class Network:
         self.named = parameters is not None
         if parameters is None:
             parameters = () if self.module is None else self.module.parameters()
+        parameters = tuple(parameters)
+        for parameter in parameters:
+            if not isinstance(parameter, Tensor):
+                raise TypeError(f"parameters has a {type(parameter).__name__}; it takes an iterable of tensors")
         self.parameters = tuple(p for p in parameters if p.requires_grad)
 
     def __call__(
