@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jfbfast import backend, reference
+from jfbfast import backend, ops, reference
 from jfbfast.inverse import bands
 from jfbfast.operators import GaussianBlur
 from jfbfast.solvers import Anderson
@@ -34,9 +34,10 @@ Sides = dict[str, Callable[[], Sampler]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: image shapes, radii of the blur, memories of Anderson's method.
+    """What is measured: image shapes, radii of the blur, memories of Anderson's method, shapes of features.
 
     Attributes:
+        features: of the convolution, to as many channels.
         seconds: for the rounds of one case.
         compiled_radius: the largest radius whose unrolled taps torch.compile gets; 31 take it a minute.
         triad_bytes: of the arrays by which the memory's bandwidth is measured.
@@ -45,6 +46,7 @@ class Plan:
     shapes: tuple[Shape, ...]
     radii: tuple[int, ...]
     memories: tuple[int, ...]
+    features: tuple[Shape, ...]
     seconds: float
     compiled_radius: int
     triad_bytes: int
@@ -54,6 +56,7 @@ FULL = Plan(
     shapes=(*((16, 3, n, n) for n in (32, 64, 128, 256)), (1, 3, 2048, 2048)),
     radii=(2, 4, 15),
     memories=(3, 5, 10),
+    features=((16, 64, 64, 64), (16, 64, 128, 128), (16, 128, 64, 64), (16, 96, 32, 32)),
     seconds=3.0,
     compiled_radius=4,
     triad_bytes=3 << 28,
@@ -62,6 +65,7 @@ QUICK = Plan(
     shapes=((16, 3, 64, 64), (16, 3, 128, 128)),
     radii=(2,),
     memories=(5,),
+    features=((16, 64, 64, 64),),
     seconds=2.0,
     compiled_radius=2,
     triad_bytes=3 << 27,
@@ -97,8 +101,27 @@ def anderson_bytes(shape: Shape, memory: int, itemsize: int) -> int:
     return per_pixel * torch.Size(shape).numel()
 
 
+def conv3x3_bytes(shape: Shape, channels: int, itemsize: int) -> int:
+    """x is read, the result of as many channels written, and the weight read."""
+    return itemsize * (2 * torch.Size(shape).numel() + 9 * channels**2)
+
+
+def conv3x3_flops(shape: Shape, channels: int) -> int:
+    """Of the direct convolution; Winograd's F(4 × 4, 3 × 3) needs a quarter of them in its products."""
+    return 18 * channels * torch.Size(shape).numel()
+
+
+def _scaled(sampler: Sampler, factor: float) -> Sampler:
+    return Sampler(sampler.clock, lambda: factor * sampler.sample())
+
+
 def _bytes_of(kernel: str, shape: Shape, parameter: int, dtype: torch.dtype) -> int:
-    count = {"blur": blur_bytes, "data step": data_step_bytes, "Anderson step": anderson_bytes}[kernel]
+    count = {
+        "blur": blur_bytes,
+        "data step": data_step_bytes,
+        "Anderson step": anderson_bytes,
+        "conv3x3": conv3x3_bytes,
+    }[kernel]
     return count(shape, parameter, dtype.itemsize)
 
 
@@ -223,11 +246,41 @@ def anderson_sides(shape: Shape, memory: int, plan: Plan, device: torch.device, 
     return sides | _floor(anderson_bytes(shape, memory, 4), device)
 
 
+def conv3x3_sides(shape: Shape, channels: int, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
+    """ReLU(weight ∗ x + bias) from and to as many channels, with the weight transformed before, as a solve has it."""
+    x = _channels_last(torch.randn(shape, device=device))
+    weight = _channels_last(torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5)
+    bias = torch.randn(channels, device=device)
+    transformed = ops.transformed_weight(weight)
+    half = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+    a, b = torch.randn(2, 1024, 1024, device=device)
+
+    sides: Sides = {
+        OURS: lambda: timed(lambda: ops.conv3x3(x, weight, bias, True, transformed), device),
+        "with its transform": lambda: timed(lambda: ops.conv3x3(x, weight, bias, True), device),
+        "conv2d NHWC": lambda: timed(lambda: reference.conv3x3(x, weight, bias, True), device),
+        "conv2d NCHW": lambda: timed(
+            lambda: reference.conv3x3(x.contiguous(), weight.contiguous(), bias, True), device
+        ),
+        "conv2d bf16": lambda: timed(lambda: reference.conv3x3(*half, True), device),
+        "direct at peak": lambda: _scaled(timed(lambda: a @ b, device), conv3x3_flops(shape, channels) / 2**31),
+    }
+    return sides | _floor(conv3x3_bytes(shape, channels, 4), device)
+
+
 _KERNELS: Mapping[str, Callable[[Shape, int, Plan, torch.device, set[str]], Sides]] = {
     "blur": blur_sides,
     "data step": data_step_sides,
     "Anderson step": anderson_sides,
+    "conv3x3": conv3x3_sides,
 }
+
+
+def _cases(plan: Plan) -> Iterator[tuple[str, int, Shape]]:
+    """Each kernel with its parameter and the shape of its images."""
+    for kernel, parameters in (("blur", plan.radii), ("data step", plan.radii), ("Anderson step", plan.memories)):
+        yield from ((kernel, parameter, shape) for parameter in parameters for shape in plan.shapes)
+    yield from (("conv3x3", shape[1], shape) for shape in plan.features)
 
 
 @torch.no_grad()
@@ -241,27 +294,24 @@ def measure(plan: Plan, device: torch.device, console: Console) -> list[Row]:
 
     triads = machine.bandwidth_samples(plan.triad_bytes, device)
     found: list[tuple[str, Shape, int, dict[str, Measured]]] = []
-    for kernel, make_sides in _KERNELS.items():
-        for parameter in plan.memories if kernel == "Anderson step" else plan.radii:
-            for shape in plan.shapes:
-                case = f"{kernel}, {'×'.join(map(str, shape))}, {parameter}"
-                with console.status(case):
-                    torch.compiler.reset()  # else the shapes of earlier cases make it compile a general one
-                    sides = make_sides(shape, parameter, plan, device, missing)
-                    measured = interleave(
-                        sides,
-                        plan.seconds,
-                        (OURS, OURS_BF16),
-                        partial(console.print, f"{case}:", highlight=False),
-                    )
-                    found.append((kernel, shape, parameter, measured))
-        triads += machine.bandwidth_samples(plan.triad_bytes, device)
+    before = None
+    for kernel, parameter, shape in _cases(plan):
+        if before not in (None, kernel):
+            triads += machine.bandwidth_samples(plan.triad_bytes, device)
+        before = kernel
+        case = f"{kernel}, {'×'.join(map(str, shape))}, {parameter}"
+        with console.status(case):
+            torch.compiler.reset()  # else the shapes of earlier cases make it compile a general one
+            sides = _KERNELS[kernel](shape, parameter, plan, device, missing)
+            say = partial(console.print, f"{case}:", highlight=False)
+            found.append((kernel, shape, parameter, interleave(sides, plan.seconds, tuple(sides)[:1], say)))
+    triads += machine.bandwidth_samples(plan.triad_bytes, device)
 
     about, bandwidth = machine.describe(device), machine.bandwidth(triads)
     rows = []
     for kernel, shape, parameter, measured in found:
         for side, samples in measured.items():
-            dtype = torch.bfloat16 if side == OURS_BF16 else torch.float32
+            dtype = torch.bfloat16 if side.endswith("bf16") else torch.float32
             count = _bytes_of(kernel, shape, parameter, dtype)
             rows.append(
                 make_row(kernel, shape, parameter, side, dtype, count, samples, measured[OURS], about, bandwidth)

@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 OURS, OURS_BF16 = "jfbfast", "jfbfast bf16"
-_FLOORS = ("triad", "launch", "the map")  # sides that are no rivals
-_PARAMETER = {"blur": "radius", "data step": "radius", "Anderson step": "memory"}
+_FLOORS = ("triad", "launch", "the map", "direct at peak")  # sides that are no rivals
+_PARAMETER = {"blur": "radius", "data step": "radius", "Anderson step": "memory", "conv3x3": "channels"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Row:
     shape: str
     radius: int | None
     memory: int | None
+    channels: int | None
     side: str
     dtype: str
     clock: str
@@ -58,7 +59,8 @@ class Row:
 
     @property
     def parameter(self) -> int | None:
-        return self.memory if self.radius is None else self.radius
+        parameter: int | None = getattr(self, _PARAMETER[self.kernel])
+        return parameter
 
 
 def make_row(
@@ -74,12 +76,11 @@ def make_row(
     bandwidth: float,
 ) -> Row:
     time, ratio = spread(measured.samples), ratios(measured, ours)
-    by_radius = _PARAMETER[kernel] == "radius"
+    parameters = dict.fromkeys(("radius", "memory", "channels")) | {_PARAMETER[kernel]: parameter}
     return Row(
         kernel=kernel,
         shape="x".join(map(str, shape)),
-        radius=parameter if by_radius else None,
-        memory=None if by_radius else parameter,
+        **parameters,
         side=side,
         dtype=str(dtype).removeprefix("torch."),
         clock=measured.clock,
@@ -129,7 +130,7 @@ def _cases(rows: Sequence[Row], kernel: str) -> Iterator[tuple[str, dict[str, Ro
         if row.kernel == kernel:
             cases.setdefault((row.shape, row.parameter), {})[row.side] = row
     for (shape, parameter), sides in cases.items():
-        yield f"{shape.replace('x', '×')}, {'r' if _PARAMETER[kernel] == 'radius' else 'm'} = {parameter}", sides
+        yield f"{shape.replace('x', '×')}, {_PARAMETER[kernel][0]} = {parameter}", sides
 
 
 def _kernels(rows: Sequence[Row]) -> list[str]:
@@ -237,8 +238,8 @@ def _plot_ratios(axis: Any, cases: list[tuple[str, dict[str, Row]]]) -> None:
 
 def _plot_bandwidth(axis: Any, cases: list[tuple[str, dict[str, Row]]]) -> None:
     for side, offset in ((OURS, -0.2), (OURS_BF16, 0.2)):
-        places = [y + offset for y in range(len(cases))]
-        axis.barh(places, [sides[side].bandwidth_fraction for _, sides in cases], 0.4, label=side)
+        bars = {y + offset: sides[side] for y, (_, sides) in enumerate(cases) if side in sides}
+        axis.barh(list(bars), [row.bandwidth_fraction for row in bars.values()], 0.4, label=side)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks([])
     axis.set_ylim(len(cases) - 0.5, -0.5)

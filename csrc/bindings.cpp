@@ -194,4 +194,14 @@ PYBIND11_MODULE(_native, module) {
                 {shape[0], shape[1], shape[2], shape[3], shape[4]}, threads);
         },
         release);
+
+    module.def(
+        "weight_gradient",
+        [](Address x, Address gradient, Address weight, Address bias, const std::array<std::int64_t, 5>& shape,
+           int threads) {
+            kernels().weight_gradient(
+                {pointer<float>(x), pointer<float>(gradient), pointer<float>(weight), pointer<float>(bias)},
+                {shape[0], shape[1], shape[2], shape[3], shape[4]}, threads);
+        },
+        release);
 }

@@ -15,6 +15,7 @@ void mix_differences(DType, DType history, const MixDifferences&, std::int64_t s
 void winograd_weights(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
                       int threads);
 void convolution(const Convolution&, const ImageShape&, int threads);
+void weight_gradient(const WeightGradient&, const ImageShape&, int threads);
 
 // Calls body(S{}) with the storage type of a dtype.
 template <class Body>

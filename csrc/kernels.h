@@ -99,6 +99,14 @@ struct Convolution {
     bool relu;
 };
 
+// The gradients of its weight and bias, from the one at its output.
+struct WeightGradient {
+    const float* x;
+    const float* gradient;
+    float* weight;  // [out, in, 3, 3]
+    float* bias;    // [out], or null
+};
+
 // alpha of reference.anderson_weights; gram is [samples, m, m], valid and alpha are [samples, m].
 void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha,
                       std::int64_t samples, int m);
@@ -115,6 +123,7 @@ struct Kernels {
     void (*winograd_weights)(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
                              int threads);
     void (*convolution)(const Convolution&, const ImageShape&, int threads);
+    void (*weight_gradient)(const WeightGradient&, const ImageShape&, int threads);
 };
 
 // The widest set that this CPU runs, or the narrower one that the variable JFBFAST_ISA names.

@@ -9,7 +9,7 @@ namespace JFBFAST_ISA {
 
 extern const Kernels table;
 const Kernels table = {JFBFAST_NAME(JFBFAST_ISA), blur, gradient, append, mix, mix_differences, winograd_weights,
-                       convolution};
+                       convolution, weight_gradient};
 
 }  // namespace JFBFAST_ISA
 }  // namespace jfbfast

@@ -2,113 +2,17 @@
 //
 //   Y = A^T [sum over the channels of (G g G^T) . (B^T d B)] A,   d the 6 x 6 inputs of the tile
 //
-// The points 0, +-5/8, +-3/2 and infinity round a quarter as much as the usual 0, +-1, +-2 do. For each of the
-// 36 places the sum over the channels is a matrix product, V U = M, with a row a tile.
+// and the gradient of g is G^T [sum over the tiles of (B^T d B) . (A dY A^T)] G.
+//
+// For each of the 36 places the sum over the channels is a matrix product, V U = M, with a row a tile; dU = V^T dM.
+#include "winograd.h"
+
 #include "isa.h"
 #include "parallel.h"
-#include "rows.h"
 
 namespace jfbfast {
 namespace JFBFAST_ISA {
 namespace {
-
-typedef Vec<float> Floats;
-constexpr int kFloats = kLanes<float>;
-constexpr int kTile = 4, kSpan = 6, kPlaces = kSpan * kSpan;
-
-// Compiled once: a copy inlined into the loop of several threads may contract other products than that of one.
-#if defined(__GNUC__)
-#define JFBFAST_ONCE __attribute__((noinline))
-#else
-#define JFBFAST_ONCE
-#endif
-
-constexpr double kA = 5 / 8.0, kB = 3 / 2.0, kA2 = kA * kA, kB2 = kB * kB;
-constexpr double kAtA = 1 / (2 * kA2 * (kA2 - kB2)), kAtB = 1 / (2 * kB2 * (kB2 - kA2));
-
-template <class V>
-inline void input_transform(const V* d, V* v) {  // B^T d
-    const V even_a = d[4] - float(kB2) * d[2], odd_a = d[3] - float(kB2) * d[1];
-    const V even_b = d[4] - float(kA2) * d[2], odd_b = d[3] - float(kA2) * d[1];
-    v[0] = d[4] - float(kA2 + kB2) * d[2] + float(kA2 * kB2) * d[0];
-    v[1] = even_a + float(kA) * odd_a;
-    v[2] = even_a - float(kA) * odd_a;
-    v[3] = even_b + float(kB) * odd_b;
-    v[4] = even_b - float(kB) * odd_b;
-    v[5] = d[5] - float(kA2 + kB2) * d[3] + float(kA2 * kB2) * d[1];
-}
-
-template <class V>
-inline void weight_transform(const V* g, V* u) {  // G g
-    const V even_a = float(kAtA) * g[0] + float(kAtA * kA2) * g[2], odd_a = float(kAtA * kA) * g[1];
-    const V even_b = float(kAtB) * g[0] + float(kAtB * kB2) * g[2], odd_b = float(kAtB * kB) * g[1];
-    u[0] = float(1 / (kA2 * kB2)) * g[0];
-    u[1] = even_a + odd_a;
-    u[2] = even_a - odd_a;
-    u[3] = even_b + odd_b;
-    u[4] = even_b - odd_b;
-    u[5] = g[2];
-}
-
-template <class V>
-inline void output_transform(const V* m, V* y) {  // A^T m
-    const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
-    const V difference_a = m[1] - m[2], difference_b = m[3] - m[4];
-    y[0] = m[0] + sum_a + sum_b;
-    y[1] = float(kA) * difference_a + float(kB) * difference_b;
-    y[2] = float(kA2) * sum_a + float(kB2) * sum_b;
-    y[3] = m[5] + float(kA2 * kA) * difference_a + float(kB2 * kB) * difference_b;
-}
-
-// The matrix product in registers: kRows rows by up to kPanel vectors of columns.
-constexpr int kRows = 6;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kPanel = 4;
-#else
-constexpr int kPanel = 2;
-#endif
-
-// c[r, :] = sum over k of left[r, k] * right[k, :]
-template <int Vectors>
-void multiply(const float* left, std::int64_t row, const float* right, std::int64_t depth, float* c,
-              std::int64_t stride) {
-    Floats sums[kRows][Vectors] = {};
-    for (std::int64_t k = 0; k < depth; ++k) {
-        Floats factors[Vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) factors[v] = load(right + (k * Vectors + v) * kFloats);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
-            const Floats value = broadcast(left[r * row + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; ++v) sums[r][v] += value * factors[v];
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) store(c + r * stride + v * kFloats, sums[r][v]);
-}
-
-// The columns of a product, `vectors` vectors of them, as panels of nearly equal width.
-struct Panels {
-    explicit Panels(std::int64_t columns) : vectors(columns / kFloats), count((vectors + kPanel - 1) / kPanel) {}
-    std::int64_t begin(std::int64_t panel) const { return panel * vectors / count; }  // in vectors
-    int width(std::int64_t panel) const { return int(begin(panel + 1) - begin(panel)); }
-    std::int64_t vectors, count;
-};
-
-JFBFAST_ONCE void multiply_panel(int vectors, const float* left, std::int64_t row, const float* right, std::int64_t depth, float* c,
-                    std::int64_t stride) {
-    switch (vectors) {
-        case 1: return multiply<1>(left, row, right, depth, c, stride);
-        case 2: return multiply<2>(left, row, right, depth, c, stride);
-#if defined(__AVX512F__) || defined(__aarch64__)
-        case 3: return multiply<3>(left, row, right, depth, c, stride);
-        case 4: return multiply<4>(left, row, right, depth, c, stride);
-#endif
-    }
-}
 
 std::int64_t padded(std::int64_t channels) { return round_up(channels, kChannelBlock); }
 
@@ -194,13 +98,75 @@ JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::
     });
 }
 
-constexpr std::int64_t kWorkspace = 448 << 10;  // bytes of V and M that stay in the second-level cache
+// A dY A^T of one tile, and the sum of dY added to `total`.
+JFBFAST_ONCE void transform_gradient(const float* gradient, const Tiles& tiles, std::int64_t tile,
+                                     std::int64_t channels, const float* zeros, float* m, std::int64_t plane,
+                                     float* total) {
+    const Tiles::Place place = tiles.place(tile);
+    const std::int64_t height = tiles.shape.height, width = tiles.shape.width;
+    const float* at[kTile][kTile];
+    for (int i = 0; i < kTile; ++i)
+        for (int j = 0; j < kTile; ++j) {
+            const std::int64_t y = place.top + i, z = place.left + j;
+            const bool inside = y < height && z < width;
+            at[i][j] = inside ? gradient + ((place.image * height + y) * width + z) * channels : zeros;
+        }
+    for_each_vector<kFloats>(0, channels, [&](std::int64_t c, auto lanes) {
+        Floats half[kSpan][kTile], sum = {};
+#pragma GCC unroll 4
+        for (int j = 0; j < kTile; ++j) {
+            Floats column[kTile], out[kSpan];
+#pragma GCC unroll 4
+            for (int i = 0; i < kTile; ++i) sum += column[i] = load(at[i][j] + c, lanes);
+            gradient_transform(column, out);
+#pragma GCC unroll 6
+            for (int i = 0; i < kSpan; ++i) half[i][j] = out[i];
+        }
+        store(total + c, load(total + c) + sum);
+#pragma GCC unroll 6
+        for (int i = 0; i < kSpan; ++i) {
+            Floats out[kSpan];
+            gradient_transform(half[i], out);
+#pragma GCC unroll 6
+            for (int j = 0; j < kSpan; ++j) store(m + (i * kSpan + j) * plane + c, out[j]);
+        }
+    });
+}
 
-// Tiles in a block: what the cache holds, less where there are too few for all threads.
-std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, int threads) {
-    const std::int64_t fit = kWorkspace / (kPlaces * floats * std::int64_t(sizeof(float)));
+// Bytes of V and M together. They are to stay in the second-level cache, but dU is read and written once a block.
+constexpr std::int64_t kWorkspace = 256 << 10, kGradientWorkspace = 896 << 10;
+
+// Tiles in a block: what the workspace holds, less where there are too few for all threads.
+std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, std::int64_t bytes, int threads) {
+    const std::int64_t fit = bytes / (kPlaces * floats * std::int64_t(sizeof(float)));
     const std::int64_t share = (tiles + threads - 1) / threads;
     return round_up(larger(1, smaller(fit - kRows + 1, share)), kRows);
+}
+
+constexpr std::int64_t kParts = 16, kPartTiles = 128;  // of a weight's gradient: at most, and in each at least
+
+// G^T dU G, [9, in, out].
+JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std::int64_t in, std::int64_t out,
+                                         float* to) {
+    for (std::int64_t at = 0; at < in * out; at += kFloats) {
+        Floats half[3][kSpan];
+#pragma GCC unroll 6
+        for (int j = 0; j < kSpan; ++j) {
+            Floats column[kSpan], g[3];
+#pragma GCC unroll 6
+            for (int i = 0; i < kSpan; ++i) column[i] = load(u + (i * kSpan + j) * plane + at);
+            weight_gradient_transform(column, g);
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; ++i) half[i][j] = g[i];
+        }
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+            Floats g[3];
+            weight_gradient_transform(half[i], g);
+#pragma GCC unroll 3
+            for (int j = 0; j < 3; ++j) store(to + (3 * i + j) * in * out + at, g[j]);
+        }
+    }
 }
 
 }  // namespace
@@ -209,6 +175,7 @@ void winograd_weights(const float* weight, float* out, std::int64_t in_channels,
                       int threads) {
     const Panels panels(padded(out_channels));
     const std::int64_t plane = in_channels * padded(out_channels);
+    threads = useful_threads(threads, plane);
     parallel_for(panels.vectors, threads, [&](std::int64_t vector, int) {
         std::int64_t panel = 0;
         while (panels.begin(panel + 1) <= vector) ++panel;
@@ -238,7 +205,8 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
     const Tiles tiles(shape);
     const Panels panels(padded(shape.out));
     const std::int64_t in = padded(shape.in), out = padded(shape.out);
-    const std::int64_t block = block_tiles(tiles.count, in + out, threads);
+    threads = useful_threads(threads, tiles.count * in * out / 4);
+    const std::int64_t block = block_tiles(tiles.count, in + out, kWorkspace, threads);
     // A few floats more, so that the places do not all fall on the same sets of the cache.
     const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
     const std::int64_t workspace = kPlaces * (v_plane + m_plane);
@@ -255,11 +223,65 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
                 const std::int64_t column = panels.begin(panel) * kFloats;
                 const float* const u = conv.weights + (place * out + column) * shape.in;
                 for (std::int64_t t = 0; t < count; t += kRows)
-                    multiply_panel(panels.width(panel), v + place * v_plane + t * in, in, u, shape.in,
-                                   m + place * m_plane + t * out + column, out);
+                    multiply_panel<false>(panels.width(panel), v + place * v_plane + t * in, in, u,
+                                          panels.width(panel) * kFloats, shape.in,
+                                          m + place * m_plane + t * out + column, out);
             }
         for (std::int64_t t = 0; t < count; ++t) finish_tile(conv, tiles, first + t, m + t * out, m_plane);
     });
+}
+
+// The sum over the tiles is made of parts that depend on the shape alone, each in order, so that the result
+// does not depend on the thread count.
+void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threads) {
+    const Tiles tiles(shape);
+    const Panels panels(padded(shape.out));
+    const std::int64_t in = padded(shape.in), out = padded(shape.out), rows = round_up(shape.in, kRows);
+    threads = useful_threads(threads, tiles.count * in * out / 4);
+    const std::int64_t block = block_tiles(tiles.count, in + out, kGradientWorkspace, 1);
+    const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
+    const std::int64_t u_plane = rows * out, workspace = kPlaces * (v_plane + m_plane + u_plane);
+    const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
+    const Buffer<float> memory(threads * workspace), zeros(larger(in, out)), sums(parts * part_size), totals(parts * out);
+
+    parallel_for(parts, threads, [&](std::int64_t part, int thread) {
+        float* const v = memory.data() + thread * workspace;
+        float* const m = v + kPlaces * v_plane;
+        float* const u = m + kPlaces * m_plane;
+        std::memset(u, 0, kPlaces * u_plane * sizeof(float));
+        const std::int64_t last = (part + 1) * tiles.count / parts;
+        for (std::int64_t first = part * tiles.count / parts; first < last; first += block) {
+            const std::int64_t count = smaller(block, last - first);
+            for (std::int64_t t = 0; t < count; ++t) {
+                transform_tile(g.x, tiles, first + t, shape.in, zeros.data(), v + t * in, v_plane);
+                transform_gradient(g.gradient, tiles, first + t, shape.out, zeros.data(), m + t * out, m_plane,
+                                   totals.data() + part * out);
+            }
+            for (int place = 0; place < kPlaces; ++place)
+                for (std::int64_t panel = 0; panel < panels.count; ++panel) {
+                    const std::int64_t column = panels.begin(panel) * kFloats;
+                    for (std::int64_t row = 0; row < rows; row += kRows)
+                        multiply_panel<true>(panels.width(panel), v + place * v_plane + row, in,
+                                             m + place * m_plane + column, out, count,
+                                             u + place * u_plane + row * out + column, out);
+                }
+        }
+        finish_weight_gradient(u, u_plane, shape.in, out, sums.data() + part * part_size);
+    });
+
+    parallel_for(shape.in, useful_threads(threads, part_size), [&](std::int64_t c, int) {
+        for (int k = 0; k < 9; ++k) {
+            float* const sum = sums.data() + (k * shape.in + c) * out;
+            for (std::int64_t part = 1; part < parts; ++part)
+                for (std::int64_t o = 0; o < out; o += kFloats)
+                    store(sum + o, load(sum + o) + load(sum + part * part_size + o));
+            for (std::int64_t o = 0; o < shape.out; ++o) g.weight[(o * shape.in + c) * 9 + k] = sum[o];
+        }
+    });
+    for (std::int64_t o = 0; g.bias && o < shape.out; ++o) {
+        g.bias[o] = 0;
+        for (std::int64_t part = 0; part < parts; ++part) g.bias[o] += totals.data()[part * out + o];
+    }
 }
 
 }  // namespace JFBFAST_ISA

@@ -290,3 +290,18 @@ def conv3x3(
             _threads(),
         )
     return out
+
+
+def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.conv3x3_weight_gradient`, in float32."""
+    x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
+    batch, channels, height, width = x.shape
+    out_channels = gradient.shape[1]
+    weight, bias = torch.zeros(out_channels, channels, 3, 3), torch.zeros(out_channels)
+    if x.numel() and gradient.numel():
+        _module().weight_gradient(
+            *(_address(t) for t in (x, gradient, weight, bias)),
+            (batch, height, width, channels, out_channels),
+            _threads(),
+        )
+    return weight, bias

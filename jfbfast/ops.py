@@ -5,6 +5,7 @@
 ``jfbfast::gradient_step``   x − η(Aᵀ(A x − d) + r)
 ``jfbfast::solve``           (AᵀA + λI)⁻¹ b
 ``jfbfast::conv3x3``         weight ∗ x + bias, and a ReLU
+``jfbfast::conv3x3_weight_gradient``  what backward through it gives the weight and the bias
 
 Every op of the operator takes images (…, H, W) and the two filters with their padding mode, and returns a
 contiguous tensor; the convolution takes (B, C, H, W) and returns a channels-last one. Which twin
@@ -118,6 +119,7 @@ for _schema in (
     f"gradient_step(Tensor x, Tensor? d, Tensor? r, Tensor step_size, {_FILTERS}) -> Tensor",
     f"solve(Tensor b, Tensor damping, {_FILTERS}) -> Tensor",
     "conv3x3(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None) -> Tensor",
+    "conv3x3_weight_gradient(Tensor x, Tensor gradient) -> (Tensor, Tensor)",
 ):
     _name, _signature = _schema.split("(", 1)
     torch.library.define(f"jfbfast::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
@@ -127,6 +129,7 @@ gradient = torch.ops.jfbfast.gradient
 gradient_step = torch.ops.jfbfast.gradient_step
 solve = torch.ops.jfbfast.solve
 conv3x3 = torch.ops.jfbfast.conv3x3
+conv3x3_weight_gradient = torch.ops.jfbfast.conv3x3_weight_gradient
 
 Filter = Sequence[float]
 
@@ -178,19 +181,22 @@ def _solve(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, padding_m
 
 def transformed_weight(weight: Tensor) -> Tensor | None:
     """What `conv3x3` can be given as ``transformed``, to be made once for a weight; None where it would not be used."""
-    return native.winograd_weights(weight) if _winograd_takes(weight) else None
+    return native.winograd_weights(weight) if _winograd_takes(weight, *weight.shape[:2]) else None
 
 
-def _winograd_takes(weight: Tensor) -> bool:
-    """Winograd's convolution is there for such a weight, and faster: with few channels its transforms cost too much."""
-    available = _backend in ("auto", "native") and native.AVAILABLE
-    return available and weight.device.type == "cpu" and weight.dtype == torch.float32 and min(weight.shape[:2]) >= 16
+def winograd_serves(x: Tensor, out_channels: int) -> bool:
+    """Winograd's convolution is there for such an x (B, C, H, W), and faster.
 
-
-def _fills_tiles(x: Tensor) -> bool:
-    """Images make up at least half of the 4 × 4 tiles that Winograd's convolution covers them with."""
+    With few channels its transforms cost too much, and with small images most of its 4 × 4 tiles are empty.
+    """
     height, width = x.shape[-2:]
-    return 2 * height * width >= 16 * -(-height // 4) * -(-width // 4)
+    filled = 2 * height * width >= 16 * -(-height // 4) * -(-width // 4)
+    return filled and _winograd_takes(x, x.shape[1], out_channels)
+
+
+def _winograd_takes(tensor: Tensor, *channels: int) -> bool:
+    available = _backend in ("auto", "native") and native.AVAILABLE
+    return available and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and min(channels) >= 16
 
 
 def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -211,7 +217,7 @@ def _conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
 ) -> Tensor:
     _check_conv3x3(x, weight, bias)
-    if _winograd_takes(weight) and _fills_tiles(x):
+    if winograd_serves(x, len(weight)):
         return native.conv3x3(x, weight, bias, relu, transformed)
     return reference.conv3x3(x, weight, bias, relu).contiguous(memory_format=torch.channels_last)
 
@@ -228,6 +234,25 @@ def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 @torch.library.register_fake("jfbfast::solve")
 def _like_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl("jfbfast::conv3x3_weight_gradient", "default")
+def _conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], gradient.shape[1], *x.shape[2:])
+    if gradient.shape != shape or gradient.dtype != x.dtype or gradient.device != x.device:
+        raise ValueError(
+            f"gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on {gradient.device}; "
+            f"it takes {x.dtype} of shape {shape} on {x.device}"
+        )
+    kernels = native if winograd_serves(x, gradient.shape[1]) else reference
+    weight, bias = kernels.conv3x3_weight_gradient(x, gradient)
+    return weight.contiguous(), bias
+
+
+@torch.library.register_fake("jfbfast::conv3x3_weight_gradient")
+def _conv3x3_weight_gradient_like(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    outputs, inputs = gradient.shape[1], x.shape[1]
+    return x.new_empty(outputs, inputs, 3, 3), x.new_empty(outputs)
 
 
 def _keep_filters(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -291,6 +316,44 @@ def _solve_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return u, to_damping, None, None, None
 
 
+def _adjoint(weight: Tensor) -> Tensor:
+    """The weight of the adjoint convolution."""
+    return weight.transpose(0, 1).flip(2, 3)
+
+
+def _keep_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.relu, _ = inputs
+    ctx.save_for_backward(x, weight, output if ctx.relu else None)
+
+
+def _conv3x3_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, output = ctx.saved_tensors
+    if ctx.relu:
+        g = torch.ops.aten.threshold_backward(g, output, 0)
+    to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # which ends with the last argument that was given
+    by_weight, by_bias = conv3x3_weight_gradient(x, g) if to_weight or to_bias else (None, None)
+    return (
+        conv3x3(g, _adjoint(weight)) if to_x else None,
+        by_weight if to_weight else None,
+        by_bias if to_bias else None,
+        *(None, None),
+    )
+
+
+def _keep_conv3x3_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv3x3_weight_gradient_backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+    x, gradient = ctx.saved_tensors
+    to_x, to_gradient = ctx.needs_input_grad
+    return conv3x3(gradient, _adjoint(weight)) if to_x else None, conv3x3(x, weight, bias) if to_gradient else None
+
+
+torch.library.register_autograd("jfbfast::conv3x3", _conv3x3_backward, setup_context=_keep_conv3x3)
+torch.library.register_autograd(
+    "jfbfast::conv3x3_weight_gradient", _conv3x3_weight_gradient_backward, setup_context=_keep_conv3x3_weight_gradient
+)
 torch.library.register_autograd("jfbfast::blur", _blur_backward, setup_context=_keep_blur)
 torch.library.register_autograd("jfbfast::gradient", _gradient_backward, setup_context=_keep_filters)
 torch.library.register_autograd("jfbfast::gradient_step", _step_backward, setup_context=_keep_step)

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from jfbfast import ops
 from jfbfast.fixed_map import owner
 from jfbfast.lipschitz import NormalisedConv2d
+from jfbfast.winograd import is_conv3x3, winograd_allowed
 
 Layer = Callable[..., Tensor]
-
-_WINOGRAD_TOL = 1e-4  # the rounding of Winograd's convolution is about 1e-6, and a solve to less must not see it
 
 
 def _plain(module: nn.Module) -> bool:
@@ -80,7 +79,7 @@ class _PreparedConv2d(nn.Conv2d):
         stored = self._stored(self.prepared_weight, weight, torch.channels_last)
         self.prepared_weight = stored
         self.prepared_bias = None if bias is None else self._stored(self.prepared_bias, bias, torch.contiguous_format)
-        transformed = ops.transformed_weight(stored) if winograd and _is_3x3(conv) else None
+        transformed = ops.transformed_weight(stored) if winograd and _is_conv3x3(conv) else None
         kept = self.transformed
         self.transformed = None if transformed is None else self._stored(kept, transformed, torch.contiguous_format)
 
@@ -105,15 +104,9 @@ class _PreparedConv2d(nn.Conv2d):
             return F.relu_(out) if self.relu else out
 
 
-def _is_3x3(conv: nn.Conv2d) -> bool:
-    """A convolution that `ops.conv3x3` is."""
-    return (
-        conv.kernel_size == (3, 3)
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding in ((1, 1), "same")
-        and conv.padding_mode == "zeros"
-        and conv.groups == 1
-    )
+def _is_conv3x3(conv: nn.Conv2d) -> bool:
+    arguments = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv.padding_mode == "zeros" and is_conv3x3(*arguments)
 
 
 def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -280,7 +273,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
         if dtype not in twins or twins[dtype][0] != structure:
             twins[dtype] = structure, _Twin(module, dtype)
         twin = twins[dtype][1]
-        twin.refresh(winograd=tol >= _WINOGRAD_TOL)
+        twin.refresh(winograd_allowed(tol))
         layer = twin.method("__call__" if layer is module else layer.__name__, compiled)
 
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:

@@ -160,6 +160,15 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
     return out.relu_() if relu else out
 
 
+def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `conv3x3`'s weight [O, C, 3, 3] and bias [O] from ``gradient`` [B, O, H, W], without ReLU."""
+    weight = x.new_empty(gradient.shape[1], x.shape[1], 3, 3)
+    _, to_weight, to_bias = torch.ops.aten.convolution_backward(
+        gradient, x, weight, [len(weight)], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, True)
+    )
+    return to_weight, to_bias
+
+
 class SVD(NamedTuple):
     """B = U diag(s) Vᵀ, each factor [n, n] or [n]."""
 

@@ -175,6 +175,30 @@ void check_convolution(int height, int width, int in, int out, bool relu) {
         }
 }
 
+void check_weight_gradient(int height, int width, int in, int out) {
+    const ImageShape shape{2, height, width, in, out};
+    const auto x = image<float>(2 * height * width * in), gradient = image<float>(2 * height * width * out);
+    std::vector<float> weight(out * in * 9), bias(out);
+    isa::weight_gradient({x.data(), gradient.data(), weight.data(), bias.data()}, shape, 1);
+    for (int o = 0; o < out; ++o) {
+        double total = 0;
+        std::vector<double> sums(in * 9);
+        for (int pixel = 0; pixel < 2 * height * width; ++pixel) {
+            const int y = pixel / width % height, z = pixel % width;
+            const double g = gradient[pixel * out + o];
+            total += g;
+            for (int i = -1; i <= 1; ++i)
+                for (int j = -1; j <= 1; ++j) {
+                    if (y + i < 0 || y + i >= height || z + j < 0 || z + j >= width) continue;
+                    const float* const from = x.data() + (pixel + i * width + j) * in;
+                    for (int c = 0; c < in; ++c) sums[c * 9 + 3 * i + j + 4] += g * from[c];
+                }
+        }
+        expect_close(bias[o], total, 1e-4, "bias gradient");
+        for (int k = 0; k < in * 9; ++k) expect_close(weight[o * in * 9 + k], sums[k], 1e-4, "weight gradient");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -198,7 +222,10 @@ int main() {
     }
     const int channels[][2] = {{1, 1}, {3, 17}, {16, 16}, {20, 80}};
     for (const auto& size : sizes)
-        for (const auto& c : channels) check_convolution(size[0], size[1], c[0], c[1], c[0] > 3);
+        for (const auto& c : channels) {
+            check_convolution(size[0], size[1], c[0], c[1], c[0] > 3);
+            check_weight_gradient(size[0], size[1], c[0], c[1]);
+        }
     std::printf("%d failures\n", failures);
     return failures ? 1 : 0;
 }

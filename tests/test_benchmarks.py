@@ -20,7 +20,13 @@ from jfbfast.cli import app
 
 CPU = torch.device("cpu")
 TINY = kernels.Plan(
-    shapes=((2, 3, 16, 16),), radii=(2,), memories=(3,), seconds=0.05, compiled_radius=0, triad_bytes=1 << 16
+    shapes=((2, 3, 16, 16),),
+    radii=(2,),
+    memories=(3,),
+    features=((2, 16, 8, 8),),
+    seconds=0.05,
+    compiled_radius=0,
+    triad_bytes=1 << 16,
 )
 
 
@@ -95,6 +101,8 @@ def test_the_bytes_of_a_known_case():
     assert kernels.data_step_bytes(shape, 2, 4) == 4 * 4 * image + 2 * 256 * 5 * 4
     assert kernels.data_step_bytes(shape, 2, 2) == 4 * 2 * image + 2 * 256 * 5 * 4
     assert kernels.anderson_bytes(shape, 5, 4) == 13 * 4 * image
+    assert kernels.conv3x3_bytes(shape, 3, 4) == 2 * 4 * image + 4 * 81
+    assert kernels.conv3x3_flops(shape, 3) == 2 * 27 * image
 
 
 def test_the_step_of_a_solver_is_timed_without_its_layer():
@@ -157,6 +165,7 @@ def test_a_tiny_benchmark_writes_its_table_csv_and_picture(tmp_path, monkeypatch
     assert {"jfbfast", "jfbfast bf16", "PyTorch", "conv2d", "conv2d NHWC", "triad"} <= sides["blur"]
     assert sides["blur"] == sides["data step"] and "kornia" not in sides["blur"]
     assert {"jfbfast", "PyTorch", "published loop", "the map"} <= sides["Anderson step"]
+    assert {"jfbfast", "conv2d NHWC", "conv2d bf16", "direct at peak"} <= sides["conv3x3"]
     for row in rows:
         assert row["torch"] == torch.__version__ and row["threads"] == str(torch.get_num_threads()) and row["device"]
         assert float(row["q1_us"]) <= float(row["median_us"]) <= float(row["q3_us"])

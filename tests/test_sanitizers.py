@@ -73,7 +73,11 @@ BROKEN = {
         ("winograd.cpp", "y < height && z >= 0", "y <= height && z >= 0"), "heap-buffer-overflow",
     ),
     "points that differ from side to side": (
-        ("winograd.cpp", "y[2] = float(kA2) * sum_a", "y[2] = float(kB2) * sum_a"), "convolution: got",
+        ("winograd.h", "y[2] = float(kA2) * sum_a", "y[2] = float(kB2) * sum_a"), "convolution: got",
+    ),
+    "a gradient that reads past the image": (
+        ("winograd.cpp", "inside = y < height && z < width;", "inside = y <= height && z < width;"),
+        "heap-buffer-overflow",
     ),
 }  # fmt: skip
 

@@ -11,8 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jfbfast import DnCNN, backend, native, ops, reference
+from jfbfast import (
+    Anderson,
+    ConvergenceWarning,
+    DnCNN,
+    GradientMethod,
+    Implicit,
+    backend,
+    fixed_point,
+    native,
+    ops,
+    reference,
+)
 from jfbfast.prepared import _Twin, prepared
+from jfbfast.winograd import WinogradConvolutions, winograd_allowed
 
 SIZES = ((1, 1), (3, 5), (4, 4), (13, 21), (64, 64))
 CHANNELS = ((3, 17), (17, 3), (64, 96), (96, 64), (16, 80))
@@ -134,16 +146,17 @@ def test_nothing_is_written_or_read_outside(channels: tuple[int, int]) -> None:
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_every_instruction_set(isa: str) -> None:
     """The narrower kernels too, in a process of their own; one that this CPU lacks falls back."""
-    names = "float64 or neighbours or misread or thread or nan or outside"
+    names = "float64 or neighbours or misread or threads or nan_stays or outside or thread_count"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(command, env={**os.environ, "JFBFAST_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 @pytest.mark.parametrize("channels", ((16, 17), (3, 16)))
 def test_the_op_passes_opcheck(channels: tuple[int, int], dtype: torch.dtype) -> None:
-    x, weight, bias = (t.to(dtype) for t in problem(2, channels, (5, 9)))
+    x, weight, bias = (t.to(dtype).requires_grad_() for t in problem(2, channels, (5, 9)))
     torch.library.opcheck(ops.conv3x3, (x, weight, bias, True))
     torch.library.opcheck(ops.conv3x3, (x.contiguous(), weight, None, False))
 
@@ -201,7 +214,7 @@ class Mixed(nn.Module):
 
 def winograd_convolutions(net: nn.Module, tol: float) -> list[tuple[int, int]]:
     twin = _Twin(net, None)
-    twin.refresh(winograd=tol >= 1e-4)
+    twin.refresh(winograd_allowed(tol))
     return [(m.in_channels, m.out_channels) for m in twin.convolutions if m.transformed is not None]
 
 
@@ -239,3 +252,178 @@ def test_through_torch_compile() -> None:
     net, x = Mixed().eval(), torch.randn(2, 3, 12, 10)
     torch.compiler.reset()
     torch.testing.assert_close(prepared(net, tol=1e-3, compiled=True)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", ((16, 16), (17, 64), (64, 96), (3, 5)))
+@pytest.mark.parametrize("size", SIZES)
+def test_the_weight_gradient_agrees_with_float64(size: tuple[int, int], channels: tuple[int, int]) -> None:
+    for batch in (1, 3):
+        x, _, _ = problem(batch, channels, size)
+        gradient, _, _ = problem(batch, (channels[1], 1), size)
+        got, direct = (f.conv3x3_weight_gradient(x, gradient) for f in (native, reference))
+        exact = reference.conv3x3_weight_gradient(x.double(), gradient.double())
+        for ours, theirs, e in zip(got, direct, exact, strict=True):
+            assert ours.shape == e.shape and ours.is_contiguous()
+            assert (ours - e).norm() <= FURTHER * (theirs - e).norm() + 2e-6 * e.norm()
+
+
+def test_the_weight_gradient_reads_what_it_is_given_in_any_number_of_threads() -> None:
+    x, weight, _ = problem(3, (32, 17), (37, 22))
+    gradient = native.conv3x3(x, weight)
+    expected = native.conv3x3_weight_gradient(x, gradient)
+    before = torch.get_num_threads()
+    try:
+        for threads, layout in itertools.product((1, 2, 5), ("channels first", "cut out", "some channels")):
+            torch.set_num_threads(threads)
+            got = native.conv3x3_weight_gradient(LAYOUTS[layout](x), LAYOUTS[layout](gradient))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_weight_gradient_of_nothing_is_zero_and_of_nan_is_nan() -> None:
+    weight, bias = native.conv3x3_weight_gradient(torch.zeros(0, 16, 8, 8), torch.zeros(0, 20, 8, 8))
+    assert weight.shape == (20, 16, 3, 3) and not weight.any() and bias.shape == (20,) and not bias.any()
+    gradient = torch.ones(1, 16, 8, 8)
+    gradient[0, 3, 5, 5] = torch.nan
+    weight, bias = native.conv3x3_weight_gradient(torch.ones(1, 16, 8, 8), gradient)
+    assert weight[3].isnan().all() and torch.equal(bias.isnan(), torch.arange(16) == 3)
+
+
+def test_the_weight_gradient_writes_nothing_outside() -> None:
+    shape, channels = (2, 7, 10), (17, 20)
+    memory = [torch.full((n + 128,), 7.0) for n in (9 * 17 * 20, 20)]
+    x, gradient = (torch.randn(*shape, c) for c in channels)
+    addresses = (x.data_ptr(), gradient.data_ptr(), *(t.data_ptr() + 4 * 64 for t in memory))
+    native._module().weight_gradient(*addresses, (*shape, *channels), 1)
+    expected = native.conv3x3_weight_gradient(x.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2))
+    for got, e in zip(memory, expected, strict=True):
+        assert torch.equal(got[64:-64], e.flatten()) and (got[:64] == 7).all() and (got[-64:] == 7).all()
+
+
+@pytest.mark.parametrize("relu", (False, True))
+@pytest.mark.parametrize("biased", (False, True))
+def test_gradients_of_every_order_are_those_of_torch(biased: bool, relu: bool) -> None:
+    """The gradient, and the gradient of a function of it, against float64 through torch's own convolution."""
+    x, weight, bias = problem(2, (16, 17), (9, 6))
+
+    def gradients(convolution: object, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in ((x, weight, bias) if biased else (x, weight))]
+        out = convolution(*leaves, None, relu) if not biased else convolution(*leaves, relu)  # type: ignore[operator]
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        return [*first, *second]
+
+    found, exact = gradients(ops.conv3x3, torch.float32), gradients(reference.conv3x3, torch.float64)
+    for g, e in zip(found, exact, strict=True):
+        assert (g - e).norm() <= 1e-5 * e.norm()
+
+
+def test_gradcheck_where_torch_computes_it() -> None:
+    x, weight, bias = (t.double().requires_grad_() for t in problem(2, (2, 3), (4, 5)))
+    torch.autograd.gradcheck(ops.conv3x3, (x, weight, bias, False))
+    torch.autograd.gradgradcheck(ops.conv3x3, (x, weight, bias, False))
+    assert torch.autograd.gradcheck(ops.conv3x3, (x, weight.detach()))
+
+
+@pytest.mark.parametrize("needed", ((True, False, False), (False, True, False), (False, False, True)))
+def test_only_what_is_asked_for_gets_a_gradient(needed: tuple[bool, ...]) -> None:
+    x, weight, bias = (t.requires_grad_(n) for t, n in zip(problem(2, (16, 16), (8, 8)), needed, strict=True))
+    ops.conv3x3(x, weight, bias, True).sum().backward()
+    assert tuple(t.grad is not None for t in (x, weight, bias)) == needed
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
+def test_the_weight_gradient_op_passes_opcheck_and_refuses_other_shapes() -> None:
+    for dtype, channels in ((torch.float32, 16), (torch.float32, 3), (torch.float64, 16)):
+        x, gradient = (torch.randn(2, c, 5, 8, dtype=dtype, requires_grad=True) for c in (channels, 17))
+        torch.library.opcheck(ops.conv3x3_weight_gradient, (x, gradient))
+    with pytest.raises(ValueError, match="gradient is"):
+        ops.conv3x3_weight_gradient(torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 8, 9))
+
+
+def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    for name in ("conv3x3", "conv3x3_weight_gradient"):
+        kernel = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, name=name, kernel=kernel: (calls.append(name), kernel(*a))[1])
+    return calls
+
+
+def test_within_its_context_torchs_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, net = counted_calls(monkeypatch), Mixed().eval()
+    x = torch.randn(2, 3, 12, 10)
+    with WinogradConvolutions():
+        net(x).sum().backward()
+        assert calls == ["conv3x3"] * 2 + ["conv3x3_weight_gradient", "conv3x3"] * 2
+        calls.clear()
+        net.double()(x.double())
+        net.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            net(x)
+    net(x)
+    assert calls == []
+
+
+def blurred_layer(depth: int) -> tuple[nn.Module, Tensor]:
+    """x ↦ d/2 + N(x)/4 with a network whose ReLU is smooth, so that gradients do not depend on a sign."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(depth)]
+            self.layers = nn.Sequential(*itertools.chain(*((c, nn.Softplus()) for c in convolutions)))
+
+        def forward(self, x: Tensor, d: Tensor) -> Tensor:
+            out: Tensor = d / 2 + self.layers(x) / 4
+            return out
+
+    return Layer(), torch.randn(3, 16, 10, 9)
+
+
+@pytest.mark.parametrize(
+    "gradient, tol, used",
+    (
+        ("jfb", 1e-4, True),
+        ("jfb", 1e-6, False),
+        (Implicit(tol=1e-4), 1e-4, True),
+        (Implicit("cg", tol=1e-4), 1e-4, True),
+        (Implicit(tol=1e-6), 1e-4, False),
+        ("neumann", 1e-4, True),
+        ("unrolled", 1e-4, True),
+    ),
+)
+def test_an_implicit_gradient_uses_it_where_the_tolerances_allow(
+    monkeypatch: pytest.MonkeyPatch, gradient: str | GradientMethod, tol: float, used: bool
+) -> None:
+    layer, d = blurred_layer(3)
+    calls = counted_calls(monkeypatch)
+
+    def gradients() -> list[Tensor]:
+        layer.zero_grad()
+        given = d.to(next(layer.parameters()).dtype)
+        solver = Anderson(tol=tol, max_iter=50)
+        fixed_point(layer, given, inputs=(given,), solver=solver, gradient=gradient).square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+    found = gradients()
+    assert ("conv3x3_weight_gradient" in calls) == used
+    layer.double()
+    for g, e in zip(found, gradients(), strict=True):
+        assert (g - e).norm() <= 2e-3 * e.norm()
+
+
+def test_nan_in_one_sample_spoils_neither_the_others_nor_the_gradient() -> None:
+    layer, d = blurred_layer(2)
+    spoilt = torch.cat((d, torch.full_like(d[:1], torch.nan)))
+
+    def gradients(given: Tensor) -> tuple[Tensor, list[Tensor]]:
+        layer.zero_grad()
+        out = fixed_point(layer, torch.zeros_like(given), inputs=(given,), solver=Anderson(tol=1e-4))
+        out[: len(d)].square().sum().backward()
+        return out[: len(d)].detach(), [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+    clean = gradients(d)
+    with pytest.warns(ConvergenceWarning):
+        found = gradients(spoilt)
+    torch.testing.assert_close(found, clean)

@@ -241,7 +241,7 @@ def solve_fixed_point(
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
-    network = Network(layer, parameters, method)
+    network = Network(layer, parameters, method, solver.tol)
     inputs = tuple(inputs)
     if network.module is not None:
         step_spectral_norms(network.module)

@@ -13,6 +13,7 @@ from jfbfast.fixed_map import fixed_map, owner, updated_statistics
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluated
+from jfbfast.winograd import winograd_convolutions
 
 
 class _Applications:
@@ -20,16 +21,20 @@ class _Applications:
 
     Args:
         noted: the number of the application, from 0, at which running statistics are updated.
+        tol: the relative residual for which it is to be good enough.
     """
 
-    def __init__(self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int) -> None:
-        self.layer, self.module, self.inputs, self.noted = layer, module, inputs, noted
+    def __init__(
+        self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int, tol: float
+    ) -> None:
+        self.layer, self.module, self.inputs, self.noted, self.tol = layer, module, inputs, noted, tol
         self.count = 0
         self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
 
     def __call__(self, x: Tensor) -> Tensor:
         noting = self.module if len(x) > 0 and self.count == self.noted else None
-        with nullcontext() if noting is None else updated_statistics(noting), fixed_map(self.module):
+        statistics = nullcontext() if noting is None else updated_statistics(noting)
+        with statistics, fixed_map(self.module), winograd_convolutions(self.tol):
             image = evaluated(self.layer, "layer", x, self.inputs).to(x.dtype)
         if image.shape != x.shape:
             raise ValueError(
@@ -92,12 +97,13 @@ def _raise_for_captured(out: Tensor, known: Iterable[Tensor]) -> None:
 
 
 class Network:
-    """The layer with its parameters, as the method applies it at the fixed point."""
+    """The layer with its parameters, as the method applies it at the fixed point that was found to ``tol``."""
 
-    def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod) -> None:
+    def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, tol: float) -> None:
         if isinstance(parameters, Tensor):
             raise TypeError("parameters is a tensor; it takes an iterable of tensors")
         self.layer, self.module, self.method = layer, owner(layer), method
+        self.tol = min(tol, getattr(method, "tol", tol))  # a method that solves has its own
         self.named = parameters is not None
         if parameters is None:
             parameters = () if self.module is None else self.module.parameters()
@@ -115,7 +121,7 @@ class Network:
         x = x.detach().requires_grad_(differentiable and method.needs == "products")
         leaves = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
         noted = method.steps - 1 if isinstance(method, Unrolled) else 0
-        applications = _Applications(self.layer, self.module, leaves, noted)
+        applications = _Applications(self.layer, self.module, leaves, noted, self.tol)
         out = method.trace(applications, x)
         if differentiable:
             if not self.named:

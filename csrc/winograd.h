@@ -1,0 +1,136 @@
+// The parts of Winograd's F(4x4, 3x3): its one-dimensional transforms, and matrix products in registers.
+//
+// The points 0, +-5/8, +-3/2 and infinity round a quarter as much as the usual 0, +-1, +-2 do.
+#pragma once
+
+#include "rows.h"
+
+namespace jfbfast {
+namespace JFBFAST_ISA {
+
+typedef Vec<float> Floats;
+constexpr int kFloats = kLanes<float>;
+constexpr int kTile = 4, kSpan = 6, kPlaces = kSpan * kSpan;
+
+// Compiled once: a copy inlined into the loop of several threads may contract other products than that of one.
+#if defined(__GNUC__)
+#define JFBFAST_ONCE __attribute__((noinline))
+#else
+#define JFBFAST_ONCE
+#endif
+
+constexpr double kA = 5 / 8.0, kB = 3 / 2.0, kA2 = kA * kA, kB2 = kB * kB;
+constexpr double kAtA = 1 / (2 * kA2 * (kA2 - kB2)), kAtB = 1 / (2 * kB2 * (kB2 - kA2));
+
+template <class V>
+inline void input_transform(const V* d, V* v) {  // B^T d
+    const V even_a = d[4] - float(kB2) * d[2], odd_a = d[3] - float(kB2) * d[1];
+    const V even_b = d[4] - float(kA2) * d[2], odd_b = d[3] - float(kA2) * d[1];
+    v[0] = d[4] - float(kA2 + kB2) * d[2] + float(kA2 * kB2) * d[0];
+    v[1] = even_a + float(kA) * odd_a;
+    v[2] = even_a - float(kA) * odd_a;
+    v[3] = even_b + float(kB) * odd_b;
+    v[4] = even_b - float(kB) * odd_b;
+    v[5] = d[5] - float(kA2 + kB2) * d[3] + float(kA2 * kB2) * d[1];
+}
+
+template <class V>
+inline void weight_transform(const V* g, V* u) {  // G g
+    const V even_a = float(kAtA) * g[0] + float(kAtA * kA2) * g[2], odd_a = float(kAtA * kA) * g[1];
+    const V even_b = float(kAtB) * g[0] + float(kAtB * kB2) * g[2], odd_b = float(kAtB * kB) * g[1];
+    u[0] = float(1 / (kA2 * kB2)) * g[0];
+    u[1] = even_a + odd_a;
+    u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b;
+    u[4] = even_b - odd_b;
+    u[5] = g[2];
+}
+
+template <class V>
+inline void output_transform(const V* m, V* y) {  // A^T m
+    const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
+    const V difference_a = m[1] - m[2], difference_b = m[3] - m[4];
+    y[0] = m[0] + sum_a + sum_b;
+    y[1] = float(kA) * difference_a + float(kB) * difference_b;
+    y[2] = float(kA2) * sum_a + float(kB2) * sum_b;
+    y[3] = m[5] + float(kA2 * kA) * difference_a + float(kB2 * kB) * difference_b;
+}
+
+template <class V>
+inline void gradient_transform(const V* y, V* m) {  // A y
+    const V even_a = y[0] + float(kA2) * y[2], odd_a = float(kA) * y[1] + float(kA2 * kA) * y[3];
+    const V even_b = y[0] + float(kB2) * y[2], odd_b = float(kB) * y[1] + float(kB2 * kB) * y[3];
+    m[0] = y[0];
+    m[1] = even_a + odd_a;
+    m[2] = even_a - odd_a;
+    m[3] = even_b + odd_b;
+    m[4] = even_b - odd_b;
+    m[5] = y[3];
+}
+
+template <class V>
+inline void weight_gradient_transform(const V* u, V* g) {  // G^T u
+    const V sum_a = float(kAtA) * (u[1] + u[2]), sum_b = float(kAtB) * (u[3] + u[4]);
+    g[0] = float(1 / (kA2 * kB2)) * u[0] + sum_a + sum_b;
+    g[1] = float(kAtA * kA) * (u[1] - u[2]) + float(kAtB * kB) * (u[3] - u[4]);
+    g[2] = float(kA2) * sum_a + float(kB2) * sum_b + u[5];
+}
+
+// The matrix product in registers: kRows rows by up to kPanel vectors of columns.
+constexpr int kRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kPanel = 4;
+#else
+constexpr int kPanel = 2;
+#endif
+
+// c = left right, or with Transposed c += left^T right; a matrix is where its rows begin, and their distance.
+template <int Vectors, bool Transposed>
+void multiply(const float* left, std::int64_t left_row, const float* right, std::int64_t right_row, std::int64_t depth,
+              float* c, std::int64_t c_row) {
+    Floats sums[kRows][Vectors] = {};
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v)
+            if (Transposed) sums[r][v] = load(c + r * c_row + v * kFloats);
+    for (std::int64_t k = 0; k < depth; ++k) {
+        Floats factors[Vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) factors[v] = load(right + k * right_row + v * kFloats);
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+            const float value = Transposed ? left[k * left_row + r] : left[r * left_row + k];
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) sums[r][v] += value * factors[v];
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) store(c + r * c_row + v * kFloats, sums[r][v]);
+}
+
+// The columns of a product, `vectors` vectors of them, as panels of nearly equal width.
+struct Panels {
+    explicit Panels(std::int64_t columns) : vectors(columns / kFloats), count((vectors + kPanel - 1) / kPanel) {}
+    std::int64_t begin(std::int64_t panel) const { return panel * vectors / count; }  // in vectors
+    int width(std::int64_t panel) const { return int(begin(panel + 1) - begin(panel)); }
+    std::int64_t vectors, count;
+};
+
+template <bool Transposed>
+JFBFAST_ONCE void multiply_panel(int vectors, const float* left, std::int64_t left_row, const float* right,
+                                 std::int64_t right_row, std::int64_t depth, float* c, std::int64_t c_row) {
+    switch (vectors) {
+        case 1: return multiply<1, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+        case 2: return multiply<2, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+#if defined(__AVX512F__) || defined(__aarch64__)
+        case 3: return multiply<3, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+        case 4: return multiply<4, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+#endif
+    }
+}
+
+}  // namespace JFBFAST_ISA
+}  // namespace jfbfast
