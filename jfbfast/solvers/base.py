@@ -160,8 +160,8 @@ class FixedPointSolver(ABC):
 
 
 def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:
-    """The solver; raises TypeError for what is none, such as its class."""
-    if solver is not None and not isinstance(solver, FixedPointSolver):
+    """The solver, or another object with its ``solve``; raises TypeError for what is none, such as its class."""
+    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "solve")):
         raise TypeError(f"solver is {solver!r}; it takes an instance, such as Anderson()")
     return solver
 
