@@ -1,14 +1,13 @@
 """One network for a range of measurements: the formulas, the bounds of its ranges, files, training, use."""
 
 import copy
-import csv
 import math
 
 import numpy as np
 import pytest
+import small_runs
 import torch
-from PIL import Image
-from rich.console import Console
+from small_runs import rows, write_photographs
 from typer.testing import CliRunner
 
 import jfbfast
@@ -19,7 +18,6 @@ from jfbfast.conditional import ConditionalDEGrad, Ranges, condition
 from jfbfast.diagnostics import lipschitz_bound
 from jfbfast.inverse import _axis_svd, factors
 from jfbfast.prepared import prepared
-from jfbfast.runs import Run
 from jfbfast.settings import make_settings
 from jfbfast.spectrum import operator_norm
 
@@ -284,23 +282,11 @@ TINY = {
 
 @pytest.fixture
 def folder(tmp_path):
-    out = tmp_path / "photographs"
-    out.mkdir()
-    for i in range(4):
-        rgb = np.random.default_rng(i).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(rgb).resize((30, 24), Image.Resampling.BICUBIC).save(out / f"{i}.png")
-    return out
+    return write_photographs(tmp_path / "photographs", 4)
 
 
 def train(folder, out, resume=False, **values):
-    values = {"data": str(folder), **TINY, **values}
-    return Run(values, out, resume=resume, progress=False).train(Console(quiet=True))
-
-
-def rows(out):
-    """Without the seconds, the one column that no two runs share."""
-    with (out / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return small_runs.train(folder, out, resume, **{**TINY, **values})
 
 
 def test_a_run_over_ranges_repeats_and_resumes(folder, tmp_path, monkeypatch):

@@ -6,12 +6,12 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from rich.console import Console
+from small_runs import write_photographs
 from typer.testing import CliRunner
 
 from jfbfast.benchmarks import __main__, paper
@@ -47,12 +47,7 @@ def one_thread():
 @pytest.fixture
 def folder(tmp_path):
     """Six small smooth photographs: 2 are left out, 2 choose parameters, 2 are scored."""
-    out = tmp_path / "photographs"
-    out.mkdir()
-    for i in range(6):
-        rgb = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(rgb).resize((20, 20), Image.Resampling.BICUBIC).save(out / f"{i}.png")
-    return out
+    return write_photographs(tmp_path / "photographs", 6, (4, 4), (20, 20))
 
 
 @pytest.fixture

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 import torch
 from PIL import Image
-from rich.console import Console
+from small_runs import rows, write_photographs
 
 import jfbfast
 from jfbfast.checkpoint import CheckpointError, load_checkpoint
 from jfbfast.data import ImageError
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
-from jfbfast.runs import Metrics, Run
+from jfbfast.runs import Metrics
 from jfbfast.settings import make_settings, read_settings, write_settings
 from jfbfast.training import DeblurTask, JacobianPenalty, MovingAverage, Optimization, fit
 
@@ -51,24 +52,11 @@ def one_thread(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five small photographs."""
-    out = tmp_path / "photographs"
-    out.mkdir()
-    for i in range(5):
-        rgb = np.random.default_rng(i).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(rgb).resize((30, 24), Image.Resampling.BICUBIC).save(out / f"{i}.png")
-    return out
+    return write_photographs(tmp_path / "photographs", 5)
 
 
 def train(folder, out, resume=False, **values):
-    values = {"data": str(folder), **TINY, **values}
-    return Run(values, out, resume=resume, progress=False).train(Console(quiet=True))
-
-
-def rows(out):
-    """Without the seconds, the one column that no two runs share."""
-    with (out / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return small_runs.train(folder, out, resume, **{**TINY, **values})
 
 
 def seconds(out):
