@@ -99,7 +99,7 @@ _POOLED = 1 << 16  # bytes from which a fresh allocation costs more than asking 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised contiguous result; a large one in memory that an earlier result had (csrc/pool.cpp)."""
     if math.prod(shape) * dtype.itemsize < _POOLED:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.utils.dlpack.from_dlpack(_module().empty(list(shape), _dtype(dtype)))
 
 
@@ -126,7 +126,7 @@ def _gradient(
     x, d, r = x.contiguous(), _contiguous(d, x), _contiguous(r, x)
     tables, adjoint_tables = _tables(bands, x), _tables(adjoint, x)
     out = _empty(x.shape, x.dtype)
-    squares = torch.zeros(x.shape[0] if norms else 0, dtype=torch.float32)
+    squares = torch.zeros(x.shape[0] if norms else 0, dtype=torch.float32, device="cpu")
     if x.numel():
         _module().gradient(
             _dtype(x.dtype),
@@ -175,7 +175,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
     if residuals.dtype not in (x.dtype, torch.bfloat16):
         raise ValueError(f"residuals: got {residuals.dtype}, want {x.dtype} or bfloat16")
     samples, size = x.shape
-    norms = torch.zeros(samples, 2, dtype=torch.float64)
+    norms = torch.zeros(samples, 2, dtype=torch.float64, device="cpu")
     if samples:
         _module().anderson_append(
             _dtype(x.dtype),
@@ -197,7 +197,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
 def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tensor:
     """As `reference.anderson_weights`."""
     gram, valid = gram.contiguous(), valid.contiguous()
-    alpha = torch.empty(valid.shape, dtype=torch.float64)
+    alpha = torch.empty(valid.shape, dtype=torch.float64, device="cpu")
     if alpha.numel():
         _module().anderson_weights(gram.data_ptr(), valid.data_ptr(), regularization, alpha.data_ptr(), *valid.shape)
     return alpha
@@ -265,7 +265,7 @@ def winograd_weights(weight: Tensor) -> Tensor:
     """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`."""
     out_channels, in_channels = weight.shape[:2]
     weight = weight.contiguous()
-    out = torch.empty(_transformed_size(weight))
+    out = torch.empty(_transformed_size(weight), dtype=torch.float32, device="cpu")
     _module().winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
     return out
 
@@ -297,7 +297,7 @@ def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor
     x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
     batch, channels, height, width = x.shape
     out_channels = gradient.shape[1]
-    weight, bias = torch.zeros(out_channels, channels, 3, 3), torch.zeros(out_channels)
+    weight, bias = (x.new_zeros(shape) for shape in ((out_channels, channels, 3, 3), (out_channels,)))
     if x.numel() and gradient.numel():
         _module().weight_gradient(
             *(_address(t) for t in (x, gradient, weight, bias)),

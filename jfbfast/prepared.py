@@ -26,8 +26,8 @@ Layer = Callable[..., Tensor]
 
 
 def _plain(module: nn.Module) -> bool:
-    """Nothing but its forward happens when it is called."""
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    """Nothing but its class's forward happens when it is called."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _foldable(module: nn.Module) -> bool:
@@ -52,6 +52,7 @@ class _PreparedConv2d(nn.Conv2d):
 
     def __init__(self, source: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: bool = False) -> None:
         nn.Module.__init__(self)
+        self.__dict__.update(_parameters=source._parameters, _buffers=source._buffers)
         self.sources = (source, norm)  # in a tuple, so that they are not its submodules
         self.relu = relu
         self.dtype: torch.dtype | None = None
@@ -94,6 +95,9 @@ class _PreparedConv2d(nn.Conv2d):
         conv, weight, bias = self.sources[0], self.prepared_weight, self.prepared_bias
         assert weight is not None
         with torch.autocast(x.device.type, enabled=False):
+            if x.dim() != 4:
+                out = conv._conv_forward(x.to(weight.dtype), weight, bias)
+                return F.relu_(out) if self.relu else out
             x = x.to(weight.dtype, memory_format=torch.channels_last)
             if self.transformed is not None:
                 return ops.conv3x3(x, weight, bias, self.relu, self.transformed)
@@ -118,6 +122,7 @@ def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
         and not isinstance(conv.padding, str)
         and conv.padding_mode == "zeros"
         and x.numel() > 0
+        and not (torch.is_grad_enabled() and x.requires_grad)
     )
 
 
@@ -159,7 +164,13 @@ def _twin_class(kind: type[nn.Module]) -> type[nn.Module]:
             setattr(module, name, value)
         kind.__setattr__(self, name, value)
 
-    return type(kind.__name__, (kind,), {"__setattr__": __setattr__, "__module__": kind.__module__})
+    def __delattr__(self: nn.Module, name: str) -> None:
+        for module in self.__dict__.get("_source", ()):
+            delattr(module, name)
+        kind.__delattr__(self, name)
+
+    own = {"__setattr__": __setattr__, "__delattr__": __delattr__, "__class__": property(lambda self: kind)}
+    return type(kind.__name__, (kind,), {**own, "__module__": kind.__module__})
 
 
 class _Twin:
@@ -189,7 +200,7 @@ class _Twin:
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             return module
         own: dict[str, Any] = {"_source": (module,)}
-        if type(module).forward is nn.Sequential.forward:
+        if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
             members = list(module._modules.values())
             chain = [self._twin(m) for m in _folded([m for m in members if m is not None])]
             if chain == members:
@@ -200,8 +211,11 @@ class _Twin:
             if twins == module._modules:
                 return module
             own["_modules"] = twins
-        kind = _twin_class(type(module))  # type: ignore[arg-type]  # which is hashable
-        copy = kind.__new__(kind)
+        try:
+            kind = _twin_class(type(module))  # type: ignore[arg-type]  # which is hashable
+        except TypeError:  # a class that may not be derived from in this way
+            return module
+        copy = object.__new__(kind)
         self.copies.append((module, copy, own))
         return copy
 
@@ -224,11 +238,11 @@ class _Twin:
             conv.refresh(winograd)
 
 
-_Structure = tuple[tuple[int, bool], ...]
+_Structure = tuple[tuple[str, int, bool], ...]
 
 
 def _structure(module: nn.Module) -> _Structure:
-    return tuple((id(m), _plain(m)) for m in module.modules())
+    return tuple((name, id(m), _plain(m)) for name, m in module.named_modules(remove_duplicate=False))
 
 
 class _Twins(threading.local):

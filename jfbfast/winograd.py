@@ -58,11 +58,18 @@ def _conv2d(
         and input.dim() == 4
         and ops.winograd_serves(input, len(weight))
         and not torch.is_autocast_enabled("cpu")
+        and not _transformed()
     )
     if taken:
         out: Tensor = ops.conv3x3(input, weight, bias)
         return out
     return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _transformed() -> bool:
+    """Within torch.func's transforms or forward-mode differentiation, which our op has no rules for."""
+    functorch, forward = torch._C._functorch.peek_interpreter_stack(), torch.autograd.forward_ad._current_level
+    return functorch is not None or forward >= 0
 
 
 def winograd_convolutions(tol: float) -> AbstractContextManager[object]:

@@ -156,6 +156,58 @@ def test_a_forward_that_looks_into_its_members_is_the_same_function(way):
     torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
 
 
+class Idioms(nn.Module):
+    """What users' forwards ask of their own modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.body = Inner(nn.Conv2d(3, 3, 1), nn.ReLU())
+
+    def forward(self, x):
+        self.seen = x.dtype
+        x = x.to(next(self.conv.parameters()).dtype) * self.conv.state_dict()["bias"].mean()
+        del self.seen
+        return self.body(self.conv(x)) + torch.stack([self.conv(image) for image in x])
+
+
+class Inner(nn.Sequential):
+    def __init_subclass__(cls, *, required=None, **rest):
+        super().__init_subclass__(**rest)
+
+    def forward(self, x):
+        return super(self.__class__, self).forward(x)
+
+
+@torch.no_grad()
+def test_idioms_of_users_modules():
+    net, x = Idioms().double().eval(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+    net.body[1].forward = lambda x: x - 1
+    torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+    conv = nn.Conv2d(3, 3, 1).double()
+    chain = nn.Sequential(conv, nn.ReLU())
+    prepared(chain)(x)
+    chain.append(conv)
+    torch.testing.assert_close(prepared(chain)(x), chain(x), rtol=1e-10, atol=1e-12)
+
+
+def test_a_layer_that_differentiates_within():
+    class GradientStep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return x.detach() - torch.autograd.grad(self.net(x).square().sum(), x)[0]
+
+    net, x = GradientStep(), torch.randn(2, 3, 6, 7)
+    torch.testing.assert_close(prepared(net)(x), net(x))
+
+
 def test_what_a_forward_sets_is_set_on_the_module():
     net, d = Unusual("index"), torch.rand(2, 3, 6, 7)
     with torch.no_grad():

@@ -427,3 +427,31 @@ def test_nan_in_one_sample_spoils_neither_the_others_nor_the_gradient() -> None:
     with pytest.warns(ConvergenceWarning):
         found = gradients(spoilt)
     torch.testing.assert_close(found, clean)
+
+
+def test_the_default_dtype_and_device_are_no_concern_of_it() -> None:
+    x, weight = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    expected = ops.conv3x3(x, weight), *ops.conv3x3_weight_gradient(x, x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = ops.conv3x3(x, weight, None, False, ops.transformed_weight(weight)), *ops.conv3x3_weight_gradient(x, x)
+        with torch.device("meta"):
+            elsewhere = ops.conv3x3(x, weight), *ops.conv3x3_weight_gradient(x, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b, c in zip(expected, found, elsewhere, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_transforms_of_torch_func_within_a_layer_stay_with_torch() -> None:
+    x, w = torch.randn(2, 16, 8, 8), torch.randn(16, 16, 3, 3)
+
+    def convolved(t: Tensor) -> Tensor:
+        return torch.conv2d(t, w, padding=1)
+
+    with WinogradConvolutions():
+        tangent = torch.func.jvp(convolved, (x,), (x,))[1]
+        cotangent = torch.func.grad(lambda t: convolved(t).square().sum())(x)
+    torch.testing.assert_close(tangent, convolved(x))
+    torch.testing.assert_close(cotangent, torch.func.grad(lambda t: convolved(t).square().sum())(x))

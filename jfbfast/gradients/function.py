@@ -28,12 +28,14 @@ class _Buffers:
     """A module's buffers as they are now, to undo what a trace changes in its running statistics."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.kept = [] if module is None else [(b, b.clone()) for b in module.buffers()]
+        buffers = [] if module is None else [b for b in module.buffers() if not b.is_inference()]
+        self.kept = [(b, b._version, b.clone()) for b in buffers]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for buffer, value in self.kept:
-            buffer.copy_(value)
+        for buffer, version, value in self.kept:
+            if buffer._version != version:  # else an earlier graph may hold it as it is
+                buffer.copy_(value)
 
 
 def _norms(x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,9 @@ class _Solve:
         rows = unmeasured.nonzero()[:, 0]
         some: Any = rows if inputs else slice(None)
         spent = solution.iterations[rows]
-        solver = replace(self.solver, max_iter=self.solver.max_iter - int(spent.max()))
+        solver = self.solver
+        if isinstance(solver, FixedPointSolver):
+            solver = replace(solver, max_iter=solver.max_iter - int(spent.max()))
         with self._still():
             given = tuple(i.detach()[some] for i in inputs)
             found = solver.solve(self._prepared(None), solution.following[some], given)

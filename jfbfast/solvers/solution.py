@@ -28,7 +28,8 @@ class FixedPointSolution(NamedTuple):
 
     Attributes:
         value: the iterate x, (B, …); for a sample that did not converge, the one of the lowest
-            ‖T(x) − x‖; NaN for a sample that never had a finite one.
+            ‖T(x) − x‖ (after `fixed_point` or a `DEGrad`'s forward, the one that follows it);
+            NaN for a sample that never had a finite one.
         residual: ‖T(x) − x‖ / ‖T(x)‖ at ``value``, (B,), measured in float32 or wider; under autocast alone,
             without a ``solve_dtype``, of the T that autocast computes, and so is what ``status`` claims.
         iterations: evaluations of T, those of its coarse twin among them, (B,).
