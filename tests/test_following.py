@@ -134,3 +134,24 @@ def test_what_low_precision_claims_in_error_goes_on_in_full(monkeypatch, max_ite
     torch.testing.assert_close(solution.residual, (out - solution.value).norm(dim=1) / out.norm(dim=1))
     if converged:
         torch.testing.assert_close(out, 2 * d, rtol=2e-4, atol=0)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((), 0.5))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x, d):
+        return self.gain * x * self.scale + d
+
+
+def test_going_back_leaves_the_buffers_of_an_earlier_graph_alone(monkeypatch):
+    net, d = Scaled(), torch.rand(2, 4)
+    first = jfbfast.fixed_point(net, torch.zeros_like(d), inputs=(d,))
+    monkeypatch.setattr(
+        "jfbfast.gradients.function._measured",
+        lambda solution, *_: (solution, torch.ones_like(solution.status, dtype=torch.bool)),
+    )
+    second = jfbfast.fixed_point(net, torch.zeros_like(d), inputs=(d,))
+    (first + second).sum().backward()

@@ -28,13 +28,12 @@ class _Buffers:
     """A module's buffers as they are now, to undo what a trace changes in its running statistics."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        buffers = [] if module is None else [b for b in module.buffers() if not b.is_inference()]
-        self.kept = [(b, b._version, b.clone()) for b in buffers]
+        self.kept = [] if module is None else [(b, b.clone()) for b in module.buffers()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for buffer, version, value in self.kept:
-            if buffer._version != version:  # else an earlier graph may hold it as it is
+        for buffer, value in self.kept:
+            if not torch.equal(buffer, value):  # else an earlier graph may hold it as it is
                 buffer.copy_(value)
 
 
