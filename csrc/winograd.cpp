@@ -32,8 +32,8 @@ struct Tiles {
 };
 
 // B^T d B of one tile, written to one row of each of the places' matrices.
-JFBFAST_ONCE void transform_tile(const float* x, const Tiles& tiles, std::int64_t tile, std::int64_t channels, const float* zeros,
-                    float* v, std::int64_t plane) {
+JFBFAST_ONCE void transform_tile(const float* x, const Tiles& tiles, std::int64_t tile, std::int64_t channels,
+                                 const float* zeros, float* v, std::int64_t plane) {
     const Tiles::Place place = tiles.place(tile);
     const std::int64_t height = tiles.shape.height, width = tiles.shape.width;
     const float* at[kSpan][kSpan];
@@ -65,7 +65,8 @@ JFBFAST_ONCE void transform_tile(const float* x, const Tiles& tiles, std::int64_
 }
 
 // A^T m A of one tile with the bias and the ReLU, written where the image is.
-JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::int64_t tile, const float* m, std::int64_t plane) {
+JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::int64_t tile, const float* m,
+                              std::int64_t plane) {
     const Tiles::Place place = tiles.place(tile);
     const std::int64_t height = tiles.shape.height, width = tiles.shape.width, channels = tiles.shape.out;
     const int rows = int(smaller(kTile, height - place.top)), columns = int(smaller(kTile, width - place.left));
@@ -242,7 +243,8 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
     const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
     const std::int64_t u_plane = rows * out, workspace = kPlaces * (v_plane + m_plane + u_plane);
     const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
-    const Buffer<float> memory(threads * workspace), zeros(larger(in, out)), sums(parts * part_size), totals(parts * out);
+    const Buffer<float> memory(threads * workspace), zeros(larger(in, out));
+    const Buffer<float> sums(parts * part_size), totals(parts * out);
 
     parallel_for(parts, threads, [&](std::int64_t part, int thread) {
         float* const v = memory.data() + thread * workspace;

@@ -1,6 +1,6 @@
 // The parts of Winograd's F(4x4, 3x3): its one-dimensional transforms, and matrix products in registers.
 //
-// The points 0, +-5/8, +-3/2 and infinity round a quarter as much as the usual 0, +-1, +-2 do.
+// The points 0, +-5/8, +-3/2 and infinity round less than half as much as the usual 0, +-1, +-2 do.
 #pragma once
 
 #include "rows.h"

@@ -42,6 +42,19 @@ def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]
     return ModelConfig(**values)
 
 
+def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig, console: Console) -> None:
+    """Have a network restore measurements of this setting; the console is told where it was trained for others."""
+    taken: tuple[str, ...] = ()
+    if isinstance(model, ConditionalDEGrad):
+        model.set_measurement(setting.sigma, setting.noise)
+        taken = ("sigma", "noise")
+    model.blur = setting.blur()
+    other = [each for each in SETTING if each not in taken and getattr(config, each) != getattr(setting, each)]
+    if other:
+        told = ", ".join(f"{each} = {getattr(config, each)}" for each in other)
+        console.print(f"{name} was trained for other measurements ({told}).", highlight=False)
+
+
 def _device(name: str) -> torch.device:
     """The device; ValueError where torch does not reach one of that name."""
     try:
@@ -178,11 +191,7 @@ def compare(
     blur = setting.blur()
     chosen = _methods(methods, blur, denoiser, where)
     for name, model, config in networks:
-        if isinstance(model, ConditionalDEGrad):
-            model.set_measurement(setting.sigma, setting.noise)
-        elif (config.kernel_size, config.sigma, config.noise) != (setting.kernel_size, setting.sigma, setting.noise):
-            console.print(f"{name} was trained for another blur or noise: {config.sigma:g}, {config.noise:g}.")
-        model.blur = blur
+        set_network(name, model, config, setting, console)
         chosen.append(network_method(name, model.to(where)))
     _, validation_files, files = split(image_files(data), held_out[0], held_out[1])
     files = files[: held_out[2]]

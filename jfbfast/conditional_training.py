@@ -22,6 +22,7 @@ class ConditionalDeblurTask(DeblurTask):
 
     The loss of a part is its mean squared error over that error, held constant: the gradient is that of the
     logarithm, so every setting counts in dB, though errors differ 30-fold. Validation is on a fixed grid.
+    The metrics of a step are those of its last part.
 
     Args:
         model: the network.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ import jfbfast
 from jfbfast import DEGrad, GaussianBlur, UNet, pretrained
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
 from jfbfast.cli import app
+from jfbfast.comparison import set_network
 from jfbfast.conditional import ConditionalDEGrad, Ranges, condition
 from jfbfast.diagnostics import lipschitz_bound
 from jfbfast.inverse import _axis_svd, factors
 from jfbfast.prepared import prepared
 from jfbfast.settings import make_settings
 from jfbfast.spectrum import operator_norm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {"features": [4, 6], "blocks": [1, 1]}
 CONFIG = ModelConfig(
@@ -29,14 +33,6 @@ CONFIG = ModelConfig(
     noise_range=[0.0, 0.1],
 )
 SINGLE = ModelConfig(denoiser={"kind": "UNet", **SIZES}, padding_mode="zeros")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(sigma=2.0, noise=0.03):
@@ -363,3 +359,14 @@ def test_the_command_line_restores_and_evaluates_at_a_setting(folder, tmp_path, 
     assert code == 0 and "σ = 2, zeros; noise 0.03" in told and "trained for" not in told
     code, told = run("evaluate", *scored, "--sigma", 6)
     assert code == 1 and "sigma is 6.0; this model takes a number from 0.5 to 5" in told
+
+
+def test_a_comparison_sets_a_model_for_its_measurements():
+    model, said = CONFIG.model(), []
+    setting = ModelConfig(sigma=2.0, noise=0.03, padding_mode="zeros")
+    console = SimpleNamespace(print=lambda text, **_: said.append(text))
+    set_network("ranges", model, CONFIG, setting, console)
+    assert model.measurement == (2.0, 0.03) and model.blur.sigma == (2.0, 2.0) and not said
+    single = SINGLE.model()
+    set_network("single", single, SINGLE, setting, console)
+    assert single.blur.sigma == (2.0, 2.0) and "single was trained for other measurements (sigma = 1.0" in said[0]

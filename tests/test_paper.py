@@ -24,6 +24,8 @@ from jfbfast.cli import app
 from jfbfast.evaluation import PAPER_OFFSET, evaluate, measurements, psnr
 from jfbfast.settings import make_settings, read_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DNCNN = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
 CONFIGS = {
     "denoiser": ModelConfig("denoiser", DNCNN),
@@ -34,14 +36,6 @@ CONFIGS = {
     "ours": ModelConfig("filtered", DNCNN, padding_mode="zeros"),
 }
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from jfbfast.config import keep_freed_memory
 
+from . import PARTS
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_PARTS = ("figure1", "table1", "table2", "figure2")
 
 
 def _network(told: str) -> Any:
@@ -25,7 +26,7 @@ def paper(
         list[str] | None,
         typer.Argument(
             metavar="[PART]… [DATA_DIR]",
-            help=f"Of {', '.join(_PARTS)}; without one, all. Then a directory of photographs; without one, three "
+            help=f"Of {', '.join(PARTS)}; without one, all. Then a directory of photographs; without one, three "
             "of scikit-image's.",
         ),
     ] = None,
@@ -65,7 +66,6 @@ def paper(
     seed: Annotated[int, typer.Option(help="Of measurements and training.")] = 0,
 ) -> None:
     """Make the two tables and two figures of Liu, Tong and Zhao (2024), and the page paper.md of all four."""
-    from . import PARTS
     from . import run as make
     from .plan import QUICK, Plan
 

@@ -39,10 +39,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "training_tol": 5e-3,
         "training_max_iter": 6,
         "precision": "bf16",
-        "jacobian_penalty": 1e-4,
+        "jacobian_penalty": 1e-3,
+        "jacobian_bound": 0.35,
+        "jacobian_interval": 4,
+        "jacobian_samples": 4,
     },
 }
-PRETRAINING = {"paper": 0.2, "ours": 0.6}
+PRETRAINING = {"paper": 0.2, "ours": 0.0}
 NAMES = {"paper": "DE-GRAD by the paper's recipe", "ours": "filtered DE-GRAD (ours)"}
 
 

@@ -112,8 +112,8 @@ def run(plan: Plan, out: Path, console: Console) -> Section:
     console.print(f"Picture: {out / 'figure2.png'}", highlight=False)
     text = (
         f"{title[0].upper()}{title[1:]}, float32. In brackets the ratio to jfbfast's JFB. The Jacobian-based sides are "
-        "jfbfast's too, so that they differ from its JFB in the gradient alone: the exact one, to a relative residual "
-        "of 1e-6 in at most 50 iterations. "
+        "jfbfast's too: the exact gradient, to a relative residual of 1e-6 in at most 50 iterations, and so with "
+        "PyTorch's convolutions in the layer that is differentiated, where JFB's has Winograd's on the CPU. "
         "The DnCNN, of 17 layers of 64 features, is untrained and scaled to a contraction. ~ measured once; "
         f"≈ extrapolated by the number of pixels, where a step was expected to take over {plan.cap:g} s."
         f"{f' **{busy[0].upper()}{busy[1:]}.**' if busy else ''}\n\n"

@@ -12,12 +12,10 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from jfbfast.baselines import FeedForward
 from jfbfast.checkpoint import ModelConfig
-from jfbfast.comparison import SETTING, measurement_setting
+from jfbfast.comparison import SETTING, measurement_setting, set_network
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, split
-from jfbfast.degrad import DEGrad
 from jfbfast.evaluation import Choice, baseline_methods, choose, network_method
 from jfbfast.pretrained import load_model
 
@@ -112,9 +110,7 @@ class Study:
             self.checkpoints[name] = plan.checkpoints[role]
             model, config = networks[role]
             if role != "denoiser":
-                self._check_setting(role, config)
-                assert isinstance(model, (DEGrad, FeedForward))
-                model.blur = self.blur
+                set_network(f"--{role}", model, config, self.setting, console)
                 self.methods[name] = network_method(name, model.to(self.device))
 
         _, validation, files = split(image_files(plan.data), plan.train, plan.validation)
@@ -152,12 +148,6 @@ class Study:
             f"beyond the edge; noise {s.noise:g} on [−1, 1]; parameters chosen on {len(self.validation_files)} "
             "other images."
         )
-
-    def _check_setting(self, role: str, config: ModelConfig) -> None:
-        other = [name for name in SETTING if getattr(config, name) != getattr(self.setting, name)]
-        if other:
-            told = ", ".join(f"{name} = {getattr(config, name)}" for name in other)
-            self.console.print(f"--{role} was trained for other measurements ({told}).", highlight=False)
 
 
 def _network(role: str, given: str) -> tuple[nn.Module, ModelConfig]:

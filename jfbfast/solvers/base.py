@@ -68,8 +68,8 @@ class FixedPointSolver(ABC):
 
         With ``coarse`` the solve goes down a ladder of two: it iterates with ``coarse`` until each
         sample has converged, diverged or stalled there, and then with ``layer``, with a fresh history,
-        from the iterate that follows each sample's best. What is claimed of a sample is measured with ``layer``, which
-        keeps at least one of the ``max_iter`` evaluations of each sample.
+        from the iterate that follows each sample's best. What is claimed of a sample is measured with
+        ``layer``, which keeps at least one of the ``max_iter`` evaluations of each sample.
 
         A sample has stalled when in 5 evaluations its lowest ‖T(x) − x‖ has not fallen by 30%: at the
         rounding floor of T, or where the solve converges at a rate above 0.93. (The device solve of

@@ -173,8 +173,8 @@ class _Samples:
         A sample that ended rests one step beyond its value, or at its value where that is older.
         """
         ended = before & ~self.active
-        if ended.any():
-            self.following = _where(ended, _where(improved, following, self.value), self.following)
+        self.following = _where(ended & ~improved, self.value, self.following)
+        self.following = _where(ended & improved, following, self.following)
         return _where(self.active, following, self.following)
 
     def grown(self, residual: Tensor) -> Tensor:
