@@ -1,11 +1,11 @@
 """JFB through any layer: the gradient of one application at x*, and what a training forward may change."""
 
 import copy
-import socket
 import subprocess
 import sys
 import warnings
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -248,10 +248,9 @@ def test_torchs_own_spectral_norm_and_dropout_are_held_still():
 
 
 DDP = """
-import os, sys, torch, torch.distributed as dist, jfbfast
-rank, world = int(sys.argv[1]), 2
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2], GLOO_SOCKET_IFNAME="lo")
-dist.init_process_group("gloo", rank=rank, world_size=world)
+import torch, torch.distributed as dist, jfbfast
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 torch.manual_seed(0)
 regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
 model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact").double().eval()
@@ -271,16 +270,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_give_the_gradient_of_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen([sys.executable, "-c", DDP, str(rank), port], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        error = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, error
+    processes.run(DDP, [], [], environments=processes.environments())
 
 
 def test_memory_does_not_depend_on_the_iterations():

@@ -3,13 +3,13 @@
 import csv
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import small_runs
 import torch
@@ -378,31 +378,8 @@ fit(task, Double(), steps=3, batch_size=4, accelerator="cpu", callbacks=[Gradien
 @pytest.mark.parametrize("kind", ["one setting", "ranges"])
 def test_processes_share_a_batch(tmp_path, kind):
     """The gradient of Lightning's own step on two gloo processes is that of one with the whole batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = {
-        "TORCHELASTIC_RUN_ID": "test",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-    }
-    environments = [{}, *({**torchrun, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2))]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARED, str(tmp_path / ("two" if environment else "one")), kind],
-            env={**os.environ, **environment},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments
-    ]
-    for process in processes:
-        error = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, error
+    alone, shared = ([str(tmp_path / name), kind] for name in ("one", "two"))
+    processes.run(SHARED, alone, shared, shared, environments=[{}, *processes.environments()])
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
     assert len(one) == (5 if kind == "one setting" else 12)
     for a, b in zip(one, two, strict=True):
