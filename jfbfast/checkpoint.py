@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from jfbfast.baselines import FeedForward
@@ -44,6 +42,16 @@ Description = Mapping[str, Any]
 
 class CheckpointError(ValueError):
     """A file that is not a checkpoint of this library, or not a whole one."""
+
+
+def _safetensors() -> Any:
+    """The package, imported only where a file is read or written, since the core does without."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        told = f"{error.name}, which trained networks are kept with, is not installed: pip install 'jfbfast[train]'"
+        raise ModuleNotFoundError(told, name=error.name) from error
+    return safetensors
 
 
 def _made(name: str, description: Description, kinds: Mapping[str, type[Any]]) -> Any:
@@ -197,14 +205,16 @@ def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, 
             raise ValueError(f"model has a tensor {name} with values that are not finite in {kept.dtype}")
         tensors[name] = kept
     header = {"format": _FORMAT, "config": json.dumps(asdict(config)), "digest": _digest(tensors)}
-    write_whole(Path(path), lambda partial: partial.write_bytes(save(tensors, header)))
+    content = _safetensors().torch.save(tensors, header)
+    write_whole(Path(path), lambda partial: partial.write_bytes(content))
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """The file and its header; whatever is wrong with them within raises CheckpointError."""
+    safetensors = _safetensors()
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "")
             if found != _FORMAT:
@@ -215,7 +225,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast (no such file)") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({error})") from error
 
 
@@ -234,6 +244,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
 
     Raises:
         CheckpointError: no such file, a corrupt one, or one of another origin.
+        ModuleNotFoundError: safetensors is not installed.
     """
     with _opened(path) as (file, header):
         config = ModelConfig(**json.loads(header["config"]))

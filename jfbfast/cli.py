@@ -32,7 +32,7 @@ PaddingMode = Annotated[str, typer.Option(help="Beyond the edge: zeros, reflect,
 Seed = Annotated[int, typer.Option(help="Of every random number.")]
 
 
-def _say_error(error: Exception) -> None:
+def _say_error(error: Exception | str) -> None:
     Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
 
 
@@ -42,7 +42,7 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        console.print(f"[red]error:[/] {error.name} is not installed; {_EXTRAS}", markup=True)
+        _say_error(f"{error.name} is not installed; {_EXTRAS}")
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
         _say_error(error)

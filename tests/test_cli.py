@@ -179,6 +179,16 @@ def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):
     assert "Traceback" not in result.output
 
 
+def test_a_missing_package_is_told_of_with_its_extra(monkeypatch):
+    def refuse(*arguments):
+        raise ModuleNotFoundError("refused", name="safetensors")
+
+    monkeypatch.setattr("jfbfast.pretrained.matching_name", refuse)
+    result = run("restore", "missing.png")
+    told = " ".join(result.stderr.split())
+    assert result.exit_code == 1 and "safetensors is not installed" in told and "'jfbfast[train]'" in told
+
+
 def test_padding_that_no_blur_has_is_refused_before_a_model_is_looked_for():
     assert "model" not in run("restore", "missing.png", "--padding-mode", "foo").output
 

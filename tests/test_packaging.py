@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,46 @@ def test_pure_python_install(source: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
         check=True,
     )
+
+
+WITHOUT_THE_EXTRAS = """
+import sys
+
+class Refused:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {modules!r}:
+            raise ModuleNotFoundError("refused", name=name)
+
+sys.meta_path.insert(0, Refused)
+import torch
+import jfbfast
+blur = jfbfast.GaussianBlur(3, 1.0)
+red = jfbfast.RED(jfbfast.NonexpansiveDenoiser(features=4, depth=3), filter_damping="weight")
+model = jfbfast.DEGrad(blur, red, preconditioner="exact")
+model(blur(torch.rand(1, 3, 16, 16))).sum().backward()
+assert model.solution.status.tolist() == [jfbfast.Status.CONVERGED]
+jfbfast.show_config()
+try:
+    jfbfast.DEGrad.from_pretrained("gaussian5-sigma1")
+except ImportError as error:
+    assert "safetensors" in str(error) and "pip install 'jfbfast[train]'" in str(error), error
+else:
+    raise AssertionError("a refused package served")
+"""
+
+
+def test_the_core_does_without_the_extras(tmp_path: Path) -> None:
+    named = [
+        re.match(r"[\w.-]+", text) for text in requires("jfbfast") or () if re.search("extra == .(train|bench)", text)
+    ]
+    optional = {name[0].lower() for name in named if name}
+    modules = {
+        module
+        for module, packages in packages_distributions().items()
+        if {package.lower() for package in packages} & optional - {"jfbfast"}
+    }
+    assert {"safetensors", "cv2", "yaml"} <= modules
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_EXTRAS.format(modules=modules)], cwd=tmp_path, check=True)
 
 
 @pytest.mark.slow

@@ -20,6 +20,10 @@ def _network(told: str) -> Any:
     return typer.Option(metavar="NAME|FILE", help=told)
 
 
+def _say_error(error: Exception | str) -> None:
+    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+
+
 @app.command()
 def paper(
     arguments: Annotated[
@@ -112,10 +116,10 @@ def paper(
         data = Path(rest[0]) if rest else None
         make(out, quick, Console(), replace(plan, data=data, checkpoints=checkpoints, **chosen), parts or PARTS)
     except ModuleNotFoundError as error:
-        Console(stderr=True).print(f"error: {error.name} is not installed; pip install 'jfbfast[train,bench]'")
+        _say_error(f"{error.name} is not installed; pip install 'jfbfast[bench]'")
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+        _say_error(error)
         raise typer.Exit(1) from error
 
 
