@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +27,6 @@ except ModuleNotFoundError as error:  # pragma: no cover
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes one speaks
 
-PaddingMode = Annotated[str, typer.Option(help="Beyond the edge: zeros, reflect, replicate or circular.")]
 Seed = Annotated[int, typer.Option(help="Of every random number.")]
 
 
@@ -94,7 +92,13 @@ def restore(
     ] = None,
     sigma: Annotated[float | None, typer.Option(help="Of the blur; by default the checkpoint's, or 1.")] = None,
     noise: Annotated[float | None, typer.Option(help="Its standard deviation on [−1, 1]; by default 0.01.")] = None,
-    padding_mode: PaddingMode = "reflect",
+    padding_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="What the blur saw beyond the edge: zeros, reflect, replicate or circular; by default the "
+            "checkpoint's, or reflect."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A file for one image, or a directory.")] = None,
     tile: Annotated[int, typer.Option(help="Side of the tiles, which are restored one by one, in pixels.")] = 512,
     overlap: Annotated[
@@ -109,88 +113,25 @@ def restore(
     A file that cannot be restored is told of, and the others are restored all the same.
     """
     with _one_sentence():
-        from jfbfast.checkpoint import ModelConfig
-        from jfbfast.data import check_target, read_photograph, write_photograph
-        from jfbfast.operators import GaussianBlur
-        from jfbfast.pretrained import load_model, matching_name, set_measurement
-        from jfbfast.restoration import (
-            LEAST_TILE,
-            network_restorer,
-            restore_tiled,
-            seamless_overlap,
-            tikhonov_restorer,
-            tiling_error,
-        )
-        from jfbfast.solvers import ConvergenceWarning
+        from jfbfast.restoration import LEAST_TILE, choose_restorer, restore_file
 
         if tile < LEAST_TILE:
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
-        picked = checkpoint is None
-        given = [default if value is None else value for value, default in ((kernel_size, 5), (sigma, 1.0))]
-        GaussianBlur(int(given[0]), given[1], padding_mode)  # raises for what no blur takes
-        if checkpoint is None:
-            level = 0.01 if noise is None else noise
-            checkpoint = matching_name(int(given[0]), given[1], level, padding_mode)
-            if checkpoint is None:
-                console.print(
-                    f"No shipped model is for kernel size {given[0]}, σ = {given[1]:g}, {padding_mode} at the edge "
-                    f"and noise {level:g}: restoring by Tikhonov regularisation, λ by the discrepancy principle."
-                )
-            else:
-                console.print(f"Restoring by the shipped model {checkpoint}.")
-                sigma, noise = given[1], level
-        classical = checkpoint in (None, "tikhonov")
-        model, config = (None, ModelConfig()) if classical else load_model(str(checkpoint))
-        if model is not None and not hasattr(model, "blur"):
-            raise ValueError(f"--checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
-        if model is not None and config.ranges is not None:
-            set_measurement(str(checkpoint), model, config, sigma, noise)
-        elif model is not None and noise is not None and not picked:
-            raise ValueError(f"--noise is {noise}; with a checkpoint, which was trained for its own, it is of no use")
-        size = config.kernel_size if kernel_size is None else kernel_size
-        width = config.sigma if sigma is None else sigma
-        blur = GaussianBlur(size, width, padding_mode)
-        if model is not None:
-            model.blur = blur
-            if size != config.kernel_size or (width != config.sigma and config.ranges is None):
-                console.print(
-                    f"The checkpoint was trained for kernel size {config.kernel_size} and σ = {config.sigma:g}; "
-                    f"it is used for {size} and {width:g}."
-                )
-        targets, failed = _targets(images, out), False
-        for source, target in zip(images, targets, strict=True):
+        given = {"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode}
+        restorer_for = choose_restorer(checkpoint, given, partial(console.print, markup=False))
+        failed = False
+        for source, target in zip(images, _targets(images, out), strict=True):
             try:
-                photograph = read_photograph(source)
-                check_target(target, photograph)
-                d = 2 * photograph.pixels - 1
-                with (
-                    Progress(console=console, transient=True) as bar,
-                    warnings.catch_warnings(record=True) as caught,
-                ):
-                    warnings.simplefilter("always", ConvergenceWarning)
-                    task = bar.add_task(source.name)
-                    if model is None:
-                        restorer, damping = tikhonov_restorer(blur, d, config.noise if noise is None else noise)
-                        how = f"Tikhonov, λ = {damping:.2g}"
-                    else:
-                        restorer, how = network_restorer(model, config.channels), str(checkpoint)
-                    shared = overlap
-                    if shared is None:
-                        shared = seamless_overlap(restorer, d, tile) if max(d.shape[-2:]) > tile else min(96, tile // 4)
-                    caught.clear()
-                    restored = restore_tiled(
-                        restorer, d, tile=tile, overlap=shared, progress=partial(_advance, bar, task)
+                with Progress(console=console, transient=True) as bar:
+                    step = partial(_advance, bar, bar.add_task(source.name))
+                    how = restore_file(
+                        source, target, restorer_for, tile=tile, overlap=overlap, check_tiles=check_tiles, progress=step
                     )
-                    late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-                    if check_tiles:
-                        how += f"; tiles differ by {tiling_error(restorer, d, restored) / 2:.1e} of white"
-                write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
             except (ValueError, OSError) as error:
                 _say_error(error)
                 failed = True
-                continue
-            said = f"; {late} tiles did not converge" if late else ""
-            console.print(f"{source} → {target} ({how}{said})", highlight=False, markup=False)
+            else:
+                console.print(f"{source} → {target} ({how})", highlight=False, markup=False)
         if failed:
             raise typer.Exit(1)
 
@@ -329,9 +270,9 @@ def diagnose(
 ) -> None:
     """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
     with _one_sentence():
-        import torch
+        from torch.utils.data import default_collate
 
-        from jfbfast.data import ImageError, read_photograph
+        from jfbfast.datasets import Photographs, RandomCrops
         from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
         from jfbfast.pretrained import load_model, set_measurement
@@ -343,19 +284,11 @@ def diagnose(
         if not isinstance(model, DEGrad):
             raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
         set_measurement(str(checkpoint), model, config, sigma, noise)
-        random = torch.Generator().manual_seed(seed)
-        squares = []
-        for i in range(samples):
-            pixels = read_photograph(images[i % len(images)]).pixels
-            if min(pixels.shape[-2:]) < crop:
-                raise ImageError(f"{images[i % len(images)]}: smaller than crops of {crop} pixels")
-            top, left = (int(torch.randint(n - crop + 1, (), generator=random)) for n in pixels.shape[-2:])
-            square = pixels[:, top : top + crop, left : left + crop]
-            square = square.mean(0, keepdim=True) if config.channels == 1 else square
-            squares.append(2 * square.expand(config.channels, -1, -1) - 1)
-        x = torch.stack(squares)
-        level = config.noise if noise is None else noise
-        d = model.blur(x) + level * torch.randn(x.shape, generator=random)
+        crops = RandomCrops(Photographs(images), crop, samples, flips=False, seed=seed)
+        x, white, _ = default_collate([crops[i] for i in range(samples)])
+        if config.channels == 1:
+            x, white = x.mean(1, keepdim=True), white[:, :1]
+        d = model.blur(x) + (config.noise if noise is None else noise) * white
         with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
             found = report(model, d, x, iterations=iterations, seed=seed)
         out.mkdir(parents=True, exist_ok=True)

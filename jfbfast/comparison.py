@@ -14,14 +14,11 @@ from rich.table import Table
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig
-from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, split
 from jfbfast.evaluation import Choice, Method, Scores, baseline_methods, evaluate, network_method, write_scores
 from jfbfast.operators import GaussianBlur
-from jfbfast.pretrained import load_model
-
-SETTING = ("kernel_size", "sigma", "noise", "padding_mode")
+from jfbfast.pretrained import SETTING, load_model, measurement_setting, set_network
 
 
 def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
@@ -33,26 +30,6 @@ def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelCon
         name = Path(checkpoint).parent.name if Path(checkpoint).stem == "model" else Path(checkpoint).stem
         found.append((name or checkpoint, model, config))
     return found
-
-
-def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]) -> ModelConfig:
-    """The measurements to make: as given, or else as the first network's; the defaults without one."""
-    base = configs[0] if configs else ModelConfig()
-    values = {name: getattr(base, name) if given[name] is None else given[name] for name in SETTING}
-    return ModelConfig(**values)
-
-
-def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig, console: Console) -> None:
-    """Have a network restore measurements of this setting; the console is told where it was trained for others."""
-    taken: tuple[str, ...] = ()
-    if isinstance(model, ConditionalDEGrad):
-        model.set_measurement(setting.sigma, setting.noise)
-        taken = ("sigma", "noise")
-    model.blur = setting.blur()
-    other = [each for each in SETTING if each not in taken and getattr(config, each) != getattr(setting, each)]
-    if other:
-        told = ", ".join(f"{each} = {getattr(config, each)}" for each in other)
-        console.print(f"{name} was trained for other measurements ({told}).", highlight=False)
 
 
 def _device(name: str) -> torch.device:
@@ -191,7 +168,7 @@ def compare(
     blur = setting.blur()
     chosen = _methods(methods, blur, denoiser, where)
     for name, model, config in networks:
-        set_network(name, model, config, setting, console)
+        set_network(name, model, config, setting, partial(console.print, highlight=False, markup=False))
         chosen.append(network_method(name, model.to(where)))
     _, validation_files, files = split(image_files(data), held_out[0], held_out[1])
     files = files[: held_out[2]]

@@ -1,8 +1,13 @@
-"""Networks that ship with the package: ``weights/NAME.safetensors``, each with a model card ``weights/NAME.md``."""
+"""Networks that ship with the package: ``weights/NAME.safetensors``, each with a model card ``weights/NAME.md``.
+
+And what sets any trained network for the measurements that it is to restore.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +15,7 @@ from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config
 from jfbfast.conditional import ConditionalDEGrad, Ranges
 
 WEIGHTS = Path(__file__).parent / "weights"
+SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # of measurements, as in `ModelConfig`
 
 
 def pretrained_names() -> list[str]:
@@ -58,6 +64,26 @@ def set_measurement(name: str, model: nn.Module, config: ModelConfig, sigma: flo
     for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
         if value not in (None, own):
             raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
+
+
+def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]) -> ModelConfig:
+    """The measurements to make or to restore: as given, or else as the first network's; the defaults without one."""
+    base = configs[0] if configs else ModelConfig()
+    values = {name: getattr(base, name) if given[name] is None else given[name] for name in SETTING}
+    return ModelConfig(**values)
+
+
+def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig, say: Callable[[str], object]) -> None:
+    """Have a network restore measurements of this setting; ``say`` is told where it was trained for others."""
+    taken: tuple[str, ...] = ()
+    if isinstance(model, ConditionalDEGrad):
+        model.set_measurement(setting.sigma, setting.noise)
+        taken = ("sigma", "noise")
+    model.blur = setting.blur()
+    other = [each for each in SETTING if each not in taken and getattr(config, each) != getattr(setting, each)]
+    if other:
+        told = ", ".join(f"{each} = {getattr(config, each)}" for each in other)
+        say(f"{name} was trained for other measurements ({told}).")
 
 
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str) -> str | None:

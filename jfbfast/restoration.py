@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jfbfast.classical import discrepancy_damping, tikhonov
+from jfbfast.data import check_target, read_photograph, write_photograph
 from jfbfast.operators import GaussianBlur
+from jfbfast.pretrained import (
+    SETTING,
+    load_model,
+    matching_name,
+    measurement_setting,
+    set_measurement,
+    set_network,
+)
+from jfbfast.solvers import ConvergenceWarning
 
 Restorer = Callable[[Tensor], Tensor]
+RestorerFor = Callable[[Tensor], tuple[Restorer, str]]  # of an image's measurements (C, H, W), and its name
 
 ALIGNMENT = 16  # pixels; what the coarsest scale of a U-Net of four scales divides
 LEAST_TILE = 2 * ALIGNMENT  # pixels; from here on any overlap leaves room to align the tiles
@@ -152,3 +166,98 @@ def network_restorer(model: nn.Module, channels: int) -> Restorer:
         return torch.cat([model(channel) for channel in measured.split(1, dim=1)], dim=1)
 
     return restore
+
+
+def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Callable[[str], object]) -> RestorerFor:
+    """What restores photographs that were measured so: a network, or Tikhonov regularisation.
+
+    Args:
+        checkpoint: a shipped network's name or a network's file, or "tikhonov"; None for the shipped network that
+            was trained for these measurements, and for Tikhonov where there is none.
+        given: kernel_size, sigma, noise and padding_mode; None for the checkpoint's, or without one for those of
+            `ModelConfig`.
+        say: is told what None chose, and of a network that was trained for other measurements.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+        ValueError: a blur that there is none of; a denoiser alone; a noise level for a network that was trained for
+            one, or none for a network that takes one.
+    """
+    picked = checkpoint is None
+    if checkpoint is None:
+        setting = measurement_setting(given, [])
+        setting.blur()  # raises before a network is looked for
+        given = {name: getattr(setting, name) for name in SETTING}
+        checkpoint = matching_name(**given)
+        if checkpoint is None:
+            say(
+                f"No shipped model is for kernel size {setting.kernel_size}, σ = {setting.sigma:g}, "
+                f"{setting.padding_mode} at the edge and noise {setting.noise:g}: restoring by Tikhonov "
+                "regularisation, λ by the discrepancy principle."
+            )
+        else:
+            say(f"Restoring by the shipped model {checkpoint}.")
+    if checkpoint is None or checkpoint == "tikhonov":
+        setting = measurement_setting(given, [])
+        blur = setting.blur()
+
+        def classical(d: Tensor) -> tuple[Restorer, str]:
+            restorer, damping = tikhonov_restorer(blur, d, setting.noise)
+            return restorer, f"Tikhonov, λ = {damping:.2g}"
+
+        return classical
+    model, config = load_model(checkpoint)
+    if config.form == "denoiser":
+        raise ValueError(f"checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
+    if config.ranges is not None:
+        set_measurement(checkpoint, model, config, given["sigma"], given["noise"])  # raises where one is missing
+    elif given["noise"] is not None and not picked:
+        raise ValueError(
+            f"noise is {given['noise']}; with a checkpoint, which was trained for its own, it is of no use"
+        )
+    set_network(checkpoint, model, config, measurement_setting(given, [config]), say)
+    chosen = network_restorer(model, config.channels), checkpoint
+    return lambda d: chosen
+
+
+def restore_file(
+    source: Path,
+    target: Path,
+    restorer_for: RestorerFor,
+    *,
+    tile: int = 512,
+    overlap: int | None = None,
+    check_tiles: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Restore a photograph into another file; its depth and alpha are kept.
+
+    Args:
+        source, target: the files.
+        restorer_for: of `choose_restorer`.
+        tile, progress: of `restore_tiled`.
+        overlap: of `restore_tiled`; None for `seamless_overlap`.
+        check_tiles: restore in one piece too, to tell the `tiling_error`.
+
+    Returns:
+        How it was restored, in words.
+
+    Raises:
+        ImageError: a file that cannot be read or written.
+        ValueError: of `restore_tiled`.
+    """
+    photograph = read_photograph(source)
+    check_target(target, photograph)
+    d = 2 * photograph.pixels - 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        restorer, how = restorer_for(d)
+        if overlap is None:
+            overlap = seamless_overlap(restorer, d, tile) if max(d.shape[-2:]) > tile else min(96, tile // 4)
+        caught.clear()  # those of the measured overlap
+        restored = restore_tiled(restorer, d, tile=tile, overlap=overlap, progress=progress)
+        late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+        if check_tiles:
+            how += f"; tiles differ by {tiling_error(restorer, d, restored) / 2:.1e} of white"
+    write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
+    return f"{how}; {late} tiles did not converge" if late else how

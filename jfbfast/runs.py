@@ -31,6 +31,7 @@ from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED
+from jfbfast.pretrained import load_model
 from jfbfast.settings import changed_settings, make_settings, read_settings, write_settings
 from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
 
@@ -144,8 +145,8 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _start_from(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Copy a checkpoint's weights: of the same network, of it for one setting, or of its denoiser."""
-    source, found = load_checkpoint(path)
+    """Copy the weights of a shipped network or a file: of the same network, the same for one setting, or its denoiser."""
+    source, found = load_model(path)
     same = (found.form == "denoiser") == (config.form == "denoiser")
     target = model if same else denoiser_of(model)
     try:

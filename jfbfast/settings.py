@@ -72,7 +72,8 @@ class TrainingSettings:
     gradient: Annotated[str, "The gradient method and its arguments, as in jfb or unrolled:steps=10."] = "jfb"
 
     init: Annotated[
-        str | None, "Start from this checkpoint: of the same network, of it for one setting, or of its denoiser."
+        str | None,
+        "A shipped model or a file to start from: the same network, the same for one setting, or its denoiser.",
     ] = None
     pretraining_steps: Annotated[int | None, "Batches of denoising first. (default: 1000; 0 with --init or ranges)"] = (
         None

@@ -83,7 +83,9 @@ def test_restore_picks_the_shipped_model_for_the_blur(blurred, tmp_path, monkeyp
     save_checkpoint(tmp_path / "small.safetensors", config.model(), config)
     for options, name in (
         ((), "the shipped model small"),
-        (("--checkpoint", "small", "--sigma", 2), "trained for kernel size 5 and σ = 1; it is used for 5 and 2"),
+        (("--checkpoint", "small", "--sigma", 2), "small was trained for other measurements (sigma = 1.0)"),
+        (("--checkpoint", "small", "--padding-mode", "zeros"), "other measurements (padding_mode = reflect)"),
+        (("--checkpoint", "small"), "(small; tiles"),
         (("--noise", 0.02), "No shipped model is for kernel size 5, σ = 1, reflect at the edge and noise 0.02"),
         (("--checkpoint", "tikhonov"), "Tikhonov, λ"),
     ):
@@ -183,7 +185,7 @@ def test_a_missing_package_is_told_of_with_its_extra(monkeypatch):
     def refuse(*arguments):
         raise ModuleNotFoundError("refused", name="safetensors")
 
-    monkeypatch.setattr("jfbfast.pretrained.matching_name", refuse)
+    monkeypatch.setattr("jfbfast.restoration.choose_restorer", refuse)
     result = run("restore", "missing.png")
     told = " ".join(result.stderr.split())
     assert result.exit_code == 1 and "safetensors is not installed" in told and "'jfbfast[train]'" in told

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +14,11 @@ import jfbfast
 from jfbfast import DEGrad, GaussianBlur, UNet, pretrained
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
 from jfbfast.cli import app
-from jfbfast.comparison import set_network
 from jfbfast.conditional import ConditionalDEGrad, Ranges, condition
 from jfbfast.diagnostics import lipschitz_bound
 from jfbfast.inverse import _axis_svd, factors
 from jfbfast.prepared import prepared
+from jfbfast.pretrained import set_network
 from jfbfast.settings import make_settings
 from jfbfast.spectrum import operator_norm
 
@@ -317,12 +316,9 @@ def test_a_run_over_ranges_repeats_and_resumes(folder, tmp_path, monkeypatch):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_a_run_over_ranges_starts_from_one_setting(folder, tmp_path):
-    torch.manual_seed(3)
-    single = SINGLE.model()
-    path = tmp_path / "single.safetensors"
-    save_checkpoint(path, single, SINGLE)
-    train(folder, tmp_path / "out", init=str(path), steps=1, learning_rate=1e-9, ema=0)
+def test_a_run_over_ranges_starts_from_a_shipped_model_of_one_setting(folder, tmp_path, shipped):
+    single = load_checkpoint(shipped / "b-single.safetensors")[0]
+    train(folder, tmp_path / "out", init="b-single", steps=1, learning_rate=1e-9, ema=0)
     found = load_checkpoint(tmp_path / "out" / "model.safetensors")[0].state_dict()
     head = "regularizer.denoiser.head.weight"
     for name, value in single.state_dict().items():
@@ -364,9 +360,8 @@ def test_the_command_line_restores_and_evaluates_at_a_setting(folder, tmp_path, 
 def test_a_comparison_sets_a_model_for_its_measurements():
     model, said = CONFIG.model(), []
     setting = ModelConfig(sigma=2.0, noise=0.03, padding_mode="zeros")
-    console = SimpleNamespace(print=lambda text, **_: said.append(text))
-    set_network("ranges", model, CONFIG, setting, console)
+    set_network("ranges", model, CONFIG, setting, said.append)
     assert model.measurement == (2.0, 0.03) and model.blur.sigma == (2.0, 2.0) and not said
     single = SINGLE.model()
-    set_network("single", single, SINGLE, setting, console)
+    set_network("single", single, SINGLE, setting, said.append)
     assert single.blur.sigma == (2.0, 2.0) and "single was trained for other measurements (sigma = 1.0" in said[0]

@@ -202,7 +202,7 @@ def test_diagnose_on_the_command_line(tmp_path):
     for wrong, message in (
         (("--samples", 0), "--samples is 0"),
         (("--crop", 0), "--crop is 0"),
-        (("--crop", 91), "smaller than crops"),
+        (("--crop", 271), "too small for crops"),
     ):
         refused = run(*arguments, *wrong)
         assert refused.exit_code == 1 and message in refused.output and "Traceback" not in refused.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from rich.console import Console
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig
-from jfbfast.comparison import SETTING, measurement_setting, set_network
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, split
 from jfbfast.evaluation import Choice, baseline_methods, choose, network_method
-from jfbfast.pretrained import load_model
+from jfbfast.pretrained import SETTING, load_model, measurement_setting, set_network
 
 from .plan import Plan
 
@@ -110,7 +110,8 @@ class Study:
             self.checkpoints[name] = plan.checkpoints[role]
             model, config = networks[role]
             if role != "denoiser":
-                set_network(f"--{role}", model, config, self.setting, console)
+                say = partial(console.print, highlight=False, markup=False)
+                set_network(f"--{role}", model, config, self.setting, say)
                 self.methods[name] = network_method(name, model.to(self.device))
 
         _, validation, files = split(image_files(plan.data), plan.train, plan.validation)
