@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, Status
 from jfbfast.lipschitz import SpectralNormConv2d
+from jfbfast.quality import measure
 
 LAYERS = ("preconditioned", "filtered", "paper")
 
@@ -76,8 +77,8 @@ def photographs(size: int, batch: int, seed: int = 0) -> Tensor:
 
 def problem(weights: Weights, size: int, batch: int, device: torch.device) -> Problem:
     x = photographs(size, batch)
-    noise = weights.noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    d = GaussianBlur(weights.kernel_size, weights.sigma)(x) + noise
+    white = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    d = measure(x, GaussianBlur(weights.kernel_size, weights.sigma), weights.noise, white)
     return Problem(weights, x, d).to(device)
 
 

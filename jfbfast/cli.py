@@ -276,6 +276,7 @@ def diagnose(
         from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
         from jfbfast.pretrained import load_model, set_measurement
+        from jfbfast.quality import measure
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:
@@ -288,7 +289,7 @@ def diagnose(
         x, white, _ = default_collate([crops[i] for i in range(samples)])
         if config.channels == 1:
             x, white = x.mean(1, keepdim=True), white[:, :1]
-        d = model.blur(x) + (config.noise if noise is None else noise) * white
+        d = measure(x, model.blur, config.noise if noise is None else noise, white)
         with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
             found = report(model, d, x, iterations=iterations, seed=seed)
         out.mkdir(parents=True, exist_ok=True)

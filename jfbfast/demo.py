@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from skimage import data as photographs
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.datasets import RandomCrops
 from jfbfast.degrad import DEGrad
 from jfbfast.plots import side_by_side
+from jfbfast.quality import measure, psnr, ssim
 from jfbfast.solvers import Anderson, ConvergenceWarning
-from jfbfast.training import DeblurTask, DenoiserTask, Optimization, degrade, fit
+from jfbfast.training import DeblurTask, DenoiserTask, Optimization, fit
 
 CONFIG = ModelConfig(
     denoiser={
@@ -54,17 +54,6 @@ def photograph(name: str) -> Tensor:
     return torch.from_numpy(getattr(photographs, name)()).permute(2, 0, 1).float() / 255
 
 
-def psnr(image: Tensor, truth: Tensor) -> float:
-    """PSNR in dB at the true range, 2, of images (B, C, H, W) in [−1, 1]."""
-    return float(peak_signal_noise_ratio(image, truth, data_range=2.0))
-
-
-def ssim(image: Tensor, truth: Tensor) -> float:
-    value = structural_similarity_index_measure(image, truth, data_range=2.0)
-    assert isinstance(value, Tensor)
-    return float(value)
-
-
 def train(console: Console, seed: int) -> DEGrad:
     """The filtered DE-GRAD: its denoiser pretrained, then all of it trained by JFB."""
     model = CONFIG.model()
@@ -90,7 +79,7 @@ def compare(model: DEGrad, x: Tensor, d: Tensor) -> list[Row]:
     """Every method on one measurement; Tikhonov's λ is the best of 30 for this very image."""
     blur, noise = CONFIG.blur(), CONFIG.noise
     dampings = torch.logspace(-3.5, -0.5, 30).tolist()
-    best = max(dampings, key=lambda damping: psnr(tikhonov(blur, d, damping), x))
+    best = max(dampings, key=lambda damping: float(psnr(tikhonov(blur, d, damping), x)))
 
     def descend() -> tuple[Tensor, int]:
         descent = gradient_descent(blur, d, noise=noise, max_iter=500)
@@ -122,8 +111,8 @@ def table(rows: list[Row], x: Tensor) -> Table:
     for method, image, iterations, seconds in rows:
         printed.add_row(
             method,
-            f"{psnr(image, x):.2f}",
-            f"{ssim(image, x):.3f}",
+            f"{float(psnr(image, x)):.2f}",
+            f"{float(ssim(image, x)):.3f}",
             "" if iterations is None else str(iterations),
             f"{seconds:.2f}" if seconds else "",
         )
@@ -134,7 +123,7 @@ def run(directory: Path, seed: int, console: Console) -> list[Row]:
     """The whole demo; writes jfbfast-demo.png and jfbfast-demo.safetensors into ``directory``."""
     L.seed_everything(seed, verbose=False)
     x = 2 * photograph(UNSEEN)[None] - 1
-    d = degrade(x, CONFIG.blur(), CONFIG.noise, torch.Generator().manual_seed(seed))
+    d = measure(x, CONFIG.blur(), CONFIG.noise, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
     model = train(console, seed)
     console.print(f"Restoring {UNSEEN} …")
     rows = compare(model, x, d)
@@ -144,7 +133,7 @@ def run(directory: Path, seed: int, console: Console) -> list[Row]:
     shown = {"truth": x[0]}
     for row in rows[:-1]:
         name = row.method.split(",")[0].split(" at")[0]
-        shown[f"{name}\n{psnr(row.image, x):.2f} dB"] = row.image[0]
+        shown[f"{name}\n{float(psnr(row.image, x)):.2f} dB"] = row.image[0]
     side_by_side(shown, picture, DETAIL, f"Gaussian blur 5 × 5, σ = {CONFIG.sigma:g}, noise {CONFIG.noise:g}")
     save_checkpoint(checkpoint, model, CONFIG)
     console.print(f"Picture: {picture}\nCheckpoint, for jfbfast restore: {checkpoint}")

@@ -17,16 +17,14 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from jfbfast.baselines import plug_and_play, tv
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.datasets import Images
 from jfbfast.degrad import DEGrad
 from jfbfast.operators import SeparableBlur
+from jfbfast.quality import PAPER_OFFSET, measure, psnr, ssim
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, Status
-
-PAPER_OFFSET = 20 * math.log10(2)  # dB that PSNR reads lower with peak 1 on [−1, 1]
 
 
 class Restoration(NamedTuple):
@@ -127,7 +125,7 @@ def _half_width(values: Tensor) -> float:
 def measurements(
     images: Images, blur: SeparableBlur, noise: float, batch_size: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images x and their measurements d = A x + ε, (b, 3, H, W) each; neighbours of one size share a batch.
+    """Images x and their measurements d = A x + ν ε, (b, 3, H, W) each; neighbours of one size share a batch.
 
     ε depends on the images' seed and an image's index alone.
     """
@@ -145,20 +143,7 @@ def measurements(
 def _measured(batch: list[Any], blur: SeparableBlur, noise: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
     sample = default_collate(batch)
     x = sample.x.to(device)
-    return x, blur(x) + noise * sample.noise.to(device)
-
-
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """PSNR in dB of each image (B, C, H, W) in [−1, 1], at the true range 2, unclipped: (B,)."""
-    found: Tensor = peak_signal_noise_ratio(images, truth, data_range=2.0, dim=(1, 2, 3), reduction="none")
-    return found
-
-
-def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2, over all of it by reflection: (B,)."""
-    found = structural_similarity_index_measure(images, truth, data_range=2.0, reduction="none")
-    assert isinstance(found, Tensor)
-    return found.reshape(-1)
+    return x, measure(x, blur, noise, sample.noise.to(device))
 
 
 @torch.inference_mode()

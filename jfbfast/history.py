@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jfbfast.degrad import DEGrad
 from jfbfast.fixed_map import fixed_map, materialised_weights
+from jfbfast.quality import psnr
 from jfbfast.solvers import FixedPointSolution
 
 
@@ -25,11 +26,6 @@ class History(NamedTuple):
     residual: Tensor
     psnr: Tensor | None
     solution: FixedPointSolution
-
-
-def psnr(image: Tensor, truth: Tensor) -> Tensor:
-    """PSNR of each sample in dB, (B,), at the true range 2 of images (B, …) in [−1, 1]."""
-    return 10 * torch.log10(4 / (image - truth).square().flatten(1).mean(1))
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _start_from(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Copy the weights of a shipped network or a file: of the same network, the same for one setting, or its denoiser."""
+    """Copy the weights of a shipped network or a file: the same network, the same for one setting, or its denoiser."""
     source, found = load_model(path)
     same = (found.form == "denoiser") == (config.form == "denoiser")
     target = model if same else denoiser_of(model)

@@ -18,21 +18,16 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from jfbfast.datasets import Sample
 from jfbfast.degrad import DEGrad
 from jfbfast.lipschitz import SpectralNormConv2d
 from jfbfast.operators import GaussianBlur
 from jfbfast.penalty import jacobian_penalty
+from jfbfast.quality import decibels, measure, psnr
 from jfbfast.solvers import ConvergenceWarning, Status
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-def degrade(x: Tensor, blur: GaussianBlur, noise: float, generator: torch.Generator | None = None) -> Tensor:
-    """The measurement d = A x + ε of images x, with white noise ε of standard deviation ``noise``."""
-    return blur(x) + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
 
 @dataclass(frozen=True)
@@ -100,13 +95,12 @@ class _Task(L.LightningModule):
     def training_step(self, sample: Sample, batch_index: int) -> Tensor:
         error = F.mse_loss(self.restore(sample).to(sample.x.dtype), sample.x)
         self.report(loss=error.detach())
-        self.report(True, psnr=-10 * torch.log10(error.detach() / 4))
+        self.report(True, psnr=decibels(error.detach()))
         return error * self.balance(error.detach()) + self.penalty(sample)
 
     def validation_step(self, sample: Sample, batch_index: int) -> None:
         restored = self.restore(sample).to(sample.x.dtype)
-        psnr = peak_signal_noise_ratio(restored, sample.x, data_range=2.0, dim=(1, 2, 3))
-        self.report(True, len(sample.x), val_psnr=psnr)
+        self.report(True, len(sample.x), val_psnr=psnr(restored, sample.x).mean())
         self.report(False, len(sample.x), val_loss=F.mse_loss(restored, sample.x))
 
     def configure_optimizers(self) -> Any:
@@ -185,8 +179,8 @@ class DeblurTask(_Task):
         self.contraction = contraction
 
     def measure(self, sample: Sample) -> Tensor:
-        """d = A x + ε."""
-        return self.blur(sample.x) + self.noise * sample.noise
+        """d of a sample, by `measure` of jfbfast.quality."""
+        return measure(sample.x, self.blur, self.noise, sample.noise)
 
     def restore(self, sample: Sample) -> Tensor:
         d = self.measure(sample)

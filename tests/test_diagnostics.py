@@ -18,7 +18,7 @@ from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.data import Photograph, read_photograph, write_photograph
 from jfbfast.diagnostics import jfb_condition, lipschitz_bound, report
 from jfbfast.gradients.methods import GRADIENTS
-from jfbfast.history import psnr
+from jfbfast.quality import psnr
 
 
 @pytest.fixture(scope="module")

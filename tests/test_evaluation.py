@@ -28,10 +28,9 @@ from jfbfast.evaluation import (
     evaluate,
     measurements,
     network_method,
-    psnr,
-    ssim,
     write_scores,
 )
+from jfbfast.quality import psnr, ssim
 
 BLUR = GaussianBlur(5, 1.0, "zeros")
 

@@ -21,7 +21,8 @@ from jfbfast.benchmarks.paper.study import LABELS, Study
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.classical import gradient_descent
 from jfbfast.cli import app
-from jfbfast.evaluation import PAPER_OFFSET, evaluate, measurements, psnr
+from jfbfast.evaluation import evaluate, measurements
+from jfbfast.quality import PAPER_OFFSET, psnr
 from jfbfast.settings import make_settings, read_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

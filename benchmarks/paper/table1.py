@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jfbfast.evaluation import PAPER_OFFSET, measurements, psnr, ssim
+from jfbfast.evaluation import measurements
+from jfbfast.quality import PAPER_OFFSET, psnr, ssim
 from jfbfast.solvers import ConvergenceWarning, Status
 
 from .page import Section, markdown_table
