@@ -54,7 +54,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch for the weights: images x and measurements d = A x + ε, (B, 3, size, size) in [−1, 1]."""
+    """One batch for the weights: images x and measurements d = A x + ν ε, (B, 3, size, size) in [−1, 1]."""
 
     weights: Weights
     x: Tensor

@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from jfbfast import diagnostics, spectrum
-from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
+from jfbfast.classical import direct_inverse, gradient_descent, tikhonov, tv
 from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
@@ -13,6 +13,7 @@ from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
 from jfbfast.penalty import jacobian_penalty
+from jfbfast.pretrained import pretrained_names
 from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
 from jfbfast.unet import UNet
 from jfbfast.warm_start import WarmStart
@@ -54,7 +55,9 @@ __all__ = [
     "gradient_descent",
     "jacobian_penalty",
     "keep_freed_memory",
+    "pretrained_names",
     "show_config",
     "spectrum",
     "tikhonov",
+    "tv",
 ]

@@ -28,7 +28,7 @@ class ConditionalDeblurTask(DeblurTask):
         model: the network.
         optimization, seed, in_training: as in `DeblurTask`.
         contraction: the same, its samples those of each part.
-        settings: parts of a batch, of equal size.
+        measurements: settings in each batch, which share it out equally.
     """
 
     model: ConditionalDEGrad
@@ -40,10 +40,10 @@ class ConditionalDeblurTask(DeblurTask):
         seed: int = 0,
         in_training: Mapping[str, Any] | None = None,
         contraction: JacobianPenalty | None = None,
-        settings: int = 4,
+        measurements: int = 4,
     ) -> None:
         super().__init__(model, model.blur, model.measurement[1], optimization, seed, in_training, contraction)
-        self.settings = settings
+        self.measurements = measurements
 
     def set_measurement(self, sigma: float, noise: float) -> None:
         """Measure, and restore, at this setting from now on."""
@@ -51,11 +51,13 @@ class ConditionalDeblurTask(DeblurTask):
         self.blur, self.noise = self.model.blur, noise
 
     def training_step(self, sample: Sample, batch_index: int) -> Tensor:
-        if len(sample.x) % self.settings:
-            raise ValueError(f"{len(sample.x)} samples of a batch are no multiple of its {self.settings} measurements")
+        if len(sample.x) % self.measurements:
+            raise ValueError(
+                f"{len(sample.x)} samples of a batch are no multiple of its {self.measurements} measurements"
+            )
         generator = np.random.default_rng((self.seed, self.global_step, 0, 1))  # no other stream's key has four parts
         losses = []
-        for part in zip(*(values.chunk(self.settings) for values in sample), strict=True):
+        for part in zip(*(values.chunk(self.measurements) for values in sample), strict=True):
             self.set_measurement(*self.model.ranges.draw(generator))
             losses.append(super().training_step(Sample(*part), batch_index))
         return torch.stack(losses).mean()

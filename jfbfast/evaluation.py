@@ -18,8 +18,8 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from jfbfast.baselines import plug_and_play, tv
-from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
+from jfbfast.baselines import plug_and_play
+from jfbfast.classical import direct_inverse, gradient_descent, tikhonov, tv
 from jfbfast.datasets import Images
 from jfbfast.degrad import DEGrad
 from jfbfast.operators import SeparableBlur

@@ -118,14 +118,6 @@ class SeparableBlur(nn.Module):
         """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: what A keeps of x."""
         return (x - damping * self.solve(x, damping)).to(x.dtype)
 
-    def inverse(self, d: Tensor) -> Tensor:
-        """A⁻¹ d, the direct inverse, for d (…, H, W) of at most 1024 pixels a side.
-
-        Raises:
-            ValueError: A is numerically singular at this size and dtype.
-        """
-        return inverse.direct(d, self.taps)
-
     def extra_repr(self) -> str:
         return f"taps_y={self.taps.y}, taps_x={self.taps.x}, padding_mode={self.padding_mode!r}"
 

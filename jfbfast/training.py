@@ -121,11 +121,11 @@ class _Task(L.LightningModule):
 
 
 class DenoiserTask(_Task):
-    """Mean squared error of D(x + ς ε) against x, ς uniform in a range.
+    """Mean squared error of D(x + ν ε) against x, ν uniform in a range.
 
     Args:
         denoiser: D.
-        noise_range: of ς, on [−1, 1].
+        noise_range: of ν, on [−1, 1].
         optimization: how to train it.
         seed: of what the samples do not decide.
     """

@@ -22,7 +22,7 @@ def test_direct_inverse_undoes_a_noiseless_blur():
 def test_gradient_descent_converges_to_tikhonov():
     blur = GaussianBlur(5, 1.0, "reflect")
     d = blur(photograph_like(2, 1, 16, 17))
-    found = jfbfast.gradient_descent(blur, d, weight=0.1, step_size=1.5, max_iter=500)
+    found = jfbfast.gradient_descent(blur, d, damping=0.1, step_size=1.5, max_iter=500)
     torch.testing.assert_close(found.value, jfbfast.tikhonov(blur, d, 0.1), rtol=0, atol=1e-8)
     assert found.iterations.tolist() == [500, 500]
 
@@ -52,7 +52,7 @@ def test_discrepancy_damping_leaves_the_noise():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -1.0}, "weight is -1.0"),
+        ({"damping": -1.0}, "damping is -1.0"),
         ({"step_size": 0.0}, "step_size is 0.0"),
         ({"noise": -0.1}, "noise is -0.1"),
         ({"max_iter": 0}, "max_iter is 0"),

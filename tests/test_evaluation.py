@@ -10,15 +10,9 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from jfbfast import DEGrad, DnCNN, GaussianBlur, Status, tikhonov
-from jfbfast.baselines import (
-    FeedForward,
-    differences,
-    differences_adjoint,
-    plug_and_play,
-    total_variation,
-    tv,
-)
+from jfbfast import DEGrad, DnCNN, GaussianBlur, Status, tikhonov, tv
+from jfbfast.baselines import FeedForward, plug_and_play
+from jfbfast.classical import differences, differences_adjoint, total_variation
 from jfbfast.datasets import Images
 from jfbfast.evaluation import (
     Method,

@@ -357,7 +357,7 @@ if sys.argv[2] == "one setting":
     task = DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3)).double()
 else:
     model = ConditionalDEGrad(jfbfast.UNet(3, (4,), (1,), conditions=2), solver=solver)
-    task = ConditionalDeblurTask(model, Optimization(1e-3), settings=2).double()
+    task = ConditionalDeblurTask(model, Optimization(1e-3), measurements=2).double()
 
 class Double(torch.utils.data.Dataset):
     crops = RandomCrops([torch.rand(3, 20, 24), torch.rand(3, 16, 16)], 8, length=12)
