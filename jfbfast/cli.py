@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:  # pragma: no cover
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes one speaks
 
-Seed = Annotated[int, typer.Option(help="Of every random number.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
 def _say_error(error: Exception | str) -> None:
@@ -78,20 +78,30 @@ def demo(
 
 @app.command()
 def restore(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="8- or 16-bit, grey or colour.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE…", help="Blurred photographs: 8- or 16-bit, grey or colour.")
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="A shipped model, or a file from demo or train, or tikhonov. "
+            help="What restores: a shipped model's name, a file from demo or train, or tikhonov. "
             "(default: the shipped model for this blur and noise, or for a range with them, else tikhonov)",
         ),
     ] = None,
     kernel_size: Annotated[
-        int | None, typer.Option(help="Side of the blur; by default the checkpoint's, or 5.")
+        int | None, typer.Option(help="Side of the blur in pixels, odd; by default the checkpoint's, or 5.")
     ] = None,
-    sigma: Annotated[float | None, typer.Option(help="Of the blur; by default the checkpoint's, or 1.")] = None,
-    noise: Annotated[float | None, typer.Option(help="Its standard deviation on [−1, 1]; by default 0.01.")] = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the blur in pixels; by default the checkpoint's, or 1."),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of the noise on [−1, 1]; by default 0.01. A checkpoint for one level takes none."
+        ),
+    ] = None,
     padding_mode: Annotated[
         str | None,
         typer.Option(
@@ -99,13 +109,16 @@ def restore(
             "checkpoint's, or reflect."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A file for one image, or a directory.")] = None,
-    tile: Annotated[int, typer.Option(help="Side of the tiles, which are restored one by one, in pixels.")] = 512,
+    out: Annotated[
+        Path | None, typer.Option(help="A file for one image, or a directory. (default: here, as NAME-restored)")
+    ] = None,
+    tile: Annotated[int, typer.Option(help="Side in pixels of the tiles, which are restored one by one.")] = 512,
     overlap: Annotated[
-        int | None, typer.Option(help="Pixels that tiles share. (default: measured, so that no seam is seen)")
+        int | None,
+        typer.Option(help="Pixels that neighbouring tiles share. (default: measured, so that no seam is seen)"),
     ] = None,
     check_tiles: Annotated[
-        bool, typer.Option(help="Restore in one piece too, and print the largest difference.")
+        bool, typer.Option(help="Restore in one piece too, and print how far the tiles differ from that.")
     ] = False,
 ) -> None:
     """Undo a known Gaussian blur in photographs of any size; depth and alpha are kept.
@@ -193,7 +206,9 @@ def _train_parameters() -> list[Parameter]:
         flag = next((plain for plain in (bool, int, float) if kind in (plain, plain | None)), str)
         default = getattr(TrainingSettings, name, None)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        if default is not None and flag is not bool:
+        if isinstance(default, bool):
+            shown = "yes" if default else "no"
+        if default is not None:
             told = f"{told} (default: {shown})"
         info = typer.Argument(help=told) if name == "data" else typer.Option(help=told)
         found.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[flag | None, info]))
@@ -214,26 +229,55 @@ _register_train()
 @app.command()
 def evaluate(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="[NAME|FILE]… DATA_DIR", help="Networks, and a directory of photographs.")
+        list[str],
+        typer.Argument(metavar="[NAME|FILE]… DATA_DIR", help="Networks, and a directory of sharp photographs."),
     ],
     methods: Annotated[
-        str, typer.Option(help="Baselines with commas: blurred, direct-inverse, gradient-descent, tikhonov, tv, pnp.")
+        str,
+        typer.Option(
+            help="Baselines, with commas between: blurred, direct-inverse, gradient-descent, tikhonov, tv, pnp."
+        ),
     ] = "blurred,direct-inverse,gradient-descent,tikhonov",
-    denoiser: Annotated[str | None, typer.Option(help="Checkpoint of the denoiser of pnp.")] = None,
-    kernel_size: Annotated[int | None, typer.Option(help="Of the blur. (default: the first network's, or 5)")] = None,
-    sigma: Annotated[float | None, typer.Option(help="Of the blur. (default: the first network's, or 1)")] = None,
-    noise: Annotated[float | None, typer.Option(help="On [−1, 1]. (default: the first network's, or 0.01)")] = None,
-    padding_mode: Annotated[str | None, typer.Option(help="(default: the first network's, or reflect)")] = None,
-    train: Annotated[float, typer.Option(help="Photographs to leave out, first by name: a share or a count.")] = 0,
+    denoiser: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="The denoiser that the baseline pnp uses.")
+    ] = None,
+    kernel_size: Annotated[
+        int | None, typer.Option(help="Side of the blur in pixels, odd. (default: the first network's, or 5)")
+    ] = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the blur in pixels. (default: the first network's, or 1)"),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the noise on [−1, 1]. (default: the first network's, or 0.01)"),
+    ] = None,
+    padding_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="What the blur sees beyond the edge: zeros, reflect, replicate or circular. "
+            "(default: the first network's, or reflect)"
+        ),
+    ] = None,
+    train: Annotated[
+        float, typer.Option(help="Photographs to leave out, as trained on, first by name: a share or a count.")
+    ] = 0,
     validation: Annotated[
-        float, typer.Option(help="Photographs that choose parameters, next by name: a share or a count.")
+        float, typer.Option(help="Photographs that choose the baselines' parameters, next by name: a share or a count.")
     ] = 0.2,
-    limit: Annotated[int | None, typer.Option(help="Score so many of the rest at most.")] = None,
-    resize: Annotated[int | None, typer.Option(help="First resize each photograph to this square.")] = None,
-    squash: Annotated[bool, typer.Option(help="Resize both sides to exactly that.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Most photographs to score, of the rest. (default: all)")] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(help="First resize each photograph to a square of this side in pixels. (default: as it is)"),
+    ] = None,
+    squash: Annotated[
+        bool, typer.Option(help="With --resize, stretch to that square, in place of keeping the centre.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Images restored together; it changes no score.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="A .csv with the rows, or a .json with every image too.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="File to write: a .csv with the rows, or a .json with every image too.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to restore: cpu or cuda.")] = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Compare networks and classical methods on the same measurements, in one table."""
@@ -258,14 +302,20 @@ def evaluate(
 
 @app.command()
 def diagnose(
-    checkpoint: Annotated[Path, typer.Argument(metavar="NAME|FILE", help="Shipped, or from demo or train.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="NAME|FILE", help="A shipped model's name, or a file from demo or train.")
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, to be blurred.")],
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
     crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
-    samples: Annotated[int, typer.Option(help="Crops.")] = 4,
-    iterations: Annotated[int, typer.Option(help="Evaluations of the layer that the history runs to.")] = 300,
-    sigma: Annotated[float | None, typer.Option(help="Of the blur; a model for a range takes it.")] = None,
-    noise: Annotated[float | None, typer.Option(help="On [−1, 1]; a model for a range takes it.")] = None,
+    samples: Annotated[int, typer.Option(help="Number of crops.")] = 4,
+    iterations: Annotated[int, typer.Option(help="Evaluations of the layer in the history of a solve.")] = 300,
+    sigma: Annotated[
+        float | None, typer.Option(help="Standard deviation of the blur in pixels; a model for a range needs it.")
+    ] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Standard deviation of the noise on [−1, 1]; a model for a range needs it.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
@@ -311,10 +361,14 @@ class _Bench(TyperCommand):
 
 @app.command(cls=_Bench)
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="What to run; by default kernels.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME…", help="Of kernels, step and paper; by default kernels.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
-    quick: Annotated[bool, typer.Option(help="Few sizes, a minute or two.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights for step.", metavar="FILE")] = None,
+    quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights for step, from demo or train.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
 

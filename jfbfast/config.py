@@ -44,8 +44,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep the memory that is freed, in place of giving it back to the system.
 
     Training on the CPU frees and allocates every activation; where each is mapped and zeroed afresh,
-    that takes up to half of a step. It holds for the whole process, and for no other library to
-    choose: call it at the start of a program, as the command line does.
+    that takes up to half of a step. It changes the whole process, so no library should call it for you:
+    call it at the start of a program, as the command line does.
 
     Returns:
         Whether the C library took it; only glibc (Linux) does.

@@ -27,78 +27,101 @@ class TrainingSettings:
         float | None, "Photographs to train on, first by name: a share or a count. (default: the rest)"
     ] = None
     validation: Annotated[float, "Photographs to validate on, next by name: a share or a count."] = 0.1
-    resize: Annotated[int | None, "First resize each photograph to this square. (default: as it is)"] = None
-    squash: Annotated[bool, "Resize both sides to exactly that, and not the shorter one with the centre kept."] = False
+    resize: Annotated[
+        int | None, "First resize each photograph to a square of this side in pixels. (default: as it is)"
+    ] = None
+    squash: Annotated[bool, "With --resize, stretch to that square, in place of keeping the centre."] = False
     crop: Annotated[int, "Side of the random crops in pixels."] = 64
     flips: Annotated[bool, "Mirror every other crop."] = True
 
     kernel_size: Annotated[int, "Side of the Gaussian blur in pixels, odd."] = 5
     sigma: Annotated[float, "Standard deviation of the blur in pixels."] = 1.0
-    padding_mode: Annotated[str, "Beyond the edge: zeros, reflect, replicate or circular."] = "reflect"
+    padding_mode: Annotated[str, "What the blur sees beyond the edge: zeros, reflect, replicate or circular."] = (
+        "reflect"
+    )
     noise: Annotated[float, "Standard deviation of the noise, for images in [−1, 1]."] = 0.01
 
     sigma_range: Annotated[
-        tuple[float, ...] | None, "Train one filtered UNet for all σ between two, drawn at random."
+        tuple[float, ...] | None,
+        "Blurs to train one filtered UNet for, least and largest σ, as in 0.5,5; goes with --noise-range.",
     ] = None
-    noise_range: Annotated[tuple[float, ...] | None, "And for all noise between two, on [−1, 1]."] = None
-    measurements: Annotated[int, "With these ranges: different σ and noise in each batch, which they share out."] = 4
+    noise_range: Annotated[
+        tuple[float, ...] | None, "Noise levels to train for, least and largest, on [−1, 1]; goes with --sigma-range."
+    ] = None
+    measurements: Annotated[
+        int, "With --sigma-range: pairs of σ and noise in each batch, which they share out equally."
+    ] = 4
 
-    form: Annotated[str, "Of the network: filtered, preconditioned, paper, feed-forward, or denoiser alone."] = (
-        "filtered"
-    )
-    denoiser: Annotated[str, "DnCNN, UNet or NonexpansiveDenoiser."] = "DnCNN"
+    form: Annotated[
+        str, "Form of the network: filtered, preconditioned, paper, feed-forward, or denoiser, which is that alone."
+    ] = "filtered"
+    denoiser: Annotated[str, "The trained network within: DnCNN, UNet or NonexpansiveDenoiser."] = "DnCNN"
     features: Annotated[
-        tuple[int, ...] | None, "Channels: 64; of a UNet at each scale, 64,96,128. (default: these)"
+        tuple[int, ...] | None, "Channels of the denoiser, of a UNet at each scale. (default: 64; of a UNet 64,96,128)"
     ] = None
     blocks: Annotated[tuple[int, ...], "Residual blocks of a UNet at each scale."] = (2, 2, 2)
     depth: Annotated[int, "Convolutions of a DnCNN or NonexpansiveDenoiser."] = 17
-    batch_norm: Annotated[bool | None, "Batch norms in a DnCNN. (default: in the paper's form)"] = None
+    batch_norm: Annotated[bool | None, "Batch norms in a DnCNN. (default: only in the paper's form)"] = None
     spectral_norm: Annotated[
         str | None,
-        "Spectral norms in a DnCNN: matrix, the paper's; conv, which bounds its norm; none. (default: by form)",
+        "Spectral norms in a DnCNN: matrix, as the paper; conv, which bounds the convolution's norm; none. "
+        "(default: matrix in the paper's form, else none)",
     ] = None
-    bias: Annotated[bool | None, "Biases in the convolutions. (default: but in the paper's form)"] = None
-    weight: Annotated[float, "λ at the start."] = 0.05
-    step_size: Annotated[float, "η of the paper's form at the start."] = 1.0
-    averaging: Annotated[float, "α of the averaged layer (1 − α)x + αT(x)."] = 1.0
-    solver: Annotated[str, "Anderson, Broyden, Inertial or Picard, and arguments, as in Anderson:memory=3."] = (
-        "Anderson"
-    )
+    bias: Annotated[bool | None, "Biases in the convolutions. (default: except in the paper's form)"] = None
+    weight: Annotated[float, "λ, the weight of the regulariser, at the start of training."] = 0.05
+    step_size: Annotated[float, "η, the step size of the paper's form, at the start of training."] = 1.0
+    averaging: Annotated[float, "α of the averaged layer (1 − α)x + αT(x); 1 is T itself."] = 1.0
+    solver: Annotated[
+        str,
+        "Solver of the fixed point: Anderson, Broyden, Inertial or Picard, and arguments, as in Anderson:memory=3.",
+    ] = "Anderson"
     tol: Annotated[float, "Relative residual at which a solve stops."] = 1e-3
     max_iter: Annotated[int, "Evaluations of the layer in a solve at most."] = 50
-    training_tol: Annotated[float | None, "tol in training. (default: tol)"] = None
-    training_max_iter: Annotated[int | None, "max_iter in training. (default: max_iter)"] = None
-    solve_dtype: Annotated[str, "Of a solve's first evaluations in training: float32, bfloat16 or float16."] = "float32"
-    gradient: Annotated[str, "The gradient method and its arguments, as in jfb or unrolled:steps=10."] = "jfb"
+    training_tol: Annotated[float | None, "--tol in training. (default: that of --tol)"] = None
+    training_max_iter: Annotated[int | None, "--max-iter in training. (default: that of --max-iter)"] = None
+    solve_dtype: Annotated[
+        str, "What a solve in training computes its first evaluations in: float32, bfloat16 or float16."
+    ] = "float32"
+    gradient: Annotated[
+        str,
+        "Gradient method: jfb, neumann, phantom, implicit, shine or unrolled, and arguments, as in unrolled:steps=10.",
+    ] = "jfb"
 
     init: Annotated[
         str | None,
         "A shipped model or a file to start from: the same network, the same for one setting, or its denoiser.",
     ] = None
-    pretraining_steps: Annotated[int | None, "Batches of denoising first. (default: 1000; 0 with --init or ranges)"] = (
-        None
+    pretraining_steps: Annotated[
+        int | None, "Batches of denoising before the training. (default: 1000; 0 with --init or --sigma-range)"
+    ] = None
+    pretraining_rate: Annotated[float, "Highest learning rate of pretraining."] = 1e-3
+    pretraining_noise: Annotated[tuple[float, ...], "Noise levels to pretrain on, least and largest, on [−1, 1]."] = (
+        0.01,
+        0.12,
     )
-    pretraining_rate: Annotated[float, "The highest learning rate of denoising."] = 1e-3
-    pretraining_noise: Annotated[tuple[float, ...], "The least and the largest noise to denoise."] = (0.01, 0.12)
     steps: Annotated[int, "Batches of training the network itself."] = 500
-    batch_size: Annotated[int, "Crops a batch, over all processes together."] = 16
-    learning_rate: Annotated[float, "The highest."] = 3e-4
-    schedule: Annotated[str, "Of the learning rate: onecycle, cosine or constant."] = "onecycle"
-    warmup: Annotated[int, "Steps of linear warm-up of cosine and constant."] = 0
-    beta2: Annotated[float, "Of Adam."] = 0.999
-    clip: Annotated[float, "Largest norm of a gradient; 0 for any."] = 1.0
-    jacobian_penalty: Annotated[float, "Weight of the penalty that trains the layer to contract."] = 0.0
-    jacobian_bound: Annotated[float, "Norm of vᵀ ∂T/∂x that the penalty leaves alone."] = 0.7
-    jacobian_interval: Annotated[int, "Steps between two penalties, each counted that many times."] = 1
-    jacobian_samples: Annotated[int | None, "Samples of a batch to penalise. (default: all)"] = None
+    batch_size: Annotated[int, "Crops in a batch, over all processes together."] = 16
+    learning_rate: Annotated[float, "Highest learning rate."] = 3e-4
+    schedule: Annotated[str, "Schedule of the learning rate: onecycle, cosine or constant."] = "onecycle"
+    warmup: Annotated[int, "Steps of linear warm-up, of the schedules cosine and constant."] = 0
+    beta2: Annotated[float, "β₂ of Adam."] = 0.999
+    clip: Annotated[float, "Largest norm of a gradient, which a larger one is scaled to; 0 for any."] = 1.0
+    jacobian_penalty: Annotated[
+        float, "Weight of the penalty on ∂T/∂x that trains the layer T to contract; 0 for none."
+    ] = 0.0
+    jacobian_bound: Annotated[float, "Norm of vᵀ∂T/∂x up to which --jacobian-penalty is zero."] = 0.7
+    jacobian_interval: Annotated[int, "Steps between two penalties on ∂T/∂x, each counted that many times."] = 1
+    jacobian_samples: Annotated[
+        int | None, "Samples of a batch that --jacobian-penalty is taken on. (default: all)"
+    ] = None
     ema: Annotated[float, "Decay of the weights' exponential moving average; 0 for none."] = 0.0
-    precision: Annotated[str, "32, bf16 or fp16: what may be computed in half precision under autocast."] = "32"
+    precision: Annotated[str, "Precision of training: 32 bits, or bf16 or fp16 under autocast."] = "32"
     half: Annotated[bool, "Store the trained weights in float16."] = False
 
-    seed: Annotated[int, "Of every random number."] = 0
+    seed: Annotated[int, "Seed of all random numbers."] = 0
     interval: Annotated[int, "Steps between two checkpoints, each with a validation."] = 200
     log_every: Annotated[int, "Steps between two rows of metrics."] = 10
-    workers: Annotated[int, "Processes that load images."] = 0
+    workers: Annotated[int, "Processes that load images; 0 for the one that trains."] = 0
     cache: Annotated[float, "GiB of memory for decoded images; more are decoded at each use."] = 2.0
     tensorboard: Annotated[bool, "Write TensorBoard files too."] = True
 

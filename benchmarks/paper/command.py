@@ -36,38 +36,70 @@ def paper(
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for everything that is made.")] = Path("paper"),
     quick: Annotated[bool, typer.Option(help="Small sizes and few images, to see that it works.")] = False,
-    ours: Annotated[str | None, _network("Our DE-GRAD by JFB. (default: gaussian5-sigma1)")] = None,
-    paper: Annotated[str | None, _network("The paper's DE-GRAD by JFB.")] = None,
-    implicit: Annotated[str | None, _network("A DE-GRAD by the exact gradient.")] = None,
-    unrolled: Annotated[str | None, _network("An unrolled DE-GRAD.")] = None,
+    ours: Annotated[str | None, _network("A DE-GRAD in our form, trained by JFB. (default: gaussian5-sigma1)")] = None,
+    paper: Annotated[str | None, _network("A DE-GRAD in the paper's form, trained by JFB.")] = None,
+    implicit: Annotated[str | None, _network("A DE-GRAD trained by the exact gradient.")] = None,
+    unrolled: Annotated[str | None, _network("A DE-GRAD trained unrolled.")] = None,
     feed_forward: Annotated[str | None, _network("A feed-forward network.")] = None,
     denoiser: Annotated[str | None, _network("The denoiser of plug-and-play.")] = None,
     run: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]DIR", help="Of jfbfast train, for figure1, more than once; else it trains two."),
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Directory of jfbfast train for figure1; may be repeated. (default: figure1 trains two)",
+        ),
     ] = None,
-    kernel_size: Annotated[int | None, typer.Option(help="Of the blur. (default: that of --ours)")] = None,
-    sigma: Annotated[float | None, typer.Option(help="Of the blur. (default: that of --ours)")] = None,
-    noise: Annotated[float | None, typer.Option(help="On [−1, 1]. (default: that of --ours)")] = None,
-    padding_mode: Annotated[str | None, typer.Option(help="Beyond the edge. (default: that of --ours)")] = None,
-    train: Annotated[float | None, typer.Option(help="Photographs that tables leave out, first by name. (0)")] = None,
+    kernel_size: Annotated[
+        int | None, typer.Option(help="Side of the blur in pixels, odd. (default: that of --ours)")
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="Standard deviation of the blur in pixels. (default: that of --ours)")
+    ] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Standard deviation of the noise on [−1, 1]. (default: that of --ours)")
+    ] = None,
+    padding_mode: Annotated[
+        str | None, typer.Option(help="What the blur sees beyond the edge. (default: that of --ours)")
+    ] = None,
+    train: Annotated[
+        float | None,
+        typer.Option(help="Photographs that the tables leave out, first by name: a share or a count. (default: 0)"),
+    ] = None,
     validation: Annotated[
-        float | None, typer.Option(help="Photographs that choose parameters, next by name: a share or a count. (0.2)")
+        float | None,
+        typer.Option(help="Photographs that choose parameters, next by name: a share or a count. (default: 0.2)"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score so many of the rest at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most photographs to score, of the rest. (default: all)")] = None,
     resize: Annotated[
-        int | None, typer.Option(help="Resize to this square, as the paper; 0: as they are. (128)")
+        int | None,
+        typer.Option(
+            help="First resize to a square of this side in pixels, as the paper; 0 for as they are. (default: 128)"
+        ),
     ] = None,
-    squash: Annotated[bool | None, typer.Option(help="Both sides to exactly that, as the paper. (yes)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images restored together. (16)")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Images in table1. (3)")] = None,
-    images: Annotated[int | None, typer.Option(help="Photographs of figure1, 80 to 20. (2000)")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of figure1's training. (2000)")] = None,
-    crop: Annotated[int | None, typer.Option(help="Side of figure1's crops. (128)")] = None,
-    sizes: Annotated[str | None, typer.Option(help="Of figure2's images, with commas. (16,32,48,…,128)")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="In figure2's solves. (20)")] = None,
-    cap: Annotated[float | None, typer.Option(help="Seconds at most of a step that figure2 measures. (120)")] = None,
-    seed: Annotated[int, typer.Option(help="Of measurements and training.")] = 0,
+    squash: Annotated[
+        bool | None,
+        typer.Option(
+            help="With --resize, stretch to that square, as the paper, in place of keeping the centre. (default: yes)"
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images restored together. (default: 16)")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Images in table1. (default: 3)")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Photographs that figure1 trains and validates on, 80 to 20. (default: 2000)")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Batches of figure1's training. (default: 2000)")] = None,
+    crop: Annotated[int | None, typer.Option(help="Side of figure1's crops in pixels. (default: 128)")] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Sides of figure2's images in pixels, with commas between. (default: 16,32,48,…,128)"),
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Evaluations of the layer in figure2's solves. (default: 20)")
+    ] = None,
+    cap: Annotated[
+        float | None, typer.Option(help="Seconds that a step may take for figure2 to measure it. (default: 120)")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
 ) -> None:
     """Make the two tables and two figures of Liu, Tong and Zhao (2024), and the page paper.md of all four."""
     from . import run as make
