@@ -18,16 +18,21 @@ BENCHMARKS = {
 }
 
 
-def run(name: str, out: Path, quick: bool, console: Console, checkpoint: Path | None = None) -> None:
+def run(
+    name: str, out: Path, quick: bool, console: Console, checkpoint: Path | None = None, batch: int | None = None
+) -> None:
     """Run one benchmark, write its files into ``out`` (made where missing) and print its tables.
 
     Raises:
-        ValueError: a name that is not in `BENCHMARKS`; a ``checkpoint`` of trained weights for another than step.
+        ValueError: a name that is not in `BENCHMARKS`; for another than step, a ``checkpoint`` of trained weights or
+            a ``batch`` of images; a batch below 1.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
-    if checkpoint is not None and name != "step":
-        raise ValueError(f"checkpoint is {str(checkpoint)!r}; the benchmark step alone takes one, not {name}")
-    options = {} if checkpoint is None else {"checkpoint": checkpoint}
+    given = {"checkpoint": checkpoint, "batch": batch}
+    options = {option: value for option, value in given.items() if value is not None}
+    if options and name != "step":
+        option, value = next(iter(options.items()))
+        raise ValueError(f"{option} is {value}; the benchmark step alone takes one, not {name}")
     out.mkdir(parents=True, exist_ok=True)
     import_module(f"jfbfast.benchmarks.{name}").run(out, quick, console, **options)

@@ -30,13 +30,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="directory for the CSV and the picture")
     parser.add_argument("--quick", action="store_true", help="few sizes, a minute or two")
     parser.add_argument("--checkpoint", type=Path, help="trained weights for step, of jfbfast train or demo")
+    parser.add_argument("--batch", type=int, help="images in a batch of step; by default 8, with --quick 2")
     arguments = parser.parse_args()
     keep_freed_memory()  # as the command line does
     if not arguments.names:
         parser.print_help()
     for name in arguments.names:
         try:
-            run(name, arguments.out, arguments.quick, Console(), arguments.checkpoint)
+            run(name, arguments.out, arguments.quick, Console(), arguments.checkpoint, arguments.batch)
         except ValueError as error:
             parser.error(str(error))
 

@@ -304,16 +304,31 @@ class Benchmark:
             self.rows.append(replace(self._row("memory", name, layer, given, False, evaluations), peak_mb=peak))
 
 
-def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, checkpoint: Path | None = None) -> None:
+def run(
+    out: Path,
+    quick: bool,
+    console: Console,
+    plan: Plan | None = None,
+    checkpoint: Path | None = None,
+    batch: int | None = None,
+) -> None:
     """Measure and write step.csv and step.png.
 
     Args:
         plan: in place of the full or the quick one.
         checkpoint: of trained weights, in place of an untrained network that is made a contraction.
+        batch: in place of the plan's.
+
+    Raises:
+        ValueError: a batch below 1; weights with which no layer has a fixed point.
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan or (QUICK if quick else FULL)
+    if batch is not None:
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; it takes an integer of at least 1")
+        plan = replace(plan, batch=batch)
     warning = machine.disturbance()
     weights = untrained(plan.features, plan.depth) if checkpoint is None else trained(checkpoint)
     with warnings.catch_warnings():

@@ -369,6 +369,7 @@ def bench(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights for step, from demo or train.", metavar="FILE")
     ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
 ) -> None:
     """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
 
@@ -377,7 +378,7 @@ def bench(
     with _one_sentence():
         benchmarks = import_module("jfbfast.benchmarks")
         for name in names or ["kernels"]:
-            benchmarks.run(name, out, quick, console, checkpoint)
+            benchmarks.run(name, out, quick, console, checkpoint, batch)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,6 +275,18 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
         run("kernels", tmp_path, True, Console(), tmp_path / "weights")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("kernels", "--batch", "4"), "batch is 4; the benchmark step alone takes one, not kernels"),
+        (("step", "--batch", "0"), "batch is 0; it takes an integer of at least 1"),
+    ],
+)
+def test_a_batch_that_no_benchmark_takes_is_refused(arguments, message):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
+
+
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
 def test_a_part_of_the_step_pauses_the_one_around_it():
     watch = split.Stopwatch(CPU)
@@ -310,7 +323,8 @@ def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monke
     import_ = rivals.quiet_import
     monkeypatch.setattr(rivals, "quiet_import", lambda n: "deepinv is not installed" if n == "deepinv" else import_(n))
     console = Console(record=True, width=80)
-    step.run(tmp_path, True, console, TINY_STEP)
+    monkeypatch.setattr(step, "QUICK", replace(TINY_STEP, batch=9))
+    run("step", tmp_path, True, console, batch=2)
     text = console.export_text()
     assert "deepinv is not installed; it is left out" in text and "…" not in text
     assert "preconditioned layer, 2×3×16²" in text and "gradient" in text and torch.__version__ in text
