@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jfbfast.denoisers import RED, log_parameter
 from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
-from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator
+from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator, gradient, gradient_step
 from jfbfast.operators import SeparableBlur
 from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
@@ -26,8 +26,9 @@ class DEGrad(nn.Module):
     - the paper's: ``DEGrad(blur, DnCNN())``, R the network itself, or ``RED(denoiser)``;
     - preconditioned: ``preconditioner="exact"``, T(x) = x − P(Aᵀ(A x − d) + R(x)) with
       P = (AᵀA + λI)⁻¹, of the same fixed points;
-    - filtered, the recommended one: also ``RED(denoiser, filter_damping="weight")``, whose denoiser
-      sees only what was measured.
+    - filtered, the recommended one: ``preconditioner="exact"`` with ``RED(denoiser, filter_damping="weight")``,
+      R(x) = λ(x − D(W x)) with the same λ, W = AᵀA(AᵀA + δI)⁻¹ and δ = λ, so that the denoiser D sees only
+      what A keeps of x.
 
     Args:
         blur: A: a `SeparableBlur`, any operator with ``forward`` and ``adjoint``, or a linear physics of
@@ -148,15 +149,10 @@ class DEGrad(nn.Module):
         """T_α(x; d) for the images x and the measurements d of one batch."""
         r = self.regularizer(x, self.blur) if isinstance(self.regularizer, RED) else self.regularizer(x)
         r = r.to(x.dtype)
-        separable = isinstance(self.blur, SeparableBlur)
         if self.step_size is not None:
-            if separable:
-                image = self.blur.gradient_step(x, d, r, self.step_size)
-            else:
-                image = x - self.step_size * (self.blur.adjoint(self.blur(x) - d) + r)
+            image = gradient_step(self.blur, x, d, r, self.step_size)
         else:
-            gradient = self.blur.gradient(x, d, r) if separable else self.blur.adjoint(self.blur(x) - d) + r
-            image = x - self.blur.solve(gradient, self.damping)
+            image = x - self.blur.solve(gradient(self.blur, x, d, r), self.damping)
         if isinstance(self.averaging, Tensor):
             return torch.lerp(x, image, self.averaging.nan_to_num(1.0).to(x.dtype))
         return image if self.averaging == 1 else torch.lerp(x, image, self.averaging)

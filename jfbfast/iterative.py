@@ -1,4 +1,4 @@
-"""Any linear operator A: what DE-GRAD needs of it, and functions of AᵀA by conjugate gradients."""
+"""Any linear operator A: what DE-GRAD needs of it, its data step, and functions of AᵀA by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jfbfast import reference
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.inverse import full_precision
+from jfbfast.operators import SeparableBlur
 from jfbfast.solvers import ConvergenceWarning
 
 
@@ -22,6 +23,20 @@ class LinearOperator(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def adjoint(self, y: Tensor) -> Tensor: ...
+
+
+def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
+    """Aᵀ(A x − d) + r, in one pass over the images where A is a `SeparableBlur`."""
+    if isinstance(operator, SeparableBlur):
+        return operator.gradient(x, d, r)
+    return operator.adjoint(operator(x) - d) + r
+
+
+def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor, step_size: Tensor) -> Tensor:
+    """x − η(Aᵀ(A x − d) + r), in one pass over the images where A is a `SeparableBlur`."""
+    if isinstance(operator, SeparableBlur):
+        return operator.gradient_step(x, d, r, step_size)
+    return x - step_size * gradient(operator, x, d, r)
 
 
 class PhysicsOperator(nn.Module):
