@@ -4,17 +4,36 @@ from importlib.metadata import PackageNotFoundError, version
 
 from jfbfast import diagnostics, spectrum
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov, tv
-from jfbfast.conditional import ConditionalDEGrad
+from jfbfast.conditional import ConditionalDEGrad, MeasurementRanges
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
-from jfbfast.gradients import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled, fixed_point
+from jfbfast.gradients import (
+    JFB,
+    GradientMethod,
+    Implicit,
+    Neumann,
+    Phantom,
+    Shine,
+    Unrolled,
+    fixed_point,
+    solve_fixed_point,
+)
 from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
 from jfbfast.ops import backend
 from jfbfast.penalty import jacobian_penalty
 from jfbfast.pretrained import pretrained_names
-from jfbfast.solvers import Anderson, Broyden, ConvergenceWarning, FixedPointSolution, Inertial, Picard, Status
+from jfbfast.solvers import (
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    FixedPointSolution,
+    FixedPointSolver,
+    Inertial,
+    Picard,
+    Status,
+)
 from jfbfast.unet import UNet
 from jfbfast.warm_start import WarmStart
 
@@ -33,11 +52,13 @@ __all__ = [
     "DEGrad",
     "DnCNN",
     "FixedPointSolution",
+    "FixedPointSolver",
     "GaussianBlur",
     "GradientMethod",
     "Implicit",
     "Inertial",
     "IterativeOperator",
+    "MeasurementRanges",
     "Neumann",
     "NonexpansiveDenoiser",
     "Phantom",
@@ -57,6 +78,7 @@ __all__ = [
     "keep_freed_memory",
     "pretrained_names",
     "show_config",
+    "solve_fixed_point",
     "spectrum",
     "tikhonov",
     "tv",

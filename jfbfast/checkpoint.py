@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast.baselines import FeedForward
-from jfbfast.conditional import CONDITIONS, ConditionalDEGrad, Ranges
+from jfbfast.conditional import CONDITIONS, ConditionalDEGrad, MeasurementRanges
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
 from jfbfast.gradients import GradientMethod, gradient_method
@@ -108,11 +108,11 @@ class ModelConfig:
     noise_range: Sequence[float] | None = None
 
     @property
-    def ranges(self) -> Ranges | None:
+    def ranges(self) -> MeasurementRanges | None:
         """The measurements it is for; None for one setting alone."""
         if self.sigma_range is None or self.noise_range is None:
             return None
-        return Ranges(tuple(self.sigma_range), tuple(self.noise_range))  # type: ignore[arg-type]  # checks it
+        return MeasurementRanges(tuple(self.sigma_range), tuple(self.noise_range))  # type: ignore[arg-type]  # checks it
 
     @property
     def channels(self) -> int:

@@ -34,7 +34,7 @@ def condition(sigma: float, noise: float) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Ranges:
+class MeasurementRanges:
     """The measurements that a network is for.
 
     Attributes:
@@ -153,7 +153,7 @@ class ConditionalDEGrad(DEGrad):
         *,
         kernel_size: int = 5,
         padding_mode: str = "zeros",
-        ranges: Ranges = Ranges(),
+        ranges: MeasurementRanges = MeasurementRanges(),
         sigma: float = REFERENCE_SIGMA,
         noise: float = REFERENCE_NOISE,
         weight: float = 0.05,

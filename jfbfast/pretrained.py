@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config
-from jfbfast.conditional import ConditionalDEGrad, Ranges
+from jfbfast.conditional import ConditionalDEGrad, MeasurementRanges
 
 WEIGHTS = Path(__file__).parent / "weights"
 SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # of measurements, as in `ModelConfig`
@@ -94,7 +94,7 @@ def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: st
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
-        ranges = config.ranges or Ranges((config.sigma,) * 2, (config.noise,) * 2)
+        ranges = config.ranges or MeasurementRanges((config.sigma,) * 2, (config.noise,) * 2)
         suits = (config.kernel_size, config.padding_mode) == (kernel_size, padding_mode) and (sigma, noise) in ranges
         if config.form in ("paper", "preconditioned", "filtered") and suits:
             found.append((config.ranges is not None, config.form != "filtered", name))

@@ -14,6 +14,8 @@ from jfbfast.fixed_map import fixed_map, materialised_weights, owner
 from jfbfast.reference import band_dtype
 from jfbfast.solvers import Layer
 
+__all__ = ["contraction_factor", "operator_norm", "optimal_averaging", "ritz_values"]
+
 _SEED = 0  # of the start vector, one for every sample: a sample's result does not depend on its batch
 
 

@@ -14,7 +14,7 @@ import jfbfast
 from jfbfast import DEGrad, GaussianBlur, UNet, pretrained
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
 from jfbfast.cli import app
-from jfbfast.conditional import ConditionalDEGrad, Ranges, condition
+from jfbfast.conditional import ConditionalDEGrad, MeasurementRanges, condition
 from jfbfast.diagnostics import lipschitz_bound
 from jfbfast.inverse import _axis_svd, factors
 from jfbfast.prepared import prepared
@@ -158,11 +158,11 @@ def test_a_setting_out_of_range_is_named_and_changes_nothing(setting, message):
 )
 def test_ranges_that_cannot_be_are_named(sigma, noise, message):
     with pytest.raises(ValueError, match=message):
-        Ranges(sigma, noise)
+        MeasurementRanges(sigma, noise)
 
 
 def test_draws_cover_the_ranges():
-    ranges = Ranges()
+    ranges = MeasurementRanges()
     drawn = np.array([ranges.draw(np.random.default_rng((0, i))) for i in range(2000)])
     assert all(tuple(setting) in ranges for setting in drawn) and all(setting in ranges for setting in ranges.grid())
     assert (drawn[:, 0] < math.sqrt(0.5 * 5)).mean() == pytest.approx(0.5, abs=0.05)
@@ -173,7 +173,9 @@ def test_a_model_survives_its_file(tmp_path):
     model, path = made().float(), tmp_path / "m.safetensors"
     save_checkpoint(path, model, CONFIG)
     loaded, config = load_checkpoint(path)
-    assert config == CONFIG and read_config(path).ranges == Ranges() and isinstance(loaded, ConditionalDEGrad)
+    assert (
+        config == CONFIG and read_config(path).ranges == MeasurementRanges() and isinstance(loaded, ConditionalDEGrad)
+    )
     assert loaded.measurement == (1.0, 0.01)
     loaded.set_measurement(2.0, 0.03)
     d = measured(model.blur).float()

@@ -8,8 +8,18 @@ from maps import Counted, linear_map
 from torch import nn
 
 import jfbfast
-from jfbfast import Anderson, Broyden, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Inertial, Picard, Status
-from jfbfast.gradients import solve_fixed_point
+from jfbfast import (
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    DEGrad,
+    DnCNN,
+    GaussianBlur,
+    Inertial,
+    Picard,
+    Status,
+    solve_fixed_point,
+)
 
 SOLVERS = [Anderson, Broyden, Inertial, Picard]
 
@@ -52,6 +62,12 @@ def test_output_residual_and_status_agree(solver, tol):
     residual = (out - solution.value).norm(dim=1) / out.norm(dim=1)
     torch.testing.assert_close(solution.residual, residual, rtol=1e-6, atol=1e-15)
     assert (solution.status == Status.CONVERGED).all() and (residual <= tol * (1 + 1e-9)).all()
+
+
+def test_what_users_call_and_name_is_public():
+    assert all(hasattr(jfbfast, name) for name in jfbfast.__all__)
+    assert {"solve_fixed_point", "FixedPointSolver", "MeasurementRanges"} <= set(jfbfast.__all__)
+    assert all(hasattr(jfbfast.spectrum, name) for name in jfbfast.spectrum.__all__)
 
 
 class Step(nn.Module):

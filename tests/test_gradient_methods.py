@@ -20,8 +20,8 @@ from jfbfast import (
     Status,
     Unrolled,
     fixed_point,
+    solve_fixed_point,
 )
-from jfbfast.gradients import solve_fixed_point
 from jfbfast.gradients.krylov import conjugate_gradients, gmres
 from jfbfast.gradients.methods import GRADIENTS, gradient_method
 

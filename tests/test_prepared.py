@@ -14,9 +14,8 @@ from models import networks
 from torch import nn
 
 import jfbfast
-from jfbfast import DnCNN, UNet
+from jfbfast import DnCNN, UNet, solve_fixed_point
 from jfbfast.denoisers import SpectralNormConv2d
-from jfbfast.gradients import solve_fixed_point
 from jfbfast.prepared import _PreparedConv2d, _Twin, prepared
 
 

@@ -229,6 +229,7 @@ def _measured(
     )
 
 
+@torch.compiler.disable
 def solve_fixed_point(
     layer: Layer,
     x0: Tensor,
@@ -240,7 +241,14 @@ def solve_fixed_point(
     solve_dtype: torch.dtype | None = None,
     compile_solve: bool = False,
 ) -> tuple[Tensor, FixedPointSolution]:
-    """`fixed_point` and the `FixedPointSolution` that it rests on."""
+    """What `fixed_point` returns, and the `FixedPointSolution` that it rests on.
+
+    The arguments, and what raises and warns, are those of `fixed_point`.
+
+    Returns:
+        T(x*), of x0's shape and dtype, with its gradient; and the solution, which tells each sample's
+        residual, evaluations and `Status`, without ``inverse`` and ``following``.
+    """
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
@@ -286,6 +294,8 @@ def fixed_point(
 ) -> Tensor:
     """T(x*; inputs) at the fixed point x* = T(x*; inputs), with the gradient of an implicit network.
 
+    `solve_fixed_point` returns the residuals and statuses of the solve with it.
+
     Forward solves without gradients and applies the layer once more, one step beyond the solve's last
     iterate: that application is the output, measures the solution's residual, and is what backward
     differentiates, so memory does not depend on the number of iterations (but see `Phantom` and
@@ -307,6 +317,11 @@ def fixed_point(
         solver: `Anderson()` where None.
         gradient: a gradient method, or one's name for its defaults: "jfb" (`JFB`), "neumann" (`Neumann`),
             "phantom" (`Phantom`), "implicit" (`Implicit`), "shine" (`Shine`) or "unrolled" (`Unrolled`).
+        solve_dtype: torch.bfloat16 or torch.float16: the solve iterates with the layer in that dtype first, and
+            in full with the samples that this leaves above ``tol``; a residual is one measured in full. None
+            for the dtype of the caller's autocast in its place, or for none.
+        compile_solve: pass the layer through torch.compile for the solve, where it is a module or a method of
+            one.
 
     Returns:
         T(x*), of x0's shape and dtype.
