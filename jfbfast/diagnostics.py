@@ -18,8 +18,9 @@ from jfbfast.fixed_map import fixed_map
 from jfbfast.gradients import GradientMethod, Implicit, solve_fixed_point
 from jfbfast.gradients.methods import GRADIENTS
 from jfbfast.history import History, convergence_history
+from jfbfast.linearisation import Linearisation
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, FixedPointSolver, Picard, Status
-from jfbfast.spectrum import Linearisation, operator_norm, ritz_values, symmetric_ritz_values
+from jfbfast.spectrum import operator_norm, ritz_values, symmetric_ritz_values
 
 if TYPE_CHECKING:
     from rich.table import Table

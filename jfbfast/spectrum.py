@@ -4,63 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from jfbfast.fixed_map import fixed_map, materialised_weights, owner
+from jfbfast.linearisation import Linearisation
 from jfbfast.reference import band_dtype
 from jfbfast.solvers import Layer
 
 __all__ = ["contraction_factor", "operator_norm", "optimal_averaging", "ritz_values"]
 
 _SEED = 0  # of the start vector, one for every sample: a sample's result does not depend on its batch
-
-
-class Linearisation:
-    """The derivative J of ``out`` in the ``leaves`` that it was computed from, as products; out's graph is kept.
-
-    J v is differentiated out of Jᵀ w, which is linear in w, so that an op needs no forward-mode rule.
-    """
-
-    def __init__(self, out: Tensor, leaves: Sequence[Tensor]) -> None:
-        self.out = out
-        self.leaves = tuple(leaves)
-
-    @property
-    def finite(self) -> Tensor:
-        """Of which samples ``out`` is finite, (B,)."""
-        return self.out.detach().flatten(1).isfinite().all(1)
-
-    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
-        """Jᵀ w for w like ``out``: one tensor a leaf."""
-        return torch.autograd.grad(
-            self.out, self.leaves, w, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-
-    @cached_property
-    def _transposed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        w = torch.zeros_like(self.out, requires_grad=True)
-        return w, torch.autograd.grad(
-            self.out, self.leaves, w, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-
-    def jvp(self, v: Sequence[Tensor]) -> Tensor:
-        """J v, like ``out``, for one tensor a leaf."""
-        w, transposed = self._transposed
-        pairs = [(t, direction) for t, direction in zip(transposed, v, strict=True) if t.requires_grad]
-        if not pairs:
-            return torch.zeros_like(self.out)
-        return torch.autograd.grad(
-            [t for t, _ in pairs],
-            w,
-            [direction for _, direction in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )[0]
 
 
 @contextmanager

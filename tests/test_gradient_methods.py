@@ -22,7 +22,7 @@ from jfbfast import (
     fixed_point,
     solve_fixed_point,
 )
-from jfbfast.gradients.krylov import conjugate_gradients, gmres
+from jfbfast.gradients.krylov import cgls, gmres
 from jfbfast.gradients.methods import GRADIENTS, gradient_method
 
 
@@ -230,7 +230,7 @@ def test_linear_solves_of_a_batch(solve, dtype, tol):
     if solve == "gmres":
         found = gmres(times(matrices), b, tol, 30)
     else:
-        found = conjugate_gradients(times(matrices), times(matrices.mT), b, tol, 3000)
+        found = cgls(times(matrices), times(matrices.mT), b, tol, 3000)
     regular = [0, 1, 6]
     expected = torch.linalg.solve(matrices[regular].double(), b[regular].double().flatten(1)).view(3, 4, 5)
     error = (found.value[regular] - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)

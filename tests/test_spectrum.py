@@ -9,7 +9,8 @@ from models import Cell, networks
 from torch import nn
 
 from jfbfast import RED, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Picard, UNet
-from jfbfast.spectrum import Linearisation, contraction_factor, operator_norm, optimal_averaging, ritz_values
+from jfbfast.linearisation import Linearisation
+from jfbfast.spectrum import contraction_factor, operator_norm, optimal_averaging, ritz_values
 
 
 def dense_jacobian(layer, x, d):

@@ -111,8 +111,8 @@ def gmres(product: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolut
     return _finished(b, norm, value, residual)
 
 
-def conjugate_gradients(product: Product, transposed: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolution:
-    """A w = b by conjugate gradients on AᵀA w = Aᵀb, from w = 0, in the stable form (CGLS; Björck, 1996).
+def cgls(product: Product, transposed: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolution:
+    """A w = b by CGLS (Björck, 1996), the stable form of conjugate gradients on AᵀA w = Aᵀb, from w = 0.
 
     A sample stops at ‖A w − b‖ ≤ tol ‖b‖, or where its products are not finite.
 

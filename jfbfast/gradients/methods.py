@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from jfbfast.gradients.convergence import warn_unconverged
-from jfbfast.gradients.krylov import conjugate_gradients, gmres
+from jfbfast.gradients.krylov import cgls, gmres
+from jfbfast.linearisation import Linearisation
 from jfbfast.reference import band_dtype
 from jfbfast.solvers import Anderson, Status
 
@@ -30,25 +31,16 @@ class Jacobian:
     """
 
     def __init__(self, x: Tensor, image: Tensor, inverse: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.x, self.image, self.inverse = x, image, inverse
-        self._transposed: tuple[Tensor, Tensor] | None = None
+        self.inverse = inverse
+        self._products = Linearisation(image, (x,))
 
     def vjp(self, w: Tensor) -> Tensor:
         """Jᵀ w, by one backward through the layer."""
-        w = w.to(self.image.dtype)
-        return torch.autograd.grad(self.image, self.x, w, retain_graph=True, materialize_grads=True)[0]
+        return self._products.vjp(w)[0]
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, by one backward through the backward u ↦ Jᵀ u, which is traced at the first call."""
-        if self._transposed is None:
-            u = torch.zeros_like(self.image, requires_grad=True)
-            with torch.enable_grad():
-                products = torch.autograd.grad(self.image, self.x, u, create_graph=True, materialize_grads=True)
-            self._transposed = u, products[0]
-        u, product = self._transposed
-        if not product.requires_grad:
-            return torch.zeros_like(v)
-        return torch.autograd.grad(product, u, v.to(product.dtype), retain_graph=True, materialize_grads=True)[0]
+        return self._products.jvp((v,))
 
 
 class GradientMethod(ABC):
@@ -181,7 +173,7 @@ class Implicit(GradientMethod):
             if self.solver == "gmres":
                 w, residual = gmres(adjoint, g, self.tol, self.max_iter)
             else:
-                w, residual = conjugate_gradients(adjoint, lambda v: v - jacobian.jvp(v), g, self.tol, self.max_iter)
+                w, residual = cgls(adjoint, lambda v: v - jacobian.jvp(v), g, self.tol, self.max_iter)
             reached = residual <= self.tol
         if self.tol > 0 and not reached.all():
             warn_unconverged(
