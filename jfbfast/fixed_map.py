@@ -102,3 +102,16 @@ def updated_statistics(module: nn.Module) -> Iterator[None]:
 
             stack.callback(norm.register_forward_pre_hook(hook).remove)
         yield
+
+
+class Buffers:
+    """A module's buffers as they are now, to undo what a trace changes in its running statistics."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.kept = [] if module is None else [(b, b.clone()) for b in module.buffers()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, value in self.kept:
+            if not torch.equal(buffer, value):  # else an earlier graph may hold it as it is
+                buffer.copy_(value)

@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jfbfast.fixed_map import fixed_map, materialised_weights, step_spectral_norms
+from jfbfast.fixed_map import Buffers, step_spectral_norms
 from jfbfast.gradients.convergence import warn_unconverged
 from jfbfast.gradients.methods import GradientMethod, Unrolled, gradient_method
-from jfbfast.gradients.trace import Network
-from jfbfast.prepared import checked_solve_dtype, prepared
-from jfbfast.reference import band_dtype
+from jfbfast.gradients.solve import Solve, autocast_dtype
+from jfbfast.gradients.trace import TracedLayer
+from jfbfast.gradients.unroll import unroll
+from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
 from jfbfast.solvers.base import checked_solver
-from jfbfast.solvers.loop import DIVERGED_GROWTH, SAFEGUARD_GROWTH
-
-_TINY = torch.finfo(torch.float64).tiny
-
-
-class _Buffers:
-    """A module's buffers as they are now, to undo what a trace changes in its running statistics."""
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.kept = [] if module is None else [(b, b.clone()) for b in module.buffers()]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for buffer, value in self.kept:
-            if not torch.equal(buffer, value):  # else an earlier graph may hold it as it is
-                buffer.copy_(value)
-
-
-def _norms(x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """‖T(x) − x‖ and ‖T(x)‖ of each sample, (B,), float64."""
-    residual, image = (v.reshape(len(v), v.shape[1:].numel()) for v in (image - x, image))
-    norm = torch.linalg.vector_norm
-    return norm(residual, dim=1, dtype=torch.float64), norm(image, dim=1, dtype=torch.float64)
-
-
-def _unroll(
-    network: Network, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
-) -> tuple[Tensor, FixedPointSolution]:
-    """The method's applications from x0, and the solution that they amount to; x0 for a diverged sample.
-
-    Where one diverged, the running statistics are as they were before.
-    """
-    before = _Buffers(network.module)
-    out, ends = network(x0, inputs)
-    first_residual, first_size = _norms(*ends[0])
-    bound = DIVERGED_GROWTH * (first_residual + first_size)
-    x, image = ends[-1]
-    residual, size = _norms(x, image)
-    diverged = ~(residual.isfinite() & size.isfinite()) | (residual > bound) | (size > bound)
-    converged = ~diverged & (residual <= solver.tol * size + solver.atol)
-    count = int(diverged.sum())
-    relative = torch.where(diverged, first_residual, residual) / torch.where(diverged, first_size, size).clamp_min(
-        _TINY
-    )
-    if count:
-        before.restore()
-        warn_unconverged(f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer")
-    return out, FixedPointSolution(
-        value=torch.where(diverged.view(-1, *[1] * (x.dim() - 1)), x0, x),
-        residual=relative.to(band_dtype(x0.dtype)),
-        iterations=torch.full_like(diverged, method.steps, dtype=torch.long),
-        status=torch.full_like(diverged, Status.MAX_ITER, dtype=torch.long)
-        .masked_fill(converged, Status.CONVERGED)
-        .masked_fill(diverged, Status.DIVERGED),
-    )
+from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
 
 
 def _warn(solution: FixedPointSolution, solver: FixedPointSolver) -> None:
@@ -100,78 +43,8 @@ def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], T
     return estimate.transpose if len(rows) == len(solution.value) else of_rows
 
 
-class _Solve:
-    """The solve of one layer, prepared for it: in low precision first where that is asked for, or autocast is on."""
-
-    def __init__(
-        self, network: Network, solver: FixedPointSolver, solve_dtype: torch.dtype | None, compiled: bool
-    ) -> None:
-        self.network, self.solver, self.solve_dtype, self.compiled = network, solver, solve_dtype, compiled
-
-    def __call__(self, x0: Tensor, inputs: tuple[Tensor, ...], estimate: bool) -> FixedPointSolution:
-        """The solution; what low precision found is measured in full by the application that follows, if that is."""
-        solver, autocast = self.solver, _autocast_dtype(x0)
-        dtype = self.solve_dtype or autocast
-        inputs = tuple(i.detach() for i in inputs)
-        with self._still():
-            coarse = None if dtype is None else self._prepared(dtype)
-            if coarse is not None and solver.tol == 0 and self.solve_dtype is None:
-                return solver.solve(coarse, x0, inputs, estimate=estimate)  # whose evaluations the caller counts
-            fine = _Late(partial(self._prepared, None))
-            verify = self.solve_dtype is not None and autocast is not None
-            return solver.solve(fine, x0, inputs, coarse=coarse, verify=verify, estimate=estimate)
-
-    def finish(self, solution: FixedPointSolution, rejected: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
-        """Of these samples, those that low precision alone has found go on in full; of the others the value stands."""
-        unmeasured = rejected & (solution.iterations == solution.coarse_iterations)
-        if not unmeasured.any():
-            return solution
-        assert solution.following is not None
-        rows = unmeasured.nonzero()[:, 0]
-        some: Any = rows if inputs else slice(None)
-        spent = solution.iterations[rows]
-        solver = self.solver
-        if isinstance(solver, FixedPointSolver):
-            solver = replace(solver, max_iter=solver.max_iter - int(spent.max()))
-        with self._still():
-            given = tuple(i.detach()[some] for i in inputs)
-            found = solver.solve(self._prepared(None), solution.following[some], given)
-        own = slice(None) if inputs else rows
-        merged = [whole.index_put((rows,), part[own]) for whole, part in zip(solution[:4], found[:4], strict=True)]
-        value, residual, iterations, status = merged
-        return solution._replace(
-            value=value, residual=residual, iterations=iterations.index_add(0, rows, spent), status=status
-        )
-
-    def _prepared(self, dtype: torch.dtype | None) -> Layer:
-        return prepared(self.network.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
-
-    @contextmanager
-    def _still(self) -> Iterator[None]:
-        with fixed_map(self.network.module), materialised_weights(self.network.module):
-            yield
-
-
-class _Late:
-    """A layer that is made at its first evaluation."""
-
-    def __init__(self, make: Callable[[], Layer]) -> None:
-        self.make = make
-        self.layer: Layer | None = None
-
-    def __call__(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        if self.layer is None:
-            self.layer = self.make()
-        return self.layer(x, *inputs)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _apply(
-    network: Network, solution: FixedPointSolution, points: Tensor, inputs: tuple[Tensor, ...]
+    traced: TracedLayer, solution: FixedPointSolution, points: Tensor, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The output at these points, but the value of a sample that diverged, which takes no part in the gradient.
 
@@ -186,7 +59,7 @@ def _apply(
     elif not everything:  # the layer captured its data, so the whole batch must stay
         points = points.nan_to_num()
     inverse = None if solution.inverse is None else _inverse(solution, rows)
-    out, ends = network(points, inputs, inverse)
+    out, ends = traced(points, inputs, inverse)
     if everything:
         return out, rows, ends[0]
     if not inputs:
@@ -208,25 +81,20 @@ def _measured(
     whose residual has grown.
     """
     assert solution.following is not None
-    residual, size = _norms(*pair)
-    relative = (residual / size.clamp_min(_TINY)).to(solution.residual.dtype)
-    value, known, _, status, _ = (field[rows] for field in solution[:5])
+    residual, size = norms(*pair)
+    relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
+    value, known, status = solution.value[rows], solution.residual[rows], solution.status[rows]
     held = residual <= solver.tol * size + solver.atol
     sound = torch.where(status == Status.CONVERGED, held, relative <= SAFEGUARD_GROWTH * known)
     usable = status != Status.DIVERGED
     moved = usable & sound
-    value = torch.where(moved.view(-1, *[1] * (value.dim() - 1)), pair[0], value)
-    relative = torch.where(moved, relative, known)
-    status = status.masked_fill(moved & held, Status.CONVERGED)
     rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), usable & ~sound)
-    return (
-        solution._replace(
-            value=solution.value.index_put((rows,), value),
-            residual=solution.residual.index_put((rows,), relative),
-            status=solution.status.index_put((rows,), status),
-        ),
-        rejected,
-    )
+    return solution.replaced(
+        rows,
+        value=torch.where(moved.view(-1, *[1] * (value.dim() - 1)), pair[0], value),
+        residual=torch.where(moved, relative, known),
+        status=status.masked_fill(moved & held, Status.CONVERGED),
+    ), rejected
 
 
 @torch.compiler.disable
@@ -252,30 +120,30 @@ def solve_fixed_point(
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
-    network = Network(layer, parameters, method, solver.tol)
+    traced = TracedLayer(layer, parameters, method, solver.tol)
     inputs = tuple(inputs)
-    if network.module is not None:
-        step_spectral_norms(network.module)
+    if traced.module is not None:
+        step_spectral_norms(traced.module)
     estimating = method.needs == "inverse" and torch.is_grad_enabled()
     if isinstance(method, Unrolled):
-        out, solution = _unroll(network, method, x0, inputs, solver)
+        out, solution = unroll(traced, method, x0, inputs, solver)
         if (solution.status == Status.DIVERGED).any():
-            out = _apply(network, solution, x0, inputs)[0]
+            out = _apply(traced, solution, x0, inputs)[0]
         return out, solution
-    solve = _Solve(network, solver, solve_dtype, compile_solve)
+    solve = Solve(traced, solver, solve_dtype, compile_solve)
     solution = solve(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
         solution = solution._replace(following=solution.value)
-    if solution.following is None or _autocast_dtype(x0) is not None:
-        out = _apply(network, solution, solution.value, inputs)[0]
+    if solution.following is None or autocast_dtype(x0) is not None:
+        out = _apply(traced, solution, solution.value, inputs)[0]
     else:
-        before = _Buffers(network.module)
-        out, rows, pair = _apply(network, solution, solution.following, inputs)
+        before = Buffers(traced.module)
+        out, rows, pair = _apply(traced, solution, solution.following, inputs)
         solution, rejected = _measured(solution, rows, pair, solver)
         if rejected.any():
             before.restore()
             solution = solve.finish(solution, rejected, inputs)
-            out = _apply(network, solution, solution.value, inputs)[0]
+            out = _apply(traced, solution, solution.value, inputs)[0]
     _warn(solution, solver)
     return out, solution._replace(inverse=None, following=None)  # the backward alone holds the estimate
 

@@ -7,7 +7,6 @@ With J = ∂T/∂x at x* and g = ∂ℓ/∂x at the output, the gradient by the 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -43,7 +42,7 @@ class Jacobian:
         return self._products.jvp((v,))
 
 
-class GradientMethod(ABC):
+class GradientMethod:
     """How the gradient g at the output becomes w ≈ (I − J)⁻ᵀ g, to be multiplied by ∂T/∂Θ.
 
     Attributes:
@@ -57,9 +56,9 @@ class GradientMethod(ABC):
         """The output, whose graph backward differentiates; from the fixed point x, T(x)."""
         return layer(x)
 
-    @abstractmethod
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
-        """w, given g = ∂ℓ/∂x at the output of `trace`; both (B, …)."""
+        """w, given g = ∂ℓ/∂x at the output of `trace`, both (B, …): g itself unless a method says otherwise."""
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,6 @@ class JFB(GradientMethod):
     """Jacobian-free backpropagation (Fung et al., 2022): (I − J)⁻¹ replaced by I, so w = g."""
 
     needs = None
-
-    def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
-        return gradient
 
 
 @dataclass(frozen=True)
@@ -125,9 +121,6 @@ class Phantom(GradientMethod):
             image = layer(x)
             x = image if self.damping == 1 else torch.lerp(x, image, self.damping)
         return x
-
-    def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
-        return gradient
 
 
 @dataclass(frozen=True)
@@ -241,9 +234,6 @@ class Unrolled(GradientMethod):
         for _ in range(self.steps):
             x = layer(x)
         return x
-
-    def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
-        return gradient
 
 
 def _check_count(name: str, value: int) -> None:

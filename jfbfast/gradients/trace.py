@@ -96,8 +96,8 @@ def _raise_for_captured(out: Tensor, known: Iterable[Tensor]) -> None:
         stack.extend(next_node for next_node, _ in node.next_functions)
 
 
-class Network:
-    """The layer with its parameters, as the method applies it at the fixed point that was found to ``tol``."""
+class TracedLayer:
+    """A layer with its parameters, as the method applies it at the fixed point that was found to ``tol``."""
 
     def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, tol: float) -> None:
         if isinstance(parameters, Tensor):

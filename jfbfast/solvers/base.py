@@ -146,13 +146,10 @@ class FixedPointSolver(ABC):
         fine = fine._replace(iterations=fine.iterations + spent, coarse_iterations=spent)
         if len(rows) == batch:
             return fine
-        value, residual, iterations, status = (
-            whole.index_put((rows,), part) for whole, part in zip(found[:4], fine[:4], strict=True)
-        )
-        following = None
-        if found.following is not None and fine.following is not None:
-            following = found.following.index_put((rows,), fine.following)
-        return FixedPointSolution(value, residual, iterations, status, found.coarse_iterations, following=following)
+        names = ["value", "residual", "iterations", "status"]
+        if found.following is not None:
+            names.append("following")
+        return found.replaced(rows, **{name: getattr(fine, name) for name in names})
 
     def _run(self, phase: Phase) -> FixedPointSolution:
         """One phase of the solve; value and residual as `iterate` has them."""

@@ -21,7 +21,7 @@ SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safe
 _STALL_FALL = 0.7  # what a residual that has not stalled falls to …
 _STALL_WINDOW = 5  # … over so many evaluations
 _COMPACTION = 0.5  # the share of a batch, still running, at which the others leave it
-_TINY = torch.finfo(torch.float64).tiny
+TINY = torch.finfo(torch.float64).tiny
 
 
 class Iteration(ABC):
@@ -45,6 +45,13 @@ class Iteration(ABC):
     def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
         """(I − ∂T/∂x)⁻¹ of these samples, (b,) indices, from the pairs measured so far; f is the newest T(x)."""
         raise NotImplementedError
+
+
+def norms(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """‖f − x‖ and ‖f‖ of each sample, (B,), float64, for f = T(x)."""
+    residual, image = (v.reshape(len(v), v.shape[1:].numel()) for v in (f - x, f))
+    norm = torch.linalg.vector_norm
+    return norm(residual, dim=1, dtype=torch.float64), norm(image, dim=1, dtype=torch.float64)
 
 
 def evaluated(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -161,7 +168,7 @@ class _Samples:
         improved = converged | (self.active & ~diverged & (residual < self.lowest))
         self.lowest = torch.where(improved, residual, self.lowest)
         self.value = _where(improved, x, self.value)
-        self.residual = torch.where(improved, residual / image.clamp_min(_TINY), self.residual)
+        self.residual = torch.where(improved, residual / image.clamp_min(TINY), self.residual)
         self.iterations = self.iterations + self.active
         self.status = self.status.masked_fill(converged, Status.CONVERGED).masked_fill(diverged, Status.DIVERGED)
         self.active = self.active & ~converged & ~diverged & (self.iterations < self.budget)

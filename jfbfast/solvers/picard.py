@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.solvers.base import FixedPointSolver
-from jfbfast.solvers.loop import Iteration
+from jfbfast.solvers.loop import Iteration, norms
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Picard(FixedPointSolver):
 
 class _PicardIteration(Iteration):
     def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.linalg.vector_norm
-        return norm(f - x, dim=1, dtype=torch.float64), norm(f, dim=1, dtype=torch.float64)
+        return norms(x, f)
 
     def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
         return out.copy_(f)  # not f itself: a layer may write its next output over it

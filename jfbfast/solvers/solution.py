@@ -47,3 +47,7 @@ class FixedPointSolution(NamedTuple):
     coarse_iterations: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
     inverse: InverseEstimate | None = None
     following: Tensor | None = None
+
+    def replaced(self, rows: Tensor, **fields: Tensor) -> FixedPointSolution:
+        """The solution with these fields' values for these samples, (b,) indices."""
+        return self._replace(**{name: getattr(self, name).index_put((rows,), new) for name, new in fields.items()})
