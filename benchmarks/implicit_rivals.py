@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from jfbfast import Anderson, Implicit, backend, fixed_point, inverse, reference
 from jfbfast.denoisers import log_parameter
-from jfbfast.inverse import Taps
 from jfbfast.lipschitz import NormalisedConv2d
 from jfbfast.operators import GaussianBlur
+from jfbfast.tables import Taps
 
 from . import rivals
 from .problem import Problem, has_batch_statistics, model

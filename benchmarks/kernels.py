@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jfbfast import backend, ops, reference
-from jfbfast.inverse import bands
+from jfbfast import backend, reference, winograd
 from jfbfast.operators import GaussianBlur
 from jfbfast.solvers import Anderson
+from jfbfast.tables import bands
 
 from . import machine, rivals
 from .report import OURS, OURS_BF16, Row, make_row, plot, tables, write_csv
@@ -251,13 +251,13 @@ def conv3x3_sides(shape: Shape, channels: int, plan: Plan, device: torch.device,
     x = _channels_last(torch.randn(shape, device=device))
     weight = _channels_last(torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5)
     bias = torch.randn(channels, device=device)
-    transformed = ops.transformed_weight(weight)
+    transformed = winograd.transformed_weight(weight)
     half = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
     a, b = torch.randn(2, 1024, 1024, device=device)
 
     sides: Sides = {
-        OURS: lambda: timed(lambda: ops.conv3x3(x, weight, bias, True, transformed), device),
-        "with its transform": lambda: timed(lambda: ops.conv3x3(x, weight, bias, True), device),
+        OURS: lambda: timed(lambda: winograd.conv3x3(x, weight, bias, True, transformed), device),
+        "with its transform": lambda: timed(lambda: winograd.conv3x3(x, weight, bias, True), device),
         "conv2d NHWC": lambda: timed(lambda: reference.conv3x3(x, weight, bias, True), device),
         "conv2d NCHW": lambda: timed(
             lambda: reference.conv3x3(x.contiguous(), weight.contiguous(), bias, True), device

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from jfbfast import diagnostics, spectrum
+from jfbfast.backends import backend
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov, tv
 from jfbfast.conditional import ConditionalDEGrad, MeasurementRanges
 from jfbfast.config import keep_freed_memory, show_config
@@ -21,7 +22,6 @@ from jfbfast.gradients import (
 )
 from jfbfast.iterative import IterativeOperator
 from jfbfast.operators import GaussianBlur, SeparableBlur
-from jfbfast.ops import backend
 from jfbfast.penalty import jacobian_penalty
 from jfbfast.pretrained import pretrained_names
 from jfbfast.solvers import (

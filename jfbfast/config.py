@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from jfbfast import cuda, native, ops
+from jfbfast import backends, cuda, native
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 1 << 30
@@ -33,7 +33,7 @@ def config() -> dict[str, str]:
         "jfbfast": own,
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "backend": ops.selected_backend(),
+        "backend": backends.selected_backend(),
         "native (CPU)": native.describe() if native.AVAILABLE else f"no: {native.WHY_NOT}",
         "triton (CUDA)": _triton(),
         "native (CUDA)": f"no: {cuda.WHY_NOT}" if cuda.WHY_NOT else cuda.describe(),

@@ -7,63 +7,26 @@ Tikhonov system is solved by conjugate gradients, preconditioned by its circulan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from jfbfast import reference
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
-from jfbfast.reference import SVD, Bands
+from jfbfast.precision import full_precision
+from jfbfast.reference import SVD
+from jfbfast.tables import Taps, axis_table, bands
 
 SVD_LIMIT = 1024
 _CG_MAX_ITER = 1000
 
 
-class Taps(NamedTuple):
-    """What defines a separable operator at every image size: its two filters and the padding mode."""
-
-    y: tuple[float, ...]
-    x: tuple[float, ...]
-    padding_mode: str
-
-
-@lru_cache(maxsize=64)
-def _axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
-    radius = len(taps) // 2
-    limit = {"reflect": radius + 1, "circular": radius}.get(padding_mode, 1)
-    if n < limit:
-        raise ValueError(
-            f"x has a side of {n} pixels; {len(taps)} taps with padding_mode={padding_mode!r} take at least {limit}"
-        )
-    with torch.inference_mode(False):
-        return reference.band_table(taps, n, padding_mode)
-
-
-@lru_cache(maxsize=256)
-def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
-    """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``; made once, and kept.
-
-    Raises:
-        ValueError: the image is too small for the padding mode (reflect takes more than r pixels a
-            side, circular at least r).
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        y, x = (_axis_table(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True))
-        tables = Bands(y, x, taps.padding_mode == "circular")
-        tables = reference.transpose(tables) if adjoint else tables
-        kind = reference.band_dtype(dtype)
-        return Bands(tables.y.to(device, kind), tables.x.to(device, kind), tables.circular)
-
-
 @lru_cache(maxsize=32)
 def _axis_svd(taps: tuple[float, ...], n: int, padding_mode: str) -> SVD:
     with torch.inference_mode(False), torch.no_grad():
-        return reference.svd(_axis_table(taps, n, padding_mode), padding_mode == "circular")
+        return reference.svd(axis_table(taps, n, padding_mode), padding_mode == "circular")
 
 
 @lru_cache(maxsize=64)
@@ -86,25 +49,6 @@ def check_invertible(taps: Taps, shape: tuple[int, int], dtype: torch.dtype) -> 
             f"the blur is numerically singular for {shape[0]} × {shape[1]} images in {dtype} "
             f"(condition {condition:.1e}); a positive damping makes it solvable"
         )
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 nor another reduced-precision matrix product or convolution within."""
-    backends: Any = torch.backends
-    if device.type == "cuda":
-        settings = (backends.cuda.matmul, backends.cudnn.conv)
-    else:
-        settings = (backends.mkldnn.matmul, backends.mkldnn.conv)
-    precisions = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for setting, precision in zip(settings, precisions, strict=True):
-            setting.fp32_precision = precision
 
 
 def solve(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType) -> Tensor:

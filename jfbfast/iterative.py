@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from jfbfast import reference
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
-from jfbfast.inverse import full_precision
 from jfbfast.operators import SeparableBlur
+from jfbfast.precision import full_precision
 from jfbfast.solvers import ConvergenceWarning
 
 

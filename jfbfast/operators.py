@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import inverse, ops, reference
-from jfbfast.inverse import Taps
+from jfbfast.tables import Taps
 
 T = TypeVar("T", int, float)
 

@@ -4,83 +4,23 @@
 ``jfbfast::gradient``        Aᵀ(A x − d) + r
 ``jfbfast::gradient_step``   x − η(Aᵀ(A x − d) + r)
 ``jfbfast::solve``           (AᵀA + λI)⁻¹ b
-``jfbfast::conv3x3``         weight ∗ x + bias, and a ReLU
-``jfbfast::conv3x3_weight_gradient``  what backward through it gives the weight and the bias
 
-Every op of the operator takes images (…, H, W) and the two filters with their padding mode, and returns a
-contiguous tensor; the convolution takes (B, C, H, W) and returns a channels-last one. Which twin
-computes it is decided at each call, by `kernels_for`.
+Each takes images (…, H, W) and the two filters with their padding mode, and returns a contiguous tensor. Which
+twin computes it is decided at each call, by `kernels_for`. The convolution's ops are in jfbfast/winograd.py.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jfbfast import inverse, native, reference
-from jfbfast.inverse import Taps, bands
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("auto", "reference", "native", "triton")
-
-
-def _checked_backend(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; it takes one of {', '.join(map(repr, BACKENDS))}")
-    return name
-
-
-_backend = _checked_backend(os.environ.get("JFBFAST_BACKEND", "auto"), "JFBFAST_BACKEND")
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Choose, within the context, what computes the kernels; the choice holds for the whole process.
-
-    Args:
-        name: "auto" (C++ on the CPU, Triton on CUDA, PyTorch elsewhere), "reference" (PyTorch
-            everywhere), "native" (C++; CPU tensors only) or "triton" (CUDA tensors only). The
-            environment variable JFBFAST_BACKEND sets what holds outside any context.
-
-    Raises:
-        ValueError: another name.
-        RuntimeError: at the first op, where the backend asked for cannot serve its tensors.
-    """
-    global _backend
-    previous, _backend = _backend, _checked_backend(name, "name")
-    try:
-        yield
-    finally:
-        _backend = previous
-
-
-def selected_backend() -> str:
-    """The backend that holds now."""
-    return _backend
-
-
-def kernels_for(device: torch.device) -> ModuleType:
-    """The module whose functions serve tensors on ``device``: reference, native or jfbfast.kernels."""
-    if _backend == "reference":
-        return reference
-    if _backend in ("auto", "native") and device.type == "cpu":
-        if native.AVAILABLE:
-            return native
-        if _backend == "native":
-            raise RuntimeError(f"the backend 'native' is not available: {native.WHY_NOT}")
-    if _backend in ("auto", "triton") and device.type == "cuda" and find_spec("triton"):
-        return import_module("jfbfast.kernels")
-    if _backend == "auto":
-        return reference
-    raise RuntimeError(f"the backend {_backend!r} does not serve tensors on {device}")
+from jfbfast import inverse, reference
+from jfbfast.backends import DTYPES, kernels_for
+from jfbfast.tables import Taps, bands
 
 
 def _kernels(x: Tensor, taps: Taps) -> ModuleType:
@@ -118,8 +58,6 @@ for _schema in (
     f"gradient(Tensor x, Tensor? d, Tensor? r, {_FILTERS}) -> Tensor",
     f"gradient_step(Tensor x, Tensor? d, Tensor? r, Tensor step_size, {_FILTERS}) -> Tensor",
     f"solve(Tensor b, Tensor damping, {_FILTERS}) -> Tensor",
-    "conv3x3(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None) -> Tensor",
-    "conv3x3_weight_gradient(Tensor x, Tensor gradient) -> (Tensor, Tensor)",
 ):
     _name, _signature = _schema.split("(", 1)
     torch.library.define(f"jfbfast::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
@@ -128,8 +66,6 @@ blur = torch.ops.jfbfast.blur
 gradient = torch.ops.jfbfast.gradient
 gradient_step = torch.ops.jfbfast.gradient_step
 solve = torch.ops.jfbfast.solve
-conv3x3 = torch.ops.jfbfast.conv3x3
-conv3x3_weight_gradient = torch.ops.jfbfast.conv3x3_weight_gradient
 
 Filter = Sequence[float]
 
@@ -179,80 +115,12 @@ def _solve(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, padding_m
     return inverse.solve(b, damping, taps, _kernels(b, taps)).contiguous()
 
 
-def transformed_weight(weight: Tensor) -> Tensor | None:
-    """What `conv3x3` can be given as ``transformed``, to be made once for a weight; None where it would not be used."""
-    return native.winograd_weights(weight) if _winograd_takes(weight, *weight.shape[:2]) else None
-
-
-def winograd_serves(x: Tensor, out_channels: int) -> bool:
-    """Winograd's convolution is there for such an x (B, C, H, W), and faster.
-
-    With few channels its transforms cost too much, and with small images most of its 4 × 4 tiles are empty.
-    """
-    height, width = x.shape[-2:]
-    filled = 2 * height * width >= 16 * -(-height // 4) * -(-width // 4)
-    return filled and _winograd_takes(x, x.shape[1], out_channels)
-
-
-def _winograd_takes(tensor: Tensor, *channels: int) -> bool:
-    available = _backend in ("auto", "native") and native.AVAILABLE
-    return available and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and min(channels) >= 16
-
-
-def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 4 or x.dtype not in DTYPES:
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
-        )
-    for name, given, shape in (("weight", weight, (len(weight), x.shape[1], 3, 3)), ("bias", bias, (len(weight),))):
-        if given is not None and (given.shape != shape or given.dtype != x.dtype or given.device != x.device):
-            raise ValueError(
-                f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}; "
-                f"it takes {x.dtype} of shape {shape} on {x.device}"
-            )
-
-
-@torch.library.impl("jfbfast::conv3x3", "default")
-def _conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
-) -> Tensor:
-    _check_conv3x3(x, weight, bias)
-    if winograd_serves(x, len(weight)):
-        return native.conv3x3(x, weight, bias, relu, transformed)
-    return reference.conv3x3(x, weight, bias, relu).contiguous(memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("jfbfast::conv3x3")
-def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 @torch.library.register_fake("jfbfast::blur")
 @torch.library.register_fake("jfbfast::gradient")
 @torch.library.register_fake("jfbfast::gradient_step")
 @torch.library.register_fake("jfbfast::solve")
 def _like_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.impl("jfbfast::conv3x3_weight_gradient", "default")
-def _conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], gradient.shape[1], *x.shape[2:])
-    if gradient.shape != shape or gradient.dtype != x.dtype or gradient.device != x.device:
-        raise ValueError(
-            f"gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on {gradient.device}; "
-            f"it takes {x.dtype} of shape {shape} on {x.device}"
-        )
-    kernels = native if winograd_serves(x, gradient.shape[1]) else reference
-    weight, bias = kernels.conv3x3_weight_gradient(x, gradient)
-    return weight.contiguous(), bias
-
-
-@torch.library.register_fake("jfbfast::conv3x3_weight_gradient")
-def _conv3x3_weight_gradient_like(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    outputs, inputs = gradient.shape[1], x.shape[1]
-    return x.new_empty(outputs, inputs, 3, 3), x.new_empty(outputs)
 
 
 def _keep_filters(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -316,44 +184,6 @@ def _solve_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return u, to_damping, None, None, None
 
 
-def _adjoint(weight: Tensor) -> Tensor:
-    """The weight of the adjoint convolution."""
-    return weight.transpose(0, 1).flip(2, 3)
-
-
-def _keep_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.relu, _ = inputs
-    ctx.save_for_backward(x, weight, output if ctx.relu else None)
-
-
-def _conv3x3_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, output = ctx.saved_tensors
-    if ctx.relu:
-        g = torch.ops.aten.threshold_backward(g, output, 0)
-    to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # which ends with the last argument that was given
-    by_weight, by_bias = conv3x3_weight_gradient(x, g) if to_weight or to_bias else (None, None)
-    return (
-        conv3x3(g, _adjoint(weight)) if to_x else None,
-        by_weight if to_weight else None,
-        by_bias if to_bias else None,
-        *(None, None),
-    )
-
-
-def _keep_conv3x3_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _conv3x3_weight_gradient_backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
-    x, gradient = ctx.saved_tensors
-    to_x, to_gradient = ctx.needs_input_grad
-    return conv3x3(gradient, _adjoint(weight)) if to_x else None, conv3x3(x, weight, bias) if to_gradient else None
-
-
-torch.library.register_autograd("jfbfast::conv3x3", _conv3x3_backward, setup_context=_keep_conv3x3)
-torch.library.register_autograd(
-    "jfbfast::conv3x3_weight_gradient", _conv3x3_weight_gradient_backward, setup_context=_keep_conv3x3_weight_gradient
-)
 torch.library.register_autograd("jfbfast::blur", _blur_backward, setup_context=_keep_blur)
 torch.library.register_autograd("jfbfast::gradient", _gradient_backward, setup_context=_keep_filters)
 torch.library.register_autograd("jfbfast::gradient_step", _step_backward, setup_context=_keep_step)

@@ -2,14 +2,14 @@
 
 Its convolutions are evaluated by twins with weights of their own: spectral norms materialised, a
 batch norm that follows folded in, channels-last, the bias and a ReLU that follows fused where torch
-offers it, and optionally in lower precision or by Winograd's convolution (`ops.conv3x3`). Everything
+offers it, and optionally in lower precision or by Winograd's convolution (`conv3x3`). Everything
 else of the module is shared with it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jfbfast import ops
 from jfbfast.fixed_map import owner
 from jfbfast.lipschitz import NormalisedConv2d
-from jfbfast.winograd import is_conv3x3, winograd_allowed
-
-Layer = Callable[..., Tensor]
+from jfbfast.solvers import Layer
+from jfbfast.winograd import conv3x3, is_conv3x3, transformed_weight, winograd_allowed
 
 
 def _plain(module: nn.Module) -> bool:
@@ -80,7 +78,7 @@ class _PreparedConv2d(nn.Conv2d):
         stored = self._stored(self.prepared_weight, weight, torch.channels_last)
         self.prepared_weight = stored
         self.prepared_bias = None if bias is None else self._stored(self.prepared_bias, bias, torch.contiguous_format)
-        transformed = ops.transformed_weight(stored) if winograd and _is_conv3x3(conv) else None
+        transformed = transformed_weight(stored) if winograd and _is_conv3x3(conv) else None
         kept = self.transformed
         self.transformed = None if transformed is None else self._stored(kept, transformed, torch.contiguous_format)
 
@@ -100,7 +98,7 @@ class _PreparedConv2d(nn.Conv2d):
                 return F.relu_(out) if self.relu else out
             x = x.to(weight.dtype, memory_format=torch.channels_last)
             if self.transformed is not None:
-                return ops.conv3x3(x, weight, bias, self.relu, self.transformed)
+                return conv3x3(x, weight, bias, self.relu, self.transformed)
             if self.relu and _fuses_relu(conv, x):
                 arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
                 return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, "relu", [], "")

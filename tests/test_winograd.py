@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from jfbfast import (
     backend,
     native,
-    ops,
     reference,
+    winograd,
 )
 
 SIZES = ((1, 1), (3, 5), (4, 4), (13, 21), (64, 64))
@@ -61,7 +61,7 @@ def test_one_input_at_a_time_reaches_its_neighbours_alone(size: tuple[int, int])
 @pytest.mark.parametrize("shape", ((0, 16, 8, 8), (2, 16, 0, 8), (2, 16, 8, 0)))
 def test_empty_images(shape: tuple[int, ...]) -> None:
     weight = torch.ones(20, 16, 3, 3)
-    assert ops.conv3x3(torch.zeros(shape), weight).shape == (shape[0], 20, *shape[2:])
+    assert winograd.conv3x3(torch.zeros(shape), weight).shape == (shape[0], 20, *shape[2:])
 
 
 LAYOUTS = {
@@ -85,8 +85,8 @@ def test_strided_images_and_weights_are_not_misread(layout: str) -> None:
 
 def test_a_transformed_weight_is_the_weight() -> None:
     x, weight, bias = problem(2, (32, 48), (9, 21))
-    transformed = ops.transformed_weight(weight)
-    assert torch.equal(ops.conv3x3(x, weight, bias, True, transformed), ops.conv3x3(x, weight, bias, True))
+    transformed = winograd.transformed_weight(weight)
+    assert torch.equal(winograd.conv3x3(x, weight, bias, True, transformed), winograd.conv3x3(x, weight, bias, True))
 
 
 def test_results_do_not_depend_on_the_thread_count_or_the_rest_of_the_batch() -> None:
@@ -149,18 +149,18 @@ def test_every_instruction_set(isa: str) -> None:
 @pytest.mark.parametrize("channels", ((16, 17), (3, 16)))
 def test_the_op_passes_opcheck(channels: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight, bias = (t.to(dtype).requires_grad_() for t in problem(2, channels, (5, 9)))
-    torch.library.opcheck(ops.conv3x3, (x, weight, bias, True))
-    torch.library.opcheck(ops.conv3x3, (x.contiguous(), weight, None, False))
+    torch.library.opcheck(winograd.conv3x3, (x, weight, bias, True))
+    torch.library.opcheck(winograd.conv3x3, (x.contiguous(), weight, None, False))
 
 
 def test_the_op_leaves_to_torch_what_winograd_does_not_serve() -> None:
     for channels, size, dtype in (((3, 16), (8, 8), torch.float32), ((16, 16), (1, 8), torch.float32)):
         x, weight, bias = (t.to(dtype) for t in problem(2, channels, size))
-        assert torch.equal(ops.conv3x3(x, weight, bias, True), reference.conv3x3(x, weight, bias, True))
+        assert torch.equal(winograd.conv3x3(x, weight, bias, True), reference.conv3x3(x, weight, bias, True))
     x, weight, bias = problem(2, (16, 16), (8, 8))
     with backend("reference"):
-        assert torch.equal(ops.conv3x3(x, weight, bias), reference.conv3x3(x, weight, bias))
-    assert ops.transformed_weight(weight.double()) is None and ops.transformed_weight(weight[:3]) is None
+        assert torch.equal(winograd.conv3x3(x, weight, bias), reference.conv3x3(x, weight, bias))
+    assert winograd.transformed_weight(weight.double()) is None and winograd.transformed_weight(weight[:3]) is None
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_op_leaves_to_torch_what_winograd_does_not_serve() -> None:
 def test_bad_input_is_named(change: dict[str, Tensor], message: str) -> None:
     given = {"x": torch.zeros(1, 16, 8, 8), "weight": torch.zeros(16, 16, 3, 3), "bias": torch.zeros(16)} | change
     with pytest.raises(ValueError, match=message):
-        ops.conv3x3(given["x"], given["weight"], given["bias"], False, given.get("transformed"))
+        winograd.conv3x3(given["x"], given["weight"], given["bias"], False, given.get("transformed"))
 
 
 @pytest.mark.parametrize("channels", ((16, 16), (17, 64), (64, 96), (3, 5)))
@@ -240,22 +240,22 @@ def test_gradients_of_every_order_are_those_of_torch(biased: bool, relu: bool) -
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         return [*first, *second]
 
-    found, exact = gradients(ops.conv3x3, torch.float32), gradients(reference.conv3x3, torch.float64)
+    found, exact = gradients(winograd.conv3x3, torch.float32), gradients(reference.conv3x3, torch.float64)
     for g, e in zip(found, exact, strict=True):
         assert (g - e).norm() <= 1e-5 * e.norm()
 
 
 def test_gradcheck_where_torch_computes_it() -> None:
     x, weight, bias = (t.double().requires_grad_() for t in problem(2, (2, 3), (4, 5)))
-    torch.autograd.gradcheck(ops.conv3x3, (x, weight, bias, False))
-    torch.autograd.gradgradcheck(ops.conv3x3, (x, weight, bias, False))
-    assert torch.autograd.gradcheck(ops.conv3x3, (x, weight.detach()))
+    torch.autograd.gradcheck(winograd.conv3x3, (x, weight, bias, False))
+    torch.autograd.gradgradcheck(winograd.conv3x3, (x, weight, bias, False))
+    assert torch.autograd.gradcheck(winograd.conv3x3, (x, weight.detach()))
 
 
 @pytest.mark.parametrize("needed", ((True, False, False), (False, True, False), (False, False, True)))
 def test_only_what_is_asked_for_gets_a_gradient(needed: tuple[bool, ...]) -> None:
     x, weight, bias = (t.requires_grad_(n) for t, n in zip(problem(2, (16, 16), (8, 8)), needed, strict=True))
-    ops.conv3x3(x, weight, bias, True).sum().backward()
+    winograd.conv3x3(x, weight, bias, True).sum().backward()
     assert tuple(t.grad is not None for t in (x, weight, bias)) == needed
 
 
@@ -263,19 +263,22 @@ def test_only_what_is_asked_for_gets_a_gradient(needed: tuple[bool, ...]) -> Non
 def test_the_weight_gradient_op_passes_opcheck_and_refuses_other_shapes() -> None:
     for dtype, channels in ((torch.float32, 16), (torch.float32, 3), (torch.float64, 16)):
         x, gradient = (torch.randn(2, c, 5, 8, dtype=dtype, requires_grad=True) for c in (channels, 17))
-        torch.library.opcheck(ops.conv3x3_weight_gradient, (x, gradient))
+        torch.library.opcheck(winograd.conv3x3_weight_gradient, (x, gradient))
     with pytest.raises(ValueError, match="gradient is"):
-        ops.conv3x3_weight_gradient(torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 8, 9))
+        winograd.conv3x3_weight_gradient(torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 8, 9))
 
 
 def test_the_default_dtype_and_device_are_no_concern_of_it() -> None:
     x, weight = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
-    expected = ops.conv3x3(x, weight), *ops.conv3x3_weight_gradient(x, x)
+    expected = winograd.conv3x3(x, weight), *winograd.conv3x3_weight_gradient(x, x)
     try:
         torch.set_default_dtype(torch.float64)
-        found = ops.conv3x3(x, weight, None, False, ops.transformed_weight(weight)), *ops.conv3x3_weight_gradient(x, x)
+        found = (
+            winograd.conv3x3(x, weight, None, False, winograd.transformed_weight(weight)),
+            *winograd.conv3x3_weight_gradient(x, x),
+        )
         with torch.device("meta"):
-            elsewhere = ops.conv3x3(x, weight), *ops.conv3x3_weight_gradient(x, x)
+            elsewhere = winograd.conv3x3(x, weight), *winograd.conv3x3_weight_gradient(x, x)
     finally:
         torch.set_default_dtype(torch.float32)
     for a, b, c in zip(expected, found, elsewhere, strict=True):

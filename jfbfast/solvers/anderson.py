@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jfbfast import cuda, native, ops, reference
+from jfbfast import cuda, native, reference
+from jfbfast.backends import kernels_for, selected_backend
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import CUDA_POLL, Iteration, Phase, Stall
@@ -64,7 +65,7 @@ class Anderson(FixedPointSolver):
             and not phase.estimate
             and x0.dtype in (torch.float32, torch.float64)
             and self.memory <= cuda.MAX_MEMORY
-            and ops.selected_backend() != "reference"
+            and selected_backend() != "reference"
             and not cuda.why_not(x0.get_device())
         ):
             return self._run_on_device(phase)
@@ -108,7 +109,7 @@ class _AndersonIteration(Iteration):
 
     def __init__(self, x: Tensor, memory: int, regularization: float, history: torch.dtype | None) -> None:
         batch = len(x)
-        self.kernels = native if ops.kernels_for(x.device) is native else reference
+        self.kernels = native if kernels_for(x.device) is native else reference
         self.regularization = regularization
         self.residuals = torch.zeros(memory, *x.shape, dtype=history or x.dtype, device=x.device)
         self.differences = None if history is None else torch.zeros_like(self.residuals)

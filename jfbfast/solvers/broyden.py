@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jfbfast import native, ops, reference
+from jfbfast import native, reference
+from jfbfast.backends import kernels_for
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration
@@ -79,7 +80,7 @@ class _BroydenIteration(Iteration):
 
     def __init__(self, x: Tensor, memory: int) -> None:
         batch, slots = len(x), memory + 1
-        self.kernels = native if ops.kernels_for(x.device) is native else reference
+        self.kernels = native if kernels_for(x.device) is native else reference
         self.ring = torch.zeros(2 * slots, *x.shape, dtype=x.dtype, device=x.device)
         self.gram = torch.zeros(batch, 2 * slots, 2 * slots, dtype=torch.float64, device=x.device)
         self.valid = torch.zeros(batch, slots, dtype=torch.bool, device=x.device)
