@@ -222,7 +222,7 @@ def anderson_sides(shape: Shape, memory: int, plan: Plan, device: torch.device, 
     layer = linear_map(x0)
     max_iter = memory + _STEPS
     solver, half = (
-        Anderson(tol=0.0, max_iter=max_iter, memory=memory, history=history) for history in (None, torch.bfloat16)
+        Anderson(tol=0.0, max_iter=max_iter, memory=memory, history_dtype=history) for history in (None, torch.bfloat16)
     )
 
     def pure(layer: rivals.Layer) -> None:

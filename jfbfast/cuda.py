@@ -77,12 +77,12 @@ class AndersonCuda:
     Args:
         x: the start, (B, N), float32 or float64, contiguous, on a CUDA device.
         tol, atol, memory, regularization: as in `jfbfast.Anderson`; ``memory`` from 1 to 16.
-        history: ``torch.bfloat16`` keeps the history of a float32 solve as differences in bfloat16,
+        history_dtype: ``torch.bfloat16`` keeps the history of a float32 solve as differences in bfloat16,
             beside the newest two pairs in float32; None keeps it in the dtype of x.
 
     Raises:
         RuntimeError: the kernels do not run on this device, or CUDA refused a launch.
-        ValueError: x, memory or history is none of these.
+        ValueError: x, memory or history_dtype is none of these.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class AndersonCuda:
         atol: float = 0.0,
         memory: int = 5,
         regularization: float = 1e-10,
-        history: torch.dtype | None = None,
+        history_dtype: torch.dtype | None = None,
     ) -> None:
         wide = x.dtype == torch.float64
         if not x.is_cuda or x.dim() != 2 or not (wide or x.dtype == torch.float32) or not x.is_contiguous():
@@ -103,8 +103,8 @@ class AndersonCuda:
             )
         if not 1 <= memory <= MAX_MEMORY:
             raise ValueError(f"memory is {memory}; the CUDA kernels take 1 to {MAX_MEMORY}")
-        if history not in (None, x.dtype) and (wide or history != torch.bfloat16):
-            raise ValueError(f"history is {history}; it takes None, or torch.bfloat16 for a float32 x")
+        if history_dtype not in (None, x.dtype) and (wide or history_dtype != torch.bfloat16):
+            raise ValueError(f"history_dtype is {history_dtype}; it takes None, or torch.bfloat16 for a float32 x")
         self._device = x.get_device()
         if why := why_not(self._device):
             raise RuntimeError(f"no CUDA kernels: {why}")
@@ -112,7 +112,7 @@ class AndersonCuda:
         assert module is not None
 
         samples, size = x.shape
-        differences = history == torch.bfloat16 and memory > 1
+        differences = history_dtype == torch.bfloat16 and memory > 1
         self._state = state = module.Anderson(
             float64=wide,
             differences=differences,

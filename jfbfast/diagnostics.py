@@ -40,22 +40,22 @@ class Report:
     """What `report` measured, for a batch of B samples; on the CPU, in the order of the batch.
 
     Attributes:
-        radius: γ, the spectral radius of ∂T/∂x at x*, (B,).
-        norm: ‖∂T/∂x‖₂ at x*, (B,).
+        contraction_factor: γ, the spectral radius of ∂T/∂x at x*, (B,).
+        operator_norm: ‖∂T/∂x‖₂ at x*, (B,).
         ritz_values: of ∂T/∂x at x*, (B, k), complex.
-        bound: the bound on γ of `lipschitz_bound`, (B,); None for a layer that has none.
-        condition: the lower bound on κ(MᵀM) of `jfb_condition`, (B,).
+        lipschitz_bound: on γ, (B,); None for a layer that has none.
+        jfb_condition: the lower bound on κ(MᵀM), (B,).
         cosine, norm_ratio: of each gradient method's gradient to the exact one, (B,) by name.
         solution: of the model's own solve, at its own tolerance.
         history: of its solver run on with tol = 0.
         tol: of its solver.
     """
 
-    radius: Tensor
-    norm: Tensor
+    contraction_factor: Tensor
+    operator_norm: Tensor
     ritz_values: Tensor
-    bound: Tensor | None
-    condition: Tensor
+    lipschitz_bound: Tensor | None
+    jfb_condition: Tensor
     cosine: dict[str, Tensor]
     norm_ratio: dict[str, Tensor]
     solution: FixedPointSolution
@@ -66,7 +66,7 @@ class Report:
         """The report as a table of rich: median and worst sample of each quantity."""
         from rich.table import Table
 
-        table = Table(title=f"{len(self.radius)} samples at their fixed points", title_justify="left")
+        table = Table(title=f"{len(self.contraction_factor)} samples at their fixed points", title_justify="left")
         for header, justify in (("", "left"), ("median", "right"), ("worst", "right"), ("", "left")):
             table.add_column(header, justify=justify)  # type: ignore[arg-type]
         for name, values, worst, form, meaning in _rows(self):
@@ -89,16 +89,16 @@ def _rows(r: Report) -> list[Row]:
     """Name, values of the samples, which of them is the worst, format and meaning of each line."""
     diverged = int((r.solution.status == Status.DIVERGED).sum())
     rows: list[Row] = [
-        ("contraction factor γ", r.radius, torch.max, "{:.3f}", "below 1: x ← T(x) converges"),
-        ("operator norm ‖∂T/∂x‖", r.norm, torch.max, "{:.3f}", "below 1: every step contracts"),
+        ("contraction factor γ", r.contraction_factor, torch.max, "{:.3f}", "below 1: x ← T(x) converges"),
+        ("operator norm ‖∂T/∂x‖", r.operator_norm, torch.max, "{:.3f}", "below 1: every step contracts"),
     ]
-    if r.bound is not None:
-        rows.append(("bound on γ", r.bound, torch.max, "{:.3f}", "λ/(√λ+√δ)² · Lip(D)"))
+    if r.lipschitz_bound is not None:
+        rows.append(("bound on γ", r.lipschitz_bound, torch.max, "{:.3f}", "λ/(√λ+√δ)² · Lip(D)"))
     rows += [
         ("lowest Re μ", r.ritz_values.real.amin(1), torch.min, "{:.3f}", "below −1: needs averaging"),
         ("highest Re μ", r.ritz_values.real.amax(1), torch.max, "{:.3f}", "near 1: close to singular"),
-        ("κ(MᵀM), at least", r.condition, torch.max, "{:.3g}", "JFB's theorem: κ < 1/γ"),
-        ("1/γ", 1 / r.radius, torch.min, "{:.3g}", ""),
+        ("κ(MᵀM), at least", r.jfb_condition, torch.max, "{:.3g}", "JFB's theorem: κ < 1/γ"),
+        ("1/γ", 1 / r.contraction_factor, torch.min, "{:.3g}", ""),
         (
             "evaluations",
             r.solution.iterations,
@@ -279,11 +279,11 @@ def report(
         cosine, ratio = gradient_agreement(model, d, value, cotangent, exact)
         values = ritz_values(model.layer, value, (d,), steps)
         found = Report(
-            radius=values.abs().amax(1),
-            norm=operator_norm(model.layer, value, (d,)),
+            contraction_factor=values.abs().amax(1),
+            operator_norm=operator_norm(model.layer, value, (d,)),
             ritz_values=values,
-            bound=lipschitz_bound(model, value),
-            condition=jfb_condition(model, value, d),
+            lipschitz_bound=lipschitz_bound(model, value),
+            jfb_condition=jfb_condition(model, value, d),
             cosine=cosine,
             norm_ratio=ratio,
             solution=solution,

@@ -48,7 +48,8 @@ def side_by_side(images: Mapping[str, Tensor], path: str | Path, detail: tuple[i
 def diagnosis(report: Report, path: str | Path) -> None:
     """Save a `Report` as a picture of four parts: residuals, quality, eigenvalues, gradients."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
-    colours = list(plt.colormaps["viridis"](torch.linspace(0.05, 0.85, max(len(report.radius), 1)).tolist()))
+    samples = len(report.contraction_factor)
+    colours = list(plt.colormaps["viridis"](torch.linspace(0.05, 0.85, max(samples, 1)).tolist()))
     residual, quality = report.history.residual, report.history.psnr
 
     _curves(axes[0, 0], residual, report, colours)
@@ -71,7 +72,7 @@ def diagnosis(report: Report, path: str | Path) -> None:
 
     _eigenvalues(axes[1, 0], report, colours)
     _gradients(axes[1, 1], report)
-    figure.suptitle(f"Diagnosis of {len(report.radius)} samples at their fixed points", fontsize=13)
+    figure.suptitle(f"Diagnosis of {samples} samples at their fixed points", fontsize=13)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -104,7 +105,8 @@ def _eigenvalues(axis: Axes, report: Report, colours: list[Any]) -> None:
         axis.scatter(values.real, values.imag, s=14, color=colour, alpha=0.8, linewidths=0)
     axis.set_aspect("equal", adjustable="datalim")
     axis.autoscale_view()
-    _label(axis, f"Eigenvalues of ∂T/∂x: the largest is {_largest(report.radius):.2f}", "real part", "imaginary part")
+    largest = _largest(report.contraction_factor)
+    _label(axis, f"Eigenvalues of ∂T/∂x: the largest is {largest:.2f}", "real part", "imaginary part")
 
 
 def _largest(values: Tensor) -> float:

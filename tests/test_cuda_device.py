@@ -94,7 +94,7 @@ class Contraction:
 
 def solve(problem: Contraction, history: torch.dtype | None = None, tol: float = 1e-5) -> tuple[Tensor, ...]:
     x = problem.start.clone()
-    state = AndersonCuda(x, tol=tol, history=history)
+    state = AndersonCuda(x, tol=tol, history_dtype=history)
     for _ in range(STEPS):
         state.step(x, problem(x))
     return state.finish()
@@ -141,7 +141,7 @@ def test_a_captured_step_replays(dtype: torch.dtype, history: torch.dtype | None
     problem = Contraction(4, 3000, dtype, "cuda")
     expected = solve(problem, history)
     x = problem.start.clone()
-    state = AndersonCuda(x, tol=1e-5, history=history)
+    state = AndersonCuda(x, tol=1e-5, history_dtype=history)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -284,7 +284,7 @@ def test_an_estimate_takes_the_shared_loop(device: str) -> None:
 def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
     for shape in ((0, 5), (2, 0)):
         x = torch.zeros(shape, device=device)
-        state = AndersonCuda(x, tol=1e-3, history=history)
+        state = AndersonCuda(x, tol=1e-3, history_dtype=history)
         state.step(x, x)
         value, *_ = state.finish()
         assert value.shape == shape
@@ -294,7 +294,7 @@ def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
     ("change", "message"),
     [
         ({"memory": 17}, "memory is 17; the CUDA kernels take 1 to 16"),
-        ({"history": torch.float16}, "history is torch.float16; it takes None, or torch.bfloat16"),
+        ({"history_dtype": torch.float16}, "history_dtype is torch.float16; it takes None, or torch.bfloat16"),
     ],
 )
 def test_bad_arguments(device: str, change: dict[str, object], message: str) -> None:

@@ -49,9 +49,9 @@ def parameter_jacobian(model, x, d):
 def test_the_spectrum_at_the_fixed_point(measured):
     model, d, _, found = measured
     j = dense_jacobian(model.layer, found.history.solution.value, d)
-    torch.testing.assert_close(found.radius, torch.linalg.eigvals(j).abs().amax(1), rtol=0.05, atol=0)
-    torch.testing.assert_close(found.norm, torch.linalg.matrix_norm(j, 2), rtol=0.05, atol=0)
-    assert (found.radius < 1).all() and (found.radius <= found.bound).all()
+    torch.testing.assert_close(found.contraction_factor, torch.linalg.eigvals(j).abs().amax(1), rtol=0.05, atol=0)
+    torch.testing.assert_close(found.operator_norm, torch.linalg.matrix_norm(j, 2), rtol=0.05, atol=0)
+    assert (found.contraction_factor < 1).all() and (found.contraction_factor <= found.lipschitz_bound).all()
 
 
 def test_the_bound_of_the_filtered_layer(measured):
@@ -60,10 +60,10 @@ def test_the_bound_of_the_filtered_layer(measured):
     seen = model.blur.filter(value, red.filter_damping).detach()
     denoiser = dense_jacobian(lambda v, _: red.denoiser(v), seen, d)
     expected = torch.linalg.matrix_norm(denoiser, 2) / 4  # δ = λ
-    torch.testing.assert_close(found.bound, expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(found.lipschitz_bound, expected, rtol=0.02, atol=0)
     averaged = copy.deepcopy(model)
     averaged.averaging = 0.5
-    torch.testing.assert_close(lipschitz_bound(averaged, value), 0.5 + 0.5 * found.bound, rtol=1e-6, atol=0)
+    torch.testing.assert_close(lipschitz_bound(averaged, value), 0.5 + 0.5 * found.lipschitz_bound, rtol=1e-6, atol=0)
     unequal = DEGrad(GaussianBlur(), RED(red.denoiser, 0.1, 0.4), preconditioner="exact").double().eval()
     bound = lipschitz_bound(unequal, value)
     j = dense_jacobian(unequal.layer, value, d)
@@ -79,10 +79,10 @@ def test_the_condition_is_a_lower_bound(measured):
         m = parameter_jacobian(model, value[i], d[i]).T
         eigenvalues = torch.linalg.eigvalsh(m.T @ m)
         kappa = eigenvalues[-1] / eigenvalues[0].clamp_min(0)
-        assert 1 < found.condition[i] <= kappa
+        assert 1 < found.jfb_condition[i] <= kappa
         whole = jfb_condition(model, value[i : i + 1], d[i : i + 1], steps=108)
         known = eigenvalues[-1] / (eigenvalues[0].clamp_min(0) + 108 * 2.3e-16 * eigenvalues[-1])
-        assert found.condition[i] <= whole[0] * 1.01 and whole[0] <= 1.01 * known
+        assert found.jfb_condition[i] <= whole[0] * 1.01 and whole[0] <= 1.01 * known
     small = DEGrad(GaussianBlur(), RED(nn.Conv2d(3, 3, 1), 0.1), step_size=0.5).double()
     assert (jfb_condition(small, value, d) == torch.inf).all()
 
@@ -131,7 +131,7 @@ def test_the_history_is_that_of_the_solver(measured):
 def test_every_kind_of_model_without_a_truth(model):
     found = report(model().train(), torch.randn(2, 3, 8, 8), iterations=20, steps=20)
     assert found.history.psnr is None
-    for values in (found.radius, found.norm, found.condition, *found.cosine.values()):
+    for values in (found.contraction_factor, found.operator_norm, found.jfb_condition, *found.cosine.values()):
         assert values.shape == (2,) and not values.isnan().any()
 
 
@@ -142,7 +142,7 @@ def test_a_bad_sample_is_reported_as_such_and_touches_nothing(tmp_path):
     bad[1, 0, 0, 0] = torch.nan
     found, alone = report(model, bad, iterations=15, steps=15), report(model, d[:1], iterations=15, steps=15)
     assert found.solution.status.tolist() == [Status.CONVERGED, Status.DIVERGED]
-    for name in ("radius", "norm", "bound", "condition"):
+    for name in ("contraction_factor", "operator_norm", "lipschitz_bound", "jfb_condition"):
         values = getattr(found, name)
         torch.testing.assert_close(values[:1], getattr(alone, name), rtol=1e-4, atol=0)
         assert values[1].isnan()
@@ -160,7 +160,7 @@ def test_table_and_picture(measured, tmp_path):
     text = console.file.getvalue()
     for expected in ("contraction factor γ", "operator norm", "bound on γ", "κ(MᵀM)", "PSNR at 30", "cosine of jfb"):
         assert expected in text
-    assert f"{float(found.radius.max()):.3f}" in text
+    assert f"{float(found.contraction_factor.max()):.3f}" in text
     found.plot(tmp_path / "report.png")
     assert min(read_photograph(tmp_path / "report.png").pixels.shape[1:]) > 800
 
@@ -176,7 +176,8 @@ def test_a_frozen_model_and_one_under_inference_mode_are_measured_as_any():
     assert not any(p.requires_grad for p in model.parameters())
     for found in (without, frozen):
         assert torch.equal(found.cosine["jfb"], expected.cosine["jfb"]) and found.cosine["jfb"].isfinite().all()
-        assert torch.equal(found.condition, expected.condition) and torch.equal(found.radius, expected.radius)
+        for name in ("jfb_condition", "contraction_factor"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_bad_input_is_named():

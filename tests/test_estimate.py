@@ -108,7 +108,7 @@ VARIANTS = [
     (Broyden(1e-9), torch.float64),
     (Anderson(1e-4), torch.float32),
     (Broyden(1e-4), torch.float32),
-    (Anderson(1e-4, history=torch.bfloat16), torch.float32),
+    (Anderson(1e-4, history_dtype=torch.bfloat16), torch.float32),
 ]
 
 

@@ -89,7 +89,7 @@ def test_a_history_in_bfloat16_takes_as_many_evaluations(backend, memory):
     x0 = torch.randn(3, 60)
     with jfbfast.backend(backend):
         wide, half = (
-            Anderson(tol=1e-4, max_iter=100, memory=memory, history=history).solve(layer, x0, (scale,))
+            Anderson(tol=1e-4, max_iter=100, memory=memory, history_dtype=history).solve(layer, x0, (scale,))
             for history in (None, torch.bfloat16)
         )
     assert (half.status == Status.CONVERGED).all()
@@ -262,9 +262,9 @@ def test_weights_minimise_the_mixed_residual(kernels):
         (lambda: Anderson(max_iter=2.5), "max_iter is 2.5"),
         (lambda: Anderson(memory=0), "memory is 0"),
         (lambda: Anderson(regularization=0.0), "regularization is 0"),
-        (lambda: Anderson(history=torch.float16), "history is torch.float16"),
+        (lambda: Anderson(history_dtype=torch.float16), "history_dtype is torch.float16"),
         (
-            lambda: Anderson(history=torch.bfloat16).solve(lambda x: x, torch.zeros(2, 3, dtype=torch.float64)),
+            lambda: Anderson(history_dtype=torch.bfloat16).solve(lambda x: x, torch.zeros(2, 3, dtype=torch.float64)),
             "takes float32 iterates",
         ),
         (lambda: Broyden(memory=0), "memory is 0"),

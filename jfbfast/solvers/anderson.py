@@ -30,19 +30,19 @@ class Anderson(FixedPointSolver):
         tol, max_iter, atol: as in `FixedPointSolver`.
         memory: pairs (x, T(x)) kept, at least 1; 1 is the plain iteration.
         regularization: ε of the weights' penalty ε Σ αᵢ²‖T(xᵢ) − xᵢ‖², relative to the residuals.
-        history: torch.bfloat16 keeps the history of float32 iterates in half the memory: residuals, and
+        history_dtype: torch.bfloat16 keeps the history of float32 iterates in half the memory: residuals, and
             differences of images, beside the newest images in float32; None keeps it in the iterates' dtype.
 
     Raises:
         ValueError: as in `FixedPointSolver`; ``memory`` below 1; ``regularization`` not positive; another
-            ``history``, or one in bfloat16 for iterates that are not float32.
+            ``history_dtype``, or one in bfloat16 for iterates that are not float32.
     """
 
     estimates_inverse: ClassVar[bool] = True
 
     memory: int = 5
     regularization: float = 1e-10
-    history: torch.dtype | None = None
+    history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,16 +50,16 @@ class Anderson(FixedPointSolver):
             raise ValueError(f"memory is {self.memory}; it takes an integer of at least 1")
         if not 0 < self.regularization < math.inf:
             raise ValueError(f"regularization is {self.regularization}; it takes a positive number")
-        if self.history not in (None, torch.bfloat16):
-            raise ValueError(f"history is {self.history}; it takes None or torch.bfloat16")
+        if self.history_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"history_dtype is {self.history_dtype}; it takes None or torch.bfloat16")
 
     def start(self, x: Tensor) -> Iteration:
-        return _AndersonIteration(x, self.memory, self.regularization, self.history)
+        return _AndersonIteration(x, self.memory, self.regularization, self.history_dtype)
 
     def _run(self, phase: Phase) -> FixedPointSolution:
         x0 = phase.start
-        if self.history is not None and x0.dtype != torch.float32:
-            raise ValueError(f"history is {self.history}, which takes float32 iterates; x0 is {x0.dtype}")
+        if self.history_dtype is not None and x0.dtype != torch.float32:
+            raise ValueError(f"history_dtype is {self.history_dtype}, which takes float32 iterates; x0 is {x0.dtype}")
         if (
             x0.is_cuda
             and not phase.estimate
@@ -80,7 +80,7 @@ class Anderson(FixedPointSolver):
             atol=self.atol,
             memory=self.memory,
             regularization=self.regularization,
-            history=self.history,
+            history_dtype=self.history_dtype,
         )
         stall = Stall(len(x), x.device) if phase.stop_when_stalled else None
         for evaluation in range(1, phase.longest + 1):
@@ -107,12 +107,12 @@ class _AndersonIteration(Iteration):
     images in their place, and only the newest image.
     """
 
-    def __init__(self, x: Tensor, memory: int, regularization: float, history: torch.dtype | None) -> None:
+    def __init__(self, x: Tensor, memory: int, regularization: float, history_dtype: torch.dtype | None) -> None:
         batch = len(x)
         self.kernels = native if kernels_for(x.device) is native else reference
         self.regularization = regularization
-        self.residuals = torch.zeros(memory, *x.shape, dtype=history or x.dtype, device=x.device)
-        self.differences = None if history is None else torch.zeros_like(self.residuals)
+        self.residuals = torch.zeros(memory, *x.shape, dtype=history_dtype or x.dtype, device=x.device)
+        self.differences = None if history_dtype is None else torch.zeros_like(self.residuals)
         self.images: list[Tensor] = []  # by slot; with differences the newest alone
         self.gram = torch.zeros(batch, memory, memory, dtype=torch.float64, device=x.device)
         self.valid = torch.zeros(batch, memory, dtype=torch.bool, device=x.device)
