@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from jfbfast import checks
 from jfbfast.data import ImageError, read_photograph
 
 _ORDER, _CROP, _MEASUREMENT = range(3)  # streams of random numbers, which must not meet
@@ -90,8 +91,8 @@ class Photographs(Sequence[Tensor]):
     def __init__(
         self, files: Sequence[Path], resize: int | None = None, squash: bool = False, cache: int = 2 << 30
     ) -> None:
-        if resize is not None and resize < 1:
-            raise ValueError(f"resize is {resize}; it takes an integer of at least 1")
+        if resize is not None:
+            checks.integer("resize", resize, 1)
         self.files = list(files)
         self.resize, self.squash = resize, squash
         self._block: Tensor | None = None
@@ -171,8 +172,7 @@ class RandomCrops(Dataset[Sample]):
         self, photographs: Sequence[Tensor], crop: int, length: int | None = None, flips: bool = True, seed: int = 0
     ) -> None:
         for name, value, least in (("crop", crop, 1), ("seed", seed, 0), ("photographs", len(photographs), 1)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; it takes an integer of at least {least}")
+            checks.integer(name, value, least)
         sizes = photographs.sizes if isinstance(photographs, Photographs) else [p.shape[-2:] for p in photographs]
         for which, size in enumerate(sizes):
             if any(-(-(crop - side) // 2) >= side for side in size):
@@ -222,8 +222,7 @@ class Images(Dataset[Sample]):
     """
 
     def __init__(self, photographs: Sequence[Tensor], crop: int | None = None, seed: int = 0) -> None:
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it takes an integer of at least 0")
+        checks.integer("seed", seed, 0)
         self.photographs = photographs
         self.crop, self.seed = crop, seed
 

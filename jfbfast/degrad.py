@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jfbfast import checks
 from jfbfast.denoisers import RED, log_parameter
 from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
@@ -86,9 +87,8 @@ class DEGrad(nn.Module):
             raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
         if preconditioner and damping is None and not isinstance(regularizer, RED):
             raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
-        number = isinstance(averaging, (int, float)) and not isinstance(averaging, bool)
-        if averaging != "auto" and not (number and 0 < averaging <= 1):
-            raise ValueError(f"averaging is {averaging!r}; it takes a number in (0, 1], or 'auto'")
+        if averaging != "auto":
+            checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
         filtered = isinstance(regularizer, RED) and regularizer.filtered
         needed = [method for method, used in (("solve", preconditioner), ("filter", filtered)) if used]
         if not all(callable(getattr(blur, method, None)) for method in needed):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from jfbfast import checks
 from jfbfast.lipschitz import MaxMin, NonexpansiveConv2d, SpectralNormConv2d
 
 _CONVOLUTIONS: dict[bool | str, Callable[..., nn.Conv2d]] = {
@@ -17,12 +17,6 @@ _CONVOLUTIONS: dict[bool | str, Callable[..., nn.Conv2d]] = {
     True: SpectralNormConv2d,
     "conv": NonexpansiveConv2d,
 }
-
-
-def _check_sizes(*sizes: tuple[str, int, int]) -> None:
-    for name, value, least in sizes:
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} is {value!r}; it takes an integer of at least {least}")
 
 
 class DnCNN(nn.Module):
@@ -57,7 +51,8 @@ class DnCNN(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(("channels", channels, 1), ("features", features, 1), ("depth", depth, 2))
+        for name, value, least in (("channels", channels, 1), ("features", features, 1), ("depth", depth, 2)):
+            checks.integer(name, value, least)
         if norm not in ("batch", None):
             raise ValueError(f"norm is {norm!r}; it takes 'batch' or None")
         if not isinstance(spectral_norm, (bool, str)) or spectral_norm not in _CONVOLUTIONS:
@@ -107,11 +102,11 @@ class NonexpansiveDenoiser(nn.Module):
         averaging: float = 0.5,
     ) -> None:
         super().__init__()
-        _check_sizes(("channels", channels, 1), ("features", features, 2), ("depth", depth, 2))
+        for name, value, least in (("channels", channels, 1), ("features", features, 2), ("depth", depth, 2)):
+            checks.integer(name, value, least)
         if features % 2:
             raise ValueError(f"features is {features}; it takes an even number")
-        if not 0 < averaging <= 1:
-            raise ValueError(f"averaging is {averaging}; it takes a number in (0, 1]")
+        checks.share("averaging", averaging)
         widths = (channels, *[features] * (depth - 1))
         layers: list[nn.Module] = []
         for width in widths[:-1]:
@@ -199,7 +194,5 @@ class RED(nn.Module):
 
 def log_parameter(name: str, value: float) -> nn.Parameter:
     """A learnable log(value), which keeps the value positive; raises ValueError naming ``name``."""
-    number = isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):
-        raise ValueError(f"{name} is {value!r}; it takes a positive number")
+    checks.positive(name, value.item() if isinstance(value, Tensor) else value)
     return nn.Parameter(torch.tensor(math.log(value)))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from numbers import Integral
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from jfbfast import reference
+from jfbfast import checks, reference
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.operators import SeparableBlur
 from jfbfast.precision import full_precision
@@ -78,10 +76,9 @@ class IterativeOperator(nn.Module):
 
     def __init__(self, operator: LinearOperator, tol: float | None = None, max_iter: int = 1000) -> None:
         super().__init__()
-        if tol is not None and not 0 < tol < 1:
-            raise ValueError(f"tol is {tol}; it takes None or a number in (0, 1)")
-        if not isinstance(max_iter, Integral) or max_iter < 1:
-            raise ValueError(f"max_iter is {max_iter}; it takes an integer of at least 1")
+        if tol is not None:
+            checks.number("tol", tol, lambda t: 0 < t < 1, "None or a number in (0, 1)")
+        checks.integer("max_iter", max_iter, 1)
         self.operator: Any = operator
         self.tol: float | None = tol
         self.max_iter: int = max_iter
@@ -114,8 +111,7 @@ class IterativeOperator(nn.Module):
         if b.dim() < 2:
             raise ValueError(f"b has shape {tuple(b.shape)}; it takes a batch (B, …)")
         if not isinstance(damping, Tensor):
-            if not 0 < damping < math.inf:
-                raise ValueError(f"damping is {damping}; it takes a positive number")
+            checks.positive("damping", damping)
             damping = torch.tensor(damping, dtype=torch.float64, device=b.device)
         if damping.dim() and damping.shape != (len(b), *[1] * (b.dim() - 1)):
             raise ValueError(

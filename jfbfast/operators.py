@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from jfbfast import inverse, ops, reference
+from jfbfast import checks, inverse, ops, reference
 from jfbfast.tables import Taps
 
 T = TypeVar("T", int, float)
@@ -105,8 +104,7 @@ class SeparableBlur(nn.Module):
         """
         wide = reference.band_dtype(b.dtype)
         if not isinstance(damping, Tensor):
-            if not (damping >= 0 and math.isfinite(damping)):
-                raise ValueError(f"damping is {damping}; it takes a number of at least 0")
+            checks.non_negative("damping", damping)
             if damping == 0:
                 inverse.check_invertible(self.taps, (b.shape[-2], b.shape[-1]), wide)
             damping = torch.tensor(damping, dtype=wide, device=b.device)
@@ -150,7 +148,7 @@ class GaussianBlur(SeparableBlur):
     ) -> None:
         sizes = _pair("kernel_size", kernel_size)
         sigmas = _pair("sigma", sigma)
-        if any(not isinstance(size, Integral) or size < 1 or size % 2 == 0 for size in sizes):
+        if any(not checks.is_integer(size) or size < 1 or size % 2 == 0 for size in sizes):
             raise ValueError(f"kernel_size is {kernel_size}; it takes odd positive integers")
         if not all(0 < s < math.inf for s in sigmas):
             raise ValueError(f"sigma is {sigma}; it takes positive numbers of pixels")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.degrad import DEGrad
 from jfbfast.fixed_map import fixed_map, owner
 from jfbfast.operators import SeparableBlur
@@ -51,10 +52,8 @@ def jacobian_penalty(
         ValueError: ``bound`` or ``iterations`` below 0; no ``x`` where the layer holds no solution of these inputs.
         RuntimeError: under torch.inference_mode().
     """
-    if not bound >= 0:
-        raise ValueError(f"bound is {bound}; it takes a number of at least 0")
-    if iterations < 0:
-        raise ValueError(f"iterations is {iterations}; it takes an integer of at least 0")
+    checks.non_negative("bound", bound)
+    checks.integer("iterations", iterations, 0)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("jacobian_penalty differentiates, which torch.inference_mode() forbids; call it outside")
     usable: Tensor | bool = True

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.fixed_map import fixed_map, materialised_weights, owner
 from jfbfast.linearisation import Linearisation
 from jfbfast.reference import band_dtype
@@ -65,8 +66,7 @@ def arnoldi(operator: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> T
     Raises:
         ValueError: ``steps`` below 1.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it takes an integer of at least 1")
+    checks.integer("steps", steps, 1)
     batch, n = like.shape
     k = min(steps, n)
     random = torch.Generator(like.device).manual_seed(_SEED)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast import checks
+
 
 class ResidualBlock(nn.Module):
     """x + convolution(ReLU(convolution(x))), 3 × 3."""
@@ -55,12 +57,11 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, values in (("channels", (channels,)), ("features", features), ("blocks", blocks)):
-            if not values or min(values) < 1:
+            if not values or not all(checks.is_integer(value) and value >= 1 for value in values):
                 raise ValueError(f"{name} is {values}; it takes integers of at least 1")
         if len(blocks) != len(features):
             raise ValueError(f"blocks is {tuple(blocks)}; it takes as many as features, {len(features)}")
-        if conditions < 0:
-            raise ValueError(f"conditions is {conditions}; it takes an integer of at least 0")
+        checks.integer("conditions", conditions, 0)
         *finer, coarsest = features
         self.conditions = conditions
         self.multiple = 2 ** len(features)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.solvers import FixedPointSolution, Status
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -42,8 +43,8 @@ class WarmStart:
         dtype: torch.dtype | None = torch.float16,
         device: torch.device | str | None = "cpu",
     ) -> None:
-        if max_entries is not None and max_entries < 0:
-            raise ValueError(f"max_entries is {max_entries}; it takes None or an integer of at least 0")
+        if max_entries is not None:
+            checks.integer("max_entries", max_entries, 0)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; it takes None or a floating-point dtype")
         self.max_entries = max_entries

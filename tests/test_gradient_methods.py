@@ -254,6 +254,7 @@ def test_names_and_ranges():
     for make, message in (
         (lambda: gradient_method("exact"), "gradient is 'exact'; it takes one of 'jfb', 'neumann'"),
         (lambda: Neumann(0), "terms is 0"),
+        (lambda: Neumann(True), "terms is True; it takes an integer of at least 1"),
         (lambda: Phantom(steps=1.5), "steps is 1.5"),
         (lambda: Phantom(damping=0), "damping is 0"),
         (lambda: Implicit("lu"), "solver is 'lu'"),

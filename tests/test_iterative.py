@@ -258,6 +258,7 @@ def test_what_is_not_solved_warns():
         (lambda: IterativeOperator(Matrix(), tol=0.0), "tol is 0.0"),
         (lambda: IterativeOperator(Matrix(), tol=1.0), "tol is 1.0"),
         (lambda: IterativeOperator(Matrix(), max_iter=0), "max_iter is 0"),
+        (lambda: IterativeOperator(Matrix(), max_iter=True), "max_iter is True"),
         (lambda: IterativeOperator(Matrix()).solve(torch.zeros(2, *SHAPE), 0), "damping is 0"),
         (lambda: IterativeOperator(Matrix()).solve(torch.zeros(2, *SHAPE), float("nan")), "damping is nan"),
         (lambda: IterativeOperator(Matrix()).solve(torch.zeros(2, *SHAPE), torch.ones(2)), "damping has shape"),

@@ -134,6 +134,7 @@ def test_the_solution_of_measurements_of_another_shape_is_not_taken():
         (lambda m, d: jacobian_penalty(m.layer, d), "x is None"),
         (lambda m, d: jacobian_penalty(m, d, x=d, bound=-1), "bound is -1"),
         (lambda m, d: jacobian_penalty(m, d, x=d, iterations=-1), "iterations is -1"),
+        (lambda m, d: jacobian_penalty(m, d, x=d, iterations=2.5), "iterations is 2.5"),
     ],
 )
 def test_bad_input_is_named(call, message):

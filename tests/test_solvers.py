@@ -261,6 +261,7 @@ def test_weights_minimise_the_mixed_residual(kernels):
         (lambda: Anderson(max_iter=0), "max_iter is 0"),
         (lambda: Anderson(max_iter=2.5), "max_iter is 2.5"),
         (lambda: Anderson(memory=0), "memory is 0"),
+        (lambda: Anderson(memory=True), "memory is True; it takes an integer of at least 1"),
         (lambda: Anderson(regularization=0.0), "regularization is 0"),
         (lambda: Anderson(history_dtype=torch.float16), "history_dtype is torch.float16"),
         (
@@ -270,6 +271,7 @@ def test_weights_minimise_the_mixed_residual(kernels):
         (lambda: Broyden(memory=0), "memory is 0"),
         (lambda: Broyden(memory=31), "memory is 31; it takes an integer from 1 to 30"),
         (lambda: Inertial(momentum=1.0), r"momentum is 1.0; it takes a number in \[0, 1\)"),
+        (lambda: Inertial(momentum=None), "momentum is None"),
         (lambda: Picard(atol=float("inf")), "atol is inf"),
         (lambda: Anderson().solve(lambda x: x, torch.zeros(3, dtype=torch.long)), "x0 is torch.int64"),
         (lambda: Anderson().solve(lambda x: x[:, :1], torch.zeros(3, 2)), "layer maps shape"),

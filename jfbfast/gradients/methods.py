@@ -6,15 +6,14 @@ With J = ∂T/∂x at x* and g = ∂ℓ/∂x at the output, the gradient by the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.gradients.convergence import warn_unconverged
 from jfbfast.gradients.krylov import cgls, gmres
 from jfbfast.linearisation import Linearisation
@@ -82,7 +81,7 @@ class Neumann(GradientMethod):
     terms: int = 5
 
     def __post_init__(self) -> None:
-        _check_count("terms", self.terms)
+        checks.integer("terms", self.terms, 1)
 
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
         w = gradient
@@ -112,9 +111,8 @@ class Phantom(GradientMethod):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_count("steps", self.steps)
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping is {self.damping}; it takes a number in (0, 1]")
+        checks.integer("steps", self.steps, 1)
+        checks.share("damping", self.damping)
 
     def trace(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         for _ in range(self.steps):
@@ -149,9 +147,8 @@ class Implicit(GradientMethod):
     def __post_init__(self) -> None:
         if self.solver not in ("gmres", "cg", "anderson"):
             raise ValueError(f"solver is {self.solver!r}; it takes 'gmres', 'cg' or 'anderson'")
-        if not 0 <= self.tol < math.inf:
-            raise ValueError(f"tol is {self.tol}; it takes a finite number of at least 0")
-        _check_count("max_iter", self.max_iter)
+        checks.non_negative("tol", self.tol)
+        checks.integer("max_iter", self.max_iter, 1)
 
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
         g = gradient.to(band_dtype(gradient.dtype))
@@ -195,8 +192,7 @@ class Shine(GradientMethod):
     ratio: float = 1.8
 
     def __post_init__(self) -> None:
-        if not self.ratio > 0:
-            raise ValueError(f"ratio is {self.ratio}; it takes a positive number")
+        checks.positive("ratio", self.ratio)
 
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
         assert jacobian.inverse is not None
@@ -228,17 +224,12 @@ class Unrolled(GradientMethod):
     steps: int = 10
 
     def __post_init__(self) -> None:
-        _check_count("steps", self.steps)
+        checks.integer("steps", self.steps, 1)
 
     def trace(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         for _ in range(self.steps):
             x = layer(x)
         return x
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} is {value}; it takes an integer of at least 1")
 
 
 GRADIENTS: dict[str, type[GradientMethod]] = {

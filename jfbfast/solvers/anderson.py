@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from jfbfast import cuda, native, reference
+from jfbfast import checks, cuda, native, reference
 from jfbfast.backends import kernels_for, selected_backend
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
@@ -46,10 +44,8 @@ class Anderson(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.memory, Integral) or self.memory < 1:
-            raise ValueError(f"memory is {self.memory}; it takes an integer of at least 1")
-        if not 0 < self.regularization < math.inf:
-            raise ValueError(f"regularization is {self.regularization}; it takes a positive number")
+        checks.integer("memory", self.memory, 1)
+        checks.positive("regularization", self.regularization)
         if self.history_dtype not in (None, torch.bfloat16):
             raise ValueError(f"history_dtype is {self.history_dtype}; it takes None or torch.bfloat16")
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.reference import band_dtype
 from jfbfast.solvers.loop import Iteration, Layer, Phase, iterate
 from jfbfast.solvers.solution import FixedPointSolution, Status
@@ -42,11 +41,8 @@ class FixedPointSolver(ABC):
 
     def __post_init__(self) -> None:
         for name in ("tol", "atol"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-                raise ValueError(f"{name} is {value!r}; it takes a finite number of at least 0")
-        if isinstance(self.max_iter, bool) or not isinstance(self.max_iter, Integral) or self.max_iter < 1:
-            raise ValueError(f"max_iter is {self.max_iter!r}; it takes an integer of at least 1")
+            checks.non_negative(name, getattr(self, name))
+        checks.integer("max_iter", self.max_iter, 1)
 
     @abstractmethod
     def start(self, x: Tensor) -> Iteration:

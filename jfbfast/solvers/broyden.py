@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from jfbfast import native, reference
+from jfbfast import checks, native, reference
 from jfbfast.backends import kernels_for
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
@@ -47,8 +46,7 @@ class Broyden(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.memory, Integral) or not 1 <= self.memory <= _MAX_MEMORY:
-            raise ValueError(f"memory is {self.memory}; it takes an integer from 1 to {_MAX_MEMORY}")
+        checks.integer("memory", self.memory, 1, _MAX_MEMORY)
 
     def start(self, x: Tensor) -> Iteration:
         return _BroydenIteration(x, self.memory)

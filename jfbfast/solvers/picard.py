@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.loop import Iteration, norms
 
@@ -53,8 +54,7 @@ class Inertial(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it takes a number in [0, 1)")
+        checks.number("momentum", self.momentum, lambda m: 0 <= m < 1, "a number in [0, 1)")
 
     def start(self, x: Tensor) -> Iteration:
         return _InertialIteration(x, self.momentum)

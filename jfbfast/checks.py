@@ -1,0 +1,41 @@
+"""Checks of arguments: an error names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+
+
+def is_integer(value: object) -> bool:
+    """An integer, of numpy too, which a bool is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``, and at most ``most``."""
+    if not is_integer(value) or value < least or (most is not None and value > most):  # type: ignore[operator]
+        takes = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}; it takes an integer {takes}")
+
+
+def number(name: str, value: object, valid: Callable[[float], bool], takes: str) -> None:
+    """Raise ValueError, saying what it ``takes``, unless ``value`` is a finite number that is ``valid``."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and valid(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{name} is {value!r}; it takes {takes}")
+
+
+def positive(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a finite number above 0."""
+    number(name, value, lambda v: v > 0, "a positive number")
+
+
+def non_negative(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a finite number of at least 0."""
+    number(name, value, lambda v: v >= 0, "a finite number of at least 0")
+
+
+def share(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number in (0, 1]."""
+    number(name, value, lambda v: 0 < v <= 1, "a number in (0, 1]")
