@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Protocol
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 
 from jfbfast import checks, reference
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
+from jfbfast.convergence import warn_unconverged
 from jfbfast.operators import SeparableBlur
 from jfbfast.precision import full_precision
-from jfbfast.solvers import ConvergenceWarning
 
 
 class LinearOperator(Protocol):
@@ -136,11 +135,9 @@ class IterativeOperator(nn.Module):
                 dims=tuple(range(1, b.dim())),
             )
         if unfinished.any():
-            warnings.warn(
+            warn_unconverged(
                 f"{int(unfinished.sum())} of {len(b)} samples did not reach tol={tol:g} in {self.max_iter} "
-                "iterations of conjugate gradients",
-                ConvergenceWarning,
-                stacklevel=2,
+                "iterations of conjugate gradients"
             )
         return x.to(b.dtype)
 

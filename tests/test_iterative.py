@@ -248,8 +248,9 @@ def test_deepcopy_pickle_and_training():
 def test_what_is_not_solved_warns():
     b = torch.randn(2, *SHAPE, dtype=torch.float64)
     b[1] = 0
-    with pytest.warns(ConvergenceWarning, match="1 of 2 samples did not reach tol=1e-12 in 2 iterations"):
+    with pytest.warns(ConvergenceWarning, match="1 of 2 samples did not reach tol=1e-12 in 2 iterations") as found:
         IterativeOperator(Matrix(), max_iter=2).solve(b, 0.01)
+    assert found[0].filename == __file__  # at the caller's line
 
 
 @pytest.mark.parametrize(

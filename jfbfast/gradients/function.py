@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from jfbfast.convergence import warn_unconverged
 from jfbfast.fixed_map import Buffers, step_spectral_norms
-from jfbfast.gradients.convergence import warn_unconverged
 from jfbfast.gradients.methods import GradientMethod, Unrolled, gradient_method
 from jfbfast.gradients.solve import Solve, autocast_dtype
 from jfbfast.gradients.trace import TracedLayer

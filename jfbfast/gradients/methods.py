@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.gradients.convergence import warn_unconverged
+from jfbfast.convergence import warn_unconverged
 from jfbfast.gradients.krylov import cgls, gmres
 from jfbfast.linearisation import Linearisation
 from jfbfast.reference import band_dtype

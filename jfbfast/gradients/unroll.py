@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jfbfast.convergence import warn_unconverged
 from jfbfast.fixed_map import Buffers
-from jfbfast.gradients.convergence import warn_unconverged
 from jfbfast.gradients.methods import Unrolled
 from jfbfast.gradients.trace import TracedLayer
 from jfbfast.reference import band_dtype

@@ -19,10 +19,6 @@ class Status(IntEnum):
     DIVERGED = 2
 
 
-class ConvergenceWarning(UserWarning):
-    """Some samples of a batch did not reach the tolerance asked for."""
-
-
 class FixedPointSolution(NamedTuple):
     """What a solve found, in the order of the batch.
 

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of whoever called jfbfast."""
+"""The warning of what did not converge, which points at the line of whoever called jfbfast."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
-from jfbfast.solvers import ConvergenceWarning
+_INNER = tuple(str(Path(package).parent) + os.sep for package in (__file__, torch.__file__))
 
-_INNER = tuple(str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+
+class ConvergenceWarning(UserWarning):
+    """Some samples of a batch did not reach the tolerance asked for."""
 
 
 def warn_unconverged(message: str) -> None:
