@@ -204,10 +204,6 @@ class AndersonCuda:
             self._copying = True
         return self._running if self._kept is None else self._running[self._kept]
 
-    def done(self) -> bool:
-        """True once `running` has seen that no sample runs."""
-        return not self.running().any()
-
     def select(self, keep: Tensor) -> Tensor:
         """Go on with these rows of x alone, bool (rows,) on the CPU; no history is moved.
 

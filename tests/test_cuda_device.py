@@ -16,6 +16,7 @@ from torch import Tensor
 import jfbfast
 from jfbfast import cuda
 from jfbfast.cuda import AndersonCuda
+from jfbfast.solvers.loop import Phase
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc" / "cuda"
@@ -188,7 +189,7 @@ def test_samples_leave_and_the_mask_is_read_without_waiting(device: str) -> None
         if device == "cuda":
             torch.cuda.synchronize()
     assert batches[0] == 6 and batches[-1] < 6
-    assert state.done()
+    assert not state.running().any()
     assert_same(state.finish(), expected)
 
 
@@ -265,7 +266,9 @@ def test_the_solver_stops_where_samples_stall(device: str) -> None:
         calls.append(x.clone())
         return problem(x) + 1e-3 * torch.sin(1e6 * x)
 
-    solution = jfbfast.Anderson(tol=1e-9, max_iter=400).solve(rough, problem.start, stop_when_stalled=True)
+    budget = torch.full((3,), 400, device=device)
+    phase = Phase(rough, problem.start, (), budget, 400, 400, stop_when_stalled=True)
+    solution = jfbfast.Anderson(tol=1e-9, max_iter=400)._run(phase)
     assert solution.status.tolist() == [jfbfast.Status.MAX_ITER] * 3
     assert len(calls) < 60 and (solution.residual < 1e-2).all()
 

@@ -74,7 +74,12 @@ def test_spectral_norm_agrees_with_torchs():
 def test_two_training_forwards_before_one_backward():
     network = DnCNN(1, 4, 3)
     x = torch.randn(2, 1, 6, 6)
-    (network(x) + network(x)).sum().backward()
+    twin = copy.deepcopy(network)
+    (network(x).square().sum() + network(x).square().sum()).backward()
+    for _ in range(2):
+        twin(x).square().sum().backward()
+    for mine, other in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
 
 
 def test_deepcopy_and_pickle():

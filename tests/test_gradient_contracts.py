@@ -107,10 +107,11 @@ def test_an_empty_batch_and_a_wholly_bad_one(name):
     out = fixed_point(cell, x0[:0], inputs=(none,), solver=solver_for(name), gradient=name)
     assert out.shape == (0, 12)
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), list(cell.parameters())))
-    with pytest.warns(ConvergenceWarning):
-        out = fixed_point(cell, x0, inputs=(d * torch.nan,), solver=solver_for(name), gradient=name)
-    assert torch.equal(out, x0)
-    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), list(cell.parameters())))
+    for start in (x0, x0 * torch.nan):
+        with pytest.warns(ConvergenceWarning):
+            out = fixed_point(cell, start, inputs=(d * torch.nan,), solver=solver_for(name), gradient=name)
+        torch.testing.assert_close(out, start, rtol=0, atol=0, equal_nan=True)
+        assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), list(cell.parameters())))
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -131,10 +132,10 @@ def test_the_trace_does_not_depend_on_the_iterations(name):
     assert kept[0] == kept[1] > 0
 
 
-@pytest.mark.parametrize("method", [Phantom(steps=3), Unrolled(4), Implicit(max_iter=300)], ids=str)
+@pytest.mark.parametrize("method", ["jfb", Phantom(steps=3), Unrolled(4), Implicit(max_iter=300)], ids=str)
 @pytest.mark.parametrize("bad", [False, True])
-def test_running_statistics_step_once(method, bad):
-    model = DEGrad(GaussianBlur(), DnCNN(3, 5, 3), step_size=0.3, gradient=method).double().train()
+def test_a_training_forward_steps_each_buffer_once(method, bad):
+    model = DEGrad(GaussianBlur(), DnCNN(3, 5, 4), step_size=0.3, gradient=method).double().train()
     d = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     good = slice(0, 3)
     if bad:
@@ -144,18 +145,22 @@ def test_running_statistics_step_once(method, bad):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model(d)
-    for norm in (m for m in twin.modules() if hasattr(m, "power_iteration")):
-        norm.power_iteration()
+    assert all(m.training for m in model.modules())
+    for mine, other in zip(model.modules(), twin.modules(), strict=True):
+        if hasattr(other, "power_iteration"):
+            other.power_iteration()
+            torch.testing.assert_close(mine.u, other.u, rtol=0, atol=0)
     seen = []
-    norm = next(m for m in twin.modules() if isinstance(m, nn.BatchNorm2d))
-    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for norm in (norms := [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]):
+        norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     twin.eval()
     twin.layer(model.solution.value[good], d[good])
-    updated = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    mean, var = seen[0].mean((0, 2, 3)), seen[0].var((0, 2, 3))
-    torch.testing.assert_close(updated.running_mean, 0.9 * norm.running_mean + 0.1 * mean)
-    torch.testing.assert_close(updated.running_var, 0.9 * norm.running_var + 0.1 * var)
-    assert int(updated.num_batches_tracked) == 1
+    updated = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm, mine, x in zip(norms, updated, seen, strict=True):
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        torch.testing.assert_close(mine.running_mean, 0.9 * norm.running_mean + 0.1 * mean)
+        torch.testing.assert_close(mine.running_var, 0.9 * norm.running_var + 0.1 * var)
+        assert int(mine.num_batches_tracked) == 1
 
 
 @pytest.mark.parametrize("solver", ["gmres", "cg", "anderson"])

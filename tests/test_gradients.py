@@ -177,50 +177,13 @@ def test_torchs_hook_of_spectral_norm_steps_once():
     torch.testing.assert_close(conv.weight_u, F.normalize(matrix @ v, dim=0))
 
 
-def test_a_wholly_bad_batch_has_zero_gradients():
-    model = networks()["filtered"]
-    with pytest.warns(ConvergenceWarning):
-        out = model(torch.full((2, 3, 8, 8), torch.nan))
-    out.sum().backward()
-    assert out.isnan().all()
-    assert all((p.grad == 0).all() for p in model.parameters())
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def test_a_solve_changes_no_buffer_and_a_training_forward_steps_each_once():
-    torch.manual_seed(3)
-    model = networks()["paper"]
-    d = torch.randn(4, 3, 10, 10)
+def test_a_forward_in_eval_changes_no_buffer():
+    model = networks()["paper"].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.eval()
-        before = state(model)
-        model(d)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-        twin = copy.deepcopy(model).train()
-        model.train()
-        model(d)
-    for mine, other in zip(model.modules(), twin.modules(), strict=True):
-        if hasattr(other, "power_iteration"):
-            other.power_iteration()
-            torch.testing.assert_close(mine.u, other.u, rtol=0, atol=0)
-    inputs = []
-    norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    twin.eval()
-    twin.layer(model.solution.value, d)
-    updated = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm, mine, x in zip(norms, updated, inputs, strict=True):
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
-        torch.testing.assert_close(mine.running_mean, 0.9 * norm.running_mean + 0.1 * mean)
-        torch.testing.assert_close(mine.running_var, 0.9 * norm.running_var + 0.1 * var)
-        assert int(mine.num_batches_tracked) == int(norm.num_batches_tracked) + 1
-    assert model.training and all(m.training for m in model.modules())
+        model(torch.randn(4, 3, 10, 10))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_torchs_own_spectral_norm_and_dropout_are_held_still():

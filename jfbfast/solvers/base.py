@@ -57,7 +57,6 @@ class FixedPointSolver(ABC):
         *,
         coarse: Layer | None = None,
         verify: bool = True,
-        stop_when_stalled: bool = False,
         estimate: bool = False,
     ) -> FixedPointSolution:
         """Solve x = layer(x, *inputs) for each sample of the batch.
@@ -79,7 +78,6 @@ class FixedPointSolver(ABC):
             coarse: a cheaper twin of ``layer``, such as the same map in lower precision.
             verify: False takes the word of ``coarse`` for the samples that converged there, which go on no
                 further; samples that a ``layer`` without ``inputs`` cannot leave out do.
-            stop_when_stalled: ends a sample that stalls with ``layer``, as MAX_ITER.
             estimate: gives the solution an ``inverse``, (I − ∂T/∂x)⁻¹ from the history of the
                 evaluations of ``layer`` (Ramzi et al., 2022).
 
@@ -107,7 +105,7 @@ class FixedPointSolver(ABC):
                 f"estimate is True; {type(self).__name__} keeps no history for it, Anderson and Broyden do"
             )
         with torch.no_grad():
-            return self._solve(layer, x0.detach(), tuple(inputs), coarse, verify, stop_when_stalled, estimate)
+            return self._solve(layer, x0.detach(), tuple(inputs), coarse, verify, estimate)
 
     def _solve(
         self,
@@ -116,16 +114,16 @@ class FixedPointSolver(ABC):
         inputs: tuple[Tensor, ...],
         coarse: Layer | None,
         verify: bool,
-        stop_when_stalled: bool,
         estimate: bool,
     ) -> FixedPointSolution:
         batch, most = len(x0), self.max_iter if len(x0) else 0
         budget = torch.full((batch,), self.max_iter, dtype=torch.long, device=x0.device)
         if coarse is None or most < 2:
-            found = self._run(Phase(layer, x0, inputs, budget, most, most, stop_when_stalled, estimate))
+            found = self._run(Phase(layer, x0, inputs, budget, most, most, estimate=estimate))
             return _shaped(found, x0)._replace(coarse_iterations=torch.zeros_like(budget))
 
-        found = _shaped(self._run(Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, True, name="coarse")), x0)
+        rung = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
+        found = _shaped(self._run(rung), x0)
         found = found._replace(coarse_iterations=found.iterations)
         accepted = found.status == Status.CONVERGED
         if verify or estimate or not (inputs or accepted.all()):
@@ -137,7 +135,7 @@ class FixedPointSolver(ABC):
         start, spent, *inputs_left = (v[rows] for v in (coarsely, found.iterations, *inputs))
         budget = self.max_iter - spent
         shortest, longest = int(budget.min()), int(budget.max())
-        phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, stop_when_stalled, estimate)
+        phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, estimate=estimate)
         fine = _shaped(self._run(phase), start)
         fine = fine._replace(iterations=fine.iterations + spent, coarse_iterations=spent)
         if len(rows) == batch:
