@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from jfbfast import native, reference
 
@@ -50,6 +51,15 @@ def backend(name: str) -> Iterator[None]:
 def selected_backend() -> str:
     """The backend that holds now."""
     return _backend
+
+
+def check_reverse_mode() -> None:
+    """Raise NotImplementedError within forward-mode differentiation: torch.library drops an op's tangents silently."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "jfbfast's operators have no forward-mode derivative; take torch.autograd.grad, twice for a "
+            "Jacobian-vector product"
+        )
 
 
 def kernels_for(device: torch.device) -> ModuleType:

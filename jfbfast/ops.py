@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import inverse, reference
-from jfbfast.backends import DTYPES, kernels_for
+from jfbfast.backends import DTYPES, check_reverse_mode, kernels_for
 from jfbfast.tables import Taps, bands
 
 
@@ -33,6 +33,7 @@ def _kernels(x: Tensor, taps: Taps) -> ModuleType:
 
 def _check(**images: Tensor | None) -> None:
     """Images of one shape, dtype and device; the first sets what the others must be."""
+    check_reverse_mode()
     (first, x), *others = images.items()
     assert x is not None
     if x.dim() < 2 or x.dtype not in DTYPES:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jfbfast import native, reference
-from jfbfast.backends import DTYPES, selected_backend
+from jfbfast.backends import DTYPES, check_reverse_mode, selected_backend
 
 _LEAST_TOL = 1e-4  # the rounding of Winograd's convolution is about 1e-6, and what asks for less must not see it
 
@@ -60,6 +60,7 @@ conv3x3_weight_gradient = torch.ops.jfbfast.conv3x3_weight_gradient
 
 
 def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_reverse_mode()
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
@@ -90,6 +91,7 @@ def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @torch.library.impl("jfbfast::conv3x3_weight_gradient", "default")
 def _conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    check_reverse_mode()
     shape = (x.shape[0], gradient.shape[1], *x.shape[2:])
     if gradient.shape != shape or gradient.dtype != x.dtype or gradient.device != x.device:
         raise ValueError(

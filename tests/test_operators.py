@@ -162,6 +162,16 @@ def test_vmap_agrees_with_a_loop():
             torch.testing.assert_close(batched[i], one)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own rules for forward mode
+def test_forward_mode_is_refused():
+    """torch.library drops the tangent of an op without a rule, and a derivative would be 0 without a word."""
+    blur = jfbfast.GaussianBlur()
+    x = torch.randn(2, 1, 8, 9)
+    for function in (blur, blur.normal, lambda x: blur.gradient_step(x, x, None, 0.5), lambda x: blur.solve(x, 0.1)):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (x,), (x,))
+
+
 def test_compile_without_a_graph_break():
     blur = jfbfast.GaussianBlur()
     x, d = torch.randn(2, 1, 3, 8, 9)
