@@ -10,8 +10,10 @@ statistics but the batch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,34 @@ def owner(layer: Callable[..., Tensor]) -> nn.Module | None:
     """The module that a layer is, or is a method of; None for another callable."""
     found = getattr(layer, "__self__", layer)
     return found if isinstance(found, nn.Module) else None
+
+
+_lock = Lock()
+_kept: dict[tuple[int, str], tuple[int, Any]] = {}  # by object and attribute: how many are within, and its value
+
+
+@contextmanager
+def set_aside(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """An attribute of the objects is ``value`` within.
+
+    Of several threads the first to enter keeps what it was, and the last to leave puts that back.
+    """
+    objects = tuple(objects)
+    with _lock:
+        for each in objects:
+            within, kept = _kept.get((id(each), name)) or (0, getattr(each, name))
+            _kept[id(each), name] = within + 1, kept
+            setattr(each, name, value)
+    try:
+        yield
+    finally:
+        with _lock:
+            for each in objects:
+                within, kept = _kept.pop((id(each), name))
+                if within > 1:
+                    _kept[id(each), name] = within - 1, kept
+                else:
+                    setattr(each, name, kept)
 
 
 @contextmanager

@@ -89,6 +89,22 @@ def test_captured_data_of_a_sample_that_grows_without_bound(method):
     assert weight.grad.isfinite().all() and (weight.grad > 0).all()
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_parameters_hook_runs_once(method):
+    cell, d, x0 = problem()
+    expected = gradients_of(cell, d, fixed_point(cell, x0, inputs=(d,), solver=solver_for(method), gradient=method))
+    for p in (d, *cell.parameters()):
+        p.register_hook(lambda g: g / 2)
+    handle = cell.inner.weight.register_hook(lambda g: 8 * g)
+    out = fixed_point(cell, x0, inputs=(d,), solver=solver_for(method), gradient=method)
+    found = gradients_of(cell, d, out)
+    factors = [4.0 if p is cell.inner.weight else 0.5 for p in (d, *cell.parameters())]
+    assert_all_close(found, [k * g for k, g in zip(factors, expected, strict=True)], 1e-9)
+    handle.remove()
+    out = fixed_point(cell, x0, inputs=(d,), solver=solver_for(method), gradient=method)
+    assert_all_close(gradients_of(cell, d, out), [g / 2 for g in expected], 1e-9)
+
+
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_output_is_the_same(name, mode):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jfbfast.fixed_map import fixed_map, owner, updated_statistics
+from jfbfast.fixed_map import fixed_map, owner, set_aside, updated_statistics
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluated
@@ -70,7 +70,8 @@ class _FixedPointFunction(torch.autograd.Function):
         wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
         found: list[Tensor | None] = [None] * len(leaves)
         if out.requires_grad:
-            with torch.autocast(gradient.device.type, enabled=False):
+            hooked = [t for t in leaves if t.is_leaf]  # whose own hooks run where the gradient arrives, and not here
+            with torch.autocast(gradient.device.type, enabled=False), set_aside(hooked, "_backward_hooks", None):
                 w = ctx.method.cotangent(gradient, jacobian)
                 grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, allow_unused=True)
             for i, grad in zip(wanted, grads, strict=True):
