@@ -110,28 +110,47 @@ def _update_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor, x: Tensor) -
     F.batch_norm(x.detach(), mean, var, training=True, momentum=momentum)
 
 
-@contextmanager
-def updated_statistics(module: nn.Module) -> Iterator[None]:
-    """Within one evaluation of the layer, every batch norm in train() updates its running statistics.
+class RunningStatistics:
+    """The running statistics of a module's batch norms in train(), as they are now: a trace normalises by them.
 
-    It still normalises by the old ones, of which it gets a copy: backward needs them unchanged.
+    So does whatever backward evaluates again (`torch.utils.checkpoint`), after a training forward has moved on.
     """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    with ExitStack() as stack:
-        for norm in norms:
-            mean, var = norm.running_mean, norm.running_var
-            assert mean is not None and var is not None
-            stack.callback(setattr, norm, "running_mean", mean)
-            stack.callback(setattr, norm, "running_var", var)
-            norm.running_mean, norm.running_var = mean.clone(), var.clone()
 
-            def hook(norm: nn.Module, args: tuple[Tensor, ...], mean: Tensor = mean, var: Tensor = var) -> None:
-                with torch.no_grad():
-                    assert isinstance(norm, _BatchNorm)
-                    _update_statistics(norm, mean, var, args[0])
+    def __init__(self, module: nn.Module | None) -> None:
+        modules = () if module is None else module.modules()
+        norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        self.kept = [(norm, _copy(norm.running_mean), _copy(norm.running_var)) for norm in norms]
 
-            stack.callback(norm.register_forward_pre_hook(hook).remove)
-        yield
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within, the batch norms normalise by these, which no update changes."""
+        with ExitStack() as stack:
+            for norm, mean, var in self.kept:
+                stack.callback(setattr, norm, "running_mean", norm.running_mean)
+                stack.callback(setattr, norm, "running_var", norm.running_var)
+                norm.running_mean, norm.running_var = mean, var
+            yield
+
+    @contextmanager
+    def updated(self) -> Iterator[None]:
+        """Within one evaluation of the layer, every batch norm updates its own, while it normalises by these."""
+        with ExitStack() as stack:
+            for norm, _, _ in self.kept:
+                mean, var = norm.running_mean, norm.running_var
+
+                def hook(norm: nn.Module, args: tuple[Tensor, ...], mean: Any = mean, var: Any = var) -> None:
+                    with torch.no_grad():
+                        assert isinstance(norm, _BatchNorm)
+                        _update_statistics(norm, mean, var, args[0])
+
+                stack.callback(norm.register_forward_pre_hook(hook).remove)
+            stack.enter_context(self.used())
+            yield
+
+
+def _copy(statistics: Tensor | None) -> Tensor:
+    assert statistics is not None
+    return statistics.clone()
 
 
 class Buffers:

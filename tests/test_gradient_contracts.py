@@ -9,6 +9,7 @@ import torch
 from implicit import TIGHT, assert_all_close, gradients_of, problem, solver_for
 from models import networks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from jfbfast import (
     Anderson,
@@ -177,6 +178,51 @@ def test_a_training_forward_steps_each_buffer_once(method, bad):
         torch.testing.assert_close(mine.running_mean, 0.9 * norm.running_mean + 0.1 * mean)
         torch.testing.assert_close(mine.running_var, 0.9 * norm.running_var + 0.1 * var)
         assert int(mine.num_batches_tracked) == 1
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("method", ["jfb", "unrolled", Phantom(steps=2), Implicit(max_iter=20)], ids=str)
+@pytest.mark.parametrize("state", ["batch norm", "spectral norm", "dropout"])
+def test_a_checkpoint_in_a_regulariser_that_trains(state, method):
+    if state == "dropout":
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.ConvTranspose2d(4, 3, 3))
+    else:
+        norm = "batch" if state == "batch norm" else None
+        net = DnCNN(3, 5, 3, norm=norm, spectral_norm=state == "spectral norm", bias=True)
+    solver = Anderson(tol=1e-3, max_iter=30)
+    plain = DEGrad(GaussianBlur(), net, step_size=0.3, gradient=method, solver=solver).train()
+    nn.init.uniform_(next(net.parameters()), -0.1, 0.1)
+    model = copy.deepcopy(plain)
+    model.regularizer = Checkpointed(model.regularizer)
+    d = 0.3 * torch.randn(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for m in (plain, model):
+            m(d).square().sum().backward()
+    assert_all_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()], 1e-5)
+    for found, expected in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert all(m.training for m in model.modules())
+
+
+def test_the_gradient_through_many_applications_is_that_of_one_map():
+    model = DEGrad(GaussianBlur(), DnCNN(3, 5, 3), step_size=0.3, gradient=Unrolled(4)).double().train()
+    d = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    still = copy.deepcopy(model)
+    for m in still.modules():
+        if hasattr(m, "power_iteration"):
+            m.power_iteration()
+    for m in (model, still.eval()):
+        m(d).square().sum().backward()
+    assert_all_close([p.grad for p in model.parameters()], [p.grad for p in still.parameters()], 1e-10)
 
 
 @pytest.mark.parametrize("solver", ["gmres", "cg", "anderson"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from jfbfast.fixed_map import fixed_map, owner, set_aside, updated_statistics
+from jfbfast.fixed_map import RunningStatistics, fixed_map, owner, set_aside
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluated
@@ -28,13 +28,19 @@ class _Applications:
         self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int, tol: float
     ) -> None:
         self.layer, self.module, self.inputs, self.noted, self.tol = layer, module, inputs, noted, tol
+        self.statistics = RunningStatistics(module)
         self.count = 0
         self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        noting = self.module if len(x) > 0 and self.count == self.noted else None
-        statistics = nullcontext() if noting is None else updated_statistics(noting)
+    @contextmanager
+    def still(self, noting: bool = False) -> Iterator[None]:
+        """The layer as every application sees it, for backward too, which may evaluate parts of it again."""
+        statistics = self.statistics.updated() if noting else self.statistics.used()
         with statistics, fixed_map(self.module), winograd_convolutions(self.tol):
+            yield
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self.still(noting=len(x) > 0 and self.count == self.noted):
             image = evaluated(self.layer, "layer", x, self.inputs).to(x.dtype)
         if image.shape != x.shape:
             raise ValueError(
@@ -51,6 +57,7 @@ class _Trace(NamedTuple):
     out: Tensor
     jacobian: Jacobian
     leaves: tuple[Tensor, ...]
+    applications: _Applications
 
 
 class _FixedPointFunction(torch.autograd.Function):
@@ -66,12 +73,16 @@ class _FixedPointFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.trace is None:
             raise RuntimeError("the layer at the fixed point is differentiated once; solve again for a second backward")
-        (out, jacobian, leaves), ctx.trace = ctx.trace, None
+        (out, jacobian, leaves, applications), ctx.trace = ctx.trace, None
         wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
         found: list[Tensor | None] = [None] * len(leaves)
         if out.requires_grad:
             hooked = [t for t in leaves if t.is_leaf]  # whose own hooks run where the gradient arrives, and not here
-            with torch.autocast(gradient.device.type, enabled=False), set_aside(hooked, "_backward_hooks", None):
+            with (
+                torch.autocast(gradient.device.type, enabled=False),
+                set_aside(hooked, "_backward_hooks", None),
+                applications.still(),
+            ):
                 w = ctx.method.cotangent(gradient, jacobian)
                 grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, allow_unused=True)
             for i, grad in zip(wanted, grads, strict=True):
@@ -127,6 +138,6 @@ class TracedLayer:
         if differentiable:
             if not self.named:
                 _raise_for_captured(out, (x, *leaves, *self.parameters))
-            trace = _Trace(out, Jacobian(x, out, inverse), (*leaves, *self.parameters))
+            trace = _Trace(out, Jacobian(x, out, inverse), (*leaves, *self.parameters), applications)
             out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
         return out, applications.ends
