@@ -252,10 +252,14 @@ def test_what_cannot_be_prepared_is_used_as_it_is():
         def forward(self, x):
             return super().forward(x) + 1
 
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight / weight.norm(), bias)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
-    for module in (nn.Linear(3, 3), Own(3, 3, 1), traced):
+    for module in (nn.Linear(3, 3), Own(3, 3, 1), Standardised(3, 3, 1), traced):
         assert _Twin(module, None).module is module
     x = torch.randn(3)
     torch.testing.assert_close(prepared(torch.tanh)(x), x.tanh())
