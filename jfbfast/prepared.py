@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jfbfast.fixed_map import owner
-from jfbfast.lipschitz import NormalisedConv2d
+from jfbfast.lipschitz import NormalisedConv2d, SpectralNormConv2d
 from jfbfast.solvers import Layer
 from jfbfast.winograd import conv3x3, is_conv3x3, transformed_weight, winograd_allowed
 
@@ -32,9 +33,8 @@ def _foldable(module: nn.Module) -> bool:
     """A convolution whose function is known from its weight, which may be computed (spectral norm)."""
     if not (isinstance(module, nn.Conv2d) and _plain(module)):
         return False
-    if type(module)._conv_forward is not nn.Conv2d._conv_forward:
-        return False
-    return type(module).forward is nn.Conv2d.forward or isinstance(module, NormalisedConv2d)
+    known = (nn.Conv2d.forward, NormalisedConv2d.forward, SpectralNormConv2d.forward)
+    return type(module)._conv_forward is nn.Conv2d._conv_forward and type(module).forward in known
 
 
 def _norm_to_fold(module: nn.Module) -> bool:
@@ -180,7 +180,7 @@ class _Twin:
         self.copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         self.convolutions: list[_PreparedConv2d] = []
         self.seen: dict[nn.Module, nn.Module] = {}
-        self.compiled: dict[str, Layer] = {}
+        self.compiled: dict[Callable[..., Any] | None, Layer] = {}
         self.module = self._twin(module)
         for conv in self.convolutions[1:-1]:  # the first and the last map from and to the image, and are cheap
             conv.dtype = dtype
@@ -219,14 +219,18 @@ class _Twin:
         self.copies.append((module, copy, own))
         return copy
 
-    def method(self, name: str, compiled: bool) -> Layer:
-        """The twin's method of that name, through torch.compile if asked; a compiled one is kept."""
-        method: Layer = getattr(self.module, name)
+    def method(self, function: Callable[..., Any] | None, compiled: bool) -> Layer:
+        """That function of the module's as a method of the twin, None the twin itself; a compiled one is kept."""
+        method: Layer = self.module.__call__
+        if function is getattr(type(self.module), "forward", None):
+            method = self.module.forward  # of a Sequential's twin one of its own
+        elif function is not None:
+            method = MethodType(function, self.module)
         if not compiled:
             return method
-        if name not in self.compiled:
-            self.compiled[name] = torch.compile(method)
-        return self.compiled[name]
+        if function not in self.compiled:
+            self.compiled[function] = torch.compile(method)
+        return self.compiled[function]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -281,14 +285,14 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
             CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and enough channels.
         compiled: pass a module, or a module's method, through torch.compile.
     """
-    module = owner(layer)
-    if module is not None:
+    module, function = owner(layer), getattr(layer, "__func__", None)  # by its name it may be another
+    if module is not None and (layer is module or function is not None):
         structure, twins = _structure(module), module.__dict__.setdefault("_jfbfast_twins", _Twins()).made
         if dtype not in twins or twins[dtype][0] != structure:
             twins[dtype] = structure, _Twin(module, dtype)
         twin = twins[dtype][1]
         twin.refresh(winograd_allowed(tol))
-        layer = twin.method("__call__" if layer is module else layer.__name__, compiled)
+        layer = twin.method(function, compiled)
 
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):

@@ -6,6 +6,7 @@ import pickle
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 import jfbfast
 from jfbfast import DnCNN, UNet, solve_fixed_point
 from jfbfast.denoisers import SpectralNormConv2d
-from jfbfast.prepared import _PreparedConv2d, _Twin, prepared
+from jfbfast.prepared import _Chain, _PreparedConv2d, _Twin, prepared
 
 
 class Branches(nn.Module):
@@ -247,8 +248,53 @@ def test_a_method_of_a_model(name):
     torch.testing.assert_close(prepared(model.layer)(x, d), model.layer(x, d), rtol=1e-10, atol=1e-12)
 
 
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def step(self, x):
+        return self.conv(x)
+
+
+def unwrapped(function):
+    return lambda *args: function(*args)
+
+
+class Child(Parent):
+    @unwrapped
+    def decorated(self, x):
+        return 2 * self.conv(x)
+
+    def __private(self, x):
+        return 3 * self.conv(x)
+
+    def step(self, x):
+        return 4 * self.conv(x)
+
+    def layers(self):
+        added = MethodType(lambda self, x: 5 * self.conv(x), self)
+        return super().step, self.decorated, self.__private, self.step, added
+
+
+@torch.no_grad()
+def test_a_method_is_the_function_that_was_given_whatever_its_name():
+    net, x = Child().double(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    for factor, layer in enumerate(net.layers(), 1):
+        torch.testing.assert_close(prepared(layer)(x), factor * net.conv(x))
+    chain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).double()
+    torch.testing.assert_close(prepared(chain.forward)(x), chain(x))
+    twin = _Twin(chain, None)
+    twin.refresh()
+    assert isinstance(twin.method(nn.Sequential.forward, compiled=False), _Chain)
+
+
 def test_what_cannot_be_prepared_is_used_as_it_is():
     class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class OwnNormalised(SpectralNormConv2d):
         def forward(self, x):
             return super().forward(x) + 1
 
@@ -259,7 +305,7 @@ def test_what_cannot_be_prepared_is_used_as_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
-    for module in (nn.Linear(3, 3), Own(3, 3, 1), Standardised(3, 3, 1), traced):
+    for module in (nn.Linear(3, 3), Own(3, 3, 1), OwnNormalised(3, 3, 1), Standardised(3, 3, 1), traced):
         assert _Twin(module, None).module is module
     x = torch.randn(3)
     torch.testing.assert_close(prepared(torch.tanh)(x), x.tanh())
