@@ -62,14 +62,8 @@ def set_aside(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def fixed_map(module: nn.Module | None) -> Iterator[None]:
     """``module`` in eval() within; its modules' own modes come back after."""
-    modes = [] if module is None else [(m, m.training) for m in module.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
+    with set_aside(() if module is None else module.modules(), "training", False):
         yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pickle
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import MethodType
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 import jfbfast
 from jfbfast import DnCNN, UNet, solve_fixed_point
 from jfbfast.denoisers import SpectralNormConv2d
+from jfbfast.fixed_map import fixed_map
 from jfbfast.prepared import _Chain, _PreparedConv2d, _Twin, prepared
 
 
@@ -238,6 +240,27 @@ def test_threads_share_a_model():
             found = list(threads.map(torch.no_grad()(lambda i: model(d[i % 4])), range(80)))
     for i, each in enumerate(found):
         torch.testing.assert_close(each, expected[i % 4])
+
+
+def test_threads_that_solve_at_once_leave_a_model_in_train():
+    """The second begins within the first's solve and ends after it."""
+    net, second_began, first_ended = nn.Conv2d(3, 3, 1), Event(), Event()
+
+    def first():
+        with fixed_map(net):
+            assert second_began.wait(10)
+        first_ended.set()
+        return net.training
+
+    def second():
+        with fixed_map(net):
+            second_began.set()
+            assert first_ended.wait(10)
+            return net.training
+
+    with ThreadPoolExecutor(2) as threads:
+        modes = [thread.result() for thread in (threads.submit(first), threads.submit(second))]
+    assert modes == [False, False] and net.training
 
 
 @pytest.mark.parametrize("name", networks())
