@@ -91,7 +91,8 @@ class SeparableBlur(nn.Module):
         """(AᵀA + λI)⁻¹ b, exact up to rounding in every padding mode.
 
         Through the singular value decompositions of the two band matrices up to 1024 pixels a side;
-        beyond, by preconditioned conjugate gradients to a relative residual of 1e-6 (float64: 1e-12).
+        beyond, by preconditioned conjugate gradients in float64, each image to a relative residual of 1e-6 (b in
+        float64: 1e-12, as far as rounding lets it) before it is rounded to b's dtype, in at most 1000 iterations.
 
         Args:
             b: images (…, H, W).
@@ -101,6 +102,10 @@ class SeparableBlur(nn.Module):
         Raises:
             ValueError: a number λ < 0; λ = 0 where A is numerically singular or a side is over 1024; a
                 tensor of another shape.
+
+        Warns:
+            ConvergenceWarning: images that conjugate gradients left above that residual; a λ below about 1e-5 is
+                beyond them where A is nearly singular.
         """
         wide = reference.band_dtype(b.dtype)
         if not isinstance(damping, Tensor):

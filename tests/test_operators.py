@@ -92,6 +92,17 @@ def test_conjugate_gradients_agree_with_the_svd(mode, monkeypatch):
     torch.testing.assert_close(found[1], exact[1], rtol=0, atol=1e-8)
 
 
+def test_conjugate_gradients_reach_what_they_claim_or_say_so(monkeypatch):
+    blur = jfbfast.GaussianBlur(5, 5.0)
+    monkeypatch.setattr(inverse, "SVD_LIMIT", 16)
+    b, damping = torch.randn(2, 1, 96, 64), 1e-3
+    x = blur.solve(b, damping).double()
+    assert (blur.normal(x) + damping * x - b).norm() <= 4e-6 * b.norm()  # and the rounding of x
+    monkeypatch.setattr(inverse, "_CG_MAX_ITER", 3)
+    with pytest.warns(jfbfast.ConvergenceWarning, match="2 of 2 images did not reach a relative residual of 1e-06 in 3"):
+        blur.solve(b, damping)
+
+
 def test_solve_takes_one_damping_a_sample():
     blur = jfbfast.GaussianBlur()
     b = torch.randn(3, 2, 9, 8)
