@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from implicit import TIGHT, assert_all_close, gradients_of, problem, solver_for
-from models import networks
+from models import Cell, networks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -129,6 +129,22 @@ def test_an_empty_batch_and_a_wholly_bad_one(name):
             out = fixed_point(cell, start, inputs=(d * torch.nan,), solver=solver_for(name), gradient=name)
         torch.testing.assert_close(out, start, rtol=0, atol=0, equal_nan=True)
         assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), list(cell.parameters())))
+
+
+class Reshaped(Cell):
+    def forward(self, x, d):
+        return super().forward(x.reshape(x.shape[0], -1), d)  # which raises for an empty batch
+
+
+@pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "shine"])
+def test_a_layer_that_takes_no_empty_batch(name):
+    cell, d = Reshaped(), torch.full((1, 12), torch.nan, requires_grad=True)
+    with pytest.warns(ConvergenceWarning, match="1 diverged|1 of 1 samples diverged"):
+        out = fixed_point(cell, torch.zeros(1, 12), inputs=(d,), gradient=name)
+    assert (out == 0).all()
+    found = torch.autograd.grad((torch.nan * out).sum(), [d, *cell.parameters()])
+    assert all((g == 0).all() for g in found)
+    assert fixed_point(cell, torch.zeros(0, 12), inputs=(d[:0],), gradient="jfb").shape == (0, 12)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

@@ -52,6 +52,10 @@ def _apply(
         The output (B, …), the rows of the batch that the layer was applied to, and its (x, T(x)) there.
     """
     usable = solution.status != Status.DIVERGED
+    if inputs and not usable.any():  # nor is the layer called, which may not take an empty batch
+        none = usable.nonzero()[:, 0]
+        value = solution.value
+        return value.index_put((none,), traced.nothing(value, inputs)), none, (value[none], value[none])
     rows, everything = torch.arange(len(usable), device=usable.device), bool(usable.all())
     if not everything and inputs:
         rows = rows[usable]

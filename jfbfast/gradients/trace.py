@@ -141,3 +141,8 @@ class TracedLayer:
             trace = _Trace(out, Jacobian(x, out, inverse), (*leaves, *self.parameters), applications)
             out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
         return out, applications.ends
+
+    def nothing(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """An output for no samples of x, (0, …): its gradient in every input and parameter is zero."""
+        ends = [t.flatten()[:0].real.to(x) for t in (*inputs, *self.parameters)]
+        return torch.cat(ends).view(0, *x.shape[1:]) if ends else x[:0]
