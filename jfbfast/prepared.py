@@ -9,7 +9,7 @@ else of the module is shared with it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import MethodType
 from typing import Any

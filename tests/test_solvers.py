@@ -6,9 +6,20 @@ import warnings
 import pytest
 import torch
 from maps import Counted, linear_map
+from models import Cell
 
 import jfbfast
-from jfbfast import Anderson, Broyden, Inertial, Picard, Status, native, reference
+from jfbfast import (
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    Inertial,
+    Picard,
+    Status,
+    native,
+    reference,
+    solve_fixed_point,
+)
 from jfbfast.solvers import loop
 
 SOLVERS = (Anderson, Broyden, Inertial, Picard)
@@ -336,3 +347,19 @@ def test_a_layer_that_writes_over_its_input_is_refused(solver):
             solver().solve(layer, torch.full((4, 2), -3.0), (torch.ones(4, 2),))
     with pytest.raises(TypeError, match="layer returns a tuple; it takes a layer that returns a tensor"):
         solver().solve(lambda x: (x, x), torch.zeros(1, 2))
+
+
+def test_half_precision_ends_where_its_rounding_is_above_the_tolerance():
+    cell = Cell(64).bfloat16()
+    d, x0 = torch.randn(3, 64).bfloat16(), torch.zeros(3, 64).bfloat16()
+    for solver in (Anderson(tol=1e-5), Picard(tol=1e-5)):
+        with pytest.warns(ConvergenceWarning, match=r"tol is below the rounding of torch.bfloat16"):
+            _, solution = solve_fixed_point(cell, x0, inputs=(d,), solver=solver)
+        assert (solution.iterations < 20).all() and (solution.residual < 8e-3).all()
+
+    def slow(x):
+        return 0.96 * x + 1
+
+    solution = Picard(tol=1e-3, max_iter=60).solve(slow, torch.full((1, 4), 100.0).bfloat16())
+    assert solution.iterations > 20 or solution.residual < 8e-3
+    assert (Picard(tol=0, max_iter=40).solve(slow, torch.ones(1, 4).bfloat16()).iterations == 40).all()

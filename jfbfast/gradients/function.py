@@ -23,10 +23,13 @@ def _warn(solution: FixedPointSolution, solver: FixedPointSolver) -> None:
     status = solution.status
     diverged, late = (int((status == s).sum()) for s in (Status.DIVERGED, Status.MAX_ITER))
     if diverged or (late and solver.tol > 0):
+        dtype = solution.value.dtype
+        beyond = late and 0 < solver.tol < torch.finfo(dtype).eps
         warn_unconverged(
             f"{diverged + late} of {len(status)} samples did not converge to tol={solver.tol:g} in "
-            f"{solver.max_iter} evaluations ({diverged} diverged; "
+            f"{int(solution.iterations.max())} evaluations ({diverged} diverged; "
             f"largest residual {float(solution.residual.max()):.1e})"
+            + (f"; tol is below the rounding of {dtype}" if beyond else "")
         )
 
 

@@ -68,7 +68,8 @@ class FixedPointSolver(ABC):
 
         A sample has stalled when in 5 evaluations its lowest ‖T(x) − x‖ has not fallen by 30%: at the
         rounding floor of T, or where the solve converges at a rate above 0.93. (The device solve of
-        `Anderson` looks every fourth evaluation.)
+        `Anderson` looks every fourth evaluation.) Half-precision iterates with a ``tol`` below their eps (8e-3 in
+        bfloat16) end as MAX_ITER where they have stalled within it: ``tol`` is beyond their rounding.
 
         Args:
             layer: T, a map of (B, …) to the same shape that treats each sample by itself.
@@ -117,9 +118,11 @@ class FixedPointSolver(ABC):
         estimate: bool,
     ) -> FixedPointSolution:
         batch, most = len(x0), self.max_iter if len(x0) else 0
+        precision = torch.finfo(x0.dtype)
+        floor = precision.eps if precision.bits < 32 and 0 < self.tol < precision.eps else 0.0
         budget = torch.full((batch,), self.max_iter, dtype=torch.long, device=x0.device)
         if coarse is None or most < 2:
-            found = self._run(Phase(layer, x0, inputs, budget, most, most, estimate=estimate))
+            found = self._run(Phase(layer, x0, inputs, budget, most, most, estimate=estimate, floor=floor))
             return _shaped(found, x0)._replace(coarse_iterations=torch.zeros_like(budget))
 
         rung = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
@@ -135,7 +138,7 @@ class FixedPointSolver(ABC):
         start, spent, *inputs_left = (v[rows] for v in (coarsely, found.iterations, *inputs))
         budget = self.max_iter - spent
         shortest, longest = int(budget.min()), int(budget.max())
-        phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, estimate=estimate)
+        phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, estimate=estimate, floor=floor)
         fine = _shaped(self._run(phase), start)
         fine = fine._replace(iterations=fine.iterations + spent, coarse_iterations=spent)
         if len(rows) == batch:

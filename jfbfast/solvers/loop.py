@@ -81,6 +81,7 @@ class Phase:
         inputs: tensors (B, …), passed on to the layer.
         budget: evaluations that each sample may take, at least 1, (B,), from ``shortest`` to ``longest``.
         stop_when_stalled: whether a sample ends where `Stall` says so.
+        floor: the relative residual at which one that has stalled ends in any case.
         estimate: whether to keep each sample's history for an `InverseEstimate`.
     """
 
@@ -93,6 +94,7 @@ class Phase:
     stop_when_stalled: bool = False
     estimate: bool = False
     name: str = "layer"
+    floor: float = 0.0
 
     def flat_start(self) -> Tensor:
         """A copy of the start, (B, N)."""
@@ -209,7 +211,8 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
     x, inputs, device = phase.flat_start(), phase.inputs, phase.start.device
     iteration = start(x)
     samples = _Samples(x, phase.budget)
-    stall = Stall(len(x), device) if phase.stop_when_stalled else None
+    stall = Stall(len(x), device) if phase.stop_when_stalled or phase.floor > 0 else None
+    floor = torch.inf if phase.stop_when_stalled else phase.floor
     inverse = InverseEstimate(phase.start.shape) if phase.estimate else None
     solution = tuple(torch.empty_like(field) for field in samples.found())
     buffers = [torch.empty_like(x) for _ in range(4)]
@@ -223,7 +226,7 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
         before = samples.active
         improved = samples.judge(x, residual, image, tol, atol)
         if stall is not None:
-            samples.active = samples.active & ~stall.update(samples.lowest)
+            samples.active = samples.active & ~(stall.update(samples.lowest) & (samples.residual <= floor))
         ended = before & ~samples.active & (samples.status != Status.DIVERGED)
         if inverse is not None and ended.any():
             inverse.put(samples.rows[ended], iteration.inverse(ended.nonzero()[:, 0], f))
