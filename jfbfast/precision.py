@@ -14,15 +14,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 nor another reduced-precision matrix product or convolution within."""
     backends: Any = torch.backends
     if device.type == "cuda":
-        settings = (backends.cuda.matmul, backends.cudnn.conv)
+        parent, settings = backends.cudnn, (backends.cuda.matmul, backends.cudnn.conv)
     else:
-        settings = (backends.mkldnn.matmul, backends.mkldnn.conv)
-    precisions = [setting.fp32_precision for setting in settings]
+        parent, settings = backends.mkldnn, (backends.mkldnn.matmul, backends.mkldnn.conv)
+    changed = []
     try:
         for setting in settings:
-            setting.fp32_precision = "ieee"
+            precision = setting.fp32_precision
+            if precision != "ieee":
+                inherited = precision == parent.fp32_precision  # and is to go on following it
+                changed.append((setting, "none" if inherited else precision))
+                setting.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for setting, precision in zip(settings, precisions, strict=True):
+        for setting, precision in changed:
             setting.fp32_precision = precision

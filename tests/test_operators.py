@@ -103,6 +103,25 @@ def test_conjugate_gradients_reach_what_they_claim_or_say_so(monkeypatch):
         blur.solve(b, damping)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_precision_settings_go_on_following_what_they_inherit_from(device):
+    backends = torch.backends
+    parent, child = (backends.mkldnn, backends.mkldnn.matmul) if device == "cpu" else (backends, backends.cuda.matmul)
+    precision = "bf16" if device == "cpu" else "tf32"
+    for own in (False, True):
+        try:
+            parent.fp32_precision = precision
+            if own:
+                parent.fp32_precision, child.fp32_precision = "none", precision
+            with inverse.full_precision(torch.device(device)):
+                assert child.fp32_precision == "ieee"
+            assert child.fp32_precision == precision
+            parent.fp32_precision = "ieee"
+            assert child.fp32_precision == (precision if own else "ieee")
+        finally:
+            parent.fp32_precision = child.fp32_precision = "none"
+
+
 def test_solve_takes_one_damping_a_sample():
     blur = jfbfast.GaussianBlur()
     b = torch.randn(3, 2, 9, 8)
