@@ -182,7 +182,10 @@ class _Twin:
         self.seen: dict[nn.Module, nn.Module] = {}
         self.compiled: dict[Callable[..., Any] | None, Layer] = {}
         self.module = self._twin(module)
-        for conv in self.convolutions[1:-1]:  # the first and the last map from and to the image, and are cheap
+        operators = [m for m in module.modules() if m is not module and callable(getattr(m, "adjoint", None))]
+        measuring = {m for operator in operators for m in operator.modules()}  # whose A and Aᵀ keep their precision
+        own = [conv for conv in self.convolutions if conv.sources[0] not in measuring]
+        for conv in own[1:-1]:  # the first and the last map from and to the image, and are cheap
             conv.dtype = dtype
 
     def _twin(self, module: nn.Module) -> nn.Module:
@@ -279,8 +282,9 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
     Args:
         layer: a module, a module's method or any callable.
         dtype: torch.bfloat16 or torch.float16 evaluates the layer under autocast, and its convolutions
-            in that dtype with weights that are stored in it, all but the first and the last; None
-            evaluates it in the weights' own precision, whatever autocast the caller has.
+            in that dtype with weights that are stored in it, all but the first, the last and those of a
+            linear operator (a submodule with an ``adjoint``); None evaluates it in the weights' own
+            precision, whatever autocast the caller has.
         tol: the relative residual that the solve is to reach. From 1e-4 on, float32 convolutions on the
             CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and enough channels.
         compiled: pass a module, or a module's method, through torch.compile.

@@ -120,6 +120,33 @@ def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
 
 
+class Blur(nn.Module):
+    """An operator made of convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns = nn.Conv2d(3, 3, (3, 1), padding=(1, 0), groups=3, bias=False)
+        self.rows = nn.Conv2d(3, 3, (1, 3), padding=(0, 1), groups=3, bias=False)
+        for conv in (self.columns, self.rows):
+            conv.weight.data = torch.tensor([0.25, 0.5, 0.25]).view(1, 1, *conv.kernel_size).repeat(3, 1, 1, 1)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.rows(self.columns(x))
+
+    def adjoint(self, y):
+        return self.columns(self.rows(y))
+
+
+def test_low_precision_leaves_the_operators_convolutions_wide():
+    model = jfbfast.DEGrad(Blur(), jfbfast.RED(UNet(3, (6, 4), (1, 1)), 0.1, "weight"), preconditioner="exact")
+    twin = _Twin(model, torch.bfloat16)
+    twin.refresh()
+    dtypes = [m.prepared_weight.dtype for m in twin.convolutions]
+    assert dtypes[:3] == [torch.float32] * 3 and dtypes[-1] == torch.float32
+    assert set(dtypes[3:-1]) == {torch.bfloat16}
+
+
 class Unusual(nn.Module):
     """A forward that looks into its members, as users write them."""
 
