@@ -67,13 +67,24 @@ def fixed_map(module: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
+def _cached_apart() -> Iterator[None]:
+    """torch's `parametrize.cached`, whose one cache else hands what is computed within to a caller's that is open."""
+    callers, parametrize._cache = parametrize._cache, {}
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        parametrize._cache = callers if parametrize._cache_enabled else {}
+
+
+@contextmanager
 def materialised_weights(module: nn.Module | None) -> Iterator[None]:
     """Normalised weights are computed once within, without gradients."""
     convolutions = [] if module is None else [m for m in module.modules() if isinstance(m, NormalisedConv2d)]
     try:
         for conv in convolutions:
             conv.materialise()
-        with parametrize.cached():
+        with _cached_apart():
             yield
     finally:
         for conv in convolutions:

@@ -9,6 +9,7 @@ import torch
 from implicit import TIGHT, assert_all_close, gradients_of, problem, solver_for
 from models import Cell, networks
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from jfbfast import (
@@ -104,6 +105,19 @@ def test_a_parameters_hook_runs_once(method):
     handle.remove()
     out = fixed_point(cell, x0, inputs=(d,), solver=solver_for(method), gradient=method)
     assert_all_close(gradients_of(cell, d, out), [g / 2 for g in expected], 1e-9)
+
+
+def test_parametrised_weights_within_the_callers_cache():
+    cell, d, x0 = problem(dtype=torch.float32)
+    torch.nn.utils.parametrizations.weight_norm(cell.inner)
+    expected = gradients_of(cell, d, fixed_point(cell, x0, inputs=(d,)))
+    with parametrize.cached():
+        out = fixed_point(cell, x0, inputs=(d,))
+        weight = cell.inner.weight
+        assert_all_close(gradients_of(cell, d, out), expected, 1e-6)
+        fixed_point(cell, x0, inputs=(d,))
+        assert cell.inner.weight is weight
+    assert not parametrize._cache
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
