@@ -99,7 +99,7 @@ def test_conjugate_gradients_reach_what_they_claim_or_say_so(monkeypatch):
     x = blur.solve(b, damping).double()
     assert (blur.normal(x) + damping * x - b).norm() <= 4e-6 * b.norm()  # and the rounding of x
     monkeypatch.setattr(inverse, "_CG_MAX_ITER", 3)
-    with pytest.warns(jfbfast.ConvergenceWarning, match="2 of 2 images did not reach a relative residual of 1e-06 in 3"):
+    with pytest.warns(jfbfast.ConvergenceWarning, match="2 of 2 images did not reach .* 1e-06 in 3"):
         blur.solve(b, damping)
 
 
