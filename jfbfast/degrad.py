@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.denoisers import RED, log_parameter
+from jfbfast.denoisers import RED, DnCNN, log_parameter
 from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
 from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator, gradient, gradient_step
@@ -17,6 +17,7 @@ from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
 from jfbfast.solvers.base import checked_solver
 from jfbfast.spectrum import optimal_averaging, ritz_values
+from jfbfast.unet import UNet
 
 
 class DEGrad(nn.Module):
@@ -162,8 +163,9 @@ class DEGrad(nn.Module):
         """Estimate the α of ``averaging="auto"``: the `optimal_averaging` of the spectra at the fixed points for d.
 
         It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
-        one that is best for the worst of them. It becomes NaN, and the layer T, where all samples diverge, and
-        stays what it is for an empty batch, of which nothing is computed.
+        one that is best for the worst of them. A sample that diverged counts with the spectrum at its best iterate.
+        It becomes NaN, and the layer T, where no sample has an eigenvalue that an α contracts at a finite iterate,
+        and stays what it is for an empty batch, of which nothing is computed.
 
         Args:
             d, x0: as in `forward`.
@@ -189,20 +191,32 @@ class DEGrad(nn.Module):
             x0: the start; ``start(d)`` where None.
 
         Raises:
-            ValueError: d of another shape; x0 of another shape, dtype or device than d.
+            ValueError: d of another shape, or of another dtype than the parameters of a network of this package,
+                outside autocast; x0 of another shape, dtype or device than d (Aᵀd, where A is no `SeparableBlur`).
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
-        if isinstance(self.blur, SeparableBlur):
-            if d.dim() != 4:
-                raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
-            if x0 is not None and x0.shape != d.shape:
-                raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of d, {tuple(d.shape)}")
+        name, like = "d", d
+        if not isinstance(self.blur, SeparableBlur):
+            if x0 is not None:
+                with torch.no_grad():
+                    name, like = "Aᵀd", self.blur.adjoint(d)
+        elif d.dim() != 4:
+            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
         if x0 is None:
             x0 = self.start(d)
-        elif (x0.dtype, x0.device) != (d.dtype, d.device):
-            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what d is, {d.dtype} on {d.device}")
+        elif x0.shape != like.shape:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
+        elif (x0.dtype, x0.device) != (like.dtype, like.device):
+            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
+        network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
+        surely = type(network) in (DnCNN, UNet) and not network._forward_pre_hooks  # which another may cast for
+        if surely and not torch.is_autocast_enabled(x0.device.type):
+            dtypes = {p.dtype for p in network.parameters()}
+            if x0.dtype not in dtypes:  # which torch would say after the solve, whose convolutions cast
+                taken = " or ".join(sorted(map(str, dtypes)))
+                raise ValueError(f"d is {d.dtype}; it takes the dtype of the network's parameters, {taken}")
         if isinstance(self.averaging, Tensor) and self.averaging.isnan():
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
