@@ -62,7 +62,8 @@ def set_aside(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def fixed_map(module: nn.Module | None) -> Iterator[None]:
     """``module`` in eval() within; its modules' own modes come back after."""
-    with set_aside(() if module is None else module.modules(), "training", False):
+    modules = () if module is None else module.modules()
+    with set_aside((m for m in modules if hasattr(m, "training")), "training", False):  # torch.jit.freeze takes it away
         yield
 
 

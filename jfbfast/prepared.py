@@ -216,7 +216,7 @@ class _Twin:
             own["_modules"] = twins
         try:
             kind = _twin_class(type(module))  # type: ignore[arg-type]  # which is hashable
-        except TypeError:  # a class that may not be derived from in this way
+        except Exception:  # a class that may not be derived from in this way, for its own reasons
             return module
         copy = object.__new__(kind)
         self.copies.append((module, copy, own))

@@ -175,3 +175,76 @@ def test_what_is_no_solver_regulariser_or_start_is_refused():
     for name, wrong in (("tol", "1e-3"), ("max_iter", True)):
         with pytest.raises(ValueError, match=f"{name} is {wrong!r}; it takes"):
             jfbfast.Anderson(**{name: wrong})
+
+
+def test_complex_measurements_take_a_real_start():
+    class Fourier(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft2(x, norm="ortho")
+
+        def adjoint(self, y):
+            return torch.fft.ifft2(y, norm="ortho").real
+
+    model = DEGrad(Fourier(), RED(DnCNN(1, 4, 3, residual=True), 0.2, "weight"), preconditioner="exact").eval()
+    d = Fourier()(torch.randn(2, 1, 8, 8))
+    model(d)
+    model(d, model.solution.value).sum().backward()
+    assert (model.solution.iterations == 1).all()
+    with pytest.raises(ValueError, match=r"x0 is torch.float64 on cpu; it takes what Aᵀd is, torch.float32 on cpu"):
+        model(d, model.solution.value.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_measurements_of_a_dtype_that_the_network_does_not_take(dtype):
+    model, d = networks()["filtered"], torch.randn(1, 3, 8, 8, dtype=dtype)
+    with pytest.raises(ValueError, match=f"d is {dtype}; it takes the dtype of the network's parameters"):
+        model(d)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        if dtype == torch.bfloat16:
+            with torch.autocast("cpu", dtype):
+                model(d)
+        model.regularizer.denoiser.register_forward_pre_hook(lambda module, args: args[0].float())
+        model(d)
+
+
+def test_the_transforms_of_torch_func_are_refused():
+    model, d = networks()["filtered"].eval(), torch.randn(2, 1, 3, 8, 8)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"within torch.func's grad or vmap"):
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (d[0],)).sum())(parameters)
+    with pytest.raises(RuntimeError, match=r"within torch.func's grad or vmap"), torch.no_grad():
+        torch.func.vmap(model)(d)
+
+
+def test_a_frozen_script_is_a_denoiser():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        frozen = torch.jit.freeze(torch.jit.script(nn.Conv2d(3, 3, 3, padding=1).eval()))
+    model = DEGrad(GaussianBlur(), RED(frozen, 0.1, "weight"), preconditioner="exact")
+    model(torch.randn(1, 3, 8, 8)).sum().backward()
+    assert model.training
+
+
+def test_a_class_that_refuses_to_be_derived_from():
+    class Final(nn.Module):
+        def __init_subclass__(cls):
+            raise ValueError(f"{cls.__name__} is registered")
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return 0.1 * self.conv(x)
+
+    DEGrad(GaussianBlur(), Final(), solver=Anderson(tol=0, max_iter=3))(torch.randn(1, 3, 8, 8))
+
+
+def test_an_object_that_lacks_what_a_solver_has():
+    class Half:
+        def solve(self, layer, x0, inputs=()):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"solver is .*; it takes an instance, such as Anderson"):
+        DEGrad(GaussianBlur(), DnCNN(1, 2, 2), solver=Half())

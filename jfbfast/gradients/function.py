@@ -129,6 +129,8 @@ def solve_fixed_point(
     checked_solve_dtype(solve_dtype)
     traced = TracedLayer(layer, parameters, method, solver.tol)
     inputs = tuple(inputs)
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x0, *inputs, *traced.parameters)):
+        raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
     if traced.module is not None:
         step_spectral_norms(traced.module)
     estimating = method.needs == "inverse" and torch.is_grad_enabled()
@@ -209,7 +211,8 @@ def fixed_point(
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
             from the solver's estimate of the inverse where it made none; what `FixedPointSolver.solve` raises.
-        RuntimeError: in a second backward through the same output, with ``retain_graph`` too.
+        RuntimeError: within a transform of torch.func; in a second backward through the same output, with
+            ``retain_graph`` too.
 
     Warns:
         ConvergenceWarning: some samples did not converge (with tol = 0: diverged).

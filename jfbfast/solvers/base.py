@@ -154,8 +154,12 @@ class FixedPointSolver(ABC):
 
 
 def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:
-    """The solver, or another object with its ``solve``; raises TypeError for what is none, such as its class."""
-    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "solve")):
+    """The solver, or another object with its ``solve``, ``tol``, ``atol`` and ``max_iter``.
+
+    Raises TypeError for what is none, such as its class.
+    """
+    needed = ("solve", "tol", "atol", "max_iter")
+    if solver is not None and (isinstance(solver, type) or not all(hasattr(solver, name) for name in needed)):
         raise TypeError(f"solver is {solver!r}; it takes an instance, such as Anderson()")
     return solver
 
