@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+_lock = threading.Lock()
+_held: dict[str, tuple[int, list[tuple[Any, str]]]] = {}  # by device: how many are within, what the first changed
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 nor another reduced-precision matrix product or convolution within."""
+
+def _to_ieee(device_type: str) -> list[tuple[Any, str]]:
+    """Set the products and convolutions to full precision; the settings that were changed, and what they were."""
     backends: Any = torch.backends
-    if device.type == "cuda":
+    if device_type == "cuda":
         parent, settings = backends.cudnn, (backends.cuda.matmul, backends.cudnn.conv)
     else:
         parent, settings = backends.mkldnn, (backends.mkldnn.matmul, backends.mkldnn.conv)
     changed = []
+    for setting in settings:
+        precision = setting.fp32_precision
+        if precision != "ieee":
+            inherited = precision == parent.fp32_precision  # and is to go on following it
+            changed.append((setting, "none" if inherited else precision))
+            setting.fp32_precision = "ieee"
+    return changed
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 nor another reduced-precision matrix product or convolution within.
+
+    torch's settings are the process's. Of several threads the last to leave restores them.
+    """
+    with _lock:
+        within, changed = _held.get(device.type) or (0, _to_ieee(device.type))
+        _held[device.type] = within + 1, changed
     try:
-        for setting in settings:
-            precision = setting.fp32_precision
-            if precision != "ieee":
-                inherited = precision == parent.fp32_precision  # and is to go on following it
-                changed.append((setting, "none" if inherited else precision))
-                setting.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for setting, precision in changed:
-            setting.fp32_precision = precision
+        with _lock:
+            within, changed = _held.pop(device.type)
+            if within > 1:
+                _held[device.type] = within - 1, changed
+            else:
+                for setting, precision in changed:
+                    setting.fp32_precision = precision

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import jfbfast
 from jfbfast import backends, inverse, ops, reference, tables
+from jfbfast.precision import full_precision
 from jfbfast.tables import Taps
 
 MODES = reference.PADDING_MODES
@@ -113,13 +115,36 @@ def test_precision_settings_go_on_following_what_they_inherit_from(device):
             parent.fp32_precision = precision
             if own:
                 parent.fp32_precision, child.fp32_precision = "none", precision
-            with inverse.full_precision(torch.device(device)):
+            with full_precision(torch.device(device)):
                 assert child.fp32_precision == "ieee"
             assert child.fp32_precision == precision
             parent.fp32_precision = "ieee"
             assert child.fp32_precision == (precision if own else "ieee")
         finally:
             parent.fp32_precision = child.fp32_precision = "none"
+
+
+def test_full_precision_of_two_threads_is_undone_by_the_last():
+    products = torch.backends.mkldnn.matmul
+    previous, products.fp32_precision = products.fp32_precision, "bf16"
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with full_precision(torch.device("cpu")):
+            inside.set()
+            assert leave.wait(60)
+
+    try:
+        first = threading.Thread(target=hold)
+        first.start()
+        assert inside.wait(60)
+        with full_precision(torch.device("cpu")):
+            leave.set()
+            first.join()
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = previous
 
 
 def test_solve_takes_one_damping_a_sample():
