@@ -77,9 +77,7 @@ struct Lanes16<16> {
     typedef VectorOf<std::uint32_t, 16>::type Wide;
     static Wide widen(Narrow v) { return bits_as<Wide>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(v))); }
     static Narrow high_half(Wide v) {
-        typedef VectorOf<std::uint16_t, 32>::type Halves;
-        const Halves halves = bits_as<Halves>(v);
-        return __builtin_shufflevector(halves, halves, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        return bits_as<Narrow>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(v >> 16)));
     }
 };
 #endif
