@@ -59,14 +59,21 @@ def _dtype(dtype: torch.dtype) -> object:
     return getattr(_module().DType, str(dtype).removeprefix("torch."))
 
 
-def _contiguous(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+def _check(name: str, tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype, written: bool = False) -> None:
+    """Of what C++ reads or writes by its address: the shape, one of these dtypes, the CPU; contiguous if written."""
+    wrong = tensor.shape != tuple(shape) or tensor.dtype not in dtypes or tensor.device.type != "cpu"
+    if wrong or (written and not tensor.is_contiguous()):
+        raise ValueError(
+            f"{name}: got {tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
+            f"{tensor.device}, want {'contiguous ' if written else ''}{' or '.join(map(str, dtypes))} "
+            f"of shape {tuple(shape)} on cpu"
+        )
+
+
+def _contiguous(name: str, tensor: Tensor | None, like: Tensor) -> Tensor | None:
     if tensor is None:
         return None
-    if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device.type != "cpu":
-        raise ValueError(
-            f"d and r: got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, "
-            f"want {like.dtype} of shape {tuple(like.shape)} on cpu"
-        )
+    _check(name, tensor, like.shape, like.dtype)
     return tensor.contiguous()
 
 
@@ -81,10 +88,7 @@ def _planes(x: Tensor) -> tuple[int, int, int]:
 
 def _tables(bands: Bands, x: Tensor) -> Bands:
     for table, n in zip(bands[:2], x.shape[-2:], strict=True):
-        if table.dtype != band_dtype(x.dtype) or table.shape[0] != n:
-            raise ValueError(
-                f"bands: got a {table.dtype} table of {table.shape[0]} rows, want {band_dtype(x.dtype)} and {n} rows"
-            )
+        _check("bands", table, (n, *table.shape[1:]), band_dtype(x.dtype))
     return Bands(bands.y.contiguous(), bands.x.contiguous(), bands.circular)
 
 
@@ -123,7 +127,7 @@ def _gradient(
     adjoint: Bands,
     norms: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    x, d, r = x.contiguous(), _contiguous(d, x), _contiguous(r, x)
+    x, d, r = x.contiguous(), _contiguous("d", d, x), _contiguous("r", r, x)
     tables, adjoint_tables = _tables(bands, x), _tables(adjoint, x)
     out = _empty(x.shape, x.dtype)
     squares = torch.zeros(x.shape[0] if norms else 0, dtype=torch.float32, device="cpu")
@@ -167,14 +171,13 @@ def gradient_step(
 
 def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:
     """As `reference.anderson_append`."""
+    memory, (samples, size) = len(residuals), x.shape
+    _check("f", f, x.shape, x.dtype)
+    _check("residuals", residuals, (memory, samples, size), x.dtype, torch.bfloat16, written=True)
+    _check("gram", gram, (samples, memory, memory), torch.float64, written=True)
+    if not 0 <= slot < filled <= memory:
+        raise ValueError(f"slot, filled: got {slot} and {filled}, want 0 <= slot < filled <= {memory}")
     x, f = x.contiguous(), f.contiguous()
-    if not (residuals.is_contiguous() and gram.is_contiguous()):
-        raise ValueError("residuals and gram: got strided tensors, want contiguous ones, which are written")
-    if not 0 <= slot < filled <= len(residuals):
-        raise ValueError(f"slot, filled: got {slot} and {filled}, want 0 <= slot < filled <= {len(residuals)}")
-    if residuals.dtype not in (x.dtype, torch.bfloat16):
-        raise ValueError(f"residuals: got {residuals.dtype}, want {x.dtype} or bfloat16")
-    samples, size = x.shape
     norms = torch.zeros(samples, 2, dtype=torch.float64, device="cpu")
     if samples:
         _module().anderson_append(
@@ -186,7 +189,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
             slot,
             gram.data_ptr(),
             norms.data_ptr(),
-            len(residuals),
+            memory,
             samples,
             size,
             _threads(),
@@ -196,25 +199,34 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
 
 def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tensor:
     """As `reference.anderson_weights`."""
+    samples, memory = valid.shape
+    _check("gram", gram, (samples, memory, memory), torch.float64)
+    _check("valid", valid, (samples, memory), torch.bool)
     gram, valid = gram.contiguous(), valid.contiguous()
     alpha = torch.empty(valid.shape, dtype=torch.float64, device="cpu")
     if alpha.numel():
-        _module().anderson_weights(gram.data_ptr(), valid.data_ptr(), regularization, alpha.data_ptr(), *valid.shape)
+        _module().anderson_weights(gram.data_ptr(), valid.data_ptr(), regularization, alpha.data_ptr(), samples, memory)
     return alpha
 
 
 def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """As `reference.anderson_mix`; ``out`` [B, N], contiguous, gets the result where it is given."""
+    (samples, size), dtype = images[0].shape, images[0].dtype
     alpha = alpha.to(torch.float64).contiguous()
+    _check("alpha", alpha, (samples, len(images)), torch.float64)
+    for image in images:
+        _check("images", image, (samples, size), dtype)
     kept = [image.contiguous() for image in images]
     out = torch.empty_like(kept[0]) if out is None else out
+    _check("out", out, (samples, size), dtype, written=True)
     if out.numel():
         _module().anderson_mix(
-            _dtype(out.dtype),
+            _dtype(dtype),
             alpha.data_ptr(),
             [image.data_ptr() for image in kept],
             out.data_ptr(),
-            *out.shape,
+            samples,
+            size,
             _threads(),
         )
     return out
@@ -229,13 +241,19 @@ def anderson_mix_differences(
     out: Tensor | None = None,
 ) -> Tensor:
     """As `reference.anderson_mix_differences`; ``out`` [B, N], contiguous, gets the result where it is given."""
+    memory, filled, (samples, size) = len(differences), alpha.shape[1], f.shape
+    if not 1 <= filled <= memory:
+        raise ValueError(f"alpha: got {filled} pairs, want 1 to the {memory} of the history")
+    _check("alpha", alpha, (samples, filled), alpha.dtype)
+    _check("differences", differences, (memory, samples, size), f.dtype, torch.bfloat16, written=True)
     f = f.contiguous()
     out = torch.empty_like(f) if out is None else out
+    _check("out", out, f.shape, f.dtype, written=True)
     if not out.numel():
         return out
-    memory, filled = len(differences), alpha.shape[1]
     if previous is None or filled == 1:
         return out.copy_(f)
+    _check("previous", previous, f.shape, f.dtype)
     previous = previous.contiguous()
     ring = [(slot - age) % memory for age in range(filled)]
     weights = (1 - alpha[:, ring].to(torch.float64).cumsum(1))[:, : filled - 1].contiguous()
@@ -247,7 +265,8 @@ def anderson_mix_differences(
         previous.data_ptr(),
         [differences[j].data_ptr() for j in ring[:-1]],
         out.data_ptr(),
-        *f.shape,
+        samples,
+        size,
         _threads(),
     )
     return out
@@ -264,6 +283,7 @@ def _transformed_size(weight: Tensor) -> int:
 def winograd_weights(weight: Tensor) -> Tensor:
     """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`."""
     out_channels, in_channels = weight.shape[:2]
+    _check("weight", weight, (out_channels, in_channels, 3, 3), torch.float32)
     weight = weight.contiguous()
     out = torch.empty(_transformed_size(weight), dtype=torch.float32, device="cpu")
     _module().winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
@@ -276,11 +296,14 @@ def conv3x3(
     """As `reference.conv3x3`, in float32 and channels-last; ``transformed`` is `winograd_weights` of the weight."""
     batch, channels, height, width = x.shape
     out_channels = len(weight)
+    _check("x", x, x.shape, torch.float32)
+    _check("weight", weight, (out_channels, channels, 3, 3), torch.float32)
     transformed = winograd_weights(weight) if transformed is None else transformed
-    if transformed.numel() != _transformed_size(weight) or not transformed.is_contiguous():
-        raise ValueError(f"transformed has shape {tuple(transformed.shape)}; it takes what winograd_weights returned")
-    x = x.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.contiguous()
+    _check("transformed", transformed, (_transformed_size(weight),), torch.float32)
+    if bias is not None:
+        _check("bias", bias, (out_channels,), torch.float32)
+        bias = bias.contiguous()
+    x, transformed = x.contiguous(memory_format=torch.channels_last), transformed.contiguous()
     out = _empty((batch, height, width, out_channels), x.dtype).permute(0, 3, 1, 2)
     if out.numel():
         _module().convolution(
@@ -294,9 +317,11 @@ def conv3x3(
 
 def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.conv3x3_weight_gradient`, in float32."""
-    x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
     batch, channels, height, width = x.shape
     out_channels = gradient.shape[1]
+    _check("x", x, x.shape, torch.float32)
+    _check("gradient", gradient, (batch, out_channels, height, width), torch.float32)
+    x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
     weight, bias = (x.new_zeros(shape) for shape in ((out_channels, channels, 3, 3), (out_channels,)))
     if x.numel() and gradient.numel():
         _module().weight_gradient(

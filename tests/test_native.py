@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -340,12 +341,58 @@ def test_anderson_mix_differences(dtype: torch.dtype, history: torch.dtype) -> N
 def test_bad_arguments_are_named() -> None:
     bands, adjoint = (rounded(b, torch.float32) for b in tables((8, 8), (1, 1), "zeros"))
     x = torch.zeros(1, 8, 8)
-    with pytest.raises(ValueError, match=r"d and r: got torch.float32 of shape"):
+    with pytest.raises(ValueError, match=r"d: got torch.float32 of shape \(1, 8, 7\)"):
         native.gradient(x, torch.zeros(1, 8, 7), None, bands, adjoint)
-    with pytest.raises(ValueError, match=r"bands: got a torch.float32 table of 8 rows"):
+    with pytest.raises(ValueError, match=r"bands: got torch.float32 of shape \(8, 3\)"):
         native.blur(torch.zeros(1, 9, 8), bands)
     history, gram = torch.zeros(2, 1, 4), torch.zeros(1, 2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"slot, filled: got 2 and 2"):
         native.anderson_append(torch.zeros(1, 4), torch.zeros(1, 4), history, gram, 2, 2)
-    with pytest.raises(ValueError, match=r"residuals: got torch.float16"):
-        native.anderson_append(torch.zeros(1, 4), torch.zeros(1, 4), history.half(), gram, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "twin, name, wrong",
+    (
+        ("anderson_append", "f", lambda f: f.half()),
+        ("anderson_append", "f", lambda f: f[:, :3]),
+        ("anderson_append", "residuals", lambda r: r.half()),
+        ("anderson_append", "residuals", lambda r: r[..., ::2].repeat(1, 1, 2)[:, :1]),
+        ("anderson_append", "residuals", lambda r: r.mT.contiguous().mT),
+        ("anderson_append", "gram", lambda g: g.float()),
+        ("anderson_weights", "gram", lambda g: g.float()),
+        ("anderson_weights", "valid", lambda v: v.double()),
+        ("anderson_mix", "alpha", lambda a: a[:1]),
+        ("anderson_mix", "images", lambda i: [i[0], i[1].double()]),
+        ("anderson_mix", "out", lambda o: o.half()),
+        ("anderson_mix", "out", lambda o: o.mT.contiguous().mT),
+        ("anderson_mix_differences", "alpha", lambda a: a.repeat(1, 2)),
+        ("anderson_mix_differences", "previous", lambda f: f.bfloat16()),
+        ("anderson_mix_differences", "differences", lambda d: d.mT.contiguous().mT),
+        ("anderson_mix_differences", "out", lambda o: o[:1]),
+        ("winograd_weights", "weight", lambda w: w.double()),
+        ("conv3x3", "x", lambda x: x.double()),
+        ("conv3x3", "bias", lambda b: b.bfloat16()),
+        ("conv3x3", "transformed", lambda t: t.bfloat16()),
+        ("conv3x3", "transformed", lambda t: t.to("meta")),
+        ("conv3x3", "transformed", lambda t: t[1:]),
+        ("conv3x3_weight_gradient", "gradient", lambda g: g.double()),
+    ),
+)
+def test_what_is_read_or_written_by_address_is_checked(twin: str, name: str, wrong: Callable[[object], object]) -> None:
+    f, history = torch.zeros(2, 4), torch.zeros(2, 2, 4)
+    gram, alpha, valid = torch.zeros(2, 2, 2, dtype=torch.float64), torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    x, weight, bias = torch.zeros(1, 16, 4, 4), torch.zeros(16, 16, 3, 3), torch.zeros(16)
+    given = {
+        "anderson_append": {"x": f, "f": f, "residuals": history, "gram": gram, "slot": 0, "filled": 1},
+        "anderson_weights": {"gram": gram, "valid": valid, "regularization": 0.0},
+        "anderson_mix": {"alpha": alpha, "images": [f, f], "out": f.clone()},
+        "anderson_mix_differences": {
+            "alpha": alpha, "f": f, "previous": f, "differences": history, "slot": 1, "out": f.clone(),
+        },
+        "winograd_weights": {"weight": weight},
+        "conv3x3": {"x": x, "weight": weight, "bias": bias, "transformed": native.winograd_weights(weight)},
+        "conv3x3_weight_gradient": {"x": x, "gradient": x},
+    }[twin]  # fmt: skip
+    getattr(native, twin)(**given)
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        getattr(native, twin)(**given | {name: wrong(given[name])})
