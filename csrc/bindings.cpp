@@ -178,6 +178,8 @@ PYBIND11_MODULE(_native, module) {
         },
         release);
 
+    module.def("winograd_size", [](std::int64_t in, std::int64_t out) { return 36 * winograd_plane(in, out); });
+
     module.def(
         "winograd_weights",
         [](Address weight, Address out, std::int64_t in_channels, std::int64_t out_channels, int threads) {

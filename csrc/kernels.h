@@ -90,10 +90,16 @@ struct ImageShape {
 
 constexpr int kChannelBlock = 16;  // Winograd's matrices have a multiple of it as columns
 
+// Floats from one of Winograd's 36 matrices to the next: a block more than each has, so that they do not all fall
+// on the same sets of the cache. (Static, since each instruction set compiles its own.)
+static inline std::int64_t winograd_plane(std::int64_t rows, std::int64_t columns) {
+    return rows * ((columns + kChannelBlock - 1) / kChannelBlock * kChannelBlock) + kChannelBlock;
+}
+
 // A 3 x 3 convolution with zero padding 1, float32.
 struct Convolution {
     const float* x;
-    const float* weights;  // as winograd_weights made them: 36 * in * (out rounded up to kChannelBlock)
+    const float* weights;  // as winograd_weights made them: 36 planes
     const float* bias;     // [out], or null
     float* out;
     bool relu;

@@ -175,7 +175,7 @@ JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std
 void winograd_weights(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
                       int threads) {
     const Panels panels(padded(out_channels));
-    const std::int64_t plane = in_channels * padded(out_channels);
+    const std::int64_t plane = winograd_plane(in_channels, out_channels);
     threads = useful_threads(threads, plane);
     parallel_for(panels.vectors, threads, [&](std::int64_t vector, int) {
         std::int64_t panel = 0;
@@ -208,9 +208,8 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
     const std::int64_t in = padded(shape.in), out = padded(shape.out);
     threads = useful_threads(threads, tiles.count * in * out / 4);
     const std::int64_t block = block_tiles(tiles.count, in + out, kWorkspace, threads);
-    // A few floats more, so that the places do not all fall on the same sets of the cache.
-    const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
-    const std::int64_t workspace = kPlaces * (v_plane + m_plane);
+    const std::int64_t v_plane = winograd_plane(block, in), m_plane = winograd_plane(block, out);
+    const std::int64_t u_plane = winograd_plane(shape.in, out), workspace = kPlaces * (v_plane + m_plane);
     const Buffer<float> memory(threads * workspace), zeros(in);
 
     parallel_for((tiles.count + block - 1) / block, threads, [&](std::int64_t k, int thread) {
@@ -222,7 +221,7 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
         for (int place = 0; place < kPlaces; ++place)
             for (std::int64_t panel = 0; panel < panels.count; ++panel) {
                 const std::int64_t column = panels.begin(panel) * kFloats;
-                const float* const u = conv.weights + (place * out + column) * shape.in;
+                const float* const u = conv.weights + place * u_plane + column * shape.in;
                 for (std::int64_t t = 0; t < count; t += kRows)
                     multiply_panel<false>(panels.width(panel), v + place * v_plane + t * in, in, u,
                                           panels.width(panel) * kFloats, shape.in,
@@ -240,8 +239,8 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
     const std::int64_t in = padded(shape.in), out = padded(shape.out), rows = round_up(shape.in, kRows);
     threads = useful_threads(threads, tiles.count * in * out / 4);
     const std::int64_t block = block_tiles(tiles.count, in + out, kGradientWorkspace, 1);
-    const std::int64_t v_plane = block * in + kChannelBlock, m_plane = block * out + kChannelBlock;
-    const std::int64_t u_plane = rows * out, workspace = kPlaces * (v_plane + m_plane + u_plane);
+    const std::int64_t v_plane = winograd_plane(block, in), m_plane = winograd_plane(block, out);
+    const std::int64_t u_plane = winograd_plane(rows, out), workspace = kPlaces * (v_plane + m_plane + u_plane);
     const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
     const Buffer<float> memory(threads * workspace), zeros(larger(in, out));
     const Buffer<float> sums(parts * part_size), totals(parts * out);

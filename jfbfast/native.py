@@ -272,20 +272,12 @@ def anderson_mix_differences(
     return out
 
 
-_CHANNEL_BLOCK = 16  # csrc/kernels.h
-
-
-def _transformed_size(weight: Tensor) -> int:
-    blocks = -(-weight.shape[0] // _CHANNEL_BLOCK)
-    return 36 * weight.shape[1] * blocks * _CHANNEL_BLOCK
-
-
 def winograd_weights(weight: Tensor) -> Tensor:
     """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`."""
     out_channels, in_channels = weight.shape[:2]
     _check("weight", weight, (out_channels, in_channels, 3, 3), torch.float32)
     weight = weight.contiguous()
-    out = torch.empty(_transformed_size(weight), dtype=torch.float32, device="cpu")
+    out = torch.empty(_module().winograd_size(in_channels, out_channels), dtype=torch.float32, device="cpu")
     _module().winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
     return out
 
@@ -299,7 +291,7 @@ def conv3x3(
     _check("x", x, x.shape, torch.float32)
     _check("weight", weight, (out_channels, channels, 3, 3), torch.float32)
     transformed = winograd_weights(weight) if transformed is None else transformed
-    _check("transformed", transformed, (_transformed_size(weight),), torch.float32)
+    _check("transformed", transformed, (_module().winograd_size(channels, out_channels),), torch.float32)
     if bias is not None:
         _check("bias", bias, (out_channels,), torch.float32)
         bias = bias.contiguous()

@@ -156,9 +156,8 @@ void check_anderson(DType dtype, DType history, double tolerance, std::int64_t s
 
 void check_convolution(int height, int width, int in, int out, bool relu) {
     const ImageShape shape{2, height, width, in, out};
-    const int padded = (out + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
     const auto x = image<float>(2 * height * width * in), weight = image<float>(out * in * 9), bias = image<float>(out);
-    std::vector<float> transformed(36 * in * padded), convolved(2 * height * width * out);
+    std::vector<float> transformed(36 * winograd_plane(in, out)), convolved(2 * height * width * out);
     isa::winograd_weights(weight.data(), transformed.data(), in, out, 1);
     isa::convolution({x.data(), transformed.data(), bias.data(), convolved.data(), relu}, shape, 1);
     for (int pixel = 0; pixel < 2 * height * width; ++pixel)
