@@ -134,8 +134,9 @@ JFBFAST_ONCE void transform_gradient(const float* gradient, const Tiles& tiles, 
     });
 }
 
-// Bytes of V and M together. They are to stay in the second-level cache, but dU is read and written once a block.
-constexpr std::int64_t kWorkspace = 256 << 10, kGradientWorkspace = 896 << 10;
+// Bytes of V and M together. They are to stay in the second-level cache; but dU is read and written once a block,
+// so that for a weight's gradient they may be as large as dU.
+constexpr std::int64_t kWorkspace = 256 << 10, kGradientWorkspace = 896 << 10, kMaxGradientWorkspace = 8 << 20;
 
 // Tiles in a block: what the workspace holds, less where there are too few for all threads.
 std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, std::int64_t bytes, int threads) {
@@ -238,9 +239,11 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
     const Panels panels(padded(shape.out));
     const std::int64_t in = padded(shape.in), out = padded(shape.out), rows = round_up(shape.in, kRows);
     threads = useful_threads(threads, tiles.count * in * out / 4);
-    const std::int64_t block = block_tiles(tiles.count, in + out, kGradientWorkspace, 1);
+    const std::int64_t u_plane = winograd_plane(rows, out), u_bytes = kPlaces * u_plane * std::int64_t(sizeof(float));
+    const std::int64_t bytes = larger(kGradientWorkspace, smaller(kMaxGradientWorkspace, u_bytes));
+    const std::int64_t block = block_tiles(tiles.count, in + out, bytes, 1);
     const std::int64_t v_plane = winograd_plane(block, in), m_plane = winograd_plane(block, out);
-    const std::int64_t u_plane = winograd_plane(rows, out), workspace = kPlaces * (v_plane + m_plane + u_plane);
+    const std::int64_t workspace = kPlaces * (v_plane + m_plane + u_plane);
     const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
     const Buffer<float> memory(threads * workspace), zeros(larger(in, out));
     const Buffer<float> sums(parts * part_size), totals(parts * out);
