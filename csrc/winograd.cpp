@@ -224,9 +224,9 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
                 const std::int64_t column = panels.begin(panel) * kFloats;
                 const float* const u = conv.weights + place * u_plane + column * shape.in;
                 for (std::int64_t t = 0; t < count; t += kRows)
-                    multiply_panel<false>(panels.width(panel), v + place * v_plane + t * in, in, u,
-                                          panels.width(panel) * kFloats, shape.in,
-                                          m + place * m_plane + t * out + column, out);
+                    multiply_panel<false, false>(panels.width(panel), v + place * v_plane + t * in, in, u,
+                                                 panels.width(panel) * kFloats, shape.in,
+                                                 m + place * m_plane + t * out + column, out);
             }
         for (std::int64_t t = 0; t < count; ++t) finish_tile(conv, tiles, first + t, m + t * out, m_plane);
     });
@@ -252,10 +252,10 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
         float* const v = memory.data() + thread * workspace;
         float* const m = v + kPlaces * v_plane;
         float* const u = m + kPlaces * m_plane;
-        std::memset(u, 0, kPlaces * u_plane * sizeof(float));
-        const std::int64_t last = (part + 1) * tiles.count / parts;
-        for (std::int64_t first = part * tiles.count / parts; first < last; first += block) {
-            const std::int64_t count = smaller(block, last - first);
+        const std::int64_t begin = part * tiles.count / parts, end = (part + 1) * tiles.count / parts;
+        for (std::int64_t first = begin; first < end; first += block) {
+            const std::int64_t count = smaller(block, end - first);
+            const auto product = first == begin ? multiply_panel<true, false> : multiply_panel<true, true>;
             for (std::int64_t t = 0; t < count; ++t) {
                 transform_tile(g.x, tiles, first + t, shape.in, zeros.data(), v + t * in, v_plane);
                 transform_gradient(g.gradient, tiles, first + t, shape.out, zeros.data(), m + t * out, m_plane,
@@ -265,9 +265,8 @@ void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threa
                 for (std::int64_t panel = 0; panel < panels.count; ++panel) {
                     const std::int64_t column = panels.begin(panel) * kFloats;
                     for (std::int64_t row = 0; row < rows; row += kRows)
-                        multiply_panel<true>(panels.width(panel), v + place * v_plane + row, in,
-                                             m + place * m_plane + column, out, count,
-                                             u + place * u_plane + row * out + column, out);
+                        product(panels.width(panel), v + place * v_plane + row, in, m + place * m_plane + column, out,
+                                count, u + place * u_plane + row * out + column, out);
                 }
         }
         finish_weight_gradient(u, u_plane, shape.in, out, sums.data() + part * part_size);

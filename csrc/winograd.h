@@ -84,8 +84,9 @@ constexpr int kPanel = 4;
 constexpr int kPanel = 2;
 #endif
 
-// c = left right, or with Transposed c += left^T right; a matrix is where its rows begin, and their distance.
-template <int Vectors, bool Transposed>
+// c = left right, or with Transposed left^T right, or with Add as much more; a matrix is where its rows begin, and
+// their distance.
+template <int Vectors, bool Transposed, bool Add>
 void multiply(const float* left, std::int64_t left_row, const float* right, std::int64_t right_row, std::int64_t depth,
               float* c, std::int64_t c_row) {
     Floats sums[kRows][Vectors] = {};
@@ -93,7 +94,7 @@ void multiply(const float* left, std::int64_t left_row, const float* right, std:
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v)
-            if (Transposed) sums[r][v] = load(c + r * c_row + v * kFloats);
+            if (Add) sums[r][v] = load(c + r * c_row + v * kFloats);
     for (std::int64_t k = 0; k < depth; ++k) {
         Floats factors[Vectors];
 #pragma GCC unroll 4
@@ -119,15 +120,15 @@ struct Panels {
     std::int64_t vectors, count;
 };
 
-template <bool Transposed>
+template <bool Transposed, bool Add>
 JFBFAST_ONCE void multiply_panel(int vectors, const float* left, std::int64_t left_row, const float* right,
                                  std::int64_t right_row, std::int64_t depth, float* c, std::int64_t c_row) {
     switch (vectors) {
-        case 1: return multiply<1, Transposed>(left, left_row, right, right_row, depth, c, c_row);
-        case 2: return multiply<2, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+        case 1: return multiply<1, Transposed, Add>(left, left_row, right, right_row, depth, c, c_row);
+        case 2: return multiply<2, Transposed, Add>(left, left_row, right, right_row, depth, c, c_row);
 #if defined(__AVX512F__) || defined(__aarch64__)
-        case 3: return multiply<3, Transposed>(left, left_row, right, right_row, depth, c, c_row);
-        case 4: return multiply<4, Transposed>(left, left_row, right, right_row, depth, c, c_row);
+        case 3: return multiply<3, Transposed, Add>(left, left_row, right, right_row, depth, c, c_row);
+        case 4: return multiply<4, Transposed, Add>(left, left_row, right, right_row, depth, c, c_row);
 #endif
     }
 }
