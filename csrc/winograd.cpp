@@ -145,7 +145,7 @@ std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, std::int64_t b
     return round_up(larger(1, smaller(fit - kRows + 1, share)), kRows);
 }
 
-constexpr std::int64_t kParts = 16, kPartTiles = 128;  // of a weight's gradient: at most, and in each at least
+constexpr std::int64_t kParts = 16, kPartTiles = 48;  // of a weight's gradient: at most, and in each at least
 
 // G^T dU G, [9, in, out].
 JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std::int64_t in, std::int64_t out,

@@ -194,7 +194,8 @@ def test_the_weight_gradient_agrees_with_float64(size: tuple[int, int], channels
 
 
 def test_the_weight_gradient_reads_what_it_is_given_in_any_number_of_threads() -> None:
-    x, weight, _ = problem(3, (32, 17), (37, 22))
+    """With 288 tiles, enough for several parts."""
+    x, weight, _ = problem(4, (64, 64), (34, 30))
     gradient = native.conv3x3(x, weight)
     expected = native.conv3x3_weight_gradient(x, gradient)
     before = torch.get_num_threads()
