@@ -23,12 +23,13 @@ namespace {
 
 const Kernels& choose() {
 #ifdef JFBFAST_X86
-    const char* wanted = std::getenv("JFBFAST_ISA");
-    const auto allowed = [wanted](const char* name) { return !wanted || std::strcmp(wanted, name) == 0; };
-    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const char* const bound = std::getenv("JFBFAST_ISA");  // jfbfast/native.py has checked that it is a known name
+    const auto bounded_by = [bound](const char* name) { return bound && std::strcmp(bound, name) == 0; };
+    const bool avx2_allowed = !bounded_by("baseline"), avx512_allowed = avx2_allowed && !bounded_by("avx2");
+    if (avx512_allowed && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return avx512::table;
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+    if (avx2_allowed && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
 #endif
     return baseline::table;
 }

@@ -132,7 +132,7 @@ struct Kernels {
     void (*weight_gradient)(const WeightGradient&, const ImageShape&, int threads);
 };
 
-// The widest set that this CPU runs, or the narrower one that the variable JFBFAST_ISA names.
+// The widest set that this CPU runs, and no wider than the one that the variable JFBFAST_ISA names.
 const Kernels& kernels();
 
 }  // namespace jfbfast

@@ -1,6 +1,7 @@
 """The CPU kernels: the functions of ``reference`` in C++ (csrc/), which get addresses and shapes.
 
-Where the compiled module is missing, ``AVAILABLE`` is False and ``WHY_NOT`` says why.
+Where the compiled module is missing, ``AVAILABLE`` is False and ``WHY_NOT`` says why. The environment variable
+JFBFAST_ISA bounds the instruction set that is used: "avx512", "avx2" or "baseline".
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import torch.utils.dlpack  # before the compiled module, so that both share one 
 from torch import Tensor
 
 from .reference import Bands, band_dtype
+
+_ISAS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline"}
+if (_bound := os.environ.get("JFBFAST_ISA")) and _bound not in _ISAS:
+    raise ValueError(f"JFBFAST_ISA is {_bound!r}; it takes one of {', '.join(map(repr, _ISAS))}")
 
 _native: ModuleType | None = None
 WHY_NOT = ""
@@ -50,9 +55,8 @@ def describe() -> str:
     """The kernels in use, such as "C++ (AVX-512, OpenMP, 2 threads)"."""
     if _native is None:
         return f"unavailable: {WHY_NOT}"
-    isa = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline"}[_native.isa]
     threads = f"OpenMP, {_threads()} threads" if _native.openmp else "1 thread"
-    return f"C++ ({isa}, {threads})"
+    return f"C++ ({_ISAS[_native.isa]}, {threads})"
 
 
 def _dtype(dtype: torch.dtype) -> object:

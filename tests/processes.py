@@ -1,4 +1,4 @@
-"""Two processes of torchrun's kind, on gloo."""
+"""Processes of their own: two of torchrun's kind, on gloo; and one whose kernels are of a narrower instruction set."""
 
 import os
 import socket
@@ -6,8 +6,26 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
+import torch
+
 # An interpreter that ends can abort in gloo's threads, after all the work is done: leave without ending it.
 LEAVE = "\nimport os, sys\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n"
+
+
+_SELECTED = """
+import sys, pytest
+from jfbfast import native
+assert native._module().isa == sys.argv[1], native.describe()
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+def run_tests_with_isa(isa: str, file: str, names: str) -> None:
+    """Run the tests of `file` that pytest's -k selects, with an instruction set that is in use if the CPU has it."""
+    in_use = isa if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else "baseline"
+    command = [sys.executable, "-c", _SELECTED, in_use, file, "-k", names]
+    done = subprocess.run(command, env={**os.environ, "JFBFAST_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def environments() -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -254,11 +255,22 @@ def test_works_in_a_forked_child() -> None:
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_every_instruction_set(isa: str) -> None:
-    """The narrower kernels too, in a process of their own; one that this CPU lacks falls back."""
+    """The narrower kernels too, in a process of their own; where this CPU lacks them, those that it has."""
     names = "zeros or circular or halves or norms or nan or anderson"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
-    done = subprocess.run(command, env={**os.environ, "JFBFAST_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    processes.run_tests_with_isa(isa, __file__, names)
+
+
+def test_the_instruction_set_is_bounded_by_a_known_name() -> None:
+    def in_use(bound: str | None) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "JFBFAST_ISA"}
+        environment |= {} if bound is None else {"JFBFAST_ISA": bound}
+        command = [sys.executable, "-c", "from jfbfast import native; print(native._module().isa)"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    widest = in_use(None).stdout
+    assert widest and in_use("").stdout == in_use("avx512").stdout == widest
+    unknown = in_use("avx")
+    assert unknown.returncode and "JFBFAST_ISA is 'avx'; it takes one of 'avx512', 'avx2'" in unknown.stderr
 
 
 @pytest.mark.parametrize("size", (1, 7, 2048, 10_001))

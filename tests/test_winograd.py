@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -137,11 +135,9 @@ def test_nothing_is_written_or_read_outside(channels: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_every_instruction_set(isa: str) -> None:
-    """The narrower kernels too, in a process of their own; one that this CPU lacks falls back."""
+    """The narrower kernels too, in a process of their own; where this CPU lacks them, those that it has."""
     names = "float64 or neighbours or misread or threads or nan_stays or outside or thread_count"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
-    done = subprocess.run(command, env={**os.environ, "JFBFAST_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    processes.run_tests_with_isa(isa, __file__, names)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
