@@ -1,7 +1,7 @@
 """Builds the compiled modules; everything else about the package is in pyproject.toml.
 
-Variables: ``JFBFAST_PURE_PYTHON=1`` installs without compiled modules, ``JFBFAST_CUDA=0`` without the
-CUDA one (which is built where nvcc is found), and ``CXX`` names the C++ compiler.
+Variables: ``JFBFAST_PURE_PYTHON=1`` installs without compiled modules, and ``CXX`` names the C++ compiler. The
+CUDA module is built where nvcc is found and can build it; ``JFBFAST_CUDA=0`` leaves it out, ``JFBFAST_CUDA=1`` insists.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 PURE_PYTHON = os.environ.get("JFBFAST_PURE_PYTHON") == "1"
@@ -58,9 +59,15 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
 
 
-def cuda_compilations(pybind_include: str, cuda_home: Path) -> Iterator[Compilation]:
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
-    newest = GPU_ARCHITECTURES[-1]
+def gpu_architectures(nvcc: str) -> list[str]:
+    """Those of ours that this nvcc knows, of which an old one may lack the newest."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [a for a in GPU_ARCHITECTURES if f"compute_{a}" in listed]
+
+
+def cuda_compilations(pybind_include: str, cuda_home: Path, architectures: list[str]) -> Iterator[Compilation]:
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    newest = architectures[-1]
     flags = ["-std=c++17", "-O3", *targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         yield Compilation(source, f"{source.stem}.gpu", [*flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"])
@@ -97,21 +104,26 @@ class BuildWithNinja(build_ext):
         import pybind11
 
         command = nvcc()
-        assert command is not None
+        architectures = gpu_architectures(command) if command else []
+        if command is None or not architectures:
+            raise CompileError(
+                f"jfbfast: no CUDA kernels: {command or 'nvcc'} "
+                + (f"builds for none of sm_{', sm_'.join(GPU_ARCHITECTURES)}" if command else "is not on the PATH")
+            )
         cuda_home = cuda_root(command)
         libraries = [f"-L{cuda_home / part}" for part in ("lib64", "lib", "targets/x86_64-linux/lib")]
         try:
             self.ninja(
                 ext,
-                list(cuda_compilations(pybind11.get_include(), cuda_home)),
+                list(cuda_compilations(pybind11.get_include(), cuda_home, architectures)),
                 [*libraries, "-lcudart_static", "-lrt", "-ldl", "-lpthread"],
                 command,
             )
         except subprocess.CalledProcessError:
-            sys.exit(
-                f"jfbfast: the CUDA toolkit of {command} could not build the CUDA kernels (its messages are "
-                "above; 12.8 or newer with the runtime's headers is needed); set JFBFAST_CUDA=0 to do without."
-            )
+            raise CompileError(
+                f"jfbfast: no CUDA kernels: the toolkit of {command} could not build them (its messages are above; it "
+                "takes one with the runtime's headers and a host compiler that it supports)"
+            ) from None
 
     def openmp_flags(self) -> list[str]:
         """-fopenmp where a program that uses it compiles and links."""
@@ -161,8 +173,9 @@ def extensions() -> list[Extension]:
     sources = [f"csrc/{name}.cpp" for name in (*KERNELS, *SHARED)]
     found = [Extension("jfbfast._native", sources)]
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.c*"))
-    if cuda_sources and nvcc() and os.environ.get("JFBFAST_CUDA") != "0":
-        found.append(Extension("jfbfast._cuda", cuda_sources))
+    wanted = os.environ.get("JFBFAST_CUDA")
+    if cuda_sources and wanted != "0" and (nvcc() or wanted == "1"):
+        found.append(Extension("jfbfast._cuda", cuda_sources, optional=wanted != "1"))  # left out where it fails
     return found
 
 

@@ -51,6 +51,52 @@ def test_no_compiler_is_one_sentence(source: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+STUB = """#!/bin/sh
+echo "$0 $*" >> {log}
+case "$*" in
+  --list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n'; exit;;
+  *--dryrun*) exit;;
+esac
+{fails}
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+def stub(program: Path, fails: str = "") -> Path:
+    """A compiler that makes empty files, or fails at them; in the file beside it, .log, how it was called."""
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(STUB.format(log=program.with_suffix(".log"), fails=fails))
+    program.chmod(0o755)
+    return program
+
+
+def test_the_cuda_module_is_built_for_what_nvcc_knows(source: Path, tmp_path: Path) -> None:
+    nvcc = stub(tmp_path / "cuda" / "bin" / "nvcc")
+    library = tmp_path / "cuda" / "lib64" / "libcudart_static.a"
+    library.parent.mkdir()
+    library.write_text("!<arch>\n")
+    compiler = str(stub(tmp_path / "g++"))
+    done = install(source, tmp_path / "target", CXX=compiler, CUDA_HOME=str(tmp_path / "cuda"), JFBFAST_CUDA="1")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "target" / "jfbfast").glob("_cuda*"))
+    compiled = [call for call in nvcc.with_suffix(".log").read_text().splitlines() if "-gencode" in call]
+    assert compiled
+    for call in compiled:
+        assert "code=sm_80" in call and "code=sm_90" in call and "code=compute_90" in call and "_100" not in call
+
+
+def test_a_failing_nvcc_leaves_the_cuda_module_out_unless_it_was_asked_for(source: Path, tmp_path: Path) -> None:
+    stub(tmp_path / "cuda" / "bin" / "nvcc", fails="echo 'nvcc fatal: no' >&2; exit 1")
+    variables = {"CXX": str(stub(tmp_path / "g++")), "CUDA_HOME": str(tmp_path / "cuda")}
+    done = install(source, tmp_path / "target", **variables, JFBFAST_CUDA="")
+    assert done.returncode == 0, done.stderr
+    assert "jfbfast: no CUDA kernels: the toolkit of" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name.split(".")[0] for path in (tmp_path / "target" / "jfbfast").glob("_*.so")] == ["_native"]
+    done = install(source, tmp_path / "target", **variables, JFBFAST_CUDA="1")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "jfbfast: no CUDA kernels: the toolkit of" in done.stderr.strip().splitlines()[-1]
+
+
 WITHOUT_THE_MODULE = """
 import torch
 import jfbfast
