@@ -76,6 +76,14 @@ def cuda_compilations(pybind_include: str, cuda_home: Path, architectures: list[
         yield Compilation(source, source.stem, ["-std=c++17", "-O2", "-fvisibility=hidden", *includes])
 
 
+def runs(command: list[str]) -> bool:
+    """Whether a command, whose program may be several words such as "ccache g++", is there and succeeds."""
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 class BuildWithNinja(build_ext):
     """Compiles the sources of an extension in parallel."""
 
@@ -83,8 +91,8 @@ class BuildWithNinja(build_ext):
         if self.compiler.compiler_type != "unix":
             super().build_extension(ext)
             return
-        compiler = self.compiler.compiler_so_cxx[0]
-        if shutil.which(compiler) is None:
+        if not runs([*self.compiler.compiler_so_cxx, "--version"]):
+            compiler = os.environ.get("CXX") or self.compiler.compiler_so_cxx[0]
             sys.exit(
                 f"jfbfast: found no C++ compiler ({compiler!r}) for its kernels; install one (g++ or clang++), "
                 "name it in CXX, or set JFBFAST_PURE_PYTHON=1 for the slower pure-Python install."
@@ -131,8 +139,8 @@ class BuildWithNinja(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / "openmp.cpp"
         probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [self.compiler.compiler_so_cxx[0], "-fopenmp", str(probe), "-o", str(folder / "openmp")]
-        return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
+        command = [*self.compiler.compiler_so_cxx, "-fopenmp", str(probe), "-o", str(folder / "openmp")]
+        return ["-fopenmp"] if runs(command) else []
 
     def ninja(self, ext: Extension, compilations: list[Compilation], link: list[str], nvcc: str = "nvcc") -> None:
         from ninja import BIN_DIR

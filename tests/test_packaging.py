@@ -97,6 +97,16 @@ def test_a_failing_nvcc_leaves_the_cuda_module_out_unless_it_was_asked_for(sourc
     assert "jfbfast: no CUDA kernels: the toolkit of" in done.stderr.strip().splitlines()[-1]
 
 
+def test_a_compiler_of_two_words_is_probed_for_openmp(source: Path, tmp_path: Path) -> None:
+    compiler = stub(tmp_path / "g++")
+    done = install(source, tmp_path / "target", CXX=f"env {compiler}")
+    assert done.returncode == 0, done.stderr
+    (kernel,) = (call for call in compiler.with_suffix(".log").read_text().splitlines() if "blur.baseline.o.d" in call)
+    assert "-fopenmp" in kernel
+    done = install(source, tmp_path / "target", CXX="env no-such-compiler")
+    assert "found no C++ compiler ('env no-such-compiler')" in done.stderr and "Traceback" not in done.stderr
+
+
 WITHOUT_THE_MODULE = """
 import torch
 import jfbfast
