@@ -25,9 +25,9 @@ struct Chunks {
     std::int64_t size, per_sample, count;
 };
 
-// Writes g = f - x in the history's type H, and to sums its |g|^2, then |f - x|^2 and |f|^2.
+// Writes g = f - x in the history's type H, and to squares its |g|^2, then |f - x|^2 and |f|^2.
 template <class S, class H>
-void enter_pair(const S* x, const S* f, H* g, std::int64_t n, double* sums) {
+void enter_pair(const S* x, const S* f, H* g, std::int64_t n, double* squares) {
     Doubles gg = {}, dd = {}, ff = {};
     for_each_vector<kDoubleLanes>(0, n, [&](std::int64_t i, auto lanes) {
         typedef Storage<H, Wide<H>, kDoubleLanes> History;
@@ -41,9 +41,9 @@ void enter_pair(const S* x, const S* f, H* g, std::int64_t n, double* sums) {
         dd += wide_difference * wide_difference;
         ff += wide_image * wide_image;
     });
-    sums[0] = sum_lanes<kDoubleLanes>(gg);
-    sums[1] = sum_lanes<kDoubleLanes>(dd);
-    sums[2] = sum_lanes<kDoubleLanes>(ff);
+    squares[0] = sum_lanes<kDoubleLanes>(gg);
+    squares[1] = sum_lanes<kDoubleLanes>(dd);
+    squares[2] = sum_lanes<kDoubleLanes>(ff);
 }
 
 // sums[k] = <g, others[k]>, for `Count` others at once.
@@ -70,7 +70,7 @@ void inner_products(const H* g, const H* const* others, int count, std::int64_t 
 template <class S, class H>
 void append_pair(const Append& a, std::int64_t samples, std::int64_t size, int threads) {
     const Chunks chunks(samples, size);
-    const int sums = a.filled + 2;  // in a chunk: <g, g_j> for the others, then |g|^2, |f - x|^2, |f|^2
+    const int sums = a.filled + 2;  // of a chunk, in the order of a.products
     const Buffer<double> partial(chunks.count * sums);
     parallel_for(chunks.count, useful_threads(threads, samples * size), [&](std::int64_t k, int) {
         const Chunk chunk = chunks[k];
@@ -81,15 +81,19 @@ void append_pair(const Append& a, std::int64_t samples, std::int64_t size, int t
         for (int j = 0; j < a.filled; ++j)
             if (j != a.slot) others[count++] = static_cast<const H*>(a.residuals[j]) + at;
         H* newest = static_cast<H*>(a.residuals[a.slot]) + at;
-        enter_pair(static_cast<const S*>(a.x) + at, static_cast<const S*>(a.f) + at, newest, chunk.size, mine + count);
+        double squares[3];
+        enter_pair(static_cast<const S*>(a.x) + at, static_cast<const S*>(a.f) + at, newest, chunk.size, squares);
         inner_products<H>(newest, others, count, chunk.size, mine);
+        for (int j = count; j > a.slot; --j) mine[j] = mine[j - 1];
+        mine[a.slot] = squares[0];
+        mine[a.filled] = squares[1];
+        mine[a.filled + 1] = squares[2];
     });
     for (std::int64_t sample = 0; sample < samples; ++sample)
         for (int j = 0; j < sums; ++j) {
-            const int kept = j < a.slot || j >= a.filled ? j : j == a.slot ? a.filled - 1 : j - 1;
             double sum = 0;
             for (std::int64_t k = 0; k < chunks.per_sample; ++k)
-                sum += partial.data()[(sample * chunks.per_sample + k) * sums + kept];
+                sum += partial.data()[(sample * chunks.per_sample + k) * sums + j];
             a.products[sample * sums + j] = sum;
         }
 }
