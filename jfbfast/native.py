@@ -37,7 +37,8 @@ def _after_fork() -> None:
     _forked = True
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _threads() -> int:
@@ -105,7 +106,10 @@ _POOLED = 1 << 16  # bytes from which a fresh allocation costs more than asking 
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous result; a large one in memory that an earlier result had (csrc/pool.cpp)."""
+    """An uninitialised contiguous result; a large one in memory that an earlier result had (csrc/pool.cpp).
+
+    torch cannot `resize_` the storage of such a large one, which is not from its own allocator.
+    """
     if math.prod(shape) * dtype.itemsize < _POOLED:
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.utils.dlpack.from_dlpack(_module().empty(list(shape), _dtype(dtype)))
