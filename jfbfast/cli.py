@@ -260,11 +260,19 @@ def evaluate(
         ),
     ] = None,
     train: Annotated[
-        float, typer.Option(help="Photographs to leave out, as trained on, first by name: a share or a count.")
-    ] = 0,
+        float | None,
+        typer.Option(
+            help="Photographs to leave out, first by name: a share or a count. "
+            "(default: those that a network's run in its directory trained on, or 0)"
+        ),
+    ] = None,
     validation: Annotated[
-        float, typer.Option(help="Photographs that choose the baselines' parameters, next by name: a share or a count.")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            help="Photographs that choose the baselines' parameters, next by name: a share or a count. "
+            "(default: those that it validated on, or 0.2)"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Most photographs to score, of the rest. (default: all)")] = None,
     resize: Annotated[
         int | None,

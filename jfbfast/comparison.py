@@ -19,6 +19,7 @@ from jfbfast.datasets import Images, Photographs, split
 from jfbfast.evaluation import Choice, Method, Scores, baseline_methods, evaluate, network_method, write_scores
 from jfbfast.operators import GaussianBlur
 from jfbfast.pretrained import SETTING, load_model, measurement_setting, set_network
+from jfbfast.settings import make_settings, read_settings
 
 
 def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
@@ -30,6 +31,60 @@ def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelCon
         name = Path(checkpoint).parent.name if Path(checkpoint).stem == "model" else Path(checkpoint).stem
         found.append((name or checkpoint, model, config))
     return found
+
+
+def _trained_on(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[int, int]:
+    """How many of a directory's files, first by name, a run trained on, and validated on next; (0, 0) of no run on it.
+
+    The run is that of the ``config.yaml`` beside the checkpoint.
+    """
+    config = Path(checkpoint).parent / "config.yaml"
+    if not (Path(checkpoint).is_file() and config.is_file()):
+        return 0, 0
+    try:
+        settings = make_settings(read_settings(config))
+    except ValueError:  # of something else
+        return 0, 0
+    if Path(settings.data).resolve() != data.resolve():
+        return 0, 0
+    kept, held_out, _ = split(files, settings.train, settings.validation)
+    return len(kept), len(held_out)
+
+
+def unseen_photographs(
+    data: Path,
+    checkpoints: Sequence[str],
+    train: float | None,
+    validation: float | None,
+    say: Callable[[str], object],
+) -> tuple[list[Path], list[Path]]:
+    """The photographs of a directory that choose parameters, and those to score.
+
+    Args:
+        data: the directory.
+        checkpoints: of the networks, shipped names or files.
+        train, validation: of `split`. None for those of the run on this directory that trained on most of it, as
+            the ``config.yaml`` beside its checkpoint tells; where it leaves none to score, one half of those that
+            it validated on chooses and the other is scored. Without such a run 0 and 0.2.
+        say: is told of a run's split, taken or not.
+
+    Raises:
+        ValueError: no photographs to score.
+    """
+    files = image_files(data)
+    runs = [(*_trained_on(checkpoint, data, files), checkpoint) for checkpoint in checkpoints]
+    kept, held_out, checkpoint = max(runs, default=(0, 0, ""))
+    if kept and train is None:
+        train = kept
+        if validation is None:
+            validation = held_out if kept + held_out < len(files) else held_out // 2
+        say(f"{checkpoint} was trained on the first {kept} of these photographs: they are left out.")
+    trained, chosen, scored = split(files, train or 0, 0.2 if validation is None else validation)
+    if not scored:
+        raise ValueError(f"--train and --validation leave no photograph of {data} to score")
+    if kept > len(trained):
+        say(f"{checkpoint} was trained on {kept - len(trained)} of the photographs that choose or are scored.")
+    return chosen, scored
 
 
 def _device(name: str) -> torch.device:
@@ -132,7 +187,7 @@ def compare(
     methods: Sequence[str],
     denoiser: str | None,
     given: Mapping[str, Any],
-    held_out: tuple[float, float, int | None],
+    held_out: tuple[float | None, float | None, int | None],
     preprocessing: tuple[int | None, bool],
     batch_size: int,
     out: Path | None,
@@ -148,7 +203,7 @@ def compare(
         methods: names of baselines.
         denoiser: checkpoint for "pnp".
         given: kernel_size, sigma, noise and padding_mode; None for the first network's.
-        held_out: of `split`, train and validation, and the most images to score.
+        held_out: of `unseen_photographs`, train and validation, and the most images to score.
         preprocessing: resize and squash, of `Photographs`.
         out: .csv or .json to write, or None.
 
@@ -163,22 +218,22 @@ def compare(
         known = ", ".join(baseline_methods(GaussianBlur(), nn.Identity()))
         raise ValueError(f"--methods is empty; without networks it takes one or more of {known}")
     where = _device(device)
+    tell = partial(console.print, highlight=False, markup=False)
     networks = _networks(checkpoints)
     setting = measurement_setting(given, [config for _, _, config in networks])
     blur = setting.blur()
     chosen = _methods(methods, blur, denoiser, where)
     for name, model, config in networks:
-        set_network(name, model, config, setting, partial(console.print, highlight=False, markup=False))
+        set_network(name, model, config, setting, tell)
         chosen.append(network_method(name, model.to(where)))
-    _, validation_files, files = split(image_files(data), held_out[0], held_out[1])
+    trained = [*checkpoints, *([] if denoiser is None else [denoiser])]
+    validation_files, files = unseen_photographs(data, trained, held_out[0], held_out[1], tell)
     files = files[: held_out[2]]
-    if not files:
-        raise ValueError(f"--train and --validation leave no photograph of {data} to score")
     images = Images(Photographs(files, *preprocessing), seed=seed)
     validation = Images(Photographs(validation_files, *preprocessing), seed=seed + 1)
 
     def say(name: str, why: str) -> None:
-        console.print(f"{name} is not in the table: {why}", highlight=False, markup=False)
+        tell(f"{name} is not in the table: {why}")
 
     scores = evaluate_all(
         chosen, images, validation, blur, setting.noise, batch_size=batch_size, device=where, console=console, say=say

@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 from skimage import data as photographs
+from small_runs import write_photographs
 from typer.testing import CliRunner
 
 from jfbfast import demo, pretrained
 from jfbfast.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from jfbfast.cli import app
 from jfbfast.data import read_photograph
+from jfbfast.settings import make_settings, write_settings
 
 runner = CliRunner()
 
@@ -122,6 +124,31 @@ def test_evaluate_prints_and_writes_one_table(tmp_path):
     assert rows["small"]["evaluations_max"] >= 1 and "small" in result.output
     result = run("evaluate", tmp_path / "alone.safetensors", folder)
     assert result.exit_code == 1 and "a denoiser alone" in " ".join(result.output.split())
+
+
+def test_evaluate_leaves_out_what_a_network_was_trained_on(tmp_path):
+    folder, file = write_photographs(tmp_path / "photographs", 10, (4, 4), (20, 20)), tmp_path / "run" / "model"
+    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3})
+    file.parent.mkdir()
+    save_checkpoint(file, config.model(), config)
+    for values, options, chosen, scored in (
+        ({"train": 0.5, "validation": 2}, (), "56", "789"),
+        ({}, (), "", "9"),  # nine to train on and one to validate on
+        ({"validation": 0.4}, (), "67", "89"),  # six to train on: half of the rest chooses
+        ({"validation": 0.4}, ("--validation", 1), "6", "789"),
+        ({"validation": 0.4}, ("--train", 4), "45", "6789"),
+        ({"data": str(tmp_path)}, (), "01", "23456789"),
+    ):
+        write_settings(file.parent / "config.yaml", make_settings({"data": str(folder), **values}))
+        result = run("evaluate", file, folder, "--methods", "blurred", "--out", tmp_path / "table.json", *options)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "table.json").read_text())
+        assert [[f"{i}.png" for i in each] for each in (chosen, scored)] == [found["validation"], found["images"]]
+        told = " ".join(result.output.split())
+        assert ("of these photographs: they are left out" in told) == (
+            "data" not in values and "--train" not in options
+        )
+        assert ("was trained on 2 of the photographs that choose or are scored" in told) == ("--train" in options)
 
 
 def test_the_demo_in_small(tmp_path, monkeypatch):

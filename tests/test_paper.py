@@ -23,7 +23,7 @@ from jfbfast.classical import gradient_descent
 from jfbfast.cli import app
 from jfbfast.evaluation import evaluate, measurements
 from jfbfast.quality import PAPER_OFFSET, psnr
-from jfbfast.settings import make_settings, read_settings
+from jfbfast.settings import make_settings, read_settings, write_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,6 +125,20 @@ def test_what_is_missing_is_said(plan, tmp_path):
     assert float(rows["ours"]["psnr"]) > 0 and rows["ours"]["missing"] == ""
     text = console.export_text()
     assert "plug-and-play: missing" in text and "Tikhonov is not in the table: validation is empty" in text
+
+
+def test_the_tables_leave_out_what_a_network_was_trained_on(plan, folder):
+    values = {"data": str(folder), "train": 3, "validation": 1}
+    write_settings(Path(plan.checkpoints["feed-forward"]).parent / "config.yaml", make_settings(values))
+    console = Console(record=True, width=200)
+    study = Study(replace(plan, train=None, validation=None), console)
+    assert [[file.name for file in each] for each in (study.validation_files, study.files)] == [
+        ["3.png"],
+        ["4.png", "5.png"],
+    ]
+    assert "was trained on the first 3 of these photographs: they are left out." in console.export_text()
+    Study(plan, console)
+    assert "was trained on 1 of the photographs that choose or are scored." in console.export_text()
 
 
 def test_a_checkpoint_of_another_kind_is_refused(plan):

@@ -63,11 +63,17 @@ def paper(
     ] = None,
     train: Annotated[
         float | None,
-        typer.Option(help="Photographs that the tables leave out, first by name: a share or a count. (default: 0)"),
+        typer.Option(
+            help="Photographs that the tables leave out, first by name: a share or a count. "
+            "(default: those that a network's run trained on, or 0)"
+        ),
     ] = None,
     validation: Annotated[
         float | None,
-        typer.Option(help="Photographs that choose parameters, next by name: a share or a count. (default: 0.2)"),
+        typer.Option(
+            help="Photographs that choose parameters, next by name: a share or a count. "
+            "(default: those that it validated on, or 0.2)"
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most photographs to score, of the rest. (default: all)")] = None,
     resize: Annotated[

@@ -16,7 +16,7 @@ class Plan:
         checkpoints: role, of `jfbfast.benchmarks.paper.study.ROLES`, to a shipped name or a file.
         kernel_size, sigma, noise, padding_mode: of the measurements; None for the first network's.
         train, validation, limit: of `jfbfast evaluate`: photographs that are left out, that choose parameters,
-            and that are scored at most.
+            and that are scored at most; None for a run's on the same photographs, or 0 and 0.2.
         resize, squash: of `jfbfast evaluate`; the paper's images are 128 × 128, squashed.
         batch_size: images restored together.
         pictures: images in Table 1.
@@ -36,8 +36,8 @@ class Plan:
     sigma: float | None = None
     noise: float | None = None
     padding_mode: str | None = None
-    train: float = 0
-    validation: float = 0.2
+    train: float | None = None
+    validation: float | None = None
     limit: int | None = None
     resize: int | None = 128
     squash: bool = True

@@ -14,8 +14,8 @@ from rich.console import Console
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig
-from jfbfast.data import image_files
-from jfbfast.datasets import Images, Photographs, split
+from jfbfast.comparison import unseen_photographs
+from jfbfast.datasets import Images, Photographs
 from jfbfast.evaluation import Choice, baseline_methods, choose, network_method
 from jfbfast.pretrained import SETTING, load_model, measurement_setting, set_network
 
@@ -90,6 +90,7 @@ class Study:
     def __init__(self, plan: Plan, console: Console) -> None:
         assert plan.data is not None
         self.plan, self.console = plan, console
+        say = partial(console.print, highlight=False, markup=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         networks = {name: _network(name, given) for name, given in plan.checkpoints.items()}
         deblurring = [networks[name] for name in ("ours", "paper", *networks) if name in networks]
@@ -110,14 +111,13 @@ class Study:
             self.checkpoints[name] = plan.checkpoints[role]
             model, config = networks[role]
             if role != "denoiser":
-                say = partial(console.print, highlight=False, markup=False)
                 set_network(f"--{role}", model, config, self.setting, say)
                 self.methods[name] = network_method(name, model.to(self.device))
 
-        _, validation, files = split(image_files(plan.data), plan.train, plan.validation)
+        validation, files = unseen_photographs(
+            plan.data, list(plan.checkpoints.values()), plan.train, plan.validation, say
+        )
         self.files, self.validation_files = files[: plan.limit], validation
-        if not self.files:
-            raise ValueError(f"--train and --validation leave no photograph of {plan.data} to score")
         options: dict[str, Any] = {"resize": plan.resize, "squash": plan.squash}
         self.images = Images(Photographs(self.files, **options), seed=plan.seed)
         self.validation = Images(Photographs(validation, **options), seed=plan.seed + 1)
