@@ -7,7 +7,7 @@ the data needs no state: a resumed run goes on at its step, and N processes shar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
 from jfbfast import checks
@@ -237,3 +237,16 @@ class Images(Dataset[Sample]):
             top, left = (max(0, (side - self.crop) // 2) for side in x.shape[-2:])
             x = x[:, top : top + self.crop, left : left + self.crop]
         return _sample(x.contiguous(), _generator(self.seed, _MEASUREMENT, index))
+
+
+def batches(samples: Dataset[Sample], batch_size: int) -> Iterator[Sample]:
+    """All samples in their order, at most ``batch_size`` at once; neighbours of one size share a batch."""
+    batch: list[Sample] = []
+    for index in range(len(samples)):  # type: ignore[arg-type]
+        sample = samples[index]
+        if batch and (len(batch) == batch_size or sample.x.shape != batch[0].x.shape):
+            yield default_collate(batch)
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield default_collate(batch)

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from scipy.stats import t as student_t
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from jfbfast.baselines import plug_and_play
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov, tv
-from jfbfast.datasets import Images
+from jfbfast.datasets import Images, batches
 from jfbfast.degrad import DEGrad
 from jfbfast.operators import SeparableBlur
 from jfbfast.quality import PAPER_OFFSET, measure, psnr, ssim
@@ -129,21 +128,9 @@ def measurements(
 
     ε depends on the images' seed and an image's index alone.
     """
-    batch: list[Any] = []
-    for index in range(len(images)):
-        sample = images[index]
-        if batch and (len(batch) == batch_size or sample.x.shape != batch[0].x.shape):
-            yield _measured(batch, blur, noise, device)
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield _measured(batch, blur, noise, device)
-
-
-def _measured(batch: list[Any], blur: SeparableBlur, noise: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    sample = default_collate(batch)
-    x = sample.x.to(device)
-    return x, measure(x, blur, noise, sample.noise.to(device))
+    for sample in batches(images, batch_size):
+        x = sample.x.to(device)
+        yield x, measure(x, blur, noise, sample.noise.to(device))
 
 
 @torch.inference_mode()

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from jfbfast.datasets import Sample
+from jfbfast.datasets import Sample, batches
 from jfbfast.degrad import DEGrad
 from jfbfast.lipschitz import SpectralNormConv2d
 from jfbfast.operators import GaussianBlur
@@ -255,6 +255,16 @@ class _Batches(Sampler[list[int]]):
             yield list(range(step * self.batch_size, (step + 1) * self.batch_size))[self.rank :: self.world]
 
 
+class _OneSize(IterableDataset[Sample]):
+    """The `batches` of samples that may differ in size."""
+
+    def __init__(self, samples: Dataset[Sample], batch_size: int) -> None:
+        self.samples, self.batch_size = samples, batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        return batches(self.samples, self.batch_size)
+
+
 class _Data(L.LightningDataModule):
     """The training batches, an interval an epoch, always from the trainer's step on."""
 
@@ -286,7 +296,7 @@ class _Data(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Sample]:
         assert self.val is not None  # else Lightning is told to make no validation
-        return DataLoader(self.val, self.batch_size)
+        return DataLoader(_OneSize(self.val, self.batch_size), batch_size=None)
 
 
 class _Bar(RichProgressBar):

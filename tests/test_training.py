@@ -20,6 +20,7 @@ import jfbfast
 from jfbfast.checkpoint import CheckpointError, load_checkpoint
 from jfbfast.data import ImageError
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
+from jfbfast.quality import psnr
 from jfbfast.runs import Metrics
 from jfbfast.settings import make_settings
 from jfbfast.training import DeblurTask, JacobianPenalty, MovingAverage, Optimization, fit
@@ -269,6 +270,24 @@ def test_a_run_starts_from_other_weights(folder, tmp_path):
     train(folder, tmp_path / "second", resume=True, init=first, **still)
     with pytest.raises(CheckpointError, match="no such file"):
         train(folder, tmp_path / "fourth", init=first, **still)
+
+
+def test_validation_takes_photographs_of_every_size(folder, tmp_path):
+    """A photograph smaller than the crop, which training pads, is validated on as it is."""
+    for name, side in (("5", 12), ("6", 40), ("7", 40)):
+        with Image.open(folder / "0.png") as image:
+            image.resize((side, side)).save(folder / f"{name}.png")
+    out = tmp_path / "out"
+    train(folder, out, validation=4, pretraining_steps=0, steps=2, form="feed-forward")
+    model, config = load_checkpoint(out / "model.safetensors")
+    samples = Images(Photographs(sorted(folder.iterdir())[4:]), 16)
+    assert [sample.x.shape[-1] for sample in samples] == [16, 12, 16, 16]
+    quality = []
+    for sample in samples:
+        with torch.no_grad():
+            restored = model((config.blur()(sample.x) + config.noise * sample.noise)[None])
+        quality.append(float(psnr(restored, sample.x[None])))
+    assert float(rows(out)[-1]["val_psnr"]) == pytest.approx(sum(quality) / 4, abs=1e-3)
 
 
 def test_a_crop_that_no_photograph_has_claims_no_directory(folder, tmp_path):
