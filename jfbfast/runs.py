@@ -1,12 +1,14 @@
 """A training run in a directory of its own: settings, metrics, checkpoints to resume from, and the trained network.
 
-``config.yaml`` holds the resolved settings, ``metrics.csv`` a row every few steps, ``pretraining.ckpt``
-and ``training.ckpt`` the state of each phase after its last interval, ``model.safetensors`` the result.
+``config.yaml`` holds the resolved settings, ``photographs.json`` the names of those it trains and validates on,
+``metrics.csv`` a row every few steps, ``pretraining.ckpt`` and ``training.ckpt`` the state of each phase after its
+last interval, ``model.safetensors`` the result.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import time
 import zipfile
@@ -195,12 +197,14 @@ class Run:
             self.settings = make_settings(values).resolved()
         self.out, self.resume, self.progress = out, resume, progress
         self.config = self.settings.model_config()
+        self.photographs: dict[str, list[str]] = {}
 
     def _data(self, console: Console) -> tuple[RandomCrops, Images | None]:
         settings = self.settings
         kept, held_out, _ = split(image_files(settings.data), settings.train, settings.validation)
         if not kept:
             raise ValueError(f"train and validation leave no photograph of {settings.data} to train on")
+        self._check_photographs(kept, held_out)
         console.print(f"{len(kept)} photographs to train on, {len(held_out)} to validate on.", highlight=False)
         cache = int(settings.cache * 2**30)
         photographs = Photographs(kept, settings.resize, settings.squash, cache)
@@ -212,6 +216,24 @@ class Run:
             return crops, None
         side = settings.resize or settings.crop
         return crops, Images(Photographs(held_out, settings.resize, settings.squash, cache), side, settings.seed)
+
+    def _check_photographs(self, kept: Sequence[Path], held_out: Sequence[Path]) -> None:
+        """Keep the names, relative to the directory; a run that goes on takes those that it was started with."""
+        data, file = self.settings.data, self.out / "photographs.json"
+        self.photographs = {
+            name: [path.relative_to(data).as_posix() for path in files]
+            for name, files in (("training", kept), ("validation", held_out))
+        }
+        if not (self.resume and file.exists()):  # a run of before there was that file has none
+            return
+        started: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
+        for name, names in self.photographs.items():
+            if names != started[name]:
+                other = sorted(set(names).symmetric_difference(started[name]))
+                raise ValueError(
+                    f"data is {data}, whose photographs for {name} are not those that the run in {self.out} was "
+                    f"started with: {len(other)} differ, such as {other[0]}"
+                )
 
     def _contraction(self) -> JacobianPenalty | None:
         weight, settings = self.settings.jacobian_penalty, self.settings
@@ -261,7 +283,8 @@ class Run:
         Raises:
             CheckpointError: a checkpoint of the run, or the one to start from, is not whole.
             ImageError: a photograph that cannot be used.
-            ValueError: a split without photographs to train on, or a setting that the network does not take.
+            ValueError: a split without photographs to train on, or other ones than a resumed run was started with; a
+                setting that the network does not take.
         """
         settings, config = self.settings, self.config
         L.seed_everything(settings.seed, verbose=False)
@@ -307,6 +330,8 @@ class Run:
     def _claim(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         write_settings(self.out / "config.yaml", self.settings)
+        text = json.dumps(self.photographs, indent=1, ensure_ascii=False)
+        write_whole(self.out / "photographs.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
     @rank_zero_only
     def _save(self, path: Path, model: nn.Module, config: ModelConfig, half: bool = False) -> None:

@@ -253,6 +253,10 @@ def test_figure1_trains_both_recipes_where_no_run_is_given(plan, tmp_path, monke
         assert seconds[0] > 0 and seconds == sorted(seconds)
     paper.run(tmp_path, True, QUIET, plan, ("figure1",))  # goes on with what is there, which is finished
     assert read(tmp_path / "figure1.csv") == rows
+    other = write_photographs(tmp_path / "other", 6)
+    (other / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"data is .*other, whose photographs for training are not those"):
+        paper.run(tmp_path, True, QUIET, replace(plan, data=other), ("figure1",))
     again = replace(plan, runs=tuple(f"{r}={tmp_path / f'figure1-{r}'}" for r in figure1.NAMES))
     paper.run(tmp_path / "again", True, QUIET, again, ("figure1",))
     assert [{**row, "run": ""} for row in read(tmp_path / "again" / "figure1.csv")] == [{**r, "run": ""} for r in rows]

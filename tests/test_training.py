@@ -22,7 +22,7 @@ from jfbfast.data import ImageError
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.quality import psnr
 from jfbfast.runs import Metrics
-from jfbfast.settings import make_settings
+from jfbfast.settings import make_settings, read_settings
 from jfbfast.training import DeblurTask, JacobianPenalty, MovingAverage, Optimization, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,6 +220,24 @@ def test_a_run_is_not_overwritten_or_changed(folder, tmp_path):
     with pytest.raises(ValueError, match=r"steps is 7; the run in .* was started with 6"):
         train(folder, out, resume=True, steps=7)
     train(folder, out, resume=True, workers=1)
+
+
+def test_a_run_goes_on_with_its_own_photographs(folder, tmp_path):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    values = {"pretraining_steps": 0, "steps": 2, "form": "feed-forward"}
+    train(folder, out, **values)
+    folder.rename(moved)
+    train(moved, out, resume=True, **values)
+    (moved / "00.png").write_bytes((moved / "0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"data is .*moved, whose photographs for training are not .* such as 00\.png"):
+        train(moved, out, resume=True, **values)
+    (moved / "00.png").unlink()
+    other = write_photographs(tmp_path / "other", 7)
+    with pytest.raises(ValueError, match=r"other, whose photographs .*out was started with: 2 differ, such as 4\.png"):
+        train(other, out, resume=True, **values)
+    assert read_settings(out / "config.yaml")["data"] == str(moved)
+    (out / "photographs.json").unlink()  # as in runs of before
+    train(other, out, resume=True, **values)
 
 
 FORMS = {
