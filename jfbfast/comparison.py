@@ -217,6 +217,8 @@ def compare(
     if not methods and not checkpoints:
         known = ", ".join(baseline_methods(GaussianBlur(), nn.Identity()))
         raise ValueError(f"--methods is empty; without networks it takes one or more of {known}")
+    if denoiser is not None and "pnp" not in methods:
+        raise ValueError(f"--denoiser is {denoiser}; it is for pnp, which --methods does not have")
     where = _device(device)
     tell = partial(console.print, highlight=False, markup=False)
     networks = _networks(checkpoints)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -92,7 +92,9 @@ class TrainingSettings:
         "A shipped model or a file to start from: the same network, the same for one setting, or its denoiser.",
     ] = None
     pretraining_steps: Annotated[
-        int | None, "Batches of denoising before the training. (default: 1000; 0 with --init or --sigma-range)"
+        int | None,
+        "Batches of denoising before the training. "
+        "(default: 1000; 0 with --init or --sigma-range, but for a denoiser alone)",
     ] = None
     pretraining_rate: Annotated[float, "Highest learning rate of pretraining."] = 1e-3
     pretraining_noise: Annotated[tuple[float, ...], "Noise levels to pretrain on, least and largest, on [−1, 1]."] = (
@@ -179,14 +181,12 @@ class TrainingSettings:
         levels = self.pretraining_noise
         if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:
             raise ValueError(f"pretraining_noise is {levels}; it takes two non-negative numbers, the lesser first")
-        implicit = self.form not in ("feed-forward", "denoiser")
-        if self.jacobian_penalty and not implicit:
-            raise ValueError(f"jacobian_penalty is {self.jacobian_penalty}; with form={self.form} it takes 0")
+        self._check_idle()
         solver, gradient = _description("solver", self.solver), _description("gradient", self.gradient)
         for name in ("tol", "max_iter"):
             if name in solver:
                 raise ValueError(f"solver is {self.solver!r}; {name} is a setting of its own")
-        if implicit and gradient["kind"] == "shine" and solver["kind"] in ("Inertial", "Picard"):
+        if self.implicit and gradient["kind"] == "shine" and solver["kind"] in ("Inertial", "Picard"):
             raise ValueError(f"solver is {self.solver!r}; gradient={self.gradient} takes Anderson or Broyden")
         if (self.sigma_range is None) != (self.noise_range is None):
             raise ValueError("sigma_range and noise_range are for one network; it takes both, or neither")
@@ -196,24 +196,51 @@ class TrainingSettings:
             raise ValueError(f"measurements is {self.measurements}; it takes a divisor of batch_size={self.batch_size}")
         if self.conditional and self.pretraining_steps:
             raise ValueError(f"pretraining_steps is {self.pretraining_steps}; with sigma_range it takes 0")
+        if self.form == "denoiser" and self.pretraining_steps == 0:
+            raise ValueError("pretraining_steps is 0; with form=denoiser it takes an integer of at least 1")
+
+    def _check_idle(self) -> None:
+        """A setting that has no effect beside the others must have its default."""
+        default, chosen = TrainingSettings.__dataclass_fields__, self._dependent_defaults()
+        for told, acts, names in _CONDITIONS:
+            for name in () if acts(self) else names:
+                idle = (default[name].default, chosen.get(name), 0 if name == "steps" else None)
+                if getattr(self, name) not in idle:
+                    raise ValueError(f"{name} is {getattr(self, name)!r}; {told}")
 
     @property
     def conditional(self) -> bool:
         """Whether the network is for a range of measurements."""
         return self.sigma_range is not None
 
-    def resolved(self) -> TrainingSettings:
-        """With each default that depends on another setting in its place."""
+    @property
+    def implicit(self) -> bool:
+        """Whether the network is a fixed point."""
+        return self.form not in ("feed-forward", "denoiser")
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the denoiser is trained first."""
+        steps = self.pretraining_steps
+        return bool(self._dependent_defaults()["pretraining_steps"] if steps is None else steps)
+
+    def _dependent_defaults(self) -> dict[str, Any]:
+        """What None stands for where that depends on other settings."""
         paper = self.form == "paper"
-        chosen: dict[str, Any] = {
+        pretrained = self.conditional or (self.init is not None and self.form != "denoiser")
+        return {
             "features": (64, 96, 128) if self.denoiser == "UNet" else (64,),
             "batch_norm": paper,
             "spectral_norm": "matrix" if paper else "none",
             "bias": not paper,
             "training_tol": self.tol,
             "training_max_iter": self.max_iter,
-            "pretraining_steps": 1000 if self.init is None and not self.conditional else 0,
+            "pretraining_steps": 0 if pretrained else 1000,
         }
+
+    def resolved(self) -> TrainingSettings:
+        """With each default that depends on another setting in its place."""
+        chosen = self._dependent_defaults()
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
     def model_config(self) -> ModelConfig:
@@ -253,6 +280,49 @@ class TrainingSettings:
             sigma_range=None if self.sigma_range is None else list(self.sigma_range),
             noise_range=None if self.noise_range is None else list(self.noise_range),
         )
+
+
+# Settings that act beside certain others alone: what is said where they do not, whether they do, and their names.
+_CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], tuple[str, ...]], ...] = (
+    ("it acts with resize alone", lambda s: s.resize is not None, ("squash",)),
+    ("it acts with sigma_range alone", lambda s: s.conditional, ("measurements",)),
+    ("it acts with denoiser=UNet alone", lambda s: s.denoiser == "UNet", ("blocks",)),
+    ("it acts with denoiser=DnCNN alone", lambda s: s.denoiser == "DnCNN", ("batch_norm", "spectral_norm")),
+    ("with denoiser=UNet it has no effect", lambda s: s.denoiser != "UNet", ("depth", "bias")),
+    ("it acts with form=paper alone", lambda s: s.form == "paper", ("step_size",)),
+    ("with form=paper or denoiser it has no effect", lambda s: s.form not in ("paper", "denoiser"), ("weight",)),
+    (
+        "it acts with form=filtered, preconditioned or paper alone",
+        lambda s: s.implicit,
+        (
+            "averaging",
+            "solver",
+            "tol",
+            "max_iter",
+            "training_tol",
+            "training_max_iter",
+            "solve_dtype",
+            "gradient",
+            "jacobian_penalty",
+        ),
+    ),
+    (
+        "with form=denoiser, which trains by pretraining_steps and pretraining_rate, it has no effect",
+        lambda s: s.form != "denoiser",
+        ("steps", "learning_rate", "kernel_size", "sigma", "padding_mode", "noise"),
+    ),
+    (
+        "it acts with pretraining_steps alone",
+        lambda s: s.pretrains,
+        ("pretraining_rate", "pretraining_noise"),
+    ),
+    ("it acts with schedule=cosine or constant alone", lambda s: s.schedule != "onecycle", ("warmup",)),
+    (
+        "it acts with jacobian_penalty alone",
+        lambda s: s.jacobian_penalty > 0,
+        ("jacobian_bound", "jacobian_interval", "jacobian_samples"),
+    ),
+)
 
 
 def _description(name: str, text: str) -> dict[str, Any]:

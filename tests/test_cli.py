@@ -189,6 +189,7 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
         (("evaluate", "nowhere"), "no image files"),
         (("evaluate", "nobody", "."), "nobody: not a whole checkpoint"),
         (("evaluate", ".", "--methods", "pnp"), "pnp, which takes a --denoiser"),
+        (("evaluate", ".", "--denoiser", "x"), "--denoiser is x; it is for pnp, which --methods does not have"),
         (("evaluate", ".", "--methods", "magic"), "--methods has 'magic'; it takes blurred"),
         (("evaluate", ".", "--out", "table.txt"), "--out is table.txt"),
         (("evaluate", ".", "--methods", ""), "--methods is empty; without networks it takes one or more of blurred"),

@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_its_own_photographs(folder, tmp_path):
 
 
 FORMS = {
-    "filtered UNet": {"denoiser": "UNet", "features": (4, 8), "blocks": (1, 1)},
+    "filtered UNet": {"denoiser": "UNet", "depth": 17, "features": (4, 8), "blocks": (1, 1)},
     "preconditioned": {
         "form": "preconditioned",
         "solver": "Picard",
@@ -306,6 +306,15 @@ def test_validation_takes_photographs_of_every_size(folder, tmp_path):
             restored = model((config.blur()(sample.x) + config.noise * sample.noise)[None])
         quality.append(float(psnr(restored, sample.x[None])))
     assert float(rows(out)[-1]["val_psnr"]) == pytest.approx(sum(quality) / 4, abs=1e-3)
+
+
+def test_a_denoiser_trains_on_from_other_weights(folder, tmp_path):
+    start = tmp_path / "start" / "model.safetensors"
+    train(folder, start.parent, form="denoiser", steps=0)
+    settings = make_settings({"data": "d", "form": "denoiser", "init": str(start)})
+    assert settings.resolved().pretraining_steps == 1000
+    train(folder, tmp_path / "on", form="denoiser", steps=0, init=str(start), pretraining_steps=1)
+    assert not all(torch.equal(value, weights(start.parent)[key]) for key, value in weights(tmp_path / "on").items())
 
 
 def test_a_crop_that_no_photograph_has_claims_no_directory(folder, tmp_path):
