@@ -145,6 +145,17 @@ def results_table(scores: Sequence[Scores], title: str) -> Table:
     return table
 
 
+def tuning(scores: Sequence[Scores]) -> dict[str, str]:
+    """What was chosen for each method with a parameter, of which grid, and whether at an end of it."""
+    found = {}
+    for each in scores:
+        for name, value in each.parameter.items():
+            grid = list(each.trials)
+            end = ", at an end of its grid" if each.at_end else ""
+            found[each.method] = f"{name} = {value:.3g}, of {len(grid)} from {min(grid):.3g} to {max(grid):.3g}{end}"
+    return found
+
+
 def evaluate_all(
     methods: Sequence[Method],
     images: Images,
@@ -247,6 +258,8 @@ def compare(
         f"{setting.padding_mode}; noise {setting.noise:g}; parameters chosen on {len(validation)} other images"
     )
     console.print(results_table(scores, title))
+    for name, told in tuning(scores).items():
+        tell(f"{name}: {told}")
     if out is not None:
         about = {
             **{name: getattr(setting, name) for name in SETTING},

@@ -90,6 +90,11 @@ class Scores:
     status: Tensor | None = None
     trials: Mapping[float, float] = field(default_factory=dict)
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the parameter is the least or the largest candidate, so that a wider grid might do better."""
+        return any(value in (min(self.trials), max(self.trials)) for value in self.parameter.values() if self.trials)
+
     def summary(self) -> dict[str, Any]:
         """One row: means over all images, with half-widths of 95% confidence intervals (Student's t)."""
         status, evaluations = self.status, self.evaluations
@@ -266,7 +271,7 @@ def baseline_methods(blur: SeparableBlur, denoiser: nn.Module | None = None) -> 
             "steps",
             [1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 450, 640],
         ),
-        Method("tikhonov", lambda v: lambda d: Restoration(tikhonov(blur, d, v)), "damping", _logarithmic(1e-4, 1, 33)),
+        Method("tikhonov", lambda v: lambda d: Restoration(tikhonov(blur, d, v)), "damping", _logarithmic(1e-6, 1, 49)),
         Method("tv", lambda v: lambda d: _solved(tv(blur, d, v)), "weight", _logarithmic(1e-4, 0.03, 11)),
     ]
     if denoiser is not None:
@@ -311,7 +316,7 @@ def write_scores(path: Path, scores: Sequence[Scores], about: Mapping[str, Any])
 def write_tuning(path: Path, scores: Sequence[Scores]) -> None:
     """Every candidate of every parameter as CSV: its mean PSNR on the validation images, and whether it was chosen.
 
-    ``at_end`` tells of a choice that is the least or the largest candidate, so that a wider grid might do better.
+    ``at_end`` is that of the `Scores`, of the choice.
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -320,5 +325,4 @@ def write_tuning(path: Path, scores: Sequence[Scores]) -> None:
             for name, chosen in found.parameter.items():
                 for value, quality in found.trials.items():
                     taken = value == chosen
-                    at_end = taken and value in (min(found.trials), max(found.trials))
-                    writer.writerow((found.method, name, value, quality, taken, at_end))
+                    writer.writerow((found.method, name, value, quality, taken, taken and found.at_end))

@@ -119,7 +119,7 @@ def test_evaluate_prints_and_writes_one_table(tmp_path):
     assert all(row["images"] == 3 == len(row["per_image"]["psnr"]) for row in rows.values())
     assert rows["tikhonov"]["psnr"] > rows["blurred"]["psnr"] + 0.5 and "damping" in rows["tikhonov"]["parameter"]
     best = max(rows["tikhonov"]["tuning"], key=lambda trial: trial["validation_psnr"])
-    assert len(rows["tikhonov"]["tuning"]) == 33 and rows["blurred"]["tuning"] == []
+    assert len(rows["tikhonov"]["tuning"]) == 49 and rows["blurred"]["tuning"] == []
     assert rows["tikhonov"]["parameter"] == f"damping = {best['value']:.3g}"
     assert rows["small"]["evaluations_max"] >= 1 and "small" in result.output
     result = run("evaluate", tmp_path / "alone.safetensors", folder)

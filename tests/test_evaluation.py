@@ -13,6 +13,7 @@ from torch import nn
 from jfbfast import DEGrad, DnCNN, GaussianBlur, Status, tikhonov, tv
 from jfbfast.baselines import FeedForward, plug_and_play
 from jfbfast.classical import differences, differences_adjoint, total_variation
+from jfbfast.comparison import tuning
 from jfbfast.datasets import Images
 from jfbfast.evaluation import (
     Method,
@@ -133,6 +134,18 @@ def test_the_batch_size_changes_no_score(name):
     if name in ("gradient-descent", "tikhonov", "tv"):
         best = method.candidates.index(next(iter(one.parameter.values())))
         assert 0 < best < len(method.candidates) - 1
+
+
+def test_a_choice_at_an_end_of_its_grid_is_told_of():
+    """Without noise the best λ is far below that of noise 0.01."""
+    method = baseline_methods(BLUR)["tikhonov"]
+    images, validation = Images(pictures(2)), Images(pictures(1), seed=1)
+    found = evaluate(method, images, validation, BLUR, 0.0)
+    assert found.parameter["damping"] < 9e-5
+    narrow = Method("tikhonov", method.restore, "damping", [0.01, 0.1, 1])
+    ends = evaluate(narrow, images, validation, BLUR, 0.0)
+    assert tuning([ends]) == {"tikhonov": "damping = 0.01, of 3 from 0.01 to 1, at an end of its grid"}
+    assert ends.at_end and not evaluate(method, images, validation, BLUR, 0.05).at_end
 
 
 def test_a_network_reports_its_solve():

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from rich.console import Console
 
-from jfbfast.comparison import evaluate_all, results_table
+from jfbfast.comparison import evaluate_all, results_table, tuning
 from jfbfast.evaluation import Scores, write_tuning
 
 from .page import Section, markdown_table
@@ -99,13 +99,7 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tuned(scores: Sequence[Scores]) -> str:
-    lines = []
-    for found in scores:
-        for name, value in found.parameter.items():
-            grid = list(found.trials)
-            end = ", at an end of the grid" if value in (min(grid), max(grid)) else ""
-            span = f"{len(grid)} values from {min(grid):.3g} to {max(grid):.3g}"
-            lines.append(f"- {LABELS[found.method]}: {name} = {value:.3g}, of {span}{end}.")
+    lines = [f"- {LABELS[method]}: {told}." for method, told in tuning(scores).items()]
     return "Parameters, by the best mean PSNR on the validation images alone:\n\n" + "\n".join(lines)
 
 
