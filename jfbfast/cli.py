@@ -333,7 +333,7 @@ def diagnose(
         from jfbfast.datasets import Photographs, RandomCrops
         from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
-        from jfbfast.pretrained import load_model, set_measurement
+        from jfbfast.pretrained import load_model, network_name, set_measurement
         from jfbfast.quality import measure
 
         for name, value in (("crop", crop), ("samples", samples)):
@@ -351,7 +351,7 @@ def diagnose(
         with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
             found = report(model, d, x, iterations=iterations, seed=seed)
         out.mkdir(parents=True, exist_ok=True)
-        path = out / f"{checkpoint.stem}-diagnosis.png"
+        path = out / f"{network_name(checkpoint)}-diagnosis.png"
         found.plot(path)
         console.print(found.table())
         console.print(f"Picture: {path}", highlight=False, markup=False)

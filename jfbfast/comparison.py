@@ -18,7 +18,7 @@ from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, split
 from jfbfast.evaluation import Choice, Method, Scores, baseline_methods, evaluate, network_method, write_scores
 from jfbfast.operators import GaussianBlur
-from jfbfast.pretrained import SETTING, load_model, measurement_setting, set_network
+from jfbfast.pretrained import SETTING, load_model, measurement_setting, network_name, set_network
 from jfbfast.settings import make_settings, read_settings
 
 
@@ -28,8 +28,7 @@ def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelCon
         model, config = load_model(checkpoint)
         if config.form == "denoiser":
             raise ValueError(f"{checkpoint} is a denoiser alone, which --denoiser takes; give networks that undo blur")
-        name = Path(checkpoint).parent.name if Path(checkpoint).stem == "model" else Path(checkpoint).stem
-        found.append((name or checkpoint, model, config))
+        found.append((network_name(checkpoint), model, config))
     return found
 
 
@@ -230,6 +229,8 @@ def compare(
         raise ValueError(f"--methods is empty; without networks it takes one or more of {known}")
     if denoiser is not None and "pnp" not in methods:
         raise ValueError(f"--denoiser is {denoiser}; it is for pnp, which --methods does not have")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     where = _device(device)
     tell = partial(console.print, highlight=False, markup=False)
     networks = _networks(checkpoints)

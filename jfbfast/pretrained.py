@@ -45,6 +45,12 @@ def load_model(name_or_file: str | Path) -> tuple[nn.Module, ModelConfig]:
     return load_checkpoint(pretrained_file(str(name_or_file)) if shipped else name_or_file)
 
 
+def network_name(name_or_file: str | Path) -> str:
+    """What a network is called in tables and file names: of DIR/model.safetensors DIR, of another file its stem."""
+    path = Path(name_or_file)
+    return (path.parent.name if path.stem == "model" else path.stem) or path.stem
+
+
 def set_measurement(name: str, model: nn.Module, config: ModelConfig, sigma: float | None, noise: float | None) -> None:
     """Set a model for these measurements; one for a single setting takes its own alone, or None for them.
 

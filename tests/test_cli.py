@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -109,7 +110,7 @@ def test_evaluate_prints_and_writes_one_table(tmp_path):
         save_checkpoint(tmp_path / f"{name}.safetensors", config.model(), config)
     methods = "blurred,direct-inverse,gradient-descent,tikhonov,tv,pnp"
     options = ("--methods", methods, "--denoiser", tmp_path / "alone.safetensors", "--validation", 2)
-    out = tmp_path / "table.json"
+    out = tmp_path / "made" / "table.json"
     result = run("evaluate", tmp_path / "small.safetensors", folder, *options, "--out", out)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
@@ -149,6 +150,20 @@ def test_evaluate_leaves_out_what_a_network_was_trained_on(tmp_path):
             "data" not in values and "--train" not in options
         )
         assert ("was trained on 2 of the photographs that choose or are scored" in told) == ("--train" in options)
+
+
+def test_two_models_are_diagnosed_in_two_pictures(tmp_path, monkeypatch):
+    report = Mock(return_value=Mock(table=lambda: "measured"))
+    monkeypatch.setattr("jfbfast.diagnostics.report", report)
+    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3})
+    photograph = next(write_photographs(tmp_path / "photographs", 1).iterdir())
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_checkpoint(tmp_path / name / "model.safetensors", config.model(), config)
+        result = run("diagnose", tmp_path / name / "model.safetensors", photograph, "--crop", 16, "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+    pictures = [call.args[0].name for call in report.return_value.plot.call_args_list]
+    assert pictures == ["a-diagnosis.png", "b-diagnosis.png"]
 
 
 def test_the_demo_in_small(tmp_path, monkeypatch):
