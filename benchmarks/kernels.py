@@ -253,15 +253,14 @@ def conv3x3_sides(shape: Shape, channels: int, plan: Plan, device: torch.device,
     bias = torch.randn(channels, device=device)
     transformed = winograd.transformed_weight(weight)
     half = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+    planar = x.contiguous(), weight.contiguous()
     a, b = torch.randn(2, 1024, 1024, device=device)
 
     sides: Sides = {
         OURS: lambda: timed(lambda: winograd.conv3x3(x, weight, bias, True, transformed), device),
-        "with its transform": lambda: timed(lambda: winograd.conv3x3(x, weight, bias, True), device),
+        f"{OURS} with its transform": lambda: timed(lambda: winograd.conv3x3(x, weight, bias, True), device),
         "conv2d NHWC": lambda: timed(lambda: reference.conv3x3(x, weight, bias, True), device),
-        "conv2d NCHW": lambda: timed(
-            lambda: reference.conv3x3(x.contiguous(), weight.contiguous(), bias, True), device
-        ),
+        "conv2d NCHW": lambda: timed(lambda: reference.conv3x3(*planar, bias, True), device),
         "conv2d bf16": lambda: timed(lambda: reference.conv3x3(*half, True), device),
         "direct at peak": lambda: _scaled(timed(lambda: a @ b, device), conv3x3_flops(shape, channels) / 2**31),
     }

@@ -239,7 +239,8 @@ def _plot_ratios(axis: Any, cases: list[tuple[str, dict[str, Row]]]) -> None:
 def _plot_bandwidth(axis: Any, cases: list[tuple[str, dict[str, Row]]]) -> None:
     for side, offset in ((OURS, -0.2), (OURS_BF16, 0.2)):
         bars = {y + offset: sides[side] for y, (_, sides) in enumerate(cases) if side in sides}
-        axis.barh(list(bars), [row.bandwidth_fraction for row in bars.values()], 0.4, label=side)
+        if bars:
+            axis.barh(list(bars), [row.bandwidth_fraction for row in bars.values()], 0.4, label=side)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks([])
     axis.set_ylim(len(cases) - 0.5, -0.5)

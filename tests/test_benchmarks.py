@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
 from jfbfast import Anderson, DnCNN, GaussianBlur
-from jfbfast.benchmarks import implicit_rivals, kernels, machine, memory, problem, rivals, run, split, step
+from jfbfast.benchmarks import implicit_rivals, kernels, machine, memory, problem, report, rivals, run, split, step
 from jfbfast.benchmarks.timing import Measured, between_evaluations, interleave, ratios, spread, timed
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.cli import app
@@ -175,6 +176,29 @@ def test_a_tiny_benchmark_writes_its_table_csv_and_picture(tmp_path, monkeypatch
         assert rate / float(row["triad_gb_per_s"]) == pytest.approx(float(row["bandwidth_fraction"]), rel=1e-4)
         assert row["side"] != "jfbfast" or float(row["ratio"]) == 1
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rival_is_not_charged_for_the_layout_of_its_tensors(monkeypatch):
+    given = []
+    monkeypatch.setattr(kernels, "timed", lambda call, device: call)
+    monkeypatch.setattr(kernels.reference, "conv3x3", lambda *tensors: given.append(tensors[:2]))
+    call = kernels.conv3x3_sides((2, 16, 8, 8), 16, TINY, CPU, set())["conv2d NCHW"]()
+    call()
+    call()
+    assert all(a is b and a.is_contiguous() for a, b in zip(*given, strict=True))
+
+
+def test_the_panels_of_a_kernel_without_bfloat16_do_not_name_it():
+    about, side = machine.describe(CPU), Measured("wall", [1.0, 2.0, 3.0])
+    rows = [
+        report.make_row("conv3x3", (2, 16, 8, 8), 16, name, torch.float32, 1, side, side, about, 1.0)
+        for name in ("jfbfast", "jfbfast with its transform", "conv2d NHWC")
+    ]
+    cases = list(report._cases(rows, "conv3x3"))
+    for draw, names in ((report._plot_ratios, ["conv2d NHWC"]), (report._plot_bandwidth, ["jfbfast"])):
+        axis = Figure().subplots()
+        draw(axis, cases)
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == names
 
 
 DNCNN = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
