@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from skimage.metrics import structural_similarity
 from torch import nn
 
 from jfbfast import DEGrad, DnCNN, GaussianBlur, Status, tikhonov, tv
 from jfbfast.baselines import FeedForward, plug_and_play
 from jfbfast.classical import differences, differences_adjoint, total_variation
-from jfbfast.comparison import tuning
+from jfbfast.comparison import results_table, score_cells, tuning
 from jfbfast.datasets import Images
 from jfbfast.evaluation import (
     Method,
@@ -146,6 +147,23 @@ def test_a_choice_at_an_end_of_its_grid_is_told_of():
     ends = evaluate(narrow, images, validation, BLUR, 0.0)
     assert tuning([ends]) == {"tikhonov": "damping = 0.01, of 3 from 0.01 to 1, at an end of its grid"}
     assert ends.at_end and not evaluate(method, images, validation, BLUR, 0.05).at_end
+
+
+def test_the_table_is_read_at_80_columns():
+    """Names and figures whole, each on a line; no interval of one image."""
+    values, statuses = 30 + torch.rand(200), torch.full((200,), int(Status.MAX_ITER))
+    counts = torch.full((200,), 640)
+    names = ("gradient-descent", "gaussian5-sigma1", "gaussian5-sigma5")
+    scores = [Scores(name, values, values / 40, 1.0, {"steps": 640.0}, counts, statuses) for name in names]
+    console = Console(record=True, width=80)
+    console.print(results_table([*scores, Scores("once", values[:1], values[:1] / 40, 1.0)], "title"))
+    text = console.export_text()
+    assert "…" not in text and "nan" not in text and "6.02 dB lower" in " ".join(text.split())
+    for found in scores:
+        cells = score_cells(found.summary())
+        (line,) = (line for line in text.splitlines() if found.method in line)
+        assert all(cell in line for cell in cells.values())
+        assert cells["evaluations"] == "640 (640)" and cells["not_converged"] == "200 of 200" and "±" in cells["ssim"]
 
 
 def test_a_network_reports_its_solve():

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from rich.console import Console
 
-from jfbfast.comparison import evaluate_all, results_table, tuning
+from jfbfast.comparison import evaluate_all, results_table, score_cells, tuning
 from jfbfast.evaluation import Scores, write_tuning
 
 from .page import Section, markdown_table
@@ -72,28 +72,16 @@ def _row(name: str, scores: Sequence[Scores], missing: Mapping[str, str], study:
     }
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """PSNR at range 2, at peak 1, SSIM, evaluations, not converged."""
-    evaluations = row["evaluations_max"]
-    halves = {name: f" ± {row[name]:.{digits}f}" for name, digits in (("psnr_ci95", 2), ("ssim_ci95", 4))}
-    if row["images"] == 1:
-        halves = dict.fromkeys(halves, "")
-    return [
-        f"{row['psnr']:.2f}{halves['psnr_ci95']}",
-        f"{row['psnr_paper']:.2f}",
-        f"{row['ssim']:.4f}{halves['ssim_ci95']}",
-        "" if evaluations is None else f"{row['evaluations_median']:g} (at most {evaluations})",
-        "" if row["not_converged"] is None else f"{row['not_converged'] + row['diverged']} of {row['images']}",
-    ]
-
-
-_HEADER = ("PSNR, dB (range 2)", "PSNR, dB (peak 1)", "SSIM", "evaluations, median", "not converged")
+_HEADER = ("PSNR, dB (range 2)", "PSNR, dB (peak 1)", "SSIM", "evaluations, median (largest)", "not converged")
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
-        cells = ["missing", *[""] * (len(_HEADER) - 1)] if row["missing"] else _cells(row)
+        cells = ["missing", *[""] * (len(_HEADER) - 1)]
+        if not row["missing"]:
+            psnr, *others = score_cells(row).values()
+            cells = [psnr, f"{row['psnr_paper']:.2f}", *others]
         lines.append([LABELS[row["method"]], *cells])
     return markdown_table(["method", *_HEADER], lines)
 
@@ -130,12 +118,14 @@ def plot(scores: Sequence[Scores], missing: Mapping[str, str], title: str, path:
                 )
         axis.set_title(heading, loc="left", fontsize=9.5)
         axis.grid(axis="x", alpha=0.3)
-    for x, heading in ((0.0, "evaluations:\nmedian (largest)"), (0.62, "not\nconverged")):
+    for x, column, heading in (
+        (0.0, "evaluations", "evaluations:\nmedian (largest)"),
+        (0.62, "not_converged", "not\nconverged"),
+    ):
         axes[2].text(x, -0.75, heading, transform=axes[2].get_yaxis_transform(), va="bottom", fontsize=9)
         for y, name in enumerate(names):
             if name in found:
-                evaluations, late = _cells(found[name])[-2:]
-                told = evaluations.replace("at most ", "") if x == 0 else late.split(" ")[0]
+                told = score_cells(found[name])[column].split(" of ")[0]
                 axes[2].text(x, y, told or "–", transform=axes[2].get_yaxis_transform(), va="center", fontsize=9)
     axes[2].set_axis_off()
     axes[0].set_yticks(range(len(names)), [LABELS[name] for name in names])
