@@ -66,6 +66,8 @@ def split(files: Sequence[Path], train: float | None, validation: float) -> tupl
     """
     held_out = _count("validation", validation, len(files))
     kept = len(files) - held_out if train is None else _count("train", train, len(files))
+    if train is not None and max(train, validation) < 1 and train + validation <= 1 + 1e-9:
+        kept = min(kept, len(files) - held_out)  # both can have been rounded up
     if kept < 0 or kept + held_out > len(files):
         raise ValueError(f"train is {train} and validation {validation}, which is more than the {len(files)} there are")
     return list(files[:kept]), list(files[kept : kept + held_out]), list(files[kept + held_out :])

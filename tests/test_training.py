@@ -118,7 +118,15 @@ def test_split_by_name(train_part, validation, sizes):
     assert [i for part in parts for i in part] == list(range(10))
 
 
-@pytest.mark.parametrize(("train_part", "validation"), [(8, 3), (None, 11), (1.5, 0), (-1, 0), (float("nan"), 0)])
+@pytest.mark.parametrize(("count", "train_part", "validation"), [(15, 0.9, 0.1), (3, 0.5, 0.5), (5, 0.7, 0.3)])
+def test_shares_that_are_the_whole_can_be_taken_of_any_number(count, train_part, validation):
+    kept, held_out, rest = split(range(count), train_part, validation)
+    assert (len(kept) + len(held_out), len(held_out), rest) == (count, round(validation * count), [])
+
+
+@pytest.mark.parametrize(
+    ("train_part", "validation"), [(0.9, 0.2), (8, 3), (None, 11), (1.5, 0), (-1, 0), (float("nan"), 0)]
+)
 def test_a_split_that_cannot_be(train_part, validation):
     with pytest.raises(ValueError, match=r"train|validation"):
         split(range(10), train_part, validation)
