@@ -118,8 +118,9 @@ class Photographs(Sequence[Tensor]):
         try:
             with Image.open(file) as image:
                 return image.height, image.width
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{file}: {error}") from error
+        except (OSError, Image.DecompressionBombError):  # Pillow cannot, but OpenCV may
+            height, width = read_photograph(file).pixels.shape[-2:]
+            return height, width
 
     def _read(self, file: Path) -> Tensor:
         image = (read_photograph(file).pixels.clamp(0, 1) * 255).round().byte().expand(3, -1, -1)

@@ -35,7 +35,12 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2, over all of it by reflection: (B,)."""
+    """SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2, over all of it by reflection: (B,).
+
+    NaN where a side is below 6 pixels, which its window of 11 cannot be reflected at.
+    """
+    if min(images.shape[-2:]) < 6:
+        return images.new_full((len(images),), math.nan)
     from torchmetrics.functional.image import structural_similarity_index_measure  # the core does without
 
     found = structural_similarity_index_measure(images, truth, data_range=RANGE, reduction="none")

@@ -149,6 +149,12 @@ def test_a_choice_at_an_end_of_its_grid_is_told_of():
     assert ends.at_end and not evaluate(method, images, validation, BLUR, 0.05).at_end
 
 
+def test_images_too_small_for_ssim_have_a_psnr():
+    found = evaluate(baseline_methods(BLUR)["blurred"], Images(list(torch.rand(2, 3, 5, 5))), Images([]), BLUR, 0.01)
+    assert found.psnr.isfinite().all() and found.ssim.isnan().all()
+    assert ssim(*torch.rand(2, 1, 3, 6, 6)).isfinite().all()
+
+
 def test_the_table_is_read_at_80_columns():
     """Names and figures whole, each on a line; no interval of one image."""
     values, statuses = 30 + torch.rand(200), torch.full((200,), int(Status.MAX_ITER))

@@ -169,6 +169,13 @@ def test_table1_restores_the_measurements_of_table2(plan, tmp_path):
     assert all(len(each.images) == 1 and each.images[0].isfinite().all() for each in restored)
 
 
+def test_table1_leaves_out_what_cannot_restore(plan, tmp_path):
+    console = Console(record=True, width=200)
+    paper.run(tmp_path, True, console, replace(plan, validation=0), ("table1",))
+    assert "gradient-descent" not in {row["method"] for row in read(tmp_path / "table1.csv")}
+    assert "gradient descent, stopped early is not in the table: validation is empty" in console.export_text()
+
+
 METRICS = """phase,step,seconds,loss,psnr,evaluations,val_loss,val_psnr,val_evaluations
 pretraining,1,2.5,0.4,10,,,,
 pretraining,2,5,0.2,13,,,,

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import processes
 import pytest
@@ -106,6 +107,13 @@ def test_photographs_in_memory_are_those_on_disk(folder):
     (folder / "0.png").write_text("not an image")
     with pytest.raises(ImageError, match=r"0\.png"):
         Photographs(files)
+
+
+def test_photographs_that_opencv_alone_reads(tmp_path):
+    deep = np.random.default_rng(0).random((9, 7, 3), np.float32)
+    cv2.imwrite(str(tmp_path / "deep.tiff"), deep)
+    photographs = Photographs([tmp_path / "deep.tiff"])
+    assert photographs.sizes == [(9, 7)] and photographs[0].shape == (3, 9, 7)
 
 
 @pytest.mark.parametrize(

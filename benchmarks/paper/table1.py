@@ -41,35 +41,44 @@ class Restored:
 
 @torch.inference_mode()
 def restore(study: Study, count: int) -> tuple[list[Tensor], list[Restored]]:
-    """The first ``count`` images that Table 2 scores, and each of `METHODS` that there is, on the same measurements."""
+    """The first ``count`` images that Table 2 scores, and each of `METHODS` that there is, on the same measurements.
+
+    The console is told of a method that cannot restore them, or whose parameter nothing chooses, and why.
+    """
     pairs = list(islice(measurements(study.images, study.blur, study.setting.noise, 1, study.device), count))
     found = []
     for name in METHODS:
-        if name not in study.methods:
-            continue
-        choice, method = study.choice(name), study.methods[name]
-        restoration = method.restore(choice.value)
-        images, rows = [], []
-        for (x, d), file in zip(pairs, study.files, strict=False):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # the table tells
-                each = restoration(d)
-            quality = float(psnr(each.images, x))
-            rows.append(
-                {
-                    "image": file.name,
-                    "method": name,
-                    "parameter": "" if method.parameter is None else f"{method.parameter} = {choice.value:.3g}",
-                    "psnr": quality,
-                    "psnr_paper": quality - PAPER_OFFSET,
-                    "ssim": float(ssim(each.images, x)),
-                    "evaluations": None if each.evaluations is None else int(each.evaluations),
-                    "status": None if each.status is None else Status(int(each.status)).name,
-                }
-            )
-            images.append(each.images[0].cpu())
-        found.append(Restored(name, images, rows))
+        if name in study.methods:
+            try:
+                found.append(_restored(study, name, pairs))
+            except ValueError as error:  # one method's; the others' images are wanted all the same
+                study.console.print(f"{LABELS[name]} is not in the table: {error}", highlight=False, markup=False)
     return [x[0].cpu() for x, _ in pairs], found
+
+
+def _restored(study: Study, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Restored:
+    choice, method = study.choice(name), study.methods[name]
+    restoration = method.restore(choice.value)
+    images, rows = [], []
+    for (x, d), file in zip(pairs, study.files, strict=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the table tells
+            each = restoration(d)
+        quality = float(psnr(each.images, x))
+        rows.append(
+            {
+                "image": file.name,
+                "method": name,
+                "parameter": "" if method.parameter is None else f"{method.parameter} = {choice.value:.3g}",
+                "psnr": quality,
+                "psnr_paper": quality - PAPER_OFFSET,
+                "ssim": float(ssim(each.images, x)),
+                "evaluations": None if each.evaluations is None else int(each.evaluations),
+                "status": None if each.status is None else Status(int(each.status)).name,
+            }
+        )
+        images.append(each.images[0].cpu())
+    return Restored(name, images, rows)
 
 
 def run(study: Study, out: Path, console: Console) -> Section:
