@@ -70,7 +70,9 @@ class Metrics(Callback):
     """A row of ``metrics.csv`` every few steps, and after each validation; the trainer's loggers get the same.
 
     A row's step is the number of steps done in the phase, its seconds those of fitting since the run began, all
-    phases and validations together. Rows of steps that a resumed run repeats are dropped first, their time too.
+    phases and validations together. ``loss`` and ``psnr`` are of one batch, the latter of its mean squared error;
+    ``val_loss`` and ``val_psnr`` are means over the validation's images. Rows of steps that a resumed run repeats are
+    dropped first, their time too.
 
     Args:
         path: of the file.

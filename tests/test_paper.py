@@ -250,6 +250,7 @@ def test_figure1_trains_both_recipes_where_no_run_is_given(plan, tmp_path, monke
         mine = [row for row in rows if row["run"] == name]
         metrics = read(tmp_path / f"figure1-{recipe}" / "metrics.csv")
         assert [(row["phase"], row["step"]) for row in mine] == [(row["phase"], row["step"]) for row in metrics]
+        assert sum(row["loss"] != "" for row in mine) == int(mine[-1]["total_step"])  # every batch has its row
         assert [row["val_loss"] for row in mine if row["val_loss"]] == [
             str(float(row["val_loss"])) for row in metrics if row["val_loss"]
         ]
@@ -276,7 +277,7 @@ def test_figure1_trains_as_the_documented_settings_say():
     plan = Plan(data=Path("faces"), steps=5000)
     for recipe, file in (("paper", "paper.yaml"), ("ours", "filtered.yaml")):
         mine = make_settings(figure1.settings(recipe, plan, 10_000)).resolved()
-        assert (mine.train, mine.validation, mine.crop) == (1600, 400, 128)
+        assert (mine.train, mine.validation, mine.crop, mine.log_every) == (1600, 400, 128, 1)
         values = {"data": "faces", **read_settings(documented / file)}
         theirs = make_settings({**values, "train": 1600, "validation": 400, "crop": 128}).resolved()
         same = replace(mine, interval=theirs.interval, log_every=theirs.log_every, tensorboard=theirs.tensorboard)

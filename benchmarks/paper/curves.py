@@ -21,9 +21,10 @@ class Point:
         step: of the phase; total_step: with the steps of the phases before it.
         epoch: total_step in passes over the training photographs; None where these are not to be found.
         seconds: since the run began; None in files without them.
-        loss, psnr: of one batch; mean_loss: of the batches since the validation before, in a row of a validation.
-        val_loss, val_psnr: of a validation. Where the file has no val_loss, it is 4·10^(−val_psnr/10), the
-            geometric mean over the images, and ``from_psnr`` says so.
+        loss, psnr: of one batch, the latter of its mean error; mean_loss: in a row of a validation, of the batches that
+            have a row since the validation before, which are those of every ``log_every``-th step.
+        val_loss, val_psnr: of a validation, means over its images. Where the file has no val_loss, it is
+            4·10^(−val_psnr/10), the geometric mean over the images, and ``from_psnr`` says so.
     """
 
     phase: str

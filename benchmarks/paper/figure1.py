@@ -72,7 +72,7 @@ def settings(recipe: str, plan: Plan, photographs: int) -> dict[str, Any]:
         "pretraining_steps": round(PRETRAINING[recipe] * plan.steps),
         "steps": plan.steps,
         "interval": epoch,
-        "log_every": max(1, epoch // 10),
+        "log_every": 1,
         "seed": plan.seed,
         "tensorboard": False,
     }
