@@ -12,13 +12,13 @@ import matplotlib
 import torch
 from rich.table import Table
 
+from . import display
 from .machine import Machine
 from .timing import Measured, ratios, spread
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
 
 OURS, OURS_BF16 = "jfbfast", "jfbfast bf16"
 _FLOORS = ("triad", "launch", "the map", "direct at peak")  # sides that are no rivals
@@ -116,11 +116,7 @@ def _number(value: Any) -> Any:
 
 
 def _about(rows: Sequence[Row]) -> str:
-    m = rows[0].machine
-    return (
-        f"{m.device} ({m.instruction_sets}), {m.threads} threads; {m.kernels}; "
-        f"torch {m.torch}; triad {rows[0].triad_gb_per_s:.1f} GB/s"
-    )
+    return f"{display.about(rows[0].machine)}; triad {rows[0].triad_gb_per_s:.1f} GB/s"
 
 
 def _cases(rows: Sequence[Row], kernel: str) -> Iterator[tuple[str, dict[str, Row]]]:
@@ -135,15 +131,6 @@ def _cases(rows: Sequence[Row], kernel: str) -> Iterator[tuple[str, dict[str, Ro
 
 def _kernels(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.kernel for row in rows))
-
-
-def _digits(value: float) -> str:
-    """Three digits, or all of those before the point."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-def _time(microseconds: float) -> str:
-    return f"{microseconds:.3g} µs" if microseconds < 999.5 else f"{microseconds / 1e3:.3g} ms"
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
@@ -166,9 +153,9 @@ def _table(cases: list[dict[str, Row]]) -> Table:
     for row in ours:
         batch, channels, height, width = row.shape.split("x")
         table.add_column(f"{batch}×{channels}\n{height}×{width}", justify="right", no_wrap=True)
-    table.add_row(OURS, *(_time(row.median_us) for row in ours), style="bold")
+    table.add_row(OURS, *(display.time(row.median_us / 1e6) for row in ours), style="bold")
     table.add_row("  interquartile", *(f"{(row.q3_us - row.q1_us) / row.median_us:.0%}" for row in ours))
-    table.add_row("  bytes", *(f"{_digits(row.bytes / 1e6)} MB" for row in ours))
+    table.add_row("  bytes", *(f"{display.digits(row.bytes / 1e6)} MB" for row in ours))
     table.add_row("  of bandwidth", *(f"{row.bandwidth_fraction:.0%}" for row in ours), end_section=True)
     for side in dict.fromkeys(side for sides in cases for side in sides if side != OURS):
         table.add_row(side, *(_ratio(sides.get(side)) for sides in cases))
@@ -176,7 +163,7 @@ def _table(cases: list[dict[str, Row]]) -> Table:
 
 
 def _ratio(row: Row | None) -> str:
-    return "–" if row is None else f"{'~' if row.samples == 1 else ''}{_digits(row.ratio)}×"
+    return "–" if row is None else display.ratio(row.ratio, row.samples)
 
 
 def _notes(rows: Sequence[Row]) -> Table:
@@ -230,9 +217,7 @@ def _plot_ratios(axis: Any, cases: list[tuple[str, dict[str, Row]]]) -> None:
     axis.set_ylim(len(cases) - 0.5, -0.5)
     axis.grid(axis="x", which="both", alpha=0.3)
     axis.grid(axis="y", alpha=0.15)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    display.logarithmic(axis.xaxis, lambda value: f"{value:g}×")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 

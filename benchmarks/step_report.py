@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from rich.table import Table
 
+from . import display
 from .implicit_rivals import OURS
 from .machine import Machine
 from .split import Split, as_columns
@@ -18,7 +19,7 @@ from .timing import Measured, ratios, spread
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 _PARTS = {
     "denoiser": "denoiser",
@@ -103,15 +104,6 @@ def _seconds(row: Row) -> float:
     return row.median_s
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
-
-
-def _about(rows: Sequence[Row]) -> str:
-    m = rows[0].machine
-    return f"{m.device} ({m.instruction_sets}), {m.threads} threads; {m.kernels}; torch {m.torch}"
-
-
 def _step_key(row: Row) -> tuple[str, float]:
     assert row.target_error is not None
     return row.dtype, row.target_error
@@ -147,12 +139,17 @@ def _step_table(rows: list[Row], title: str) -> Table:
     return table
 
 
+def _time_or_ratio(row: Row) -> str:
+    if row.side == OURS:
+        return display.time(_seconds(row))
+    assert row.ratio is not None
+    return display.ratio(row.ratio, row.samples)
+
+
 def _step_cell(row: Row | None) -> str:
     if row is None:
         return "–"
-    ours = row.side == OURS
-    value = _time(_seconds(row)) if ours else f"{'~' if row.samples == 1 else ''}{row.ratio:.2f}×"
-    return f"{value} in {row.evaluations}" + ("" if row.reached else f"\nonly {row.error:.1e}")
+    return f"{_time_or_ratio(row)} in {row.evaluations}" + ("" if row.reached else f"\nonly {row.error:.1e}")
 
 
 def _split_label(row: Row) -> str:
@@ -186,9 +183,7 @@ def _grid_table(rows: list[Row], column: str) -> Table:
 
 
 def _grid_cell(row: Row | None) -> str:
-    if row is None:
-        return "–"
-    return _time(_seconds(row)) if row.side == OURS else f"{'~' if row.samples == 1 else ''}{row.ratio:.2f}×"
+    return "–" if row is None else _time_or_ratio(row)
 
 
 def _memory_table(rows: list[Row]) -> Table:
@@ -204,7 +199,7 @@ def _memory_table(rows: list[Row]) -> Table:
 
 def _notes(rows: Sequence[Row]) -> Table:
     notes = Table.grid()
-    notes.add_row(_about(rows))
+    notes.add_row(display.about(rows[0].machine))
     notes.add_row(
         "n× in k: the side's time over jfbfast's of the same dtype, the median of interleaved rounds, and its "
         "evaluations of the layer; ~ measured once. Errors: ‖x − x*‖/‖x*‖, the largest of the batch"
@@ -224,7 +219,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for i, column in enumerate(grids):
         _plot_grid(figure.add_subplot(grid[i, 1]), _of(rows, column), column, colours, i == 0)
     _plot_split(figure.add_subplot(grid[-1, 1]), _tightest(steps))
-    figure.suptitle(_about(rows), fontsize=9)
+    figure.suptitle(display.about(rows[0].machine), fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -261,7 +256,7 @@ def _plot_steps(axis: Any, rows: list[Row]) -> None:
     axis.set_ylim(y - 0.5, -0.7)
     axis.grid(axis="x", which="both", alpha=0.3)
     axis.grid(axis="y", alpha=0.2)
-    _seconds_axis(axis.xaxis)
+    display.logarithmic(axis.xaxis, display.time)
     axis.set_title("a training step at equal true error (its evaluations)", loc="left", fontsize=10)
     axis.figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=len(keys) + 1)
 
@@ -292,7 +287,7 @@ def _plot_grid(axis: Any, rows: list[Row], column: str, colours: dict[str, str],
     axis.set_yscale("log")
     axis.set_xticks(values, [f"{v}²" if column == "size" else str(v) for v in values])
     axis.xaxis.set_minor_formatter(NullFormatter())
-    _seconds_axis(axis.yaxis)
+    display.logarithmic(axis.yaxis, display.time)
     axis.grid(alpha=0.3)
     held = f"{rows[0].evaluations} evaluations" if column == "size" else f"{rows[0].size}²"
     name = "image size" if column == "size" else "evaluations"
@@ -300,13 +295,6 @@ def _plot_grid(axis: Any, rows: list[Row], column: str, colours: dict[str, str],
     axis.set_title(title, loc="left", fontsize=10)
     if legend:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def _seconds_axis(axis: Any) -> None:
-    axis.set_major_formatter(lambda value, _: f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms")
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _plot_split(axis: Any, rows: list[Row]) -> None:

@@ -24,7 +24,8 @@ from jfbfast.solvers import Anderson, Broyden, FixedPointSolver, Inertial, Picar
 from jfbfast.unet import UNet
 
 _FORMAT = "jfbfast/2"
-FORMS = ("paper", "preconditioned", "filtered", "feed-forward", "denoiser")
+DEGRAD_FORMS = ("paper", "preconditioned", "filtered")
+FORMS = (*DEGRAD_FORMS, "feed-forward", "denoiser")
 _NETWORKS: dict[str, type[nn.Module]] = {
     "DnCNN": DnCNN,
     "NonexpansiveDenoiser": NonexpansiveDenoiser,

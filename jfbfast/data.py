@@ -14,6 +14,7 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SIXTEEN_BIT_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
+_EIGHT_BIT = (b"\xff\xd8", b"BM", b"RIFF")  # how JPEG, BMP and WebP files begin, which hold no deeper samples
 _ALPHA_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".webp"})
 
 
@@ -63,7 +64,8 @@ def _read_array(path: Path) -> np.ndarray:
         content = np.fromfile(path, np.uint8)
         if not content.size:
             raise ImageError(f"{path}: the file is empty")
-        deep = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+        shallow = content[:4].tobytes().startswith(_EIGHT_BIT)
+        deep = None if shallow else cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
         if deep is not None and deep.dtype in (np.uint16, np.float32):
             order = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}
             if deep.ndim == 3 and deep.shape[2] not in order:

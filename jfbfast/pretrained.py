@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from jfbfast.checkpoint import ModelConfig, load_checkpoint, read_config
+from jfbfast.checkpoint import DEGRAD_FORMS, ModelConfig, load_checkpoint, read_config
 from jfbfast.conditional import ConditionalDEGrad, MeasurementRanges
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -102,6 +102,6 @@ def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: st
         config = read_config(pretrained_file(name))
         ranges = config.ranges or MeasurementRanges((config.sigma,) * 2, (config.noise,) * 2)
         suits = (config.kernel_size, config.padding_mode) == (kernel_size, padding_mode) and (sigma, noise) in ranges
-        if config.form in ("paper", "preconditioned", "filtered") and suits:
+        if config.form in DEGRAD_FORMS and suits:
             found.append((config.ranges is not None, config.form != "filtered", name))
     return min(found)[-1] if found else None

@@ -15,7 +15,19 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jfbfast import Anderson, DnCNN, GaussianBlur
-from jfbfast.benchmarks import implicit_rivals, kernels, machine, memory, problem, report, rivals, run, split, step
+from jfbfast.benchmarks import (
+    display,
+    implicit_rivals,
+    kernels,
+    machine,
+    memory,
+    problem,
+    report,
+    rivals,
+    run,
+    split,
+    step,
+)
 from jfbfast.benchmarks.timing import Measured, between_evaluations, interleave, ratios, spread, timed
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.cli import app
@@ -199,6 +211,22 @@ def test_the_panels_of_a_kernel_without_bfloat16_do_not_name_it():
         axis = Figure().subplots()
         draw(axis, cases)
         assert [text.get_text() for text in axis.get_legend().get_texts()] == names
+
+
+def test_times_and_ratios_have_three_digits():
+    times = {1234.0: "1234 s", 0.9996: "1 s", 0.99: "990 ms", 0.0123: "12.3 ms", 9.99e-4: "999 µs", 5e-7: "0.5 µs"}
+    assert [display.time(seconds) for seconds in times] == list(times.values())
+    assert [display.ratio(2.345, 5), display.ratio(1234.5, 1)] == ["2.35×", "~1234×"]
+
+
+@pytest.mark.parametrize(("high", "ticks"), [(0.1, ["1 ms", "2 ms", "5 ms", "10 ms"]), (10, ["1 ms", "10 ms"])])
+def test_a_logarithmic_axis_is_marked_by_how_much_it_spans(high, ticks):
+    axis = Figure().subplots()
+    axis.set_yscale("log")
+    axis.set_ylim(1e-3, high)
+    display.logarithmic(axis.yaxis, display.time)
+    shown = axis.yaxis.get_major_formatter().format_ticks([v for v in axis.get_yticks() if 1e-3 <= v <= 1.1 * high])
+    assert shown[: len(ticks)] == ticks
 
 
 DNCNN = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}

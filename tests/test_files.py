@@ -76,6 +76,17 @@ def test_files_are_read_as_others_wrote_them(tmp_path):
     assert read_photograph(tmp_path / "turned.jpg").pixels.shape == (3, 4, 6)
 
 
+def test_files_of_8_bits_are_decoded_once(tmp_path, monkeypatch):
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    for suffix in ("jpg", "bmp", "webp"):
+        Image.fromarray(rgb).save(tmp_path / f"a.{suffix}")
+    cv2.imwrite(str(tmp_path / "deep.png"), rgb.astype(np.uint16) * 257)
+    (tmp_path / "deep.png").rename(tmp_path / "deep.jpg")  # the content counts
+    assert read_photograph(tmp_path / "deep.jpg").dtype == np.uint16
+    monkeypatch.delattr(cv2, "imdecode")
+    assert all(read_photograph(tmp_path / f"a.{suffix}").dtype == np.uint8 for suffix in ("jpg", "bmp", "webp"))
+
+
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ImageError, match=r"text\.png"):

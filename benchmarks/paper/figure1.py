@@ -14,6 +14,7 @@ from rich.console import Console
 from jfbfast.data import image_files
 from jfbfast.runs import Run
 
+from ..display import logarithmic
 from .curves import Curve, Point, read
 from .page import Section, markdown_table
 from .plan import Plan
@@ -21,7 +22,6 @@ from .plan import Plan
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
 
 # As docs/training/paper.yaml and filtered.yaml, without the sizes; the steps of pretraining for each step of training.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -160,10 +160,7 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
             )
     for axis, label in zip(axes[0], ("steps", f"{unit} of training and validation"), strict=False):
         axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic(axis.yaxis, lambda value: f"{value:g}")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("mean squared error, images in [−1, 1]")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jfbfast.solvers import ConvergenceWarning
 
-from .. import machine, step
+from .. import display, machine, step
 from ..implicit_rivals import OURS, PUBLISHED
 from ..problem import untrained
 from .page import Section, markdown_table
@@ -24,7 +24,7 @@ from .plan import Plan
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 CG, GMRES = f"{OURS}, CG", f"{OURS}, GMRES"
 LABELS = {
@@ -134,9 +134,8 @@ def _markdown(times: Sequence[Time]) -> str:
 def _cell(time: Time) -> str:
     if time.seconds is None:
         return "left out"
-    value = f"{time.seconds:.3g} s" if time.seconds >= 0.9995 else f"{time.seconds * 1e3:.3g} ms"
     ratio = "" if time.side == OURS else f" ({time.ratio:.3g}×)"
-    return {"once": "~", "extrapolated": "≈"}.get(time.how, "") + value + ratio
+    return {"once": "~", "extrapolated": "≈"}.get(time.how, "") + display.time(time.seconds) + ratio
 
 
 def plot(times: Sequence[Time], title: str, path: Path) -> None:
@@ -160,11 +159,8 @@ def plot(times: Sequence[Time], title: str, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sizes, [f"{size}²" for size in sizes])
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms")
-    for each in (axis.xaxis, axis.yaxis):
-        each.set_minor_formatter(NullFormatter())
+    display.logarithmic(axis.yaxis, display.time)
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("image size in pixels")
     axis.set_ylabel("time of a step")
     axis.grid(alpha=0.3)

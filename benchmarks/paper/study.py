@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from jfbfast.checkpoint import ModelConfig
+from jfbfast.checkpoint import DEGRAD_FORMS, ModelConfig
 from jfbfast.comparison import unseen_photographs
 from jfbfast.datasets import Images, Photographs
 from jfbfast.evaluation import Choice, baseline_methods, choose, network_method
@@ -41,14 +41,15 @@ def _trained_by(kind: str, *forms: str) -> Callable[[ModelConfig], bool]:
     return lambda config: config.form in forms and config.gradient.get("kind") == kind
 
 
-_DEGRAD = ("paper", "preconditioned", "filtered")
 ROLES = {
     "denoiser": Role("plug-and-play", "a denoiser", lambda config: config.form == "denoiser"),
     "feed-forward": Role("feed-forward network", "a feed-forward network", lambda c: c.form == "feed-forward"),
-    "unrolled": Role("deep unrolling", "a DE-GRAD with the gradient unrolled", _trained_by("unrolled", *_DEGRAD)),
-    "implicit": Role("DEQ, exact gradient", "a DE-GRAD with the gradient implicit", _trained_by("implicit", *_DEGRAD)),
+    "unrolled": Role("deep unrolling", "a DE-GRAD with the gradient unrolled", _trained_by("unrolled", *DEGRAD_FORMS)),
+    "implicit": Role(
+        "DEQ, exact gradient", "a DE-GRAD with the gradient implicit", _trained_by("implicit", *DEGRAD_FORMS)
+    ),
     "paper": Role("DE-GRAD by JFB, the paper's", "a DE-GRAD of the form paper by JFB", _trained_by("jfb", "paper")),
-    "ours": Role("ours by JFB", "a DE-GRAD by JFB", _trained_by("jfb", *_DEGRAD)),
+    "ours": Role("ours by JFB", "a DE-GRAD by JFB", _trained_by("jfb", *DEGRAD_FORMS)),
 }
 LABELS = {
     "blurred": "blurred",
