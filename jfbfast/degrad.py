@@ -21,7 +21,7 @@ from jfbfast.unet import UNet
 
 
 class DEGrad(nn.Module):
-    """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), trained through it (Gilton, Ong, Willett, 2021).
+    """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), trained through it (Gilton, Ongie, Willett, 2021).
 
     Three forms of one layer:
 
@@ -112,7 +112,7 @@ class DEGrad(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
-        """A model that ships with the package, in eval(); `pretrained_names` of jfbfast.pretrained lists them.
+        """A model that ships with the package, in eval(); `jfbfast.pretrained_names` lists them.
 
         Args:
             name: of the model.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jfbfast import reference
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
+from jfbfast.convergence import warn_unconverged
 from jfbfast.precision import full_precision
 from jfbfast.reference import SVD
 from jfbfast.tables import Taps, axis_table, bands
@@ -95,8 +96,6 @@ def _conjugate_gradients(b: Tensor, damping: Tensor, taps: Taps, kernels: Module
         normal, b, damping, tol=tol, max_iter=_CG_MAX_ITER, dims=(-2, -1), precondition=precondition
     )
     if unfinished.any():
-        from jfbfast.gradients.convergence import warn_unconverged  # which is above this module
-
         warn_unconverged(
             f"{int(unfinished.sum())} of {unfinished.numel()} images did not reach a relative residual of {tol:g} in "
             f"{_CG_MAX_ITER} iterations of conjugate gradients"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast.classical import discrepancy_damping, tikhonov
-from jfbfast.data import check_target, read_photograph, write_photograph
+from jfbfast.data import ImageError, check_target, read_photograph, write_photograph
 from jfbfast.operators import GaussianBlur
 from jfbfast.pretrained import (
     SETTING,
@@ -243,10 +243,12 @@ def restore_file(
         How it was restored, in words.
 
     Raises:
-        ImageError: a file that cannot be read or written.
+        ImageError: a file that cannot be read or written, or one file for both.
         ValueError: of `restore_tiled`.
     """
     photograph = read_photograph(source)
+    if target.exists() and target.samefile(source):
+        raise ImageError(f"{target}: is the photograph itself; it takes another file")
     check_target(target, photograph)
     d = 2 * photograph.pixels - 1
     with warnings.catch_warnings(record=True) as caught:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from jfbfast import native, reference
 from jfbfast.backends import DTYPES, check_reverse_mode, selected_backend
 
+_CHANNELS_PER_TILE = 12  # at most, where the weight is transformed too: about where torch is as fast
 _LEAST_TOL = 1e-4  # the rounding of Winograd's convolution is about 1e-6, and what asks for less must not see it
 
 
@@ -34,14 +35,16 @@ def transformed_weight(weight: Tensor) -> Tensor | None:
     return native.winograd_weights(weight) if _winograd_takes(weight, *weight.shape[:2]) else None
 
 
-def winograd_serves(x: Tensor, out_channels: int) -> bool:
+def winograd_serves(x: Tensor, out_channels: int, transformed: bool = False) -> bool:
     """Winograd's convolution is there for such an x (B, C, H, W), and faster.
 
-    With few channels its transforms cost too much, and with small images most of its 4 × 4 tiles are empty.
+    With few channels its transforms cost too much, and with small images most of its 4 × 4 tiles are empty. The
+    transform of a weight, where it is not made beforehand, takes tiles enough to be worth it.
     """
-    height, width = x.shape[-2:]
-    filled = 2 * height * width >= 16 * -(-height // 4) * -(-width // 4)
-    return filled and _winograd_takes(x, x.shape[1], out_channels)
+    batch, channels, height, width = x.shape
+    tiles = -(-height // 4) * -(-width // 4)
+    enough = transformed or _CHANNELS_PER_TILE * batch * tiles >= max(channels, out_channels)
+    return enough and 2 * height * width >= 16 * tiles and _winograd_takes(x, channels, out_channels)
 
 
 def _winograd_takes(tensor: Tensor, *channels: int) -> bool:
@@ -78,7 +81,7 @@ def _conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
 ) -> Tensor:
     _check_conv3x3(x, weight, bias)
-    if winograd_serves(x, len(weight)):
+    if winograd_serves(x, len(weight), transformed is not None):
         return native.conv3x3(x, weight, bias, relu, transformed)
     return reference.conv3x3(x, weight, bias, relu).contiguous(memory_format=torch.channels_last)
 

@@ -56,6 +56,14 @@ def test_restore_without_a_checkpoint_is_tikhonov_and_says_so(blurred, tmp_path)
     assert read_photograph(out).dtype == np.uint16
 
 
+def test_restore_leaves_its_photograph(blurred):
+    _, path = blurred
+    before = path.read_bytes()
+    result = run("restore", path, "--sigma", 1, "--kernel-size", 5, "--noise", 0.01, "--out", path)
+    assert result.exit_code == 1 and "is the photograph itself" in result.output
+    assert path.read_bytes() == before
+
+
 def test_train_then_restore_with_the_checkpoint(blurred, tmp_path):
     truth, path = blurred
     folder = tmp_path / "photographs"

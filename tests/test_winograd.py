@@ -149,6 +149,13 @@ def test_the_op_passes_opcheck(channels: tuple[int, int], dtype: torch.dtype) ->
     torch.library.opcheck(winograd.conv3x3, (x.contiguous(), weight, None, False))
 
 
+def test_few_tiles_are_not_worth_the_transform_of_a_wide_weight() -> None:
+    few, many = torch.randn(1, 64, 8, 8), torch.randn(2, 64, 8, 8)
+    assert winograd.winograd_serves(many, 64)
+    assert not winograd.winograd_serves(few, 64) and not winograd.winograd_serves(many, 128)
+    assert winograd.winograd_serves(few, 64, transformed=True)
+
+
 def test_the_op_leaves_to_torch_what_winograd_does_not_serve() -> None:
     for channels, size, dtype in (((3, 16), (8, 8), torch.float32), ((16, 16), (1, 8), torch.float32)):
         x, weight, bias = (t.to(dtype) for t in problem(2, channels, size))
