@@ -43,7 +43,7 @@ def winograd_serves(x: Tensor, out_channels: int, transformed: bool = False) -> 
     """
     batch, channels, height, width = x.shape
     tiles = -(-height // 4) * -(-width // 4)
-    enough = transformed or _CHANNELS_PER_TILE * batch * tiles >= max(channels, out_channels)
+    enough = transformed or not x.numel() or _CHANNELS_PER_TILE * batch * tiles >= max(channels, out_channels)
     return enough and 2 * height * width >= 16 * tiles and _winograd_takes(x, channels, out_channels)
 
 

@@ -60,7 +60,7 @@ def test_restore_leaves_its_photograph(blurred):
     _, path = blurred
     before = path.read_bytes()
     result = run("restore", path, "--sigma", 1, "--kernel-size", 5, "--noise", 0.01, "--out", path)
-    assert result.exit_code == 1 and "is the photograph itself" in result.output
+    assert result.exit_code == 1 and "the photograph itself" in " ".join(result.output.split())
     assert path.read_bytes() == before
 
 
