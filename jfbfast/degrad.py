@@ -197,11 +197,12 @@ class DEGrad(nn.Module):
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
-        name, like = "d", d
-        if not isinstance(self.blur, SeparableBlur):
+        separable = isinstance(self.blur, SeparableBlur)
+        name, like = "d" if separable else "Aᵀd", d
+        if not separable:
             if x0 is not None:
                 with torch.no_grad():
-                    name, like = "Aᵀd", self.blur.adjoint(d)
+                    like = self.blur.adjoint(d)
         elif d.dim() != 4:
             raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
         if x0 is None:
@@ -216,7 +217,7 @@ class DEGrad(nn.Module):
             dtypes = {p.dtype for p in network.parameters()}
             if x0.dtype not in dtypes:  # which torch would say after the solve, whose convolutions cast
                 taken = " or ".join(sorted(map(str, dtypes)))
-                raise ValueError(f"d is {d.dtype}; it takes the dtype of the network's parameters, {taken}")
+                raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {taken}")
         if isinstance(self.averaging, Tensor) and self.averaging.isnan():
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(

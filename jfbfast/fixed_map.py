@@ -41,17 +41,18 @@ def set_aside(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
 
     Of several threads the first to enter keeps what it was, and the last to leave puts that back.
     """
-    objects = tuple(objects)
-    with _lock:
-        for each in objects:
-            within, kept = _kept.get((id(each), name)) or (0, getattr(each, name))
-            _kept[id(each), name] = within + 1, kept
-            setattr(each, name, value)
+    objects, entered = tuple(objects), []
     try:
+        with _lock:
+            for each in objects:
+                within, kept = _kept.get((id(each), name)) or (0, getattr(each, name))
+                setattr(each, name, value)
+                _kept[id(each), name] = within + 1, kept
+                entered.append(each)
         yield
     finally:
         with _lock:
-            for each in objects:
+            for each in entered:
                 within, kept = _kept.pop((id(each), name))
                 if within > 1:
                     _kept[id(each), name] = within - 1, kept

@@ -14,6 +14,7 @@ from torch import nn
 
 import jfbfast
 from jfbfast import Anderson, ConvergenceWarning, DEGrad, GaussianBlur, Status, fixed_point
+from jfbfast.fixed_map import fixed_map
 
 
 def reference_gradient(model, d, loss):
@@ -208,6 +209,34 @@ def test_torchs_own_spectral_norm_and_dropout_are_held_still():
         torch.testing.assert_close(weight, layer.weights[0])
     original, expected = (m.linear.parametrizations.weight[0]._u for m in (layer, twin))
     torch.testing.assert_close(original, expected)
+
+
+def test_hooks_that_a_layer_puts_on_its_inputs_run():
+    def layer(x, d):
+        if d.requires_grad:
+            d.register_hook(lambda g: 10 * g)
+        return 0.5 * x + d
+
+    d = torch.randn(2, 3, requires_grad=True)
+    fixed_point(layer, torch.zeros(2, 3), inputs=(d,)).sum().backward()
+    torch.testing.assert_close(d.grad, torch.full_like(d, 10.0))
+
+
+def test_a_module_that_forbids_its_mode_leaves_the_others_theirs():
+    class Rigid(nn.Identity):
+        def __setattr__(self, name, value):
+            if name == "training" and not value:
+                raise RuntimeError("rigid")
+            super().__setattr__(name, value)
+
+    module = nn.Sequential(nn.Linear(3, 3), Rigid())
+    with pytest.raises(RuntimeError, match="rigid"), fixed_map(module):
+        pass
+    assert module.training and module[0].training
+    module[1] = nn.Identity()
+    with fixed_map(module):
+        assert not module[0].training
+    assert module[0].training
 
 
 DDP = """

@@ -180,7 +180,7 @@ def fixed_point(
     module were in eval(); in train(), spectral norms take one power iteration before, and batch
     norms update their running statistics once, at x*. A batch norm with track_running_stats=False has
     none: it normalises by the batch at every evaluation, so that one sample's solve depends on the others'.
-    Threads may share a module in eval(); what a training forward steps is for one thread at a time.
+    Threads may evaluate a module in eval() together, without gradients; training is for one thread at a time.
 
     A sample whose solve diverged comes back as its best finite iterate (NaN where it had none) and
     takes no part in the gradient.

@@ -34,13 +34,14 @@ class _Applications:
 
     @contextmanager
     def still(self, noting: bool = False) -> Iterator[None]:
-        """The layer as every application sees it, for backward too, which may evaluate parts of it again."""
+        """The layer held still as every application sees it, for backward too, which may evaluate parts of it again."""
         statistics = self.statistics.updated() if noting else self.statistics.used()
-        with statistics, fixed_map(self.module), winograd_convolutions(self.tol):
+        with statistics, fixed_map(self.module):
             yield
 
     def __call__(self, x: Tensor) -> Tensor:
-        with self.still(noting=len(x) > 0 and self.count == self.noted):
+        noting = len(x) > 0 and self.count == self.noted
+        with self.still(noting), winograd_convolutions(self.tol):
             image = evaluated(self.layer, "layer", x, self.inputs).to(x.dtype)
         if image.shape != x.shape:
             raise ValueError(
@@ -52,11 +53,12 @@ class _Applications:
 
 
 class _Trace(NamedTuple):
-    """A method's output, traced from the fixed point and from the leaves that get a gradient."""
+    """A method's output, traced from the fixed point, from copies of the inputs and from the parameters."""
 
     out: Tensor
     jacobian: Jacobian
-    leaves: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
     applications: _Applications
 
 
@@ -73,11 +75,12 @@ class _FixedPointFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.trace is None:
             raise RuntimeError("the layer at the fixed point is differentiated once; solve again for a second backward")
-        (out, jacobian, leaves, applications), ctx.trace = ctx.trace, None
+        (out, jacobian, inputs, parameters, applications), ctx.trace = ctx.trace, None
+        leaves = (*inputs, *parameters)
         wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
         found: list[Tensor | None] = [None] * len(leaves)
         if out.requires_grad:
-            hooked = [t for t in leaves if t.is_leaf]  # whose own hooks run where the gradient arrives, and not here
+            hooked = [p for p in parameters if p.is_leaf]  # their hooks run where the gradient arrives, and not here
             with (
                 torch.autocast(gradient.device.type, enabled=False),
                 set_aside(hooked, "_backward_hooks", None),
@@ -131,14 +134,14 @@ class TracedLayer:
         """The output, with its gradient where gradients are enabled, and the ends of `_Applications`."""
         method, differentiable = self.method, torch.is_grad_enabled()
         x = x.detach().requires_grad_(differentiable and method.needs == "products")
-        leaves = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
+        copies = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
         noted = method.steps - 1 if isinstance(method, Unrolled) else 0
-        applications = _Applications(self.layer, self.module, leaves, noted, self.tol)
+        applications = _Applications(self.layer, self.module, copies, noted, self.tol)
         out = method.trace(applications, x)
         if differentiable:
             if not self.named:
-                _raise_for_captured(out, (x, *leaves, *self.parameters))
-            trace = _Trace(out, Jacobian(x, out, inverse), (*leaves, *self.parameters), applications)
+                _raise_for_captured(out, (x, *copies, *self.parameters))
+            trace = _Trace(out, Jacobian(x, out, inverse), copies, self.parameters, applications)
             out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
         return out, applications.ends
 
