@@ -130,7 +130,7 @@ def differences_adjoint(u: Tensor) -> Tensor:
 
 def total_variation(x: Tensor) -> Tensor:
     """Σ ‖(∇x)ᵢ‖₂ over the pixels and channels of each image (B, C, H, W): the isotropic total variation, (B,)."""
-    return differences(x).norm(dim=0).flatten(1).sum(1)
+    return torch.hypot(*differences(x)).flatten(1).sum(1)
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_
         x, u = state[:, 0], state[:, 1:].movedim(1, 0)
         following = x - primal * (blur.gradient(x, d) + differences_adjoint(u))
         u = u + dual * differences(2 * following - x)
-        u = u * (weight / u.norm(dim=0).clamp_min(weight))
+        u = u * (weight / torch.hypot(*u).clamp_min(weight))
         return torch.cat((following[:, None], u.movedim(0, 1)), dim=1)
 
     x0 = blur.adjoint(d)
