@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 # As docs/training/paper.yaml and filtered.yaml, without the sizes; the steps of pretraining for each step of training.
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"form": "paper", "gradient": "jfb", "padding_mode": "zeros"},
+    "paper": {"form": "paper", "gradient": "jfb", "padding_mode": "zeros", "training_max_iter": 20},
     "ours": {
         "form": "filtered",
         "denoiser": "UNet",
@@ -57,7 +57,7 @@ def settings(recipe: str, plan: Plan, photographs: int) -> dict[str, Any]:
     chosen = RECIPES[recipe]
     limits = {
         "warmup": min(chosen.get("warmup", 0), plan.steps // 10),
-        "training_max_iter": min(chosen.get("training_max_iter", 50), plan.training_max_iter),
+        "training_max_iter": min(chosen["training_max_iter"], plan.training_max_iter),
     }
     return {
         **chosen,
