@@ -132,7 +132,7 @@ def test_wide_radius_dtypes(dtype, allocated):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "dtype"), zip(MODES, DTYPES, strict=True))
+@pytest.mark.parametrize(("mode", "dtype"), list(zip(MODES, DTYPES, strict=True)))
 @pytest.mark.parametrize(
     ("shape", "ry", "rx"),
     [((2, 3, 33, 65), 2, 2), ((1, 70, 131), 3, 4), ((1, 40, 132), 7, 6), ((3, 34, 129), 1, 0), ((1, 35, 133), 31, 17)],
