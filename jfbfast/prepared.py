@@ -118,6 +118,7 @@ def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
+        and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         and bool(torch.backends.mkldnn.enabled)
         and not isinstance(conv.padding, str)
         and conv.padding_mode == "zeros"
