@@ -132,6 +132,12 @@ class ModelConfig:
         if self.form not in FORMS:
             raise ValueError(f"form is {self.form!r}; it takes one of {', '.join(map(repr, FORMS))}")
         denoiser = _made("denoiser", self.denoiser, _NETWORKS)
+        injection = bool(getattr(denoiser, "injection", False))
+        if injection and self.form not in ("preconditioned", "filtered"):
+            raise ValueError(
+                f"form is {self.form!r} with {dict(self.denoiser)}; a network with injection takes the form "
+                "'preconditioned' or 'filtered'"
+            )
         if self.form == "denoiser":
             return denoiser
         if self.form == "feed-forward":
@@ -159,9 +165,10 @@ class ModelConfig:
                 sigma=self.sigma,
                 noise=self.noise,
                 weight=self.weight,
+                injection=injection,
                 **options,
             )
-        regularizer = RED(denoiser, self.weight, "weight" if self.form == "filtered" else None)
+        regularizer = RED(denoiser, self.weight, "weight" if self.form == "filtered" else None, injection)
         return DEGrad(self.blur(), regularizer, preconditioner="exact", **options)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jfbfast.degrad import DEGrad
@@ -86,22 +84,25 @@ class MeasurementRanges:
 class ConditionalRED(RED):
     """R(x) = λ(x − D((1 + δ)W x; c)), whose λ and δ depend on the condition c = (c₁, c₂) of σ and the noise level.
 
+    With ``injection`` D is D((1 + δ)W x, (1 + λ)z; c), z as in `RED`.
+
         λ = λ₀ exp(a₁c₁ + a₂c₂),  δ = δ₀ exp(b₁c₁ + b₂c₂),  W = AᵀA(AᵀA + δI)⁻¹.
 
     Where AᵀA ≈ 1, x* keeps a share 1/(1 + λ) of the noise, so λ has to grow with it: a₂ starts at 2, as the
-    ratio of noise to signal power that Wiener's filter takes; b₂ at 1. The factor 1 + δ keeps the brightness of
-    what D sees at every δ, as W alone has the gain 1/(1 + δ) there.
+    ratio of noise to signal power that Wiener's filter takes; b₂ at 1. The factors 1 + δ and 1 + λ keep the
+    brightness of what D sees, as W alone has the gain 1/(1 + δ) there.
 
     Args:
         denoiser: D, images (B, C, H, W) and c to images.
         weight: λ₀ > 0, the start of a learnable parameter, and of δ₀. So are the exponents learnable.
+        injection: as in `RED`.
 
     Attributes:
         condition: c, `condition` of jfbfast.conditional.
     """
 
-    def __init__(self, denoiser: nn.Module, weight: float = 0.05) -> None:
-        super().__init__(denoiser, weight, weight)
+    def __init__(self, denoiser: nn.Module, weight: float = 0.05, injection: bool = False) -> None:
+        super().__init__(denoiser, weight, weight, injection)
         self.weight_exponents = nn.Parameter(torch.tensor([0.0, 2.0]))
         self.filter_damping_exponents = nn.Parameter(torch.tensor([0.0, 1.0]))
         self.condition = (0.0, 0.0)
@@ -120,9 +121,10 @@ class ConditionalRED(RED):
         assert self.log_filter_damping is not None
         return self._scale(self.log_filter_damping, self.filter_damping_exponents)
 
-    def denoise(self, seen: Tensor) -> Tensor:
-        """D((1 + δ) · seen; c)."""
-        denoised: Tensor = self.denoiser((1 + self.filter_damping) * seen, self.condition)
+    def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
+        """D((1 + δ) · seen, (1 + λ) · z; c), z where that is injected."""
+        scaled = ((1 + self.filter_damping) * seen, *((1 + self.weight) * z for z in injected))
+        denoised: Tensor = self.denoiser(*scaled, condition=self.condition)
         return denoised
 
 
@@ -138,7 +140,7 @@ class ConditionalDEGrad(DEGrad):
         kernel_size, padding_mode: of the `GaussianBlur`.
         ranges: of σ and the noise level.
         sigma, noise: the first setting.
-        weight: of `ConditionalRED`.
+        weight, injection: of `ConditionalRED`.
         options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
 
     Raises:
@@ -157,11 +159,12 @@ class ConditionalDEGrad(DEGrad):
         sigma: float = REFERENCE_SIGMA,
         noise: float = REFERENCE_NOISE,
         weight: float = 0.05,
+        injection: bool = False,
         **options: Any,
     ) -> None:
         ranges.check(sigma, noise)
         blur = GaussianBlur(kernel_size, sigma, padding_mode)
-        super().__init__(blur, ConditionalRED(denoiser, weight), preconditioner="exact", **options)
+        super().__init__(blur, ConditionalRED(denoiser, weight, injection), preconditioner="exact", **options)
         self.ranges = ranges
         self.set_measurement(sigma, noise)
 
@@ -190,21 +193,3 @@ class ConditionalDEGrad(DEGrad):
         """(1 + λ)P Aᵀd: P Aᵀd at d's brightness, which a large λ takes from it."""
         assert self.damping is not None
         return ((1 + self.damping) * super().start(d)).to(d.dtype)
-
-    def load_single_setting(self, weights: Mapping[str, Tensor]) -> None:
-        """Start from the weights of a filtered `DEGrad` of one setting: the same network, deaf to its condition.
-
-        Args:
-            weights: the ``state_dict`` of a `DEGrad` with the denoiser ``UNet()`` where this one's is
-                ``UNet(conditions=2)``, filtered with δ = λ.
-
-        Raises:
-            RuntimeError: of another network.
-        """
-        own, head = self.state_dict(), "regularizer.denoiser.head.weight"
-        found = {name: value for name, value in own.items() if name not in weights} | dict(weights)
-        if head in weights and head in own:
-            new = own[head].shape[1] - weights[head].shape[1]
-            found[head] = F.pad(weights[head], (0, 0, 0, 0, 0, max(0, new)))
-        found["regularizer.log_filter_damping"] = found["regularizer.log_weight"]
-        self.load_state_dict(found)

@@ -30,7 +30,7 @@ class DEGrad(nn.Module):
       P = (AᵀA + λI)⁻¹, of the same fixed points;
     - filtered, the recommended one: ``preconditioner="exact"`` with ``RED(denoiser, filter_damping="weight")``,
       R(x) = λ(x − D(W x)) with the same λ, W = AᵀA(AᵀA + δI)⁻¹ and δ = λ, so that the denoiser D sees only
-      what A keeps of x.
+      what A keeps of x; best with ``injection=True``, R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
         blur: A: a `SeparableBlur`, any operator with ``forward`` and ``adjoint``, or a linear physics of
@@ -90,8 +90,9 @@ class DEGrad(nn.Module):
             raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
         if averaging != "auto":
             checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
-        filtered = isinstance(regularizer, RED) and regularizer.filtered
-        needed = [method for method, used in (("solve", preconditioner), ("filter", filtered)) if used]
+        needed = {"solve"} if preconditioner else set()
+        if isinstance(regularizer, RED):
+            needed.update(regularizer.needs)
         if not all(callable(getattr(blur, method, None)) for method in needed):
             blur = IterativeOperator(blur)
         self.blur: Any = blur
@@ -148,7 +149,7 @@ class DEGrad(nn.Module):
 
     def layer(self, x: Tensor, d: Tensor) -> Tensor:
         """T_α(x; d) for the images x and the measurements d of one batch."""
-        r = self.regularizer(x, self.blur) if isinstance(self.regularizer, RED) else self.regularizer(x)
+        r = self.regularizer(x, self.blur, d) if isinstance(self.regularizer, RED) else self.regularizer(x)
         r = r.to(x.dtype)
         if self.step_size is not None:
             image = gradient_step(self.blur, x, d, r, self.step_size)

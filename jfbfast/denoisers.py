@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -120,23 +120,20 @@ class NonexpansiveDenoiser(nn.Module):
         return torch.lerp(x, self.layers(x).to(x.dtype), self.averaging)
 
 
-class Filter(Protocol):
-    """What a filtered `RED` needs of the operator."""
-
-    def filter(self, x: Tensor, damping: Tensor) -> Tensor: ...
-
-
 class RED(nn.Module):
-    """Regularisation by denoising (Romano, Elad, Milanfar, 2017): R(x) = λ(x − D(W x)).
+    """Regularisation by denoising (Romano, Elad, Milanfar, 2017): R(x) = λ(x − D(W x)), or R(x; d) = λ(x − D(W x, z)).
 
     W is the identity, or, with ``filter_damping``, the Tikhonov filter AᵀA(AᵀA + δI)⁻¹ of the
-    operator, so that the denoiser sees only what was measured.
+    operator, so that the denoiser sees only what was measured. With ``injection`` it sees
+    z = (AᵀA + λI)⁻¹Aᵀd too, Tikhonov's restoration of the measurement.
 
     Args:
-        denoiser: D, images (B, C, H, W) to images.
+        denoiser: D, images (B, C, H, W) to images; with ``injection``, two of them.
         weight: λ > 0, the start of a learnable parameter.
         filter_damping: δ: None for no filter, a number > 0 for the start of a learnable parameter of
             its own, or "weight" for δ = λ.
+        injection: give D the measurement, as a deep equilibrium model has its input injected at every evaluation
+            (Bai, Kolter, Koltun, 2019).
 
     Raises:
         ValueError: λ or δ not positive and finite; another string.
@@ -147,11 +144,13 @@ class RED(nn.Module):
         denoiser: nn.Module,
         weight: float = 0.05,
         filter_damping: float | Literal["weight"] | None = None,
+        injection: bool = False,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.log_weight = log_parameter("weight", weight)
         self.filtered = filter_damping is not None
+        self.injection = injection
         self.log_filter_damping: nn.Parameter | None = None
         if isinstance(filter_damping, str):
             if filter_damping != "weight":
@@ -171,24 +170,38 @@ class RED(nn.Module):
             return None
         return self.weight if self.log_filter_damping is None else self.log_filter_damping.exp()
 
-    def forward(self, x: Tensor, operator: Filter | None = None) -> Tensor:
-        """R(x) for images (B, C, H, W).
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The methods of A that R calls."""
+        return ("filter",) * self.filtered + ("adjoint", "solve") * self.injection
+
+    def forward(self, x: Tensor, operator: Any = None, d: Tensor | None = None) -> Tensor:
+        """R(x), or R(x; d), for images (B, C, H, W).
+
+        Args:
+            x: the images.
+            operator: A, where R has a filter or an injection.
+            d: the measurements, where it has an injection.
 
         Raises:
-            ValueError: filtered, and ``operator`` has no ``filter``.
+            ValueError: ``operator`` without a method that it ``needs``; an injection without d.
         """
-        seen = x
-        if (damping := self.filter_damping) is not None:
-            if operator is None or not callable(getattr(operator, "filter", None)):
-                raise ValueError(
-                    f"operator is {type(operator).__name__}; a filtered RED takes one with a method filter(x, damping)"
-                )
-            seen = operator.filter(x, damping)
-        return (self.weight * (x - self.denoise(seen))).to(x.dtype)
+        if not all(callable(getattr(operator, method, None)) for method in self.needs):
+            raise ValueError(f"operator is {type(operator).__name__}; this RED takes one with {', '.join(self.needs)}")
+        seen = x if self.filter_damping is None else operator.filter(x, self.filter_damping)
+        return (self.weight * (x - self.denoise(seen, *self.injected(operator, d)))).to(x.dtype)
 
-    def denoise(self, seen: Tensor) -> Tensor:
-        """D of what it sees, x or W x."""
-        denoised: Tensor = self.denoiser(seen)
+    def injected(self, operator: Any, d: Tensor | None) -> tuple[Tensor, ...]:
+        """(z,), or () without an injection."""
+        if not self.injection:
+            return ()
+        if d is None:
+            raise ValueError("d is None; a RED with injection takes the measurements")
+        return (operator.solve(operator.adjoint(d), self.weight),)
+
+    def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
+        """D of what it sees: x or W x, and z where that is injected."""
+        denoised: Tensor = self.denoiser(seen, *injected)
         return denoised
 
 

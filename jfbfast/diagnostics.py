@@ -119,7 +119,7 @@ def _rows(r: Report) -> list[Row]:
     return rows
 
 
-def lipschitz_bound(model: DEGrad, x: Tensor) -> Tensor | None:
+def lipschitz_bound(model: DEGrad, x: Tensor, d: Tensor) -> Tensor | None:
     """The bound λ/(√λ + √δ)² · ‖∂D‖₂ on the contraction factor of a filtered, preconditioned model at x.
 
     ∂T/∂x = λP ∂D W has the eigenvalues of ∂D · λWP, D at W x, and the symmetric λWP, a function of AᵀA,
@@ -128,7 +128,7 @@ def lipschitz_bound(model: DEGrad, x: Tensor) -> Tensor | None:
 
     Args:
         model: a DE-GRAD.
-        x: where, (B, C, H, W).
+        x, d: where, (B, C, H, W).
 
     Returns:
         (B,), or None where the model is not filtered and preconditioned, with R's weight λ as damping.
@@ -139,7 +139,7 @@ def lipschitz_bound(model: DEGrad, x: Tensor) -> Tensor | None:
     with torch.no_grad():
         weight, damping = red.weight, red.filter_damping
         assert damping is not None
-        lipschitz = operator_norm(red.denoise, model.blur.filter(x, damping))
+        lipschitz = operator_norm(red.denoise, model.blur.filter(x, damping), red.injected(model.blur, d))
         factor = weight / (weight.sqrt() + damping.sqrt()) ** 2 * lipschitz
         alpha = model.averaging.nan_to_num(1.0) if isinstance(model.averaging, Tensor) else model.averaging
         return 1 - alpha + alpha * factor
@@ -282,7 +282,7 @@ def report(
             contraction_factor=values.abs().amax(1),
             operator_norm=operator_norm(model.layer, value, (d,)),
             ritz_values=values,
-            lipschitz_bound=lipschitz_bound(model, value),
+            lipschitz_bound=lipschitz_bound(model, value, d),
             jfb_condition=jfb_condition(model, value, d),
             cosine=cosine,
             norm_ratio=ratio,

@@ -36,6 +36,7 @@ from jfbfast.denoisers import RED
 from jfbfast.pretrained import load_model
 from jfbfast.settings import changed_settings, make_settings, read_settings, write_settings
 from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
+from jfbfast.unet import UNet
 
 METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
 VALIDATION = ("val_loss", "val_psnr", "val_evaluations", "val_diverged")
@@ -148,17 +149,25 @@ def denoiser_of(model: nn.Module) -> nn.Module:
     return inner
 
 
+def _take_weights(model: nn.Module, source: nn.Module) -> None:
+    """Copy the weights of the same network, or of one that is told less: without injection, or for one setting."""
+    weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
+    if isinstance(inner, UNet) and isinstance(given, UNet):
+        inner.load_narrower(given)
+        weights |= {name: value for name, value in model.state_dict().items() if name.endswith("head.weight")}
+    if isinstance(model, ConditionalDEGrad) and not isinstance(source, ConditionalDEGrad):
+        weights["regularizer.log_filter_damping"] = weights["regularizer.log_weight"]
+        weights = model.state_dict() | weights
+    model.load_state_dict(weights)
+
+
 def _start_from(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Copy the weights of a shipped network or a file: the same network, the same for one setting, or its denoiser."""
+    """Copy the weights of a shipped network or a file: the same network, one that is told less, or its denoiser."""
     source, found = load_model(path)
     same = (found.form == "denoiser") == (config.form == "denoiser")
-    target = model if same else denoiser_of(model)
     try:
-        if isinstance(target, ConditionalDEGrad) and found.ranges is None:
-            target.load_single_setting(source.state_dict())
-        else:
-            target.load_state_dict(source.state_dict())
-    except RuntimeError as error:
+        _take_weights(model if same else denoiser_of(model), source)
+    except (RuntimeError, KeyError) as error:
         raise ValueError(
             f"init is {path}, a {found.form} network with {dict(found.denoiser)}; this run takes a {config.form} "
             f"network or a denoiser, with {dict(config.denoiser)}"

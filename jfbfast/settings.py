@@ -60,6 +60,7 @@ class TrainingSettings:
         tuple[int, ...] | None, "Channels of the denoiser, of a UNet at each scale. (default: 64; of a UNet 64,96,128)"
     ] = None
     blocks: Annotated[tuple[int, ...], "Residual blocks of a UNet at each scale."] = (2, 2, 2)
+    injection: Annotated[bool, "Give a UNet the measurement too, as Tikhonov's restoration."] = False
     depth: Annotated[int, "Convolutions of a DnCNN or NonexpansiveDenoiser."] = 17
     batch_norm: Annotated[bool | None, "Batch norms in a DnCNN. (default: only in the paper's form)"] = None
     spectral_norm: Annotated[
@@ -89,12 +90,13 @@ class TrainingSettings:
 
     init: Annotated[
         str | None,
-        "A shipped model or a file to start from: the same network, the same for one setting, or its denoiser.",
+        "A shipped model or a file to start from: the same network, one without injection or for one setting, "
+        "or its denoiser.",
     ] = None
     pretraining_steps: Annotated[
         int | None,
         "Batches of denoising before the training. "
-        "(default: 1000; 0 with --init or --sigma-range, but for a denoiser alone)",
+        "(default: 1000; 0 with --init, --sigma-range or --injection, but for a denoiser alone)",
     ] = None
     pretraining_rate: Annotated[float, "Highest learning rate of pretraining."] = 1e-3
     pretraining_noise: Annotated[tuple[float, ...], "Noise levels to pretrain on, least and largest, on [−1, 1]."] = (
@@ -194,8 +196,9 @@ class TrainingSettings:
             raise ValueError(f"form is {self.form} with a {self.denoiser}; sigma_range takes filtered with a UNet")
         if self.conditional and (self.measurements < 1 or self.batch_size % self.measurements):
             raise ValueError(f"measurements is {self.measurements}; it takes a divisor of batch_size={self.batch_size}")
-        if self.conditional and self.pretraining_steps:
-            raise ValueError(f"pretraining_steps is {self.pretraining_steps}; with sigma_range it takes 0")
+        for name, given in (("sigma_range", self.conditional), ("injection", self.injection)):
+            if given and self.pretraining_steps:
+                raise ValueError(f"pretraining_steps is {self.pretraining_steps}; with {name} it takes 0")
         if self.form == "denoiser" and self.pretraining_steps == 0:
             raise ValueError("pretraining_steps is 0; with form=denoiser it takes an integer of at least 1")
 
@@ -227,7 +230,7 @@ class TrainingSettings:
     def _dependent_defaults(self) -> dict[str, Any]:
         """What None stands for where that depends on other settings."""
         paper = self.form == "paper"
-        pretrained = self.conditional or (self.init is not None and self.form != "denoiser")
+        pretrained = self.conditional or self.injection or (self.init is not None and self.form != "denoiser")
         return {
             "features": (64, 96, 128) if self.denoiser == "UNet" else (64,),
             "batch_norm": paper,
@@ -253,6 +256,8 @@ class TrainingSettings:
         network: dict[str, Any] = {"kind": self.denoiser}
         if self.denoiser == "UNet":
             network |= {"features": list(settings.features), "blocks": list(self.blocks)}
+            if self.injection:
+                network["injection"] = True
             if self.conditional:
                 network["conditions"] = CONDITIONS
         elif len(settings.features) != 1:
@@ -289,6 +294,11 @@ _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], tuple[str, ...
     ("it acts with denoiser=UNet alone", lambda s: s.denoiser == "UNet", ("blocks",)),
     ("it acts with denoiser=DnCNN alone", lambda s: s.denoiser == "DnCNN", ("batch_norm", "spectral_norm")),
     ("with denoiser=UNet it has no effect", lambda s: s.denoiser != "UNet", ("depth", "bias")),
+    (
+        "it acts with denoiser=UNet and form=filtered or preconditioned alone",
+        lambda s: s.denoiser == "UNet" and s.form in ("filtered", "preconditioned"),
+        ("injection",),
+    ),
     ("it acts with form=paper alone", lambda s: s.form == "paper", ("step_size",)),
     ("with form=paper or denoiser it has no effect", lambda s: s.form not in ("paper", "denoiser"), ("weight",)),
     (

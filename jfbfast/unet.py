@@ -43,6 +43,7 @@ class UNet(nn.Module):
         blocks: residual blocks of each scale, on the way down and again on the way up; the coarsest has one pass.
         conditions: how many numbers it takes beside the images, each a constant map that joins them, as FFDNet's
             noise level.
+        injection: it takes a second image z, as a `RED` with injection gives it, and is x + network(x, z).
 
     Raises:
         ValueError: a number below 1, no scale, or another count of ``blocks`` than of ``features``.
@@ -54,6 +55,7 @@ class UNet(nn.Module):
         features: Sequence[int] = (64, 96, 128),
         blocks: Sequence[int] = (2, 2, 2),
         conditions: int = 0,
+        injection: bool = False,
     ) -> None:
         super().__init__()
         for name, values in (("channels", (channels,)), ("features", features), ("blocks", blocks)):
@@ -64,8 +66,9 @@ class UNet(nn.Module):
         checks.integer("conditions", conditions, 0)
         *finer, coarsest = features
         self.conditions = conditions
+        self.injection = injection
         self.multiple = 2 ** len(features)
-        self.head = nn.Conv2d(4 * channels + conditions, features[0], 3, padding=1)
+        self.head = nn.Conv2d(4 * channels * (1 + injection) + conditions, features[0], 3, padding=1)
         self.encoders = nn.ModuleList(map(_blocks, finer, blocks))
         self.down = nn.ModuleList(map(_halving, finer, features[1:]))
         self.middle = _blocks(coarsest, blocks[-1])
@@ -75,19 +78,23 @@ class UNet(nn.Module):
         with torch.no_grad():  # starts close to the identity
             self.tail.weight *= 0.1
 
-    def forward(self, x: Tensor, condition: Sequence[float] = ()) -> Tensor:
-        """Images (B, channels, H, W) to images of the same shape.
+    def forward(self, x: Tensor, z: Tensor | None = None, condition: Sequence[float] = ()) -> Tensor:
+        """Images x and, with ``injection``, z, both (B, channels, H, W), to images of the same shape.
 
         Raises:
-            ValueError: another count of numbers than ``conditions``.
+            ValueError: another count of numbers than ``conditions``; z without ``injection``, or none with it.
         """
+        if self.injection != (z is not None):
+            told = "a second image" if self.injection else "None"
+            raise ValueError(f"z is {'None' if z is None else 'an image'}; this network takes {told}")
         if len(condition) != self.conditions:
             raise ValueError(f"condition is {tuple(condition)}; this network takes {self.conditions} numbers")
         if not len(x):  # torch's pixel_unshuffle keeps the shape of an empty batch
             return x
         height, width = x.shape[-2:]
         padding = (0, -width % self.multiple, 0, -height % self.multiple)
-        padded = F.pad(x, padding, mode="replicate") if any(padding) else x
+        seen = x if z is None else torch.cat([x, z], 1)
+        padded = F.pad(seen, padding, mode="replicate") if any(padding) else seen
         h = F.pixel_unshuffle(padded, 2)
         h = torch.cat([h, *(torch.full_like(h[:, :1], value) for value in condition)], 1)
         h = self.head(h.contiguous(memory_format=torch.channels_last))
@@ -99,6 +106,21 @@ class UNet(nn.Module):
         for up, decoder, skip in zip(self.up[::-1], self.decoders[::-1], skips[::-1], strict=True):
             h = decoder(up(h) + skip)
         return x + F.pixel_shuffle(self.tail(h), 2)[..., :height, :width]
+
+    def load_narrower(self, other: UNet) -> None:
+        """Take the weights of a network with as many inputs or fewer: the same function, deaf to the others.
+
+        Raises:
+            RuntimeError: a network of other sizes.
+        """
+        weights = other.state_dict()
+        images = self.head.in_channels - self.conditions
+        columns = weights["head.weight"].tensor_split((other.head.in_channels - other.conditions,), 1)
+        missing = (images - columns[0].shape[1], self.conditions - columns[1].shape[1])
+        if min(missing) < 0:
+            raise RuntimeError(f"{other.head.in_channels} inputs of a network; this one has {self.head.in_channels}")
+        padded = [F.pad(part, (0, 0, 0, 0, 0, n)) for part, n in zip(columns, missing, strict=True)]
+        self.load_state_dict({**weights, "head.weight": torch.cat(padded, 1)})
 
 
 def _halving(features: int, following: int) -> nn.Conv2d:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from jfbfast import RED, DEGrad, DnCNN, GaussianBlur
+from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, UNet
 
 
 class Cell(nn.Module):
@@ -28,5 +28,10 @@ def networks():
         "filtered": DEGrad(GaussianBlur(padding_mode="reflect"), RED(denoiser, 0.1, "weight"), preconditioner="exact"),
         "own dampings": DEGrad(
             GaussianBlur(), RED(denoiser, 0.1, 0.2), preconditioner="exact", damping=0.3, averaging=0.9
+        ),
+        "injection": DEGrad(
+            GaussianBlur(),
+            RED(UNet(3, (4, 6), (1, 1), injection=True), 0.1, "weight", injection=True),
+            preconditioner="exact",
         ),
     }

@@ -145,7 +145,7 @@ def test_sides_are_measured_in_turn_and_a_failing_rival_is_said():
 
     measured = interleave({"a": side("a"), "broken": fails, "b": side("b")}, 0.2, ("a", "b"), said.append)
     assert list(measured) == ["a", "b"] and said == ["broken is left out: no compiler"]
-    assert len(order) >= 8 and order == [n for n, _ in zip(itertools.cycle("ab"), order, strict=False)]
+    assert order[-6:] == ["a", "b"] * 3  # the rounds; of a busy machine a warm-up may be repeated
     with pytest.raises(RuntimeError, match="no compiler"):
         interleave({"a": fails}, 0.05, ("a",), said.append)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from jfbfast.diagnostics import lipschitz_bound
 from jfbfast.inverse import _axis_svd, factors
 from jfbfast.prepared import prepared
 from jfbfast.pretrained import set_network
+from jfbfast.runs import _take_weights
 from jfbfast.settings import make_settings
 from jfbfast.spectrum import operator_norm
 
@@ -31,13 +33,14 @@ CONFIG = ModelConfig(
     sigma_range=[0.5, 5.0],
     noise_range=[0.0, 0.1],
 )
+INJECTED = replace(CONFIG, denoiser={**CONFIG.denoiser, "injection": True})
 SINGLE = ModelConfig(denoiser={"kind": "UNet", **SIZES}, padding_mode="zeros")
 
 
-def made(sigma=2.0, noise=0.03):
+def made(sigma=2.0, noise=0.03, config=CONFIG):
     """A model of random weights, exponents included, that is no contraction by chance alone."""
     torch.manual_seed(0)
-    model = CONFIG.model().double().eval()
+    model = config.model().double().eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "exponents" in name:
@@ -54,19 +57,21 @@ def measured(blur, seed=1):
 
 
 class Told(torch.nn.Module):
-    """D(scale · y; c) as a denoiser of one argument."""
+    """D(s · y, t · z; c) as a denoiser of images alone."""
 
-    def __init__(self, denoiser, scale, told):
+    def __init__(self, denoiser, scales, told):
         super().__init__()
-        self.denoiser, self.scale, self.told = denoiser, scale, told
+        self.denoiser, self.scales, self.told = denoiser, scales, told
 
-    def forward(self, y):
-        return self.denoiser(self.scale * y, self.told)
+    def forward(self, *images):
+        scaled = (scale * image for scale, image in zip(self.scales, images, strict=False))
+        return self.denoiser(*scaled, condition=self.told)
 
 
+@pytest.mark.parametrize("config", [CONFIG, INJECTED], ids=["", "injection"])
 @pytest.mark.parametrize(("sigma", "noise"), [(0.5, 0.0), (2.0, 0.03), (5.0, 0.1)])
-def test_a_set_model_is_an_ordinary_one_with_its_numbers(sigma, noise):
-    model = made(sigma, noise)
+def test_a_set_model_is_an_ordinary_one_with_its_numbers(sigma, noise, config):
+    model = made(sigma, noise, config)
     red = model.regularizer
     c = (math.log(sigma), math.log((noise + 1e-4) / 0.0101))
     weight, damping = (
@@ -78,7 +83,7 @@ def test_a_set_model_is_an_ordinary_one_with_its_numbers(sigma, noise):
     )
     plain = DEGrad(
         GaussianBlur(5, sigma),
-        jfbfast.RED(Told(red.denoiser, 1 + damping, c), weight, damping),
+        jfbfast.RED(Told(red.denoiser, (1 + damping, 1 + weight), c), weight, damping, red.injection),
         preconditioner="exact",
     ).double()
     d = measured(model.blur)
@@ -87,8 +92,10 @@ def test_a_set_model_is_an_ordinary_one_with_its_numbers(sigma, noise):
     torch.testing.assert_close(prepared(model.layer)(x, d), model.layer(x, d), rtol=1e-10, atol=1e-12)
     model.solver = plain.solver = jfbfast.Anderson(tol=1e-9, max_iter=200)
     torch.testing.assert_close(model(d), plain(d), rtol=0, atol=1e-5)
-    bound = float(lipschitz_bound(model, x).max())
-    lipschitz = operator_norm(plain.regularizer.denoiser, plain.blur.filter(x, damping))
+    bound = float(lipschitz_bound(model, x, d).max())
+    lipschitz = operator_norm(
+        plain.regularizer.denoiser, plain.blur.filter(x, damping), plain.regularizer.injected(plain.blur, d)
+    )
     assert bound == pytest.approx(weight / (weight**0.5 + damping**0.5) ** 2 * float(lipschitz.max()), rel=1e-4)
 
 
@@ -109,13 +116,15 @@ def test_the_denoiser_hears_the_condition_and_gradients_reach_every_parameter():
     model = made()
     y = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     denoiser = model.regularizer.denoiser
-    assert (denoiser(y, condition(2.0, 0.03)) - denoiser(y, condition(2.0, 0.05))).abs().max() > 1e-4
+    assert (
+        denoiser(y, condition=condition(2.0, 0.03)) - denoiser(y, condition=condition(2.0, 0.05))
+    ).abs().max() > 1e-4
     model(measured(model.blur)).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     with pytest.raises(ValueError, match=r"condition is \(\); this network takes 2 numbers"):
         denoiser(y)
     with pytest.raises(ValueError, match=r"condition is \(1.0,\); this network takes 0 numbers"):
-        UNet(3, (4,), (1,))(y, (1.0,))
+        UNet(3, (4,), (1,))(y, condition=(1.0,))
 
 
 def test_the_start_keeps_the_brightness_at_every_setting():
@@ -202,15 +211,15 @@ def test_a_single_setting_is_a_start():
     single, model = SINGLE.model(), CONFIG.model()
     with torch.no_grad():
         single.regularizer.log_weight.fill_(math.log(0.07))
-    model.load_single_setting(single.state_dict())
+    _take_weights(model, single)
     y = torch.rand(1, 3, 8, 8)
     for sigma, noise in ((1.0, 0.01), (3.0, 0.05)):
-        told = model.regularizer.denoiser(y, condition(sigma, noise))
+        told = model.regularizer.denoiser(y, condition=condition(sigma, noise))
         torch.testing.assert_close(told, single.regularizer.denoiser(y))
     for value in (model.regularizer.weight, model.regularizer.filter_damping):
         assert value.item() == pytest.approx(0.07)
     with pytest.raises(RuntimeError):
-        model.load_single_setting(ModelConfig(denoiser={"kind": "DnCNN", "depth": 3}).model().state_dict())
+        _take_weights(model, ModelConfig(denoiser={"kind": "DnCNN", "depth": 3}).model())
 
 
 @pytest.fixture

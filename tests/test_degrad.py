@@ -10,7 +10,7 @@ from models import networks
 from torch import nn
 
 import jfbfast
-from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Status
+from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Status, UNet
 
 
 def test_a_network_that_does_not_contract_says_so_and_stays_finite():
@@ -87,6 +87,46 @@ def test_any_operator_with_forward_and_adjoint():
     out = model(d)
     residual = Mask().adjoint(Mask()(out) - d) + model.regularizer(out)
     assert residual.norm() < 1e-4 * out.norm()
+
+
+def injected(operator):
+    torch.manual_seed(0)
+    denoiser = UNet(3, (4, 6), (1, 1), injection=True)
+    with torch.no_grad():
+        denoiser.tail.weight *= 10
+    return DEGrad(operator, RED(denoiser, 0.1, "weight", injection=True), preconditioner="exact").double().eval()
+
+
+def test_an_injected_denoiser_sees_the_measurement():
+    blur, x, d = GaussianBlur(), *torch.randn(2, 2, 3, 12, 10, dtype=torch.float64)
+    model = injected(blur)
+    weight, denoiser = model.damping.detach(), model.regularizer.denoiser
+    restored = blur.solve(blur.adjoint(d), weight)
+    expected = blur.solve(blur.adjoint(d) + weight * denoiser(blur.filter(x, weight), restored), weight)
+    torch.testing.assert_close(model.layer(x, d), expected)
+    x.requires_grad_(), d.requires_grad_()
+    assert torch.autograd.gradcheck(model.layer, (x[:1, :, :4, :5], d[:1, :, :4, :5]), fast_mode=True)
+
+    class Plain(nn.Module):
+        """A of which nothing is known but itself and its adjoint."""
+
+        forward = staticmethod(blur.forward)
+        adjoint = staticmethod(blur.adjoint)
+
+    torch.testing.assert_close(injected(Plain()).layer(x, d), expected)
+
+
+def test_what_an_injection_lacks_is_named():
+    blur, x = GaussianBlur(), torch.randn(1, 3, 8, 8)
+    red = RED(UNet(3, (4,), (1,), injection=True), injection=True)
+    with pytest.raises(ValueError, match=r"operator is NoneType; this RED takes one with adjoint, solve"):
+        red(x)
+    with pytest.raises(ValueError, match="d is None; a RED with injection takes the measurements"):
+        red(x, blur)
+    with pytest.raises(ValueError, match="z is None; this network takes a second image"):
+        red.denoiser(x)
+    with pytest.raises(ValueError, match="z is an image; this network takes None"):
+        UNet(3, (4,), (1,))(x, x)
 
 
 def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():

@@ -63,13 +63,15 @@ def test_the_bound_of_the_filtered_layer(measured):
     torch.testing.assert_close(found.lipschitz_bound, expected, rtol=0.02, atol=0)
     averaged = copy.deepcopy(model)
     averaged.averaging = 0.5
-    torch.testing.assert_close(lipschitz_bound(averaged, value), 0.5 + 0.5 * found.lipschitz_bound, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        lipschitz_bound(averaged, value, d), 0.5 + 0.5 * found.lipschitz_bound, rtol=1e-6, atol=0
+    )
     unequal = DEGrad(GaussianBlur(), RED(red.denoiser, 0.1, 0.4), preconditioner="exact").double().eval()
-    bound = lipschitz_bound(unequal, value)
+    bound = lipschitz_bound(unequal, value, d)
     j = dense_jacobian(unequal.layer, value, d)
     assert (torch.linalg.eigvals(j).abs().amax(1) <= bound).all()
     for name in ("paper", "red", "preconditioned", "own dampings"):
-        assert lipschitz_bound(networks()[name].double(), value) is None
+        assert lipschitz_bound(networks()[name].double(), value, d) is None
 
 
 def test_the_condition_is_a_lower_bound(measured):

@@ -53,6 +53,14 @@ ROOT = Path(__file__).parent.parent
         ({"blocks": "1,1"}, r"blocks is \(1, 1\); it acts with denoiser=UNet alone"),
         ({"warmup": 10}, "warmup is 10; it acts with schedule=cosine or constant alone"),
         ({"squash": True}, "squash is True; it acts with resize alone"),
+        (
+            {"injection": True},
+            "injection is True; it acts with denoiser=UNet and form=filtered or preconditioned alone",
+        ),
+        (
+            {"denoiser": "UNet", "injection": True, "pretraining_steps": 5},
+            "pretraining_steps is 5; with injection it takes 0",
+        ),
         ({"measurements": 2}, "measurements is 2; it acts with sigma_range alone"),
         ({"pretraining_steps": 0, "pretraining_rate": 1}, r"pretraining_rate is 1\.0; it acts with pretraining_steps"),
         ({"init": "x", "pretraining_rate": 1}, r"pretraining_rate is 1\.0; it acts with pretraining_steps alone"),

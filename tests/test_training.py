@@ -256,8 +256,10 @@ def test_a_run_goes_on_with_its_own_photographs(folder, tmp_path):
     train(other, out, resume=True, **values)
 
 
+UNET = {"denoiser": "UNet", "depth": 17, "features": (4, 8), "blocks": (1, 1)}
 FORMS = {
-    "filtered UNet": {"denoiser": "UNet", "depth": 17, "features": (4, 8), "blocks": (1, 1)},
+    "filtered UNet": UNET,
+    "injection": {**UNET, "injection": True, "pretraining_steps": None},
     "preconditioned": {
         "form": "preconditioned",
         "solver": "Picard",
@@ -304,6 +306,22 @@ def test_a_run_starts_from_other_weights(folder, tmp_path):
     train(folder, tmp_path / "second", resume=True, init=first, **still)
     with pytest.raises(CheckpointError, match="no such file"):
         train(folder, tmp_path / "fourth", init=first, **still)
+
+
+@pytest.mark.parametrize("ranges", [{}, {"sigma_range": "0.5,2", "noise_range": "0,0.02", "measurements": 2}])
+def test_a_run_starts_from_a_network_that_is_told_less(folder, tmp_path, ranges):
+    still = {**UNET, "pretraining_steps": None, "steps": 1, "learning_rate": 1e-9}
+    start = tmp_path / "start" / "model.safetensors"
+    train(folder, start.parent, **still | {"pretraining_steps": 0})
+    train(folder, tmp_path / "told", init=str(start), injection=True, **ranges, **still)
+    model, told = (load_checkpoint(file)[0] for file in (start, tmp_path / "told" / "model.safetensors"))
+    y, z = torch.rand(2, 1, 3, 16, 16)
+    condition = (0.3, 0.2) if ranges else ()
+    heard = told.regularizer.denoiser(y, z, condition=condition)
+    torch.testing.assert_close(heard, model.regularizer.denoiser(y), rtol=0, atol=1e-6)
+    torch.testing.assert_close(told.regularizer.weight, model.regularizer.weight)
+    with pytest.raises(ValueError, match=r"init is .* a filtered network"):
+        train(folder, tmp_path / "less", init=str(tmp_path / "told" / "model.safetensors"), **still)
 
 
 def test_validation_takes_photographs_of_every_size(folder, tmp_path):
