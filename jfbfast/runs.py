@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor, nn
 
+from jfbfast.backends import onednn_has_bfloat16
 from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint, write_whole
 from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.conditional_training import ConditionalDeblurTask
@@ -217,6 +218,8 @@ class Run:
             raise ValueError(f"train and validation leave no photograph of {settings.data} to train on")
         self._check_photographs(kept, held_out)
         console.print(f"{len(kept)} photographs to train on, {len(held_out)} to validate on.", highlight=False)
+        if settings.precision == "bf16" and not torch.cuda.is_available() and not onednn_has_bfloat16():
+            console.print("This CPU has no bfloat16 arithmetic: --precision 32 is several times faster.")
         cache = int(settings.cache * 2**30)
         photographs = Photographs(kept, settings.resize, settings.squash, cache)
         if not photographs.cached:

@@ -1,6 +1,7 @@
 """Training runs: the data's order, resuming, repeating, sharing a batch among processes."""
 
 import csv
+import io
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import small_runs
 import torch
 from PIL import Image
+from rich.console import Console
 from small_runs import rows, write_photographs
 
 import jfbfast
@@ -22,7 +24,7 @@ from jfbfast.checkpoint import CheckpointError, load_checkpoint
 from jfbfast.data import ImageError
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.quality import psnr
-from jfbfast.runs import Metrics
+from jfbfast.runs import Metrics, Run
 from jfbfast.settings import make_settings, read_settings
 from jfbfast.training import DeblurTask, JacobianPenalty, MovingAverage, Optimization, fit
 
@@ -285,6 +287,16 @@ def test_every_form_trains(folder, tmp_path, name):
     assert all(value.dtype != torch.float16 for value in model.state_dict().values())
     assert quality is not None and 5 < quality < 60
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="trains on the CPU")
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_cpu_without_bfloat16_is_said(folder, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("jfbfast.runs.onednn_has_bfloat16", lambda: fast)
+    console = Console(file=io.StringIO(), width=120)
+    settings = {"data": str(folder), **TINY, "pretraining_steps": 0, "steps": 1, "precision": "bf16"}
+    Run(settings, tmp_path / "out", progress=False).train(console)
+    assert ("This CPU has no bfloat16 arithmetic" in console.file.getvalue()) != fast
 
 
 def test_a_run_starts_from_other_weights(folder, tmp_path):
