@@ -29,6 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ours": {
         "form": "filtered",
         "denoiser": "UNet",
+        "injection": True,
         "padding_mode": "zeros",
         "schedule": "cosine",
         "warmup": 200,
@@ -38,7 +39,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema": 0.999,
         "training_tol": 5e-3,
         "training_max_iter": 6,
-        "precision": "bf16",
         "jacobian_penalty": 1e-3,
         "jacobian_bound": 0.35,
         "jacobian_interval": 4,
