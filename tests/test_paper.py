@@ -228,7 +228,7 @@ def test_figure1_reads_the_phases_of_a_run(folder, tmp_path):
 
 
 def small_recipes(monkeypatch):
-    small = {"denoiser": "DnCNN", "features": 4, "depth": 3}
+    small = {"denoiser": "DnCNN", "features": 4, "depth": 3, "injection": False}
     recipes = {name: {**recipe, **small} for name, recipe in figure1.RECIPES.items()}
     monkeypatch.setattr(figure1, "RECIPES", recipes)
 
