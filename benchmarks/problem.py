@@ -99,13 +99,19 @@ def trained(checkpoint: Path) -> Weights:
     """The denoiser of a checkpoint of `jfbfast train` or `jfbfast demo`, with its λ and its blur.
 
     Raises:
-        ValueError: a file that is no checkpoint, or one of another form than a `DEGrad` with `RED`.
+        ValueError: a file that is no checkpoint, or one of another form than a `DEGrad` with `RED`, or whose denoiser
+            takes more than one image.
     """
     from jfbfast.checkpoint import load_checkpoint
 
     model, config = load_checkpoint(checkpoint)
     if not (isinstance(model, DEGrad) and isinstance(model.regularizer, RED)):
         raise ValueError(f"checkpoint is of the form {config.form!r}; it takes 'filtered' or 'preconditioned'")
+    for told in ("injection", "conditions"):
+        if config.denoiser.get(told):
+            raise ValueError(
+                f"checkpoint has a denoiser with {told}; it takes one of a single image, as the rivals have"
+            )
     weight = float(model.regularizer.weight.detach())
     return Weights(_settled(model.regularizer.denoiser), weight, config.kernel_size, config.sigma, config.noise)
 

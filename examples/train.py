@@ -31,7 +31,7 @@ def main(steps: int) -> None:
 
     blur = jfbfast.GaussianBlur(kernel_size=5, sigma=1.0, padding_mode="reflect")  # A; blur.adjoint is Aᵀ
     denoiser = jfbfast.UNet(channels=3, injection=True)  # D(W x, z), z Tikhonov's restoration of d
-    regularizer = jfbfast.RED(denoiser, filter_damping="weight", injection=True)  # R(x; d) = λ(x − D(W x, z))
+    regularizer = jfbfast.RED(denoiser, filter_damping="weight")  # R(x; d) = λ(x − D(W x, z))
     model = jfbfast.DEGrad(blur, regularizer, preconditioner="exact")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 

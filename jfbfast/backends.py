@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from jfbfast import native, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower.
+ONEDNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -51,11 +53,6 @@ def backend(name: str) -> Iterator[None]:
 def selected_backend() -> str:
     """The backend that holds now."""
     return _backend
-
-
-def onednn_has_bfloat16() -> bool:
-    """Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_reverse_mode() -> None:

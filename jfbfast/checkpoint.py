@@ -132,8 +132,7 @@ class ModelConfig:
         if self.form not in FORMS:
             raise ValueError(f"form is {self.form!r}; it takes one of {', '.join(map(repr, FORMS))}")
         denoiser = _made("denoiser", self.denoiser, _NETWORKS)
-        injection = bool(getattr(denoiser, "injection", False))
-        if injection and self.form not in ("preconditioned", "filtered"):
+        if self.denoiser.get("injection") and self.form not in ("preconditioned", "filtered"):
             raise ValueError(
                 f"form is {self.form!r} with {dict(self.denoiser)}; a network with injection takes the form "
                 "'preconditioned' or 'filtered'"
@@ -165,10 +164,9 @@ class ModelConfig:
                 sigma=self.sigma,
                 noise=self.noise,
                 weight=self.weight,
-                injection=injection,
                 **options,
             )
-        regularizer = RED(denoiser, self.weight, "weight" if self.form == "filtered" else None, injection)
+        regularizer = RED(denoiser, self.weight, "weight" if self.form == "filtered" else None)
         return DEGrad(self.blur(), regularizer, preconditioner="exact", **options)
 
 

@@ -84,25 +84,24 @@ class MeasurementRanges:
 class ConditionalRED(RED):
     """R(x) = λ(x − D((1 + δ)W x; c)), whose λ and δ depend on the condition c = (c₁, c₂) of σ and the noise level.
 
-    With ``injection`` D is D((1 + δ)W x, (1 + λ)z; c), z as in `RED`.
+    Where D takes an injection it is D((1 + δ)W x, (1 + λ)z; c), z as in `RED`.
 
         λ = λ₀ exp(a₁c₁ + a₂c₂),  δ = δ₀ exp(b₁c₁ + b₂c₂),  W = AᵀA(AᵀA + δI)⁻¹.
 
     Where AᵀA ≈ 1, x* keeps a share 1/(1 + λ) of the noise, so λ has to grow with it: a₂ starts at 2, as the
     ratio of noise to signal power that Wiener's filter takes; b₂ at 1. The factors 1 + δ and 1 + λ keep the
-    brightness of what D sees, as W alone has the gain 1/(1 + δ) there.
+    brightness of what D sees: W has the gain 1/(1 + δ) there, and z 1/(1 + λ).
 
     Args:
-        denoiser: D, images (B, C, H, W) and c to images.
+        denoiser: D, called with the images (B, C, H, W) and ``condition=c``.
         weight: λ₀ > 0, the start of a learnable parameter, and of δ₀. So are the exponents learnable.
-        injection: as in `RED`.
 
     Attributes:
         condition: c, `condition` of jfbfast.conditional.
     """
 
-    def __init__(self, denoiser: nn.Module, weight: float = 0.05, injection: bool = False) -> None:
-        super().__init__(denoiser, weight, weight, injection)
+    def __init__(self, denoiser: nn.Module, weight: float = 0.05) -> None:
+        super().__init__(denoiser, weight, weight)
         self.weight_exponents = nn.Parameter(torch.tensor([0.0, 2.0]))
         self.filter_damping_exponents = nn.Parameter(torch.tensor([0.0, 1.0]))
         self.condition = (0.0, 0.0)
@@ -122,7 +121,7 @@ class ConditionalRED(RED):
         return self._scale(self.log_filter_damping, self.filter_damping_exponents)
 
     def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
-        """D((1 + δ) · seen, (1 + λ) · z; c), z where that is injected."""
+        """D((1 + δ) · seen; c), or D((1 + δ) · seen, (1 + λ) · z; c)."""
         scaled = ((1 + self.filter_damping) * seen, *((1 + self.weight) * z for z in injected))
         denoised: Tensor = self.denoiser(*scaled, condition=self.condition)
         return denoised
@@ -140,7 +139,7 @@ class ConditionalDEGrad(DEGrad):
         kernel_size, padding_mode: of the `GaussianBlur`.
         ranges: of σ and the noise level.
         sigma, noise: the first setting.
-        weight, injection: of `ConditionalRED`.
+        weight: of `ConditionalRED`.
         options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
 
     Raises:
@@ -159,12 +158,11 @@ class ConditionalDEGrad(DEGrad):
         sigma: float = REFERENCE_SIGMA,
         noise: float = REFERENCE_NOISE,
         weight: float = 0.05,
-        injection: bool = False,
         **options: Any,
     ) -> None:
         ranges.check(sigma, noise)
         blur = GaussianBlur(kernel_size, sigma, padding_mode)
-        super().__init__(blur, ConditionalRED(denoiser, weight, injection), preconditioner="exact", **options)
+        super().__init__(blur, ConditionalRED(denoiser, weight), preconditioner="exact", **options)
         self.ranges = ranges
         self.set_measurement(sigma, noise)
 

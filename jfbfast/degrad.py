@@ -30,12 +30,12 @@ class DEGrad(nn.Module):
       P = (AᵀA + λI)⁻¹, of the same fixed points;
     - filtered, the recommended one: ``preconditioner="exact"`` with ``RED(denoiser, filter_damping="weight")``,
       R(x) = λ(x − D(W x)) with the same λ, W = AᵀA(AᵀA + δI)⁻¹ and δ = λ, so that the denoiser D sees only
-      what A keeps of x; best with ``injection=True``, R(x; d) = λ(x − D(W x, P Aᵀd)).
+      what A keeps of x; with ``UNet(injection=True)`` as denoiser R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
         blur: A: a `SeparableBlur`, any operator with ``forward`` and ``adjoint``, or a linear physics of
-            deepinv (its ``A`` and ``A_adjoint``). One without the ``solve`` (preconditioned) or ``filter``
-            (filtered) that the layer uses gets both of an `IterativeOperator`.
+            deepinv (its ``A`` and ``A_adjoint``). One without the ``solve`` (preconditioner, injection) or
+            ``filter`` that the layer uses gets both of an `IterativeOperator`.
         regularizer: R, images to images of the same shape.
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".

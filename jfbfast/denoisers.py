@@ -133,10 +133,10 @@ class RED(nn.Module):
         filter_damping: δ: None for no filter, a number > 0 for the start of a learnable parameter of
             its own, or "weight" for δ = λ.
         injection: give D the measurement, as a deep equilibrium model has its input injected at every evaluation
-            (Bai, Kolter, Koltun, 2019).
+            (Bai, Kolter, Koltun, 2019); None: where D has an attribute ``injection`` that says so.
 
     Raises:
-        ValueError: λ or δ not positive and finite; another string.
+        ValueError: λ or δ not positive and finite; another string; another ``injection`` than D's own.
     """
 
     def __init__(
@@ -144,13 +144,16 @@ class RED(nn.Module):
         denoiser: nn.Module,
         weight: float = 0.05,
         filter_damping: float | Literal["weight"] | None = None,
-        injection: bool = False,
+        injection: bool | None = None,
     ) -> None:
         super().__init__()
+        own = getattr(denoiser, "injection", injection)
+        if injection not in (None, own):
+            raise ValueError(f"injection is {injection}; it takes that of the {type(denoiser).__name__}, {own}")
         self.denoiser = denoiser
         self.log_weight = log_parameter("weight", weight)
         self.filtered = filter_damping is not None
-        self.injection = injection
+        self.injection = bool(own)
         self.log_filter_damping: nn.Parameter | None = None
         if isinstance(filter_damping, str):
             if filter_damping != "weight":
@@ -172,7 +175,7 @@ class RED(nn.Module):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The methods of A that R calls."""
+        """The methods of the operator that R calls."""
         return ("filter",) * self.filtered + ("adjoint", "solve") * self.injection
 
     def forward(self, x: Tensor, operator: Any = None, d: Tensor | None = None) -> Tensor:

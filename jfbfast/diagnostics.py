@@ -122,13 +122,13 @@ def _rows(r: Report) -> list[Row]:
 def lipschitz_bound(model: DEGrad, x: Tensor, d: Tensor) -> Tensor | None:
     """The bound λ/(√λ + √δ)² · ‖∂D‖₂ on the contraction factor of a filtered, preconditioned model at x.
 
-    ∂T/∂x = λP ∂D W has the eigenvalues of ∂D · λWP, D at W x, and the symmetric λWP, a function of AᵀA,
-    has the norm max λs/((s + δ)(s + λ)) over s ≥ 0. ‖∂D‖₂ is measured there. With averaging α it is
-    1 − α + α times that.
+    ∂T/∂x = λP ∂D W has the eigenvalues of ∂D · λWP, ∂D by the image W x that D sees, and the symmetric
+    λWP, a function of AᵀA, has the norm max λs/((s + δ)(s + λ)) over s ≥ 0. ‖∂D‖₂ is measured there. With
+    averaging α it is 1 − α + α times that.
 
     Args:
         model: a DE-GRAD.
-        x, d: where, (B, C, H, W).
+        x, d: where, (B, C, H, W); d counts where R has an injection.
 
     Returns:
         (B,), or None where the model is not filtered and preconditioned, with R's weight λ as damping.

@@ -57,11 +57,13 @@ class IterativeOperator(nn.Module):
 
     `DEGrad` wraps an operator in it by itself; wrap one by hand to choose the tolerance. The layer
     x − P(g) has the same fixed points however roughly P = (AᵀA + λI)⁻¹ is solved, so that 1e-2 does
-    for a preconditioned layer without a filter; the filter itself is off by at most tol·‖x‖.
+    for a preconditioned layer without a filter or an injection; the filter is off by at most tol·‖x‖, and
+    what an injection gives the denoiser by as much as the solve.
 
     Everything is differentiable in the images and the damping, twice too: the derivatives of a solve
     are solves. Learnable parameters of A get their gradient through A and Aᵀ, and none through
-    ``solve`` and ``filter`` (at a fixed point of x − P(g), where g = 0, that through P is zero).
+    ``solve`` and ``filter`` (at a fixed point of x − P(g), where g = 0, that through P is zero; that through the
+    filter and through an injection is not, and is left out).
 
     Args:
         operator: A, with ``forward`` (B, …) to (B, …) and ``adjoint``, sample by sample. Half-precision

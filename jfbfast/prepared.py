@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jfbfast.backends import onednn_has_bfloat16
+from jfbfast.backends import ONEDNN_HAS_BFLOAT16
 from jfbfast.fixed_map import owner
 from jfbfast.lipschitz import NormalisedConv2d, SpectralNormConv2d
 from jfbfast.solvers import Layer
@@ -119,7 +119,7 @@ def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and (x.dtype == torch.float32 or onednn_has_bfloat16())
+        and (x.dtype == torch.float32 or ONEDNN_HAS_BFLOAT16)
         and bool(torch.backends.mkldnn.enabled)
         and not isinstance(conv.padding, str)
         and conv.padding_mode == "zeros"

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor, nn
 
-from jfbfast.backends import onednn_has_bfloat16
+from jfbfast.backends import ONEDNN_HAS_BFLOAT16
 from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint, write_whole
 from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.conditional_training import ConditionalDeblurTask
@@ -151,28 +151,32 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of the same network, or of one that is told less: without injection, or for one setting."""
+    """Copy the weights of the same network, or of one whose UNet is told less: no injection, or one setting alone."""
     weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
     if isinstance(inner, UNet) and isinstance(given, UNet):
-        inner.load_narrower(given)
-        weights |= {name: value for name, value in model.state_dict().items() if name.endswith("head.weight")}
+        head = next(name for name in weights if name.endswith("head.weight"))
+        weights[head] = inner.widened_head(given)
     if isinstance(model, ConditionalDEGrad) and not isinstance(source, ConditionalDEGrad):
         weights["regularizer.log_filter_damping"] = weights["regularizer.log_weight"]
         weights = model.state_dict() | weights
     model.load_state_dict(weights)
 
 
-def _start_from(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Copy the weights of a shipped network or a file: the same network, one that is told less, or its denoiser."""
+def _start_from(model: nn.Module, config: ModelConfig, path: str, console: Console) -> None:
+    """Copy the weights of a shipped network or a file: one of the same form, or its denoiser."""
     source, found = load_model(path)
-    same = (found.form == "denoiser") == (config.form == "denoiser")
+    alone = found.form == "denoiser"
     try:
-        _take_weights(model if same else denoiser_of(model), source)
-    except (RuntimeError, KeyError) as error:
+        if not alone and found.form != config.form:
+            raise RuntimeError(f"its form is {found.form}")
+        _take_weights(denoiser_of(model) if alone else model, source)
+    except RuntimeError as error:
         raise ValueError(
             f"init is {path}, a {found.form} network with {dict(found.denoiser)}; this run takes a {config.form} "
             f"network or a denoiser, with {dict(config.denoiser)}"
         ) from error
+    new = ", ".join(name for name in config.denoiser if name not in found.denoiser)
+    console.print(f"Starting from {path}" + (f", whose denoiser has no {new}." if new else "."), highlight=False)
 
 
 class Run:
@@ -218,8 +222,6 @@ class Run:
             raise ValueError(f"train and validation leave no photograph of {settings.data} to train on")
         self._check_photographs(kept, held_out)
         console.print(f"{len(kept)} photographs to train on, {len(held_out)} to validate on.", highlight=False)
-        if settings.precision == "bf16" and not torch.cuda.is_available() and not onednn_has_bfloat16():
-            console.print("This CPU has no bfloat16 arithmetic: --precision 32 is several times faster.")
         cache = int(settings.cache * 2**30)
         photographs = Photographs(kept, settings.resize, settings.squash, cache)
         if not photographs.cached:
@@ -302,13 +304,15 @@ class Run:
         """
         settings, config = self.settings, self.config
         L.seed_everything(settings.seed, verbose=False)
+        if settings.precision == "bf16" and not torch.accelerator.is_available() and not ONEDNN_HAS_BFLOAT16:
+            console.print("This CPU has no bfloat16 convolutions in oneDNN: --precision 32 is several times faster.")
         model = config.model()
         alone = config.form == "denoiser"
         steps, runner = settings.pretraining_steps or 0, None
         pretrained, phase = self.out / "pretrained.safetensors", self.out / "training.ckpt"
         whole = (pretrained, phase, *((self.out / "pretraining.ckpt",) if alone else ()))  # which hold every weight
         if settings.init is not None and not any(file.exists() for file in whole):
-            _start_from(model, config, settings.init)
+            _start_from(model, config, settings.init, console)
         crops, val = self._data(console)
         self._claim()
         if pretrained.exists():

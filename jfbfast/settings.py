@@ -60,7 +60,9 @@ class TrainingSettings:
         tuple[int, ...] | None, "Channels of the denoiser, of a UNet at each scale. (default: 64; of a UNet 64,96,128)"
     ] = None
     blocks: Annotated[tuple[int, ...], "Residual blocks of a UNet at each scale."] = (2, 2, 2)
-    injection: Annotated[bool, "Give a UNet the measurement too, as Tikhonov's restoration."] = False
+    injection: Annotated[
+        bool, "Give the UNet of a filtered or preconditioned layer the measurement too, as Tikhonov's restoration."
+    ] = False
     depth: Annotated[int, "Convolutions of a DnCNN or NonexpansiveDenoiser."] = 17
     batch_norm: Annotated[bool | None, "Batch norms in a DnCNN. (default: only in the paper's form)"] = None
     spectral_norm: Annotated[
@@ -90,8 +92,8 @@ class TrainingSettings:
 
     init: Annotated[
         str | None,
-        "A shipped model or a file to start from: the same network, one without injection or for one setting, "
-        "or its denoiser.",
+        "A shipped model or a file to start from: the same network, also one without injection or for one "
+        "setting, or its denoiser.",
     ] = None
     pretraining_steps: Annotated[
         int | None,

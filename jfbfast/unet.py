@@ -46,7 +46,8 @@ class UNet(nn.Module):
         injection: it takes a second image z, as a `RED` with injection gives it, and is x + network(x, z).
 
     Raises:
-        ValueError: a number below 1, no scale, or another count of ``blocks`` than of ``features``.
+        ValueError: a number below 1, no scale, another count of ``blocks`` than of ``features``, or an ``injection``
+            that is no bool.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class UNet(nn.Module):
         if len(blocks) != len(features):
             raise ValueError(f"blocks is {tuple(blocks)}; it takes as many as features, {len(features)}")
         checks.integer("conditions", conditions, 0)
+        if not isinstance(injection, bool):
+            raise ValueError(f"injection is {injection!r}; it takes True or False")
         *finer, coarsest = features
         self.conditions = conditions
         self.injection = injection
@@ -107,20 +110,21 @@ class UNet(nn.Module):
             h = decoder(up(h) + skip)
         return x + F.pixel_shuffle(self.tail(h), 2)[..., :height, :width]
 
-    def load_narrower(self, other: UNet) -> None:
-        """Take the weights of a network with as many inputs or fewer: the same function, deaf to the others.
+    def widened_head(self, other: UNet) -> Tensor:
+        """The weight of another's first convolution as this one's, deaf to the images and numbers that it adds.
 
         Raises:
-            RuntimeError: a network of other sizes.
+            RuntimeError: a network that takes more images or numbers than this one.
         """
-        weights = other.state_dict()
+        parts = other.head.weight.split((other.head.in_channels - other.conditions, other.conditions), 1)
         images = self.head.in_channels - self.conditions
-        columns = weights["head.weight"].tensor_split((other.head.in_channels - other.conditions,), 1)
-        missing = (images - columns[0].shape[1], self.conditions - columns[1].shape[1])
-        if min(missing) < 0:
-            raise RuntimeError(f"{other.head.in_channels} inputs of a network; this one has {self.head.in_channels}")
-        padded = [F.pad(part, (0, 0, 0, 0, 0, n)) for part, n in zip(columns, missing, strict=True)]
-        self.load_state_dict({**weights, "head.weight": torch.cat(padded, 1)})
+        added = (images - parts[0].shape[1], self.conditions - parts[1].shape[1])
+        if min(added) < 0:
+            raise RuntimeError(
+                f"the network takes {parts[0].shape[1]} channels and {parts[1].shape[1]} numbers; this one takes "
+                f"{images} and {self.conditions} at most"
+            )
+        return torch.cat([F.pad(part, (0, 0, 0, 0, 0, n)) for part, n in zip(parts, added, strict=True)], 1)
 
 
 def _halving(features: int, following: int) -> nn.Conv2d:

@@ -31,7 +31,7 @@ def networks():
         ),
         "injection": DEGrad(
             GaussianBlur(),
-            RED(UNet(3, (4, 6), (1, 1), injection=True), 0.1, "weight", injection=True),
+            RED(UNet(3, (4, 6), (1, 1), injection=True), 0.1, "weight"),
             preconditioner="exact",
         ),
     }

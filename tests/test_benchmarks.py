@@ -323,6 +323,10 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "denoiser", other.model(), other)
     with pytest.raises(ValueError, match="of the form 'denoiser'"):
         problem.trained(tmp_path / "denoiser")
+    config = ModelConfig(denoiser={"kind": "UNet", "features": [4], "blocks": [1], "injection": True})
+    save_checkpoint(tmp_path / "injection", config.model(), config)
+    with pytest.raises(ValueError, match="checkpoint has a denoiser with injection; it takes one of a single image"):
+        problem.trained(tmp_path / "injection")
     with pytest.raises(ValueError, match="the benchmark step alone takes one"):
         run("kernels", tmp_path, True, Console(), tmp_path / "weights")
 

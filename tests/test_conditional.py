@@ -83,7 +83,7 @@ def test_a_set_model_is_an_ordinary_one_with_its_numbers(sigma, noise, config):
     )
     plain = DEGrad(
         GaussianBlur(5, sigma),
-        jfbfast.RED(Told(red.denoiser, (1 + damping, 1 + weight), c), weight, damping, red.injection),
+        jfbfast.RED(Told(red.denoiser, (1 + damping, 1 + weight), c), weight, damping, injection=red.injection),
         preconditioner="exact",
     ).double()
     d = measured(model.blur)

@@ -89,12 +89,17 @@ def test_any_operator_with_forward_and_adjoint():
     assert residual.norm() < 1e-4 * out.norm()
 
 
+class Mean(nn.Module):
+    def forward(self, x, z):
+        return (x + z) / 2
+
+
 def injected(operator):
     torch.manual_seed(0)
     denoiser = UNet(3, (4, 6), (1, 1), injection=True)
     with torch.no_grad():
         denoiser.tail.weight *= 10
-    return DEGrad(operator, RED(denoiser, 0.1, "weight", injection=True), preconditioner="exact").double().eval()
+    return DEGrad(operator, RED(denoiser, 0.1, "weight"), preconditioner="exact").double().eval()
 
 
 def test_an_injected_denoiser_sees_the_measurement():
@@ -118,7 +123,7 @@ def test_an_injected_denoiser_sees_the_measurement():
 
 def test_what_an_injection_lacks_is_named():
     blur, x = GaussianBlur(), torch.randn(1, 3, 8, 8)
-    red = RED(UNet(3, (4,), (1,), injection=True), injection=True)
+    red = RED(UNet(3, (4,), (1,), injection=True))
     with pytest.raises(ValueError, match=r"operator is NoneType; this RED takes one with adjoint, solve"):
         red(x)
     with pytest.raises(ValueError, match="d is None; a RED with injection takes the measurements"):
@@ -127,6 +132,20 @@ def test_what_an_injection_lacks_is_named():
         red.denoiser(x)
     with pytest.raises(ValueError, match="z is an image; this network takes None"):
         UNet(3, (4,), (1,))(x, x)
+    for own, asked in ((True, False), (False, True)):
+        with pytest.raises(ValueError, match=f"injection is {asked}; it takes that of the UNet, {own}"):
+            RED(UNet(3, (4,), (1,), injection=own), injection=asked)
+    with pytest.raises(ValueError, match="injection is 2; it takes True or False"):
+        UNet(injection=2)
+
+
+def test_any_denoiser_of_two_images_takes_an_injection():
+    blur, x, d = GaussianBlur(), *torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
+    model = DEGrad(blur, RED(Mean(), 0.1, injection=True), preconditioner="exact").double()
+    weight = model.damping.detach()
+    restored = blur.solve(blur.adjoint(d), weight)
+    expected = restored + weight * blur.solve((x + restored) / 2, weight)
+    torch.testing.assert_close(model.layer(x, d), expected)
 
 
 def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():

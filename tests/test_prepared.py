@@ -19,7 +19,7 @@ import jfbfast
 from jfbfast import DnCNN, UNet, solve_fixed_point
 from jfbfast.denoisers import SpectralNormConv2d
 from jfbfast.fixed_map import fixed_map
-from jfbfast.prepared import _Chain, _PreparedConv2d, _Twin, prepared
+from jfbfast.prepared import _Chain, _fuses_relu, _PreparedConv2d, _Twin, prepared
 
 
 class Branches(nn.Module):
@@ -109,6 +109,13 @@ def test_fused_relu_against_float64(dtype, channels_last):
         theirs = net(image)
     assert out.dtype == torch.float32
     assert (out - exact).norm() <= max(2 * (theirs - exact).norm(), 1e-5 * exact.norm())
+
+
+def test_no_relu_is_fused_in_bfloat16_where_onednn_has_none(monkeypatch):
+    monkeypatch.setattr("jfbfast.prepared.ONEDNN_HAS_BFLOAT16", False)
+    conv, x = nn.Conv2d(2, 2, 3), torch.randn(1, 2, 8, 8)
+    with torch.no_grad():
+        assert _fuses_relu(conv, x) and not _fuses_relu(conv, x.bfloat16())
 
 
 def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
