@@ -19,7 +19,7 @@ BENCHMARKS = {
 
 
 def run(
-    name: str, out: Path, quick: bool, console: Console, checkpoint: Path | None = None, batch: int | None = None
+    name: str, out: Path, quick: bool, console: Console, checkpoint: str | None = None, batch: int | None = None
 ) -> None:
     """Run one benchmark, write its files into ``out`` (made where missing) and print its tables.
 

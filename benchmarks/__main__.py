@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below")
     parser.add_argument("--out", type=Path, default=Path(), help="directory for the CSV and the picture")
     parser.add_argument("--quick", action="store_true", help="few sizes, a minute or two")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights for step, of jfbfast train or demo")
+    parser.add_argument("--checkpoint", help="trained weights for step: a shipped model or a file")
     parser.add_argument("--batch", type=int, help="images in a batch of step; by default 8, with --quick 2")
     arguments = parser.parse_args()
     keep_freed_memory()  # as the command line does

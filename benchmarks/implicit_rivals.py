@@ -96,10 +96,10 @@ def autocast(x: Tensor, half: bool) -> torch.autocast:
 class UsersLayer(nn.Module):
     """T(x; d) in plain PyTorch, in the form that takes least work.
 
-    With RED and P = (AᵀA + λI)⁻¹ the preconditioned layer is P(Aᵀd + λD(x)), whose Aᵀd is computed once
-    a solve. No rival offers P for zeros beyond the edge: an FFT is exact for circular padding alone, and
-    conjugate gradients cost several blurs. So they get the definition of ours, in four products by the
-    singular vectors of the two band matrices, by torch.matmul.
+    With RED and P = (AᵀA + λI)⁻¹ the preconditioned layer is P(Aᵀd + λD(x)). Its Aᵀd is computed once a
+    solve, and so is z = P Aᵀd, where D takes that beside x. No rival offers P for zeros beyond the edge: an
+    FFT is exact for circular padding alone, and conjugate gradients cost several blurs. So they get the
+    definition of ours, in four products by the singular vectors of the two band matrices, by torch.matmul.
 
     Args:
         half: the denoiser, and it alone, runs under bfloat16 autocast.
@@ -118,6 +118,8 @@ class UsersLayer(nn.Module):
         if layer == "paper":
             self.log_step_size = log_parameter("step_size", 1.0)
         self.norms = [] if published else [m for m in self.modules() if isinstance(m, NormalisedConv2d)]
+        self.injection = bool(getattr(self.denoiser, "injection", False))
+        self.restoration: Tensor | None = None
         self.blur = rivals.conv2d(weights.kernel_size, weights.sigma, d.contiguous(memory_format=self.format))
         taps: Taps = GaussianBlur(weights.kernel_size, weights.sigma).taps
         self.factors = inverse.factors(taps, (d.shape[-2], d.shape[-1]), d.dtype, d.device)
@@ -133,23 +135,41 @@ class UsersLayer(nn.Module):
         """P b."""
         return reference.solve(b, self.log_weight.exp(), *self.factors)
 
-    def denoise(self, x: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, given: Tensor) -> Tensor:
+        """D(x), or D(x, z)."""
+        injected = self.injected(given)
         with autocast(x, self.low_precision):
-            return self.denoiser(x).to(x.dtype)
+            return self.denoiser(x, *injected).to(x.dtype)
+
+    def injected(self, given: Tensor) -> tuple[Tensor, ...]:
+        """(z,), or () without an injection."""
+        if not self.injection:
+            return ()
+        if self.restoration is not None:
+            return (self.restoration,)
+        return (self.solve(self.blur(given) if self.kind == "paper" else given),)
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.format)
         weight = self.log_weight.exp()
         if self.kind == "paper":
             residual = self.blur(self.blur(x) - given)
-            return x - self.log_step_size.exp() * (residual + weight * (x - self.denoise(x)))
+            return x - self.log_step_size.exp() * (residual + weight * (x - self.denoise(x, given)))
         seen = x - weight * self.solve(x) if self.kind == "filtered" else x
-        return self.solve(given + weight * self.denoise(seen))
+        return self.solve(given + weight * self.denoise(seen, given))
 
-    def hold(self, still: bool) -> None:
-        """Compute the spectral norms' weights now, for a whole solve; or at each evaluation again."""
+    @torch.no_grad()
+    def hold(self, given: Tensor) -> None:
+        """Compute the spectral norms' weights and z now, for a whole solve."""
         for conv in self.norms:
-            conv.materialise() if still else conv.release()
+            conv.materialise()
+        self.restoration = next(iter(self.injected(given)), None)
+
+    def release(self) -> None:
+        """Compute them at each evaluation again."""
+        for conv in self.norms:
+            conv.release()
+        self.restoration = None
 
 
 Solve = Callable[[Callable[[Tensor], Tensor], Tensor, int], Tensor]
@@ -162,9 +182,9 @@ def _by_loop(given: Problem, layer: str, half: bool, solve: Solve, published: bo
     def forward(evaluations: int, see: See) -> Tensor:
         x0, beside = users.start(given.d)
         with torch.no_grad():
-            users.hold(True)
+            users.hold(beside)
             x = solve(_shown(lambda x: users(x, beside), see), x0, evaluations)
-        users.hold(False)
+        users.release()
         return users(x, beside)
 
     coupled = published and has_batch_statistics(users)
@@ -188,11 +208,11 @@ def torchdeq(given: Problem, layer: str, half: bool) -> Side:
 
     def forward(evaluations: int, see: See) -> Tensor:
         x0, beside = users.start(given.d)
-        users.hold(True)
+        users.hold(beside)
 
         def f(x: Tensor) -> Tensor:
             if torch.is_grad_enabled():
-                users.hold(False)
+                users.release()
                 return users(x, beside)
             return _shown(users, see)(x, beside)
 
@@ -216,7 +236,7 @@ def deepinv(given: Problem, layer: str, half: bool) -> Side:
 
         def forward(self, X: Mapping[str, Any], data: Any, prior: Any, params: Any, beside: Tensor, *_: Any) -> Any:
             if torch.is_grad_enabled():
-                users.hold(False)
+                users.release()
                 f = users(X["est"][0], beside)
             else:
                 f = _shown(users, watcher[0])(X["est"][0], beside)
@@ -236,7 +256,7 @@ def deepinv(given: Problem, layer: str, half: bool) -> Side:
         x0, beside = users.start(given.d)
         watcher[0] = see
         deq.fixed_point.max_iter = evaluations
-        users.hold(True)
+        users.hold(beside)
         return deq(beside, None, init=x0)
 
     return Side(forward, list(users.parameters()))

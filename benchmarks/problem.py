@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,23 +94,19 @@ def untrained(features: int, depth: int) -> Weights:
     return Weights(_settled(denoiser), weight=0.05, kernel_size=5, sigma=1.0, noise=0.01)
 
 
-def trained(checkpoint: Path) -> Weights:
-    """The denoiser of a checkpoint of `jfbfast train` or `jfbfast demo`, with its λ and its blur.
+def trained(checkpoint: str) -> Weights:
+    """The denoiser of a shipped model, or of a file of `jfbfast train` or `jfbfast demo`, with its λ and its blur.
 
     Raises:
-        ValueError: a file that is no checkpoint, or one of another form than a `DEGrad` with `RED`, or whose denoiser
-            takes more than one image.
+        ValueError: neither, or one of another form than a `DEGrad` with `RED`, or for a range of measurements.
     """
-    from jfbfast.checkpoint import load_checkpoint
+    from jfbfast.pretrained import load_model
 
-    model, config = load_checkpoint(checkpoint)
+    model, config = load_model(checkpoint)
     if not (isinstance(model, DEGrad) and isinstance(model.regularizer, RED)):
         raise ValueError(f"checkpoint is of the form {config.form!r}; it takes 'filtered' or 'preconditioned'")
-    for told in ("injection", "conditions"):
-        if config.denoiser.get(told):
-            raise ValueError(
-                f"checkpoint has a denoiser with {told}; it takes one of a single image, as the rivals have"
-            )
+    if config.ranges is not None:
+        raise ValueError(f"checkpoint is {checkpoint}, for a range of measurements; it takes one for a single setting")
     weight = float(model.regularizer.weight.detach())
     return Weights(_settled(model.regularizer.denoiser), weight, config.kernel_size, config.sigma, config.noise)
 

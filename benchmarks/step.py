@@ -309,14 +309,15 @@ def run(
     quick: bool,
     console: Console,
     plan: Plan | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | None = None,
     batch: int | None = None,
 ) -> None:
     """Measure and write step.csv and step.png.
 
     Args:
         plan: in place of the full or the quick one.
-        checkpoint: of trained weights, in place of an untrained network that is made a contraction.
+        checkpoint: a shipped model's name or a file of trained weights, in place of an untrained network that is
+            made a contraction.
         batch: in place of the plan's.
 
     Raises:

@@ -375,7 +375,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Trained weights for step, from demo or train.", metavar="FILE")
+        str | None,
+        typer.Option(
+            help="Trained weights for step: a shipped model, or a file from demo or train.", metavar="NAME|FILE"
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner
 
 from jfbfast import Anderson, DnCNN, GaussianBlur
@@ -232,8 +233,21 @@ def test_a_logarithmic_axis_is_marked_by_how_much_it_spans(high, ticks):
 DNCNN = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
 
 
-def tiny_problem():
-    network = problem.Contraction(DnCNN(3, 4, 3, None).eval(), 0.05)
+class OfTwoImages(nn.Module):
+    """D(x, z), a contraction of x."""
+
+    injection = True
+
+    def __init__(self):
+        super().__init__()
+        self.network = DnCNN(6, 4, 3, None).eval()
+
+    def forward(self, x, z):
+        return 0.8 * x + 0.05 * self.network(torch.cat([x, z], 1))[:, :3]
+
+
+def tiny_problem(injection=False):
+    network = OfTwoImages() if injection else problem.Contraction(DnCNN(3, 4, 3, None).eval(), 0.05)
     weights = problem.Weights(problem._settled(network), 0.5, 3, 0.7, 0.01)
     return problem.problem(weights, 12, 2, CPU).to(torch.float64)
 
@@ -258,8 +272,9 @@ RIVALS = ("PyTorch", "published loop", "TorchDEQ", "deepinv")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["jfbfast", *RIVALS])
 @pytest.mark.parametrize("layer", problem.LAYERS)
-def test_every_side_has_the_same_fixed_point_and_gradient(layer, name):
-    given = tiny_problem()
+@pytest.mark.parametrize("injection", [False, True])
+def test_every_side_has_the_same_fixed_point_and_gradient(injection, layer, name):
+    given = tiny_problem(injection)
     side, ours = make_side(name, given, layer), make_side("jfbfast", given, layer)
     assert not side.batch_statistics
     evaluations = 400 if name == "published loop" else 80  # its regularisation slows it down
@@ -323,10 +338,9 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "denoiser", other.model(), other)
     with pytest.raises(ValueError, match="of the form 'denoiser'"):
         problem.trained(tmp_path / "denoiser")
-    config = ModelConfig(denoiser={"kind": "UNet", "features": [4], "blocks": [1], "injection": True})
-    save_checkpoint(tmp_path / "injection", config.model(), config)
-    with pytest.raises(ValueError, match="checkpoint has a denoiser with injection; it takes one of a single image"):
-        problem.trained(tmp_path / "injection")
+    assert problem.trained("gaussian5-sigma1").denoiser.injection
+    with pytest.raises(ValueError, match="checkpoint is gaussian5, for a range of measurements; it takes one for a"):
+        problem.trained("gaussian5")
     with pytest.raises(ValueError, match="the benchmark step alone takes one"):
         run("kernels", tmp_path, True, Console(), tmp_path / "weights")
 
