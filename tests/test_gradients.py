@@ -158,13 +158,6 @@ def test_captured_data_of_a_bad_sample_is_refused_not_spread():
         fixed_point(lambda x, d: d + weight * x, x0, inputs=(torch.zeros(4, 3),), parameters=weight)
 
 
-def test_a_second_backward_says_why_not():
-    out = fixed_point(Cell(), torch.zeros(2, 12), inputs=(torch.randn(2, 12),))
-    out.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once"):
-        out.sum().backward()
-
-
 def test_torchs_hook_of_spectral_norm_steps_once():
     conv = torch.nn.utils.spectral_norm(nn.Conv2d(3, 3, 3, padding=1, bias=False))
     model = DEGrad(GaussianBlur(), conv, step_size=0.3)

@@ -211,8 +211,8 @@ def fixed_point(
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
             from the solver's estimate of the inverse where it made none; what `FixedPointSolver.solve` raises.
-        RuntimeError: within a transform of torch.func; in a second backward through the same output, with
-            ``retain_graph`` too.
+        RuntimeError: within a transform of torch.func; in a second backward through the same output, unless the
+            first has ``retain_graph=True``; in a second derivative.
 
     Warns:
         ConvergenceWarning: some samples did not converge (with tol = 0: diverged).

@@ -63,7 +63,7 @@ class _Trace(NamedTuple):
 
 
 class _FixedPointFunction(torch.autograd.Function):
-    """The output of a trace; backward differentiates that trace once, with the method's cotangent."""
+    """The output of a trace; backward differentiates that trace, with the method's cotangent."""
 
     @staticmethod
     def forward(ctx: Any, method: GradientMethod, trace: _Trace, *tensors: Tensor) -> Tensor:
@@ -74,8 +74,11 @@ class _FixedPointFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.trace is None:
-            raise RuntimeError("the layer at the fixed point is differentiated once; solve again for a second backward")
-        (out, jacobian, inputs, parameters, applications), ctx.trace = ctx.trace, None
+            raise RuntimeError("the layer's trace is freed; a second backward takes retain_graph=True in the first")
+        out, jacobian, inputs, parameters, applications = ctx.trace
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not retained:
+            ctx.trace = None
         leaves = (*inputs, *parameters)
         wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
         found: list[Tensor | None] = [None] * len(leaves)
@@ -87,7 +90,7 @@ class _FixedPointFunction(torch.autograd.Function):
                 applications.still(),
             ):
                 w = ctx.method.cotangent(gradient, jacobian)
-                grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, allow_unused=True)
+                grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, retained, allow_unused=True)
             for i, grad in zip(wanted, grads, strict=True):
                 found[i] = grad
         return (None, None, *found)
