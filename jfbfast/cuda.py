@@ -142,8 +142,7 @@ class AndersonCuda:
                 self._buffers[name] = buffer(torch.bfloat16, memory - 1, samples, size)
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
-        self._status = torch.empty(samples, dtype=torch.int32, pin_memory=True)
-        self._copied = torch.cuda.Event()
+        self._seen = [(torch.empty(samples, dtype=torch.int32, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
         self.restart(x)
 
     def restart(self, x: Tensor) -> None:
@@ -154,8 +153,7 @@ class AndersonCuda:
         self._buffers["value"].copy_(x)
         self._rows: Tensor | None = None  # the sample of each row of x, where some have left
         self._kept: Tensor | None = None  # the same on the host
-        self._running = torch.ones(len(x), dtype=torch.bool)  # each sample, as last seen
-        self._copying = False
+        self._looks = 0
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         """Take the pairs (x, f = T(x)) and write the next iterates over x, which is returned."""
@@ -192,24 +190,27 @@ class AndersonCuda:
         status.masked_fill_(samples & (status == _RUNNING), _STOPPED)
 
     def running(self) -> Tensor:
-        """Which rows of x may still run, bool (rows,) on the CPU: those that did at an earlier call.
+        """Which rows of x may still run, bool (rows,) on the CPU: those that did at the call before.
 
-        Never waits: it looks whether the copy that it began last has come from the device.
+        It waits until the device has come to that call, so that what was launched since stays queued.
         """
-        if not self._copying or self._copied.query():
-            if self._copying:
-                self._running = self._status == _RUNNING
-            self._status.copy_(self._buffers["status"], non_blocking=True)
-            self._copied.record(torch.cuda.current_stream(self._device))
-            self._copying = True
-        return self._running if self._kept is None else self._running[self._kept]
+        status, copied = self._seen[self._looks % 2]
+        status.copy_(self._buffers["status"], non_blocking=True)
+        copied.record(torch.cuda.current_stream(self._device))
+        self._looks += 1
+        if self._looks == 1:
+            return torch.ones(len(status), dtype=torch.bool)
+        status, copied = self._seen[self._looks % 2]
+        copied.synchronize()
+        running = status == _RUNNING
+        return running if self._kept is None else running[self._kept]
 
     def select(self, keep: Tensor) -> Tensor:
         """Go on with these rows of x alone, bool (rows,) on the CPU; no history is moved.
 
         Returns their indices on the device, by which to take the same rows of x and of the inputs.
         """
-        kept = torch.arange(len(self._status)) if self._kept is None else self._kept
+        kept = torch.arange(len(self._buffers["value"])) if self._kept is None else self._kept
         self._kept = kept[keep]
         device = self._buffers["value"].device
         self._rows = self._kept.to(device, torch.int32, non_blocking=True)

@@ -53,6 +53,8 @@ def _tables(x: Tensor, taps: Taps, adjoint: bool) -> reference.Bands:
     return bands(taps, (x.shape[-2], x.shape[-1]), x.dtype, x.device, adjoint)
 
 
+# What a first call caches (tables, factors) must not lie in the memory of a graph of torch.compile's.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _FILTERS = "float[] taps_y, float[] taps_x, str padding_mode"
 for _schema in (
     f"blur(Tensor x, {_FILTERS}, bool adjoint=False) -> Tensor",
@@ -61,7 +63,7 @@ for _schema in (
     f"solve(Tensor b, Tensor damping, {_FILTERS}) -> Tensor",
 ):
     _name, _signature = _schema.split("(", 1)
-    torch.library.define(f"jfbfast::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"jfbfast::{_name}", f"({_signature}", tags=_TAGS)
 
 blur = torch.ops.jfbfast.blur
 gradient = torch.ops.jfbfast.gradient

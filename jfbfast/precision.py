@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+_LEAST_TOL = 1e-3  # below it TF32, which rounds to 5e-4, keeps a layer from its fixed point
 
 _lock = threading.Lock()
 _held: dict[str, tuple[int, list[tuple[Any, str]]]] = {}  # by device: how many are within, what the first changed
@@ -31,8 +33,8 @@ def _to_ieee(device_type: str) -> list[tuple[Any, str]]:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 nor another reduced-precision matrix product or convolution within.
+def ieee(device: torch.device) -> Iterator[None]:
+    """Neither TF32 nor another reduced precision in float32 matrix products and convolutions within.
 
     torch's settings are the process's. Of several threads the last to leave restores them.
     """
@@ -40,8 +42,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         within, changed = _held.get(device.type) or (0, _to_ieee(device.type))
         _held[device.type] = within + 1, changed
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         with _lock:
             within, changed = _held.pop(device.type)
@@ -50,3 +51,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
             else:
                 for setting, precision in changed:
                     setting.fp32_precision = precision
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """`ieee`, and no autocast."""
+    with ieee(device), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def precision_for(tol: float, device: torch.device) -> AbstractContextManager[None]:
+    """`ieee`, where what is to reach the relative residual ``tol`` needs it."""
+    return nullcontext() if tol >= _LEAST_TOL else ieee(device)

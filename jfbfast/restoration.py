@@ -92,9 +92,10 @@ def restore_tiled(
         raise ValueError(f"tile is {tile}; it takes at least {LEAST_TILE}")
     if not 4 <= overlap < tile / 2:
         raise ValueError(f"overlap is {overlap}; it takes at least 4 and less than half of tile={tile}")
-    total, weight = torch.zeros_like(d), torch.zeros(d.shape[-2:])
+    total, weight = torch.zeros_like(d), torch.zeros(d.shape[-2:], device=d.device)
     plan = list(tiles(d.shape[-2], d.shape[-1], tile, overlap))
     for done, (rows, columns, share) in enumerate(plan, 1):
+        share = share.to(d.device)
         total[:, rows, columns] += share * restore(d[None, :, rows, columns].contiguous())[0]
         weight[rows, columns] += share
         if progress is not None:

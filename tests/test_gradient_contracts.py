@@ -43,6 +43,37 @@ def test_a_retained_graph_is_differentiated_again(method):
         torch.autograd.grad(out.sum(), leaves)
 
 
+@pytest.mark.parametrize(("tol", "seen"), [(1e-3, "bf16"), (5e-4, "ieee")])
+@pytest.mark.parametrize("method", [*METHODS, Implicit(tol=1e-2)], ids=str)
+def test_a_tolerance_that_reduced_precision_does_not_reach_is_solved_without(method, tol, seen):
+    cell, d, x0 = problem(dtype=torch.float32)
+    products, found = torch.backends.mkldnn.matmul, []
+
+    def note(*_):
+        found.append(products.fp32_precision)
+
+    def layer(x, d):
+        image = cell(x, d)
+        note()
+        if image.requires_grad:
+            image.register_hook(note)
+        return image
+
+    finer = isinstance(method, Implicit) or method == "implicit"
+    if finer and method != Implicit(tol=1e-2):
+        seen = "ieee"  # the layer that carries the gradient, for the method's own tolerance of 1e-6
+    products.fp32_precision = "bf16"
+    try:
+        solver, parameters = solver_for(method, Anderson(tol=tol)), list(cell.parameters())
+        out = fixed_point(layer, x0, inputs=(d,), parameters=parameters, solver=solver, gradient=method)
+        solves = len(found)
+        out.sum().backward()
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = "none"
+    assert len(found) > solves and {*found[solves - 1 :]} == {seen}
+
+
 def test_a_second_derivative_is_refused():
     cell, d, x0 = problem()
     out = fixed_point(cell, x0, inputs=(d,))

@@ -325,7 +325,7 @@ def test_the_moving_average_is_the_recurrence():
 
     class Watch(MovingAverage):
         def on_train_batch_end(self, trainer, pl_module, *rest):
-            seen.append(pl_module.model.regularizer.log_weight.detach().clone())
+            seen.append(pl_module.model.regularizer.log_weight.detach().cpu().clone())
             super().on_train_batch_end(trainer, pl_module, *rest)
 
     mine = task()

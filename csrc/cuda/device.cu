@@ -6,12 +6,16 @@ namespace {
 
 __global__ void probe() {}
 
+// Clears the error that it names, which the next launch would report as its own.
+const char* named(cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
+
 }  // namespace
 
-const char* use_device(int device) {
-    const cudaError_t error = cudaSetDevice(device);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+const char* use_device(int device) { return named(cudaSetDevice(device)); }
 
 const char* why_unusable(int device) {
     int before = device;
@@ -19,9 +23,9 @@ const char* why_unusable(int device) {
     if (const char* error = use_device(device)) return error;
     cudaFuncAttributes attributes;
     // Fails where the module holds no code for the device.
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+    const char* error = named(cudaFuncGetAttributes(&attributes, probe));
     if (before != device) cudaSetDevice(before);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return error;
 }
 
 }  // namespace jfbfast::cuda

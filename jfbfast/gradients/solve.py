@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.gradients.trace import TracedLayer
+from jfbfast.precision import precision_for
 from jfbfast.prepared import prepared
 from jfbfast.solvers import FixedPointSolution, FixedPointSolver, Layer
 
@@ -30,7 +31,7 @@ class Solve:
         solver, autocast = self.solver, autocast_dtype(x0)
         dtype = self.solve_dtype or autocast
         inputs = tuple(i.detach() for i in inputs)
-        with self._still():
+        with self._still(x0):
             coarse = None if dtype is None else self._prepared(dtype)
             if coarse is not None and solver.tol == 0 and self.solve_dtype is None:
                 return solver.solve(coarse, x0, inputs, estimate=estimate)  # whose evaluations the caller counts
@@ -52,7 +53,7 @@ class Solve:
         solver = self.solver
         if isinstance(solver, FixedPointSolver):
             solver = replace(solver, max_iter=solver.max_iter - int(spent.max()))
-        with self._still():
+        with self._still(solution.value):
             given = tuple(i.detach()[some] for i in inputs)
             found = solver.solve(self._prepared(None), solution.following[some], given)
         own = slice(None) if inputs else rows
@@ -68,8 +69,9 @@ class Solve:
         return prepared(self.traced.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
 
     @contextmanager
-    def _still(self) -> Iterator[None]:
-        with fixed_map(self.traced.module), materialised_weights(self.traced.module):
+    def _still(self, x: Tensor) -> Iterator[None]:
+        module = self.traced.module
+        with fixed_map(module), precision_for(self.solver.tol, x.device), materialised_weights(module):
             yield
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jfbfast.fixed_map import RunningStatistics, fixed_map, owner, set_aside
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
+from jfbfast.precision import precision_for
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluated
 from jfbfast.winograd import winograd_convolutions
@@ -22,12 +23,20 @@ class _Applications:
     Args:
         noted: the number of the application, from 0, at which running statistics are updated.
         tol: the relative residual for which it is to be good enough.
+        device: of x.
     """
 
     def __init__(
-        self, layer: Layer, module: nn.Module | None, inputs: tuple[Tensor, ...], noted: int, tol: float
+        self,
+        layer: Layer,
+        module: nn.Module | None,
+        inputs: tuple[Tensor, ...],
+        noted: int,
+        tol: float,
+        device: torch.device,
     ) -> None:
-        self.layer, self.module, self.inputs, self.noted, self.tol = layer, module, inputs, noted, tol
+        self.layer, self.module, self.inputs, self.noted = layer, module, inputs, noted
+        self.tol, self.device = tol, device
         self.statistics = RunningStatistics(module)
         self.count = 0
         self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
@@ -36,7 +45,7 @@ class _Applications:
     def still(self, noting: bool = False) -> Iterator[None]:
         """The layer held still as every application sees it, for backward too, which may evaluate parts of it again."""
         statistics = self.statistics.updated() if noting else self.statistics.used()
-        with statistics, fixed_map(self.module):
+        with statistics, fixed_map(self.module), precision_for(self.tol, self.device):
             yield
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -139,7 +148,7 @@ class TracedLayer:
         x = x.detach().requires_grad_(differentiable and method.needs == "products")
         copies = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
         noted = method.steps - 1 if isinstance(method, Unrolled) else 0
-        applications = _Applications(self.layer, self.module, copies, noted, self.tol)
+        applications = _Applications(self.layer, self.module, copies, noted, self.tol, x.device)
         out = method.trace(applications, x)
         if differentiable:
             if not self.named:

@@ -12,7 +12,7 @@ from jfbfast import checks, cuda, native, reference
 from jfbfast.backends import kernels_for, selected_backend
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
-from jfbfast.solvers.loop import CUDA_POLL, Iteration, Phase, Stall
+from jfbfast.solvers.loop import Iteration, Phase, Stall
 from jfbfast.solvers.solution import FixedPointSolution
 
 
@@ -68,7 +68,7 @@ class Anderson(FixedPointSolver):
         return super()._run(phase)
 
     def _run_on_device(self, phase: Phase) -> FixedPointSolution:
-        """The same loop with every decision of an iteration taken on the GPU, which the host never waits for."""
+        """The same loop with the decisions of an iteration taken on the GPU; the host follows one step behind."""
         x, inputs = phase.flat_start(), phase.inputs
         state = cuda.AndersonCuda(
             x,
@@ -83,16 +83,15 @@ class Anderson(FixedPointSolver):
             state.step(x, phase.evaluate(x, inputs))
             if phase.shortest <= evaluation < phase.longest:
                 state.stop(state.iterations >= phase.budget)
-            if evaluation % CUDA_POLL == 0:
-                if stall is not None:
-                    state.stop(stall.update(state.lowest, CUDA_POLL))
-                running = state.running()
-                remaining = int(running.sum())
-                if remaining == 0:
-                    break
-                if inputs and remaining <= len(running) // 2:
-                    rows = state.select(running)
-                    x, inputs = x[rows], tuple(v[rows] for v in inputs)
+            if stall is not None:
+                state.stop(stall.update(state.lowest))
+            running = state.running()
+            remaining = int(running.sum())
+            if remaining == 0:
+                break
+            if inputs and remaining <= len(running) // 2:
+                rows = state.select(running)
+                x, inputs = x[rows], tuple(v[rows] for v in inputs)
         return FixedPointSolution(*state.finish())
 
 

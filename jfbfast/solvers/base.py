@@ -67,9 +67,9 @@ class FixedPointSolver(ABC):
         ``layer``, which keeps at least one of the ``max_iter`` evaluations of each sample.
 
         A sample has stalled when in 5 evaluations its lowest ‖T(x) − x‖ has not fallen by 30%: at the
-        rounding floor of T, or where the solve converges at a rate above 0.93. (The device solve of
-        `Anderson` looks every fourth evaluation.) Half-precision iterates with a ``tol`` below their eps (8e-3 in
-        bfloat16) end as MAX_ITER where they have stalled within it: ``tol`` is beyond their rounding.
+        rounding floor of T, or where the solve converges at a rate above 0.93. Half-precision iterates with a
+        ``tol`` below their eps (8e-3 in bfloat16) end as MAX_ITER where they have stalled within it: ``tol`` is
+        beyond their rounding.
 
         Args:
             layer: T, a map of (B, …) to the same shape that treats each sample by itself.

@@ -14,8 +14,6 @@ from jfbfast.solvers.solution import FixedPointSolution, Status
 
 Layer = Callable[..., Tensor]
 
-CUDA_POLL = 4  # iterations between two looks at whether every sample is done
-
 DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
 SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safeguard last acted
 _STALL_FALL = 0.7  # what a residual that has not stalled falls to …
@@ -120,11 +118,11 @@ class Stall:
         self.mark = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
         self.since = torch.zeros(batch, dtype=torch.long, device=device)
 
-    def update(self, lowest: Tensor, evaluations: int = 1) -> Tensor:
-        """Take the lowest residuals after so many more evaluations; return the mask, (B,)."""
+    def update(self, lowest: Tensor) -> Tensor:
+        """Take the lowest residuals after one more evaluation; return the mask, (B,)."""
         fell = lowest <= _STALL_FALL * self.mark
         self.mark = torch.where(fell, lowest, self.mark)
-        self.since = torch.where(fell, 0, self.since + evaluations)
+        self.since = torch.where(fell, 0, self.since + 1)
         return self.since >= _STALL_WINDOW
 
     def select(self, rows: Tensor) -> None:
@@ -216,7 +214,6 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
     inverse = InverseEstimate(phase.start.shape) if phase.estimate else None
     solution = tuple(torch.empty_like(field) for field in samples.found())
     buffers = [torch.empty_like(x) for _ in range(4)]
-    poll = 1 if device.type == "cpu" else CUDA_POLL
 
     for evaluation in range(1, phase.longest + 1):
         f = phase.evaluate(x, inputs)
@@ -234,20 +231,19 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
         free = next(b for b in buffers if all(b is not used for used in (x, samples.value, samples.following)))
         following = iteration.advance(x, f, samples.grown(residual), out=free)
         x = samples.step(following, before, improved)
-        if evaluation % poll == 0:
-            remaining = int(samples.active.sum())
-            if remaining == 0:
-                break
-            if inputs and remaining <= _COMPACTION * len(x):
-                running = samples.active
-                samples.put(solution, ~running)
-                x, *inputs_left = (v[running] for v in (x, *inputs))
-                inputs = tuple(inputs_left)
-                iteration.select(running)
-                if stall is not None:
-                    stall.select(running)
-                samples.select(running)
-                buffers = [torch.empty_like(x) for _ in range(4)]
+        remaining = int(samples.active.sum())
+        if remaining == 0:
+            break
+        if inputs and remaining <= _COMPACTION * len(x):
+            running = samples.active
+            samples.put(solution, ~running)
+            x, *inputs_left = (v[running] for v in (x, *inputs))
+            inputs = tuple(inputs_left)
+            iteration.select(running)
+            if stall is not None:
+                stall.select(running)
+            samples.select(running)
+            buffers = [torch.empty_like(x) for _ in range(4)]
 
     if len(x) == len(phase.start):
         solution = samples.found()
