@@ -82,7 +82,7 @@ def _on_device(call: Callable[[], object]) -> Sampler:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):  # the outer: a failure leaves the inner
             launch()
     except RuntimeError:  # the call waits for the device, which a graph cannot hold
         torch.cuda.synchronize()
