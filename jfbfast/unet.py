@@ -34,8 +34,9 @@ class UNet(nn.Module):
     """A denoiser x + network(x): residual blocks at 1/2, 1/4, … of the image's resolution, with skip connections.
 
     The layout is that of DRUNet (Zhang et al., 2021), below a pixel-unshuffle by two as in FFDNet (Zhang
-    et al., 2018). Images (B, channels, H, W) of any size keep their shape: they are padded at the right
-    and bottom by replication to what the coarsest scale divides, and cut back.
+    et al., 2018). Images (B, channels, H, W) of any size keep their shape. A scale of an odd side is halved with
+    zeros beyond its edge, as its convolutions see them. An odd side of the image is evaluated twice, at twice the
+    time: without its last pixel and without its first, mixed from the one to the other along the image.
 
     Args:
         channels: of the image, in and out.
@@ -70,7 +71,6 @@ class UNet(nn.Module):
         *finer, coarsest = features
         self.conditions = conditions
         self.injection = injection
-        self.multiple = 2 ** len(features)
         self.head = nn.Conv2d(4 * channels * (1 + injection) + conditions, features[0], 3, padding=1)
         self.encoders = nn.ModuleList(map(_blocks, finer, blocks))
         self.down = nn.ModuleList(map(_halving, finer, features[1:]))
@@ -92,23 +92,39 @@ class UNet(nn.Module):
             raise ValueError(f"z is {'None' if z is None else 'an image'}; this network takes {told}")
         if len(condition) != self.conditions:
             raise ValueError(f"condition is {tuple(condition)}; this network takes {self.conditions} numbers")
-        if not len(x):  # torch's pixel_unshuffle keeps the shape of an empty batch
+        if not x.numel():  # torch's pixel_unshuffle keeps the shape of an empty batch
             return x
-        height, width = x.shape[-2:]
-        padding = (0, -width % self.multiple, 0, -height % self.multiple)
-        seen = x if z is None else torch.cat([x, z], 1)
-        padded = F.pad(seen, padding, mode="replicate") if any(padding) else seen
-        h = F.pixel_unshuffle(padded, 2)
+        return x + self._network(x if z is None else torch.cat([x, z], 1), condition)
+
+    def _network(self, seen: Tensor, condition: Sequence[float]) -> Tensor:
+        """network(x, z) of the images side by side, (B, channels or twice as many, H, W)."""
+        for dim in (-2, -1):
+            if seen.shape[dim] % 2:
+                return self._mixed(seen, dim, condition)
+        h = F.pixel_unshuffle(seen, 2)
         h = torch.cat([h, *(torch.full_like(h[:, :1], value) for value in condition)], 1)
         h = self.head(h.contiguous(memory_format=torch.channels_last))
         skips = []
         for encoder, down in zip(self.encoders, self.down, strict=True):
             skips.append(encoder(h))
-            h = down(skips[-1])
+            h = down(_even(skips[-1]))
         h = self.middle(h)
         for up, decoder, skip in zip(self.up[::-1], self.decoders[::-1], skips[::-1], strict=True):
-            h = decoder(up(h) + skip)
-        return x + F.pixel_shuffle(self.tail(h), 2)[..., :height, :width]
+            h = decoder(up(h)[..., : skip.shape[-2], : skip.shape[-1]] + skip)
+        return F.pixel_shuffle(self.tail(h), 2)
+
+    def _mixed(self, seen: Tensor, dim: int, condition: Sequence[float]) -> Tensor:
+        """An odd side of n pixels: at pixel i a share i/(n − 1) of the network without the first pixel.
+
+        The rest is of the network without the last; with neither does a cell of 2 × 2 pixels reach over an edge.
+        """
+        n = seen.shape[dim]
+        if n == 1:
+            return self._network(seen.repeat_interleave(2, dim), condition).narrow(dim, 0, 1)
+        first, last = self._network(torch.cat([seen.narrow(dim, start, n - 1) for start in (0, 1)]), condition).chunk(2)
+        share = torch.linspace(0, 1, n, dtype=seen.dtype, device=seen.device).view(-1, *[1] * (-1 - dim))
+        beyond = torch.zeros_like(first.narrow(dim, 0, 1))
+        return torch.lerp(torch.cat([first, beyond], dim), torch.cat([beyond, last], dim), share.to(first.dtype))
 
     def widened_head(self, other: UNet) -> Tensor:
         """The weight of another's first convolution as this one's, deaf to the images and numbers that it adds.
@@ -125,6 +141,12 @@ class UNet(nn.Module):
                 f"{images} and {self.conditions} at most"
             )
         return torch.cat([F.pad(part, (0, 0, 0, 0, 0, n)) for part, n in zip(parts, added, strict=True)], 1)
+
+
+def _even(h: Tensor) -> Tensor:
+    """h with a row or column of zeros beyond an odd side."""
+    padding = (0, h.shape[-1] % 2, 0, h.shape[-2] % 2)
+    return F.pad(h, padding) if any(padding) else h
 
 
 def _halving(features: int, following: int) -> nn.Conv2d:

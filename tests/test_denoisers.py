@@ -6,7 +6,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, UNet
@@ -89,15 +88,34 @@ def test_deepcopy_and_pickle():
         torch.testing.assert_close(twin(x), network(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (1, 3, 13, 7), (0, 3, 8, 8)])
-def test_unet_keeps_any_shape_and_pads_what_its_scales_do_not_divide(shape):
-    net = UNet(3, (8, 6, 4), (1, 2, 1)).double()
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (1, 3, 13, 7), (2, 3, 1, 1), (0, 3, 8, 8), (1, 3, 0, 5)])
+def test_unet_keeps_any_shape(shape):
     x = torch.randn(shape, dtype=torch.float64)
-    out = net(x)
+    out = UNet(3, (8, 6, 4), (1, 2, 1)).double()(x)
     assert out.shape == x.shape and out.is_contiguous()
-    height, width = shape[2:]
-    padded = F.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate")
-    torch.testing.assert_close(out, net(padded)[..., :height, :width], rtol=1e-12, atol=1e-12)
+
+
+def test_an_odd_side_of_a_unet_mixes_what_it_gives_without_either_end():
+    net = UNet(3, (8, 6, 4), (1, 2, 1), conditions=1, injection=True).double()
+    x, z = torch.randn(2, 2, 3, 11, 5, dtype=torch.float64)
+
+    def network(rows, columns):
+        return net(x[..., rows, columns], z[..., rows, columns], [0.3]) - x[..., rows, columns]
+
+    out = torch.zeros_like(x)
+    for rows, down in ((slice(0, 10), torch.arange(10, 0, -1)), (slice(1, 11), torch.arange(1, 11))):
+        for columns, across in ((slice(0, 4), torch.arange(4, 0, -1)), (slice(1, 5), torch.arange(1, 5))):
+            out[..., rows, columns] += down.double()[:, None] / 10 * across / 4 * network(rows, columns)
+    torch.testing.assert_close(net(x, z, [0.3]), x + out, rtol=1e-12, atol=1e-12)
+
+
+def test_a_scale_of_an_odd_side_is_halved_with_zeros_beyond_its_edge():
+    net = UNet(3, (8, 6), (1, 1)).double()
+    seen = []
+    net.down[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    net(torch.randn(1, 3, 10, 6, dtype=torch.float64))
+    assert seen[0].shape == (1, 8, 6, 4) and not seen[0][..., 5, :].any() and not seen[0][..., 3].any()
+    assert seen[0][..., :5, :3].all()
 
 
 @pytest.mark.parametrize(
