@@ -99,14 +99,15 @@ def restore(
     noise: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of the noise on [−1, 1]; by default 0.01. A checkpoint for one level takes none."
+            help="Standard deviation of the noise on [−1, 1]; by default 0.01. A checkpoint for one level takes "
+            "that alone."
         ),
     ] = None,
     padding_mode: Annotated[
         str | None,
         typer.Option(
-            help="What the blur saw beyond the edge: zeros, reflect, replicate or circular; by default the "
-            "checkpoint's, or reflect."
+            help="What the blur saw beyond the edge: zeros (mid-grey), reflect, replicate or circular; by default the "
+            "checkpoint's, or reflect. The shipped models are for zeros."
         ),
     ] = None,
     out: Annotated[
@@ -255,7 +256,7 @@ def evaluate(
     padding_mode: Annotated[
         str | None,
         typer.Option(
-            help="What the blur sees beyond the edge: zeros, reflect, replicate or circular. "
+            help="What the blur sees beyond the edge: zeros (mid-grey), reflect, replicate or circular. "
             "(default: the first network's, or reflect)"
         ),
     ] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class MeasurementRanges:
     def check(self, sigma: float, noise: float) -> None:
         """Raise ValueError, naming the range, unless both are within theirs."""
         for name, value, (low, high) in (("sigma", sigma, self.sigma), ("noise", noise, self.noise)):
-            if not (isinstance(value, (int, float)) and low <= value <= high):
+            if not (isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high):
                 raise ValueError(f"{name} is {value}; this model takes a number from {low:g} to {high:g}")
 
     def draw(self, generator: np.random.Generator) -> tuple[float, float]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.denoisers import RED, DnCNN, log_parameter
+from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser, log_parameter
 from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
-from jfbfast.iterative import IterativeOperator, LinearOperator, PhysicsOperator, gradient, gradient_step
+from jfbfast.iterative import IterativeOperator, LinearOperator, gradient, gradient_step, linear_operator
 from jfbfast.operators import SeparableBlur
 from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
@@ -33,10 +34,11 @@ class DEGrad(nn.Module):
       what A keeps of x; with ``UNet(injection=True)`` as denoiser R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
-        blur: A: a `SeparableBlur`, any operator with ``forward`` and ``adjoint``, or a linear physics of
-            deepinv (its ``A`` and ``A_adjoint``). One without the ``solve`` (preconditioner, injection) or
-            ``filter`` that the layer uses gets both of an `IterativeOperator`.
-        regularizer: R, images to images of the same shape.
+        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (its ``A`` and
+            ``A_adjoint``). Samples leave the batch as they converge, so it can hold nothing of one's own. One
+            without the ``solve`` (preconditioner, injection) or ``filter`` that the layer uses gets both of an
+            `IterativeOperator`.
+        regularizer: R, images to images of the same shape; a denoiser D goes in a `RED`.
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
         damping: λ > 0 of the preconditioner, the start of a learnable parameter; None for the
@@ -53,8 +55,9 @@ class DEGrad(nn.Module):
         solution: the `FixedPointSolution` of the last forward.
 
     Raises:
-        ValueError: a value out of its range, or options that contradict each other.
-        TypeError: an operator without ``adjoint``; a regulariser that cannot be called; a solver that is none.
+        ValueError: a value out of its range, options that contradict each other, or a denoiser of this package as R.
+        TypeError: an operator or a regulariser that cannot be called, or the former without ``adjoint``; a solver that
+            is none.
     """
 
     solution: FixedPointSolution | None
@@ -74,12 +77,12 @@ class DEGrad(nn.Module):
         compile_solve: bool = False,
     ) -> None:
         super().__init__()
-        if not hasattr(blur, "adjoint") and hasattr(blur, "A_adjoint"):
-            blur = PhysicsOperator(blur)
-        if not callable(getattr(blur, "adjoint", None)):
-            raise TypeError(f"blur is {type(blur).__name__}, which has no adjoint; this layer takes one that has")
+        blur = linear_operator("blur", blur)
         if not callable(regularizer):
             raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
+        if isinstance(regularizer, (UNet, NonexpansiveDenoiser)) or getattr(regularizer, "residual", False) is True:
+            kind = type(regularizer).__name__
+            raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, which RED makes of one: RED({kind}(…))")
         if preconditioner not in (None, "exact"):
             raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
         if preconditioner is None and damping is not None:
@@ -112,25 +115,29 @@ class DEGrad(nn.Module):
         self.solution = None
 
     @classmethod
-    def from_pretrained(cls, name: str, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
-        """A model that ships with the package, in eval(); `jfbfast.pretrained_names` lists them.
+    def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
+        """A model that ships with the package, or that `jfbfast train` wrote, in eval().
+
+        The shipped ones, which `jfbfast.pretrained_names` lists, restore colour images (B, 3, H, W) in [−1, 1] of
+        any size, blurred with zeros beyond the edge, which are mid-grey there; their cards have the rest.
 
         Args:
-            name: of the model.
+            name: of a shipped model, or a file.
             sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1], which a model for
                 a range of them takes (a `ConditionalDEGrad`); one for a single setting has its own.
 
         Raises:
-            ValueError: no DE-GRAD of that name, and the message lists the names; σ or noise missing, out of the
-                model's range, or another than its own.
+            ValueError: no DE-GRAD of that name, and the message lists the names; a file that is none of `jfbfast
+                train` (`CheckpointError`); σ or noise missing, out of the model's range, or another than its own.
         """
         from jfbfast.checkpoint import load_checkpoint
         from jfbfast.pretrained import pretrained_file, set_measurement
 
-        model, config = load_checkpoint(pretrained_file(name))
+        model, config = load_checkpoint(name if Path(name).is_file() else pretrained_file(str(name)))
         if not isinstance(model, cls):
-            raise ValueError(f"name is {name!r}, a {config.form} network; it takes a DE-GRAD")
-        set_measurement(name, model, config, sigma, noise)
+            taken = "a DE-GRAD" if cls is DEGrad else f"a {cls.__name__}"
+            raise ValueError(f"name is {str(name)!r}, a {config.form} network; it takes {taken}")
+        set_measurement(str(name), model, config, sigma, noise)
         return model
 
     @property
@@ -237,6 +244,13 @@ class DEGrad(nn.Module):
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
         start = self.blur.adjoint(d)
         return start if self.damping is None else self.blur.solve(start, self.damping)
+
+    @torch.no_grad()
+    def extra_repr(self) -> str:
+        values = {"step_size": self.step_size, "damping": self.damping, "averaging": self.averaging}
+        told = [f"{name}={float(value):.4g}" for name, value in values.items() if value is not None]
+        told += [f"{name}={getattr(self, name)!r}" for name in ("preconditioner", "solver", "gradient")]
+        return ", ".join(told)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "solution": None}

@@ -22,6 +22,20 @@ class LinearOperator(Protocol):
     def adjoint(self, y: Tensor) -> Tensor: ...
 
 
+def linear_operator(name: str, given: Any) -> Any:
+    """What is given as A: an operator itself, or a linear physics of deepinv in a `PhysicsOperator`.
+
+    Raises:
+        TypeError: what cannot be called or has no adjoint, naming the argument.
+    """
+    if not hasattr(given, "adjoint") and hasattr(given, "A_adjoint"):
+        return PhysicsOperator(given)
+    for told, found in (("cannot be called", given), ("has no adjoint", getattr(given, "adjoint", None))):
+        if not callable(found):
+            raise TypeError(f"{name} is {type(given).__name__}, which {told}; it takes a module with an adjoint")
+    return given
+
+
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
     """Aᵀ(A x − d) + r, in one pass over the images where A is a `SeparableBlur`."""
     if isinstance(operator, SeparableBlur):
@@ -66,13 +80,14 @@ class IterativeOperator(nn.Module):
     filter and through an injection is not, and is left out).
 
     Args:
-        operator: A, with ``forward`` (B, …) to (B, …) and ``adjoint``, sample by sample. Half-precision
-            images are solved for in float32, so it must take those.
+        operator: A, a module (B, …) to (B, …) with ``adjoint``, sample by sample, or a linear physics of deepinv.
+            Half-precision images are solved for in float32, so it must take those.
         tol: a sample is done where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖; None for 1e-6, in float64 1e-12.
         max_iter: applications of AᵀA a solve at most.
 
     Raises:
         ValueError: ``tol`` not in (0, 1); ``max_iter`` below 1.
+        TypeError: an operator that cannot be called, or without ``adjoint``.
     """
 
     def __init__(self, operator: LinearOperator, tol: float | None = None, max_iter: int = 1000) -> None:
@@ -80,7 +95,7 @@ class IterativeOperator(nn.Module):
         if tol is not None:
             checks.number("tol", tol, lambda t: 0 < t < 1, "None or a number in (0, 1)")
         checks.integer("max_iter", max_iter, 1)
-        self.operator: Any = operator
+        self.operator: Any = linear_operator("operator", operator)
         self.tol: float | None = tol
         self.max_iter: int = max_iter
 

@@ -92,8 +92,8 @@ class _PreparedConv2d(nn.Conv2d):
             return kept.copy_(value)
         return torch.empty_like(value, dtype=dtype, memory_format=memory_format).copy_(value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        conv, weight, bias = self.sources[0], self.prepared_weight, self.prepared_bias
+    def forward(self, input: Tensor) -> Tensor:  # by the name that it has in torch
+        x, conv, weight, bias = input, self.sources[0], self.prepared_weight, self.prepared_bias
         assert weight is not None
         with torch.autocast(x.device.type, enabled=False):
             if x.dim() != 4:

@@ -31,7 +31,8 @@ def pretrained_file(name: str) -> Path:
     """
     names = pretrained_names()
     if name not in names:
-        raise ValueError(f"name is {name!r}; the shipped models are {', '.join(names) or 'none in this installation'}")
+        shipped = ", ".join(names) or "none in this installation"
+        raise ValueError(f"name is {name!r}, which is no file; the shipped models are {shipped}")
     return WEIGHTS / f"{name}.safetensors"
 
 

@@ -212,7 +212,7 @@ def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Calla
         raise ValueError(f"checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
     if config.ranges is not None:
         set_measurement(checkpoint, model, config, given["sigma"], given["noise"])  # raises where one is missing
-    elif given["noise"] is not None and not picked:
+    elif given["noise"] not in (None, config.noise) and not picked:
         raise ValueError(
             f"noise is {given['noise']}; with a checkpoint, which was trained for its own, it is of no use"
         )

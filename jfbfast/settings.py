@@ -36,9 +36,9 @@ class TrainingSettings:
 
     kernel_size: Annotated[int, "Side of the Gaussian blur in pixels, odd."] = 5
     sigma: Annotated[float, "Standard deviation of the blur in pixels."] = 1.0
-    padding_mode: Annotated[str, "What the blur sees beyond the edge: zeros, reflect, replicate or circular."] = (
-        "reflect"
-    )
+    padding_mode: Annotated[
+        str, "What the blur sees beyond the edge: zeros (mid-grey), reflect, replicate or circular."
+    ] = "reflect"
     noise: Annotated[float, "Standard deviation of the noise, for images in [−1, 1]."] = 0.01
 
     sigma_range: Annotated[

@@ -242,6 +242,7 @@ def test_shipped_models_take_their_measurements(shipped):
     with pytest.raises(ValueError, match=r"noise is 0.3; this model takes a number from 0 to 0.1"):
         DEGrad.from_pretrained("a-range", sigma=2.0, noise=0.3)
     DEGrad.from_pretrained("b-single", sigma=1.0, noise=0.01)
+    DEGrad.from_pretrained("a-range", sigma=np.float32(2), noise=0.03)
     with pytest.raises(ValueError, match=r"noise is 0.03; b-single was trained for noise = 0.01 alone"):
         DEGrad.from_pretrained("b-single", noise=0.03)
 
@@ -361,6 +362,8 @@ def test_the_command_line_restores_and_evaluates_at_a_setting(folder, tmp_path, 
     assert code == 1 and "noise, from 0 to 0.1" in told
     code, told = run("restore", photograph, "--checkpoint", "b-single", "--noise", 0.03, *zeros)
     assert code == 1 and "it is of no use" in told
+    code, told = run("restore", photograph, "--checkpoint", "b-single", "--sigma", 1, "--noise", 0.01, *zeros)
+    assert code == 0 and "trained for" not in told
     scored = ("a-range", folder, "--methods", "blurred", "--validation", 0, "--resize", 16)
     code, told = run("evaluate", *scored, "--sigma", 2, "--noise", 0.03)
     assert code == 0 and "σ = 2, zeros; noise 0.03" in told and "trained for" not in told

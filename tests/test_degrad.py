@@ -10,7 +10,7 @@ from models import networks
 from torch import nn
 
 import jfbfast
-from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Status, UNet
+from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, IterativeOperator, Status, UNet
 
 
 def test_a_network_that_does_not_contract_says_so_and_stays_finite():
@@ -148,6 +148,22 @@ def test_any_denoiser_of_two_images_takes_an_injection():
     torch.testing.assert_close(model.layer(x, d), expected)
 
 
+class NotCallable:
+    def forward(self, x):
+        return x
+
+    adjoint = forward
+
+
+def test_its_repr_tells_the_form():
+    told = repr(DEGrad(GaussianBlur(), RED(DnCNN(1, 2, 2), 0.25), preconditioner="exact", gradient="neumann"))
+    assert "damping=0.25, averaging=1, preconditioner='exact', solver=Anderson(tol=0.001" in told
+    assert "gradient=Neumann(terms=5)" in told
+    assert "step_size=0.5, averaging=1, preconditioner=None" in repr(
+        DEGrad(GaussianBlur(), DnCNN(1, 2, 2), step_size=0.5)
+    )
+
+
 def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
     class Physics(nn.Module):
         blur = GaussianBlur(padding_mode="circular")
@@ -168,15 +184,29 @@ def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
     theirs, ours = (DEGrad(operator, regularizer, step_size=0.7) for operator in (Physics(), Physics.blur))
     torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d))
     filtered = RED(regularizer.denoiser, 0.2, "weight")
-    theirs, ours = (DEGrad(operator, filtered, preconditioner="exact") for operator in (Physics(), Physics.blur))
-    torch.testing.assert_close(theirs.start(d), ours.start(d), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d), rtol=1e-4, atol=1e-4)
+    ours = DEGrad(Physics.blur, filtered, preconditioner="exact")
+    for operator in (Physics(), IterativeOperator(Physics())):
+        theirs = DEGrad(operator, filtered, preconditioner="exact")
+        torch.testing.assert_close(theirs.start(d), ours.start(d), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: DEGrad(nn.Identity(), DnCNN(1, 2, 2)), TypeError, "no adjoint"),
+        (lambda: DEGrad(nn.Identity(), DnCNN(1, 2, 2)), TypeError, "blur is Identity, which has no adjoint"),
+        (lambda: DEGrad(NotCallable(), DnCNN(1, 2, 2)), TypeError, "blur is NotCallable, which cannot be called"),
+        (lambda: IterativeOperator(nn.Identity()), TypeError, "operator is Identity, which has no adjoint"),
+        (
+            lambda: DEGrad(GaussianBlur(), UNet(1, (2,), (1,))),
+            ValueError,
+            "regularizer is a denoiser, a UNet; it takes",
+        ),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2, residual=True)),
+            ValueError,
+            "regularizer is a denoiser, a DnCNN",
+        ),
         (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), step_size=-1), ValueError, "step_size is -1"),
         (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), averaging=1.5), ValueError, "averaging is 1.5"),
         (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), damping=0.1), ValueError, "damping is 0.1"),

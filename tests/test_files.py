@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from skimage import data as photographs
 
-from jfbfast import DEGrad, GaussianBlur, UNet, pretrained, tikhonov
+from jfbfast import ConditionalDEGrad, DEGrad, GaussianBlur, UNet, pretrained, tikhonov
 from jfbfast.checkpoint import FORMS, CheckpointError, ModelConfig, load_checkpoint, read_config, save_checkpoint
 from jfbfast.data import ImageError, Photograph, image_files, read_photograph, write_photograph
 from jfbfast.datasets import Photographs, RandomCrops
@@ -222,11 +222,18 @@ def test_shipped_models_load_by_name(shipped):
     expected = load_checkpoint(shipped / "b-filtered.safetensors")[0].state_dict()
     assert not model.training and model.state_dict().keys() == expected.keys()
     with pytest.raises(
-        ValueError, match="name is 'nothing'; the shipped models are a-paper, b-filtered, c-denoiser, d-seven"
+        ValueError, match="name is 'nothing', which is no file; the shipped models are a-paper, b-filtered, c-denoiser"
     ):
         DEGrad.from_pretrained("nothing")
     with pytest.raises(ValueError, match="a denoiser network; it takes a DE-GRAD"):
         DEGrad.from_pretrained("c-denoiser")
+    with pytest.raises(ValueError, match="a filtered network; it takes a ConditionalDEGrad"):
+        ConditionalDEGrad.from_pretrained("b-filtered")
+    for file in (shipped / "d-seven.safetensors", str(shipped / "d-seven.safetensors")):
+        assert DEGrad.from_pretrained(file).state_dict().keys() == load_checkpoint(file)[0].state_dict().keys()
+    (shipped / "e-broken").write_text("broken")
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        DEGrad.from_pretrained(shipped / "e-broken")
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ class Idioms(nn.Module):
         self.seen = x.dtype
         x = x.to(next(self.conv.parameters()).dtype) * self.conv.state_dict()["bias"].mean()
         del self.seen
-        return self.body(self.conv(x)) + torch.stack([self.conv(image) for image in x])
+        return self.body(self.conv(input=x)) + torch.stack([self.conv(image) for image in x])
 
 
 class Inner(nn.Sequential):

@@ -212,7 +212,7 @@ def fixed_point(
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
             from the solver's estimate of the inverse where it made none; what `FixedPointSolver.solve` raises.
         RuntimeError: within a transform of torch.func; in a second backward through the same output, unless the
-            first has ``retain_graph=True``; in a second derivative.
+            first has ``retain_graph=True``; in a backward with ``create_graph=True``.
 
     Warns:
         ConvergenceWarning: some samples did not converge (with tol = 0: diverged).

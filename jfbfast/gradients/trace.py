@@ -80,8 +80,9 @@ class _FixedPointFunction(torch.autograd.Function):
         return trace.out.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph is True; the gradient of a fixed point has none, so it takes False")
         if ctx.trace is None:
             raise RuntimeError("the layer's trace is freed; a second backward takes retain_graph=True in the first")
         out, jacobian, inputs, parameters, applications = ctx.trace
