@@ -80,7 +80,8 @@ class DEGrad(nn.Module):
         blur = linear_operator("blur", blur)
         if not callable(regularizer):
             raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
-        if isinstance(regularizer, (UNet, NonexpansiveDenoiser)) or getattr(regularizer, "residual", False) is True:
+        residual = isinstance(regularizer, DnCNN) and regularizer.residual
+        if residual or isinstance(regularizer, (UNet, NonexpansiveDenoiser)):
             kind = type(regularizer).__name__
             raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, which RED makes of one: RED({kind}(…))")
         if preconditioner not in (None, "exact"):
