@@ -128,13 +128,12 @@ class DEGrad(nn.Module):
                 a range of them takes (a `ConditionalDEGrad`); one for a single setting has its own.
 
         Raises:
-            ValueError: no DE-GRAD of that name, and the message lists the names; a file that is none of `jfbfast
-                train` (`CheckpointError`); σ or noise missing, out of the model's range, or another than its own.
+            ValueError: neither, and the message lists the names; another network than a DE-GRAD; σ or noise missing,
+                out of the model's range, or another than its own.
         """
-        from jfbfast.checkpoint import load_checkpoint
-        from jfbfast.pretrained import pretrained_file, set_measurement
+        from jfbfast.pretrained import load_model, set_measurement
 
-        model, config = load_checkpoint(name if Path(name).is_file() else pretrained_file(str(name)))
+        model, config = load_model(name)
         if not isinstance(model, cls):
             taken = "a DE-GRAD" if cls is DEGrad else f"a {cls.__name__}"
             raise ValueError(f"name is {str(name)!r}, a {config.form} network; it takes {taken}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from jfbfast.checkpoint import DEGRAD_FORMS, ModelConfig, load_checkpoint, read_config
+from jfbfast.checkpoint import DEGRAD_FORMS, CheckpointError, ModelConfig, load_checkpoint, read_config
 from jfbfast.conditional import ConditionalDEGrad, MeasurementRanges
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -31,8 +31,7 @@ def pretrained_file(name: str) -> Path:
     """
     names = pretrained_names()
     if name not in names:
-        shipped = ", ".join(names) or "none in this installation"
-        raise ValueError(f"name is {name!r}, which is no file; the shipped models are {shipped}")
+        raise ValueError(f"name is {name!r}; the shipped models are {', '.join(names) or 'none in this installation'}")
     return WEIGHTS / f"{name}.safetensors"
 
 
@@ -40,10 +39,18 @@ def load_model(name_or_file: str | Path) -> tuple[nn.Module, ModelConfig]:
     """A checkpoint's network and settings, by its file or by a shipped network's name.
 
     Raises:
-        CheckpointError: neither, or not a whole checkpoint.
+        CheckpointError: neither, and the message lists the names; not a whole checkpoint.
     """
-    shipped = str(name_or_file) in pretrained_names()
-    return load_checkpoint(pretrained_file(str(name_or_file)) if shipped else name_or_file)
+    names = pretrained_names()
+    if str(name_or_file) in names:
+        return load_checkpoint(pretrained_file(str(name_or_file)))
+    try:
+        return load_checkpoint(name_or_file)
+    except CheckpointError as error:
+        if Path(name_or_file).exists():
+            raise
+        shipped = ", ".join(names) or "none in this installation"
+        raise CheckpointError(f"{error}; the shipped models are {shipped}") from error
 
 
 def network_name(name_or_file: str | Path) -> str:

@@ -24,7 +24,7 @@ from jfbfast import (
     Unrolled,
     fixed_point,
 )
-from jfbfast.gradients.methods import GRADIENTS
+from jfbfast.gradients.methods import GRADIENTS, gradient_method
 
 METHODS = [*GRADIENTS, Implicit("cg"), Implicit("anderson")]
 
@@ -59,9 +59,8 @@ def test_a_tolerance_that_reduced_precision_does_not_reach_is_solved_without(met
             image.register_hook(note)
         return image
 
-    finer = isinstance(method, Implicit) or method == "implicit"
-    if finer and method != Implicit(tol=1e-2):
-        seen = "ieee"  # the layer that carries the gradient, for the method's own tolerance of 1e-6
+    if getattr(gradient_method(method), "tol", 1.0) < tol:
+        seen = "ieee"  # of the layer that carries the gradient, which serves the method's own tolerance
     products.fp32_precision = "bf16"
     try:
         solver, parameters = solver_for(method, Anderson(tol=tol)), list(cell.parameters())
