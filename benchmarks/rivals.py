@@ -67,7 +67,8 @@ def gilton_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int, tol: f
 
     The whole history is kept, (B, m, N), and at each step the whole Gram matrix GGᵀ + λI is
     computed anew and bordered by the constraint Σ αᵢ = 1. It ends after ``max_iter`` evaluations of
-    the layer, or where the relative residual of the batch as a whole is below ``tol``.
+    the layer, or, after the fourth, where the largest change of an iterate in the batch is below
+    ``tol`` of the largest iterate.
     """
     batch, size = x0.shape[0], x0[0].numel()
     xs = x0.new_zeros(batch, memory, size)
@@ -77,11 +78,13 @@ def gilton_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int, tol: f
     unit = x0.new_zeros(batch, memory + 1, 1)
     unit[:, 0] = 1
 
-    x = x0
+    x = previous = x0
     for k in range(max_iter):
         f = layer(x)
-        if (f - x).norm().item() < tol * (1e-5 + f.norm().item()):
+        change, largest = (each.flatten(1).norm(dim=1).max() for each in (x - previous, x))
+        if (change / largest).item() < tol and k > 2:
             break
+        previous = x
         xs[:, k % memory], fs[:, k % memory] = x.reshape(batch, -1), f.reshape(batch, -1)
         n = min(k + 1, memory)
         g = fs[:, :n] - xs[:, :n]

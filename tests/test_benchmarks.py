@@ -109,6 +109,24 @@ def test_the_andersons_reach_the_same_fixed_point_in_as_many_evaluations(name):
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_the_published_loop_ends_where_the_iterate_stands_still():
+    layer = kernels.linear_map(torch.randn(2, 3, 8, 8))
+    seen = []
+
+    def shown(x):
+        seen.append(x)
+        return layer(x)
+
+    x = rivals.gilton_anderson(shown, torch.randn(2, 3, 8, 8), 5, 100, tol=1e-2)
+    changes = [
+        float((b - a).flatten(1).norm(dim=1).max() / b.flatten(1).norm(dim=1).max())
+        for a, b in itertools.pairwise(seen)
+    ]
+    assert 4 < len(seen) < 100 and changes[-1] < 1e-2 <= min(changes[2:-1])
+    assert x is seen[-1]
+
+
 def test_the_bytes_of_a_known_case():
     shape = (16, 3, 128, 128)
     image = 16 * 3 * 128 * 128

@@ -4,6 +4,7 @@ import csv
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from rich.console import Console
 from small_runs import write_photographs
 from typer.testing import CliRunner
 
-from jfbfast.benchmarks import __main__, paper
-from jfbfast.benchmarks.paper import curves, figure1, figure2, table1
+from jfbfast import DEGrad, DnCNN, GaussianBlur
+from jfbfast.benchmarks import __main__, paper, rivals
+from jfbfast.benchmarks.paper import curves, figure1, figure2, published, table1
 from jfbfast.benchmarks.paper.plan import QUICK, Plan
 from jfbfast.benchmarks.paper.study import LABELS, Study
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
@@ -24,6 +26,7 @@ from jfbfast.cli import app
 from jfbfast.evaluation import evaluate, measurements
 from jfbfast.quality import PAPER_OFFSET, psnr
 from jfbfast.settings import make_settings, read_settings, write_settings
+from jfbfast.training import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,9 +193,14 @@ training,4,18,,,,0.05,19,5
 """
 
 
+def metrics_of_a_run(directory):
+    directory.mkdir()
+    (directory / "metrics.csv").write_text(METRICS)
+    return str(directory)
+
+
 def test_figure1_reads_the_phases_of_a_run(folder, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.csv").write_text(METRICS)
+    metrics_of_a_run(tmp_path / "run")
     settings = {"data": str(folder), "train": 4, "validation": 2, "batch_size": 8}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     curve = curves.read("a", tmp_path / "run")
@@ -268,6 +276,45 @@ def test_figure1_trains_both_recipes_where_no_run_is_given(plan, tmp_path, monke
     again = replace(plan, runs=tuple(f"{r}={tmp_path / f'figure1-{r}'}" for r in figure1.NAMES))
     paper.run(tmp_path / "again", True, QUIET, again, ("figure1",))
     assert [{**row, "run": ""} for row in read(tmp_path / "again" / "figure1.csv")] == [{**r, "run": ""} for r in rows]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_figure1_has_the_published_loop_for_some_time(plan, tmp_path, monkeypatch):
+    small_recipes(monkeypatch)
+    monkeypatch.setattr(published, "DnCNN", partial(DnCNN, features=4, depth=3))
+    monkeypatch.setattr(published, "_INTERVAL", 3)
+    plan = replace(plan, images=5, crop=12, training_batch=2, published=1e-4, sigma=2.0)
+    (tmp_path / "figure1-published.partial").mkdir()  # of a run that was stopped
+    trained = []
+    monkeypatch.setattr(published, "fit", lambda task, *args, **kept: trained.append(fit(task, *args, **kept).model))
+    plan = replace(plan, runs=(metrics_of_a_run(tmp_path / "run"),))
+    paper.run(tmp_path, True, QUIET, plan, ("figure1",))
+    rows = read(tmp_path / "figure1.csv")
+    assert list(dict.fromkeys(row["run"] for row in rows)) == ["run", figure1.PUBLISHED]
+    mine = [row for row in rows if row["run"] == figure1.PUBLISHED]
+    assert [(row["step"], row["loss"] != "", row["val_psnr"] != "") for row in mine] == [
+        ("1", True, False),
+        ("2", True, False),
+        ("3", True, False),
+        ("3", False, True),
+    ]
+    (task,) = trained
+    assert task.blur.sigma == (2.0, 2.0) and task.model.sigma == 2.0 and task.noise == 0.01
+    moved = abs(float(task.model.step_size.detach()) - published.STEP_SIZE)
+    assert 0 < moved < 3.1 * published.LEARNING_RATE  # which Adam moves by its rate at each step, whatever the scale
+    paper.run(tmp_path, True, QUIET, plan, ("figure1",))  # takes what is there
+    assert read(tmp_path / "figure1.csv") == rows and len(trained) == 1
+
+
+def test_the_published_layer_is_the_paper_s(monkeypatch):
+    monkeypatch.setattr(published, "DnCNN", partial(DnCNN, features=4, depth=3))
+    monkeypatch.setattr(rivals, "gilton_anderson", lambda layer, x0, *_: x0)
+    theirs = published.PublishedDEGrad(5, 1.0).eval()
+    ours = DEGrad(GaussianBlur(5, 1.0), theirs.regularizer, step_size=published.STEP_SIZE).eval()
+    d = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(theirs(d), ours.layer(ours.blur.adjoint(d), d))
+    theirs(d).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in theirs.parameters())
 
 
 def test_figure1_trains_as_the_documented_settings_say():
@@ -359,6 +406,7 @@ def test_without_a_directory_it_takes_photographs_that_anyone_may_use(checkpoint
         (("figure3", "."), "'figure3' is no part; it takes figure1, table1"),
         (("table2", ".", "--ours", "nobody"), "nobody: not a whole checkpoint"),
         (("figure1", ".", "--run", "none"), "none holds no metrics.csv"),
+        (("figure1", ".", "--published", "0"), "published is 0.0"),
         (("figure2", "--sizes", "a"), "--sizes is 'a'"),
         (("figure2", "--sizes", "4"), "sizes is (4,)"),
         (("table1", ".", "--pictures", "0"), "pictures is 0"),

@@ -49,6 +49,13 @@ def paper(
             help="Directory of jfbfast train for figure1; may be repeated. (default: figure1 trains two)",
         ),
     ] = None,
+    published: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            help="Also train the paper's layer by its published loop for so long, for figure1. (default: no)",
+        ),
+    ] = None,
     kernel_size: Annotated[
         int | None, typer.Option(help="Side of the blur in pixels, odd. (default: that of --ours)")
     ] = None,
@@ -126,6 +133,7 @@ def paper(
         "batch_size": batch_size,
         "pictures": pictures,
         "runs": tuple(run or ()),
+        "published": published,
         "images": images,
         "steps": steps,
         "crop": crop,

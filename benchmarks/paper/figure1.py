@@ -12,9 +12,12 @@ import matplotlib
 from rich.console import Console
 
 from jfbfast.data import image_files
+from jfbfast.pretrained import SETTING
 from jfbfast.runs import Run
+from jfbfast.settings import make_settings
 
 from ..display import logarithmic
+from . import published
 from .curves import Curve, Point, read
 from .page import Section, markdown_table
 from .plan import Plan
@@ -47,6 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PRETRAINING = {"paper": 0.2, "ours": 0.0}
 NAMES = {"paper": "DE-GRAD by the paper's recipe", "ours": "filtered DE-GRAD (ours)"}
+PUBLISHED = "DE-GRAD by the published loop"
 
 
 def settings(recipe: str, plan: Plan, photographs: int) -> dict[str, Any]:
@@ -62,6 +66,7 @@ def settings(recipe: str, plan: Plan, photographs: int) -> dict[str, Any]:
     return {
         **chosen,
         **limits,
+        **{name: getattr(plan, name) for name in SETTING if getattr(plan, name) is not None},
         "data": str(plan.data),
         "train": count - validation,
         "validation": validation,
@@ -93,6 +98,16 @@ def _trained(plan: Plan, out: Path, console: Console) -> list[Curve]:
     return curves
 
 
+def _published(plan: Plan, minutes: float, out: Path, console: Console) -> Curve:
+    assert plan.data is not None
+    directory = out / "figure1-published"
+    if not directory.exists():
+        console.print(f"Starting {PUBLISHED} in {directory}, for {minutes:g} minutes.", highlight=False)
+        photographs = len(image_files(plan.data))
+        published.train(make_settings(settings("paper", plan, photographs)).resolved(), minutes, directory)
+    return read(PUBLISHED, directory)
+
+
 def _given(run: str) -> Curve:
     name, equals, directory = run.partition("=")
     path = Path(directory if equals else name)
@@ -102,6 +117,8 @@ def _given(run: str) -> Curve:
 def run(plan: Plan, out: Path, console: Console) -> Section:
     """Write figure1.csv and figure1.png."""
     curves = [_given(each) for each in plan.runs] or _trained(plan, out, console)
+    if plan.published is not None:
+        curves.append(_published(plan, plan.published, out, console))
     with (out / "figure1.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["run", *Point.__dataclass_fields__])
         writer.writeheader()
@@ -186,6 +203,7 @@ def _size(curve: Curve) -> str:
 
 def _plot_curve(axis: Any, curve: Curve, place: Callable[[Point], float | None], colour: str) -> None:
     """Batches as a faint line, their means and the validations as strong ones; phases before the last are dotted."""
+    markers: dict[str, dict[str, Any]] = {"mean_loss": {"marker": "."}, "val_loss": {"marker": "o", "markersize": 4}}
     points = [(x, point) for point in curve.points if (x := place(point)) is not None]
     last = curve.points[-1].phase
     for phase in dict.fromkeys(point.phase for _, point in points):
@@ -197,5 +215,5 @@ def _plot_curve(axis: Any, curve: Curve, place: Callable[[Point], float | None],
         ):
             found = [(x, getattr(p, name)) for x, p in points if p.phase == phase and getattr(p, name) is not None]
             if found:
-                marker = {"loss": {}, "mean_loss": {"marker": "."}, "val_loss": {"marker": "o", "markersize": 4}}[name]
+                marker = markers.get(name, {})
                 axis.plot(*zip(*found, strict=True), line, color=colour, linewidth=width, alpha=alpha, **marker)

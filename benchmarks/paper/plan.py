@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ class Plan:
         batch_size: images restored together.
         pictures: images in Table 1.
         runs: directories of `jfbfast train`, or NAME=DIRECTORY, whose curves Figure 1 shows; with none, it trains.
+        published: minutes to train the published loop for, as one more curve of Figure 1; None for no such curve.
         images: photographs that Figure 1 trains on and validates on, 80 to 20, first by name.
         steps, crop, training_batch, training_max_iter: of that training.
         sizes, step_batch: of the images in Figure 2.
@@ -44,6 +46,7 @@ class Plan:
     batch_size: int = 16
     pictures: int = 3
     runs: tuple[str, ...] = ()
+    published: float | None = None
     images: int = 2000
     steps: int = 2000
     crop: int = 128
@@ -62,6 +65,8 @@ class Plan:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes an integer of at least 1")
         if self.images < 2:
             raise ValueError(f"images is {self.images}; it takes an integer of at least 2")
+        if self.published is not None and not 0 < self.published < math.inf:
+            raise ValueError(f"published is {self.published}; it takes a positive number of minutes")
         if not self.sizes or min(self.sizes) < 8:
             raise ValueError(f"sizes is {self.sizes}; it takes integers of at least 8")
 
