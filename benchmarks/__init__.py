@@ -6,6 +6,7 @@ the directory ``out``; it is entered below by its name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,15 @@ BENCHMARKS = {
     "paper": "the two tables and two figures of Liu, Tong and Zhao (2024); it has options of its own",
     "step": "a whole training step against the published loop, TorchDEQ and deepinv, at equal true error",
 }
+
+
+def check(names: Sequence[str]) -> None:
+    """Raise ValueError, before any of them runs, for a name that is none, and for paper behind an option or a name."""
+    for name in names:
+        if name not in BENCHMARKS:
+            raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+        if name == "paper":
+            raise ValueError("paper has options of its own; it takes the first place, as in `bench paper --quick`")
 
 
 def run(

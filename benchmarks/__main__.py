@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jfbfast import keep_freed_memory
 
-from . import BENCHMARKS, run
+from . import BENCHMARKS, check, run
 
 
 def main() -> None:
@@ -35,11 +35,12 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     if not arguments.names:
         parser.print_help()
-    for name in arguments.names:
-        try:
+    try:
+        check(arguments.names)
+        for name in arguments.names:
             run(name, arguments.out, arguments.quick, Console(), arguments.checkpoint, arguments.batch)
-        except ValueError as error:
-            parser.error(str(error))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 
@@ -39,3 +39,9 @@ def non_negative(name: str, value: object) -> None:
 def share(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a number in (0, 1]."""
     number(name, value, lambda v: 0 < v <= 1, "a number in (0, 1]")
+
+
+def images(name: str, shape: Sequence[int], channels: int) -> None:
+    """Raise ValueError unless a shape is that of images (B, channels, H, W)."""
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(f"{name} has shape {tuple(shape)}; it takes images (B, {channels}, H, W)")

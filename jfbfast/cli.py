@@ -389,7 +389,9 @@ def bench(
     """
     with _one_sentence():
         benchmarks = import_module("jfbfast.benchmarks")
-        for name in names or ["kernels"]:
+        names = names or ["kernels"]
+        benchmarks.check(names)
+        for name in names:
             benchmarks.run(name, out, quick, console, checkpoint, batch)
 
 

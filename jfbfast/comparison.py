@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -34,22 +35,28 @@ def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelCon
     return found
 
 
-def _trained_on(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[int, int]:
-    """How many of a directory's files, first by name, a run trained on, and validated on next; (0, 0) of no run on it.
+def _seen_by(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Of a directory's files, those that a run trained on and those that it validated on; none of no run on it.
 
-    The run is that of the ``config.yaml`` beside the checkpoint.
+    The run is that of the ``config.yaml`` beside the checkpoint; its ``photographs.json`` has the names, which
+    the split of the files that are there now may not give.
     """
-    config = Path(checkpoint).parent / "config.yaml"
+    config, names = (Path(checkpoint).parent / name for name in ("config.yaml", "photographs.json"))
     if not (Path(checkpoint).is_file() and config.is_file()):
-        return 0, 0
+        return [], []
     try:
         settings = make_settings(read_settings(config))
     except ValueError:  # of something else
-        return 0, 0
+        return [], []
     if Path(settings.data).resolve() != data.resolve():
-        return 0, 0
-    kept, held_out, _ = split(files, settings.train, settings.validation)
-    return len(kept), len(held_out)
+        return [], []
+    if not names.is_file():
+        kept, held_out, _ = split(files, settings.train, settings.validation)
+        return kept, held_out
+    seen = json.loads(names.read_text(encoding="utf-8"))
+    trained, validated = set(seen["training"]), set(seen["validation"])
+    named = [(file.relative_to(data).as_posix(), file) for file in files]
+    return [file for name, file in named if name in trained], [file for name, file in named if name in validated]
 
 
 def unseen_photographs(
@@ -65,26 +72,33 @@ def unseen_photographs(
         data: the directory.
         checkpoints: of the networks, shipped names or files.
         train, validation: of `split`. None for those of the run on this directory that trained on most of it, as
-            the ``config.yaml`` beside its checkpoint tells; where it leaves none to score, one half of those that
-            it validated on chooses and the other is scored. Without such a run 0 and 0.2.
+            the files beside its checkpoint tell; where it leaves none to score, one half of those that
+            it validated on chooses and the other is scored. Without such a run, or one that validated on none,
+            0 and 0.2.
         say: is told of a run's split, taken or not.
 
     Raises:
         ValueError: no photographs to score.
     """
     files = image_files(data)
-    runs = [(*_trained_on(checkpoint, data, files), checkpoint) for checkpoint in checkpoints]
-    kept, held_out, checkpoint = max(runs, default=(0, 0, ""))
+    runs = [(*_seen_by(checkpoint, data, files), checkpoint) for checkpoint in checkpoints]
+    kept, held_out, checkpoint = max(runs, key=lambda run: len(run[0]), default=([], [], ""))
+    seen = set(kept)
     if kept and train is None:
-        train = kept
-        if validation is None:
-            validation = held_out if kept + held_out < len(files) else held_out // 2
-        say(f"{checkpoint} was trained on the first {kept} of these photographs: they are left out.")
-    trained, chosen, scored = split(files, train or 0, 0.2 if validation is None else validation)
+        trained = kept
+        others = [file for file in files if file not in seen.union(held_out)]
+        rest = [*held_out, *others]
+        if validation is None and held_out:
+            validation = len(held_out) if others else len(held_out) // 2
+        say(f"{checkpoint} was trained on {len(kept)} of these photographs: they are left out.")
+    else:
+        trained, _, rest = split(files, train or 0, 0)
+    count = len(split(files, len(trained), 0.2 if validation is None else validation)[1])
+    chosen, scored = rest[:count], rest[count:]
     if not scored:
         raise ValueError(f"--train and --validation leave no photograph of {data} to score")
-    if kept > len(trained):
-        say(f"{checkpoint} was trained on {kept - len(trained)} of the photographs that choose or are scored.")
+    if again := len(seen.intersection(rest)):
+        say(f"{checkpoint} was trained on {again} of the photographs that choose or are scored.")
     return chosen, scored
 
 
@@ -223,6 +237,8 @@ def compare(
         raise ValueError(f"--out is {out}; it takes a .csv or a .json")
     if batch_size < 1 or (held_out[2] is not None and held_out[2] < 1):
         raise ValueError("--batch-size and --limit take integers of at least 1")
+    if preprocessing[1] and preprocessing[0] is None:
+        raise ValueError("--squash acts with --resize alone")
     if not methods and not checkpoints:
         known = ", ".join(baseline_methods(GaussianBlur(), nn.Identity()))
         raise ValueError(f"--methods is empty; without networks it takes one or more of {known}")

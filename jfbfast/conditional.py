@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from numbers import Real
@@ -52,6 +53,8 @@ class MeasurementRanges:
             ("sigma_range", self.sigma, lambda low: low > 0),
             ("noise_range", self.noise, lambda low: low >= 0),
         ):
+            if not isinstance(values, Sequence):
+                raise ValueError(f"{name} is {values}; it takes two numbers")
             if len(values) != 2 or not valid(values[0]) or not values[0] <= values[1] < math.inf:
                 least = "positive" if name == "sigma_range" else "non-negative"
                 raise ValueError(f"{name} is {tuple(values)}; it takes two {least} numbers, the lesser first")

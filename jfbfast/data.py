@@ -15,6 +15,7 @@ from torch import Tensor
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SIXTEEN_BIT_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
 _EIGHT_BIT = (b"\xff\xd8", b"BM", b"RIFF")  # how JPEG, BMP and WebP files begin, which hold no deeper samples
+_LEAST, _MOST = -0.5, 1.5  # of float32 samples, which noise can take somewhat beyond [0, 1]
 _ALPHA_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".webp"})
 
 
@@ -58,6 +59,17 @@ def _orientation(path: Path) -> int:
         return 1
 
 
+def _pages(path: Path) -> int:
+    """How many images a TIFF holds; 1 of another file, or of one that Pillow cannot read."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return 1
+    try:
+        with Image.open(path) as image:
+            return int(getattr(image, "n_frames", 1))
+    except OSError:
+        return 1
+
+
 def _read_array(path: Path) -> np.ndarray:
     """(H, W, channels) in RGB order: OpenCV for what Pillow would cut to 8 bits, Pillow for the rest."""
     try:
@@ -89,13 +101,20 @@ def read_photograph(path: str | Path) -> Photograph:
     """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha, upright.
 
     Raises:
-        ImageError: not an image, a kind of sample not listed, or a pixel that is not finite.
+        ImageError: not an image, one of several pages, a kind of sample not listed, a pixel that is not finite, or
+            float32 samples far from [0, 1].
     """
     array = _read_array(Path(path))
+    if (pages := _pages(Path(path))) > 1:
+        raise ImageError(f"{path}: has {pages} pages; it takes one image a file")
     scale = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1.0
     values = torch.from_numpy(array.astype(np.float32, order="C") / np.float32(scale)).permute(2, 0, 1)
     if not values.isfinite().all():
         raise ImageError(f"{path}: {int((~values.isfinite()).sum())} of its values are not finite")
+    if scale == 1.0 and values.numel() and not (float(values.min()) >= _LEAST and float(values.max()) <= _MOST):
+        raise ImageError(
+            f"{path}: its float32 samples go from {float(values.min()):g} to {float(values.max()):g}; it takes [0, 1]"
+        )
     colours = len(values) - (len(values) in (2, 4))
     return Photograph(values[:colours], values[colours:] if colours < len(values) else None, array.dtype)
 

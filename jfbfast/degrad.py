@@ -78,7 +78,7 @@ class DEGrad(nn.Module):
     ) -> None:
         super().__init__()
         blur = linear_operator("blur", blur)
-        if not callable(regularizer):
+        if not callable(regularizer) or isinstance(regularizer, type):
             raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
         residual = isinstance(regularizer, DnCNN) and regularizer.residual
         if residual or isinstance(regularizer, (UNet, NonexpansiveDenoiser)):
@@ -157,6 +157,10 @@ class DEGrad(nn.Module):
     def layer(self, x: Tensor, d: Tensor) -> Tensor:
         """T_α(x; d) for the images x and the measurements d of one batch."""
         r = self.regularizer(x, self.blur, d) if isinstance(self.regularizer, RED) else self.regularizer(x)
+        if r.shape != x.shape:
+            raise ValueError(
+                f"regularizer maps shape {tuple(x.shape)} to {tuple(r.shape)}; it takes one that keeps the shape"
+            )
         r = r.to(x.dtype)
         if self.step_size is not None:
             image = gradient_step(self.blur, x, d, r, self.step_size)
@@ -165,6 +169,11 @@ class DEGrad(nn.Module):
         if isinstance(self.averaging, Tensor):
             return torch.lerp(x, image, self.averaging.nan_to_num(1.0).to(x.dtype))
         return image if self.averaging == 1 else torch.lerp(x, image, self.averaging)
+
+    @property
+    def averaging_is_due(self) -> bool:
+        """Whether ``averaging="auto"`` has no estimate yet."""
+        return isinstance(self.averaging, Tensor) and bool(self.averaging.isnan())
 
     @torch.no_grad()
     def update_averaging(self, d: Tensor, x0: Tensor | None = None) -> None:
@@ -185,10 +194,16 @@ class DEGrad(nn.Module):
             raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
         if not len(d):
             return
-        self.averaging.fill_(torch.nan)
-        with fixed_map(self), materialised_weights(self):
-            found = self.solver.solve(self.layer, self.start(d) if x0 is None else x0, (d,))
-        self.averaging.fill_(optimal_averaging(ritz_values(self.layer, found.value, (d,))))
+        before = self.averaging.clone()
+        try:
+            self.averaging.fill_(torch.nan)  # of T itself
+            with fixed_map(self), materialised_weights(self):
+                found = self.solver.solve(self.layer, self.start(d) if x0 is None else x0, (d,))
+            estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
+        except BaseException:
+            self.averaging.copy_(before)
+            raise
+        self.averaging.fill_(estimate)
 
     @torch.compiler.disable
     def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
@@ -199,12 +214,16 @@ class DEGrad(nn.Module):
             x0: the start; ``start(d)`` where None.
 
         Raises:
+            TypeError: d is no tensor.
             ValueError: d of another shape, or of another dtype than the parameters of a network of this package,
                 outside autocast; x0 of another shape, dtype or device than d (Aᵀd, where A is no `SeparableBlur`).
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
+        if not isinstance(d, Tensor):
+            raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
+        self.solution = None
         separable = isinstance(self.blur, SeparableBlur)
         name, like = "d" if separable else "Aᵀd", d
         if not separable:
@@ -220,13 +239,15 @@ class DEGrad(nn.Module):
         elif (x0.dtype, x0.device) != (like.dtype, like.device):
             raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
         network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
-        surely = type(network) in (DnCNN, UNet) and not network._forward_pre_hooks  # which another may cast for
+        surely = (
+            type(network) in (DnCNN, NonexpansiveDenoiser, UNet) and not network._forward_pre_hooks
+        )  # which another may cast for
         if surely and not torch.is_autocast_enabled(x0.device.type):
             dtypes = {p.dtype for p in network.parameters()}
             if x0.dtype not in dtypes:  # which torch would say after the solve, whose convolutions cast
                 taken = " or ".join(sorted(map(str, dtypes)))
                 raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {taken}")
-        if isinstance(self.averaging, Tensor) and self.averaging.isnan():
+        if self.averaging_is_due:
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
             self.layer,

@@ -66,10 +66,12 @@ class DnCNN(nn.Module):
             layers.append(nn.ReLU())
         layers.append(convolution(features, channels, 3, padding=1, bias=bias))
         self.layers = nn.Sequential(*layers)
+        self.channels = channels
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, channels, H, W) to images of the same shape."""
+        """Images (B, channels, H, W) to images of the same shape; raises ValueError for others."""
+        checks.images("x", x.shape, self.channels)
         out: Tensor = self.layers(x.contiguous(memory_format=torch.channels_last))
         return x - out if self.residual else out
 
@@ -113,10 +115,12 @@ class NonexpansiveDenoiser(nn.Module):
             layers += [NonexpansiveConv2d(width, features, 3, padding=1, bias=bias), MaxMin()]
         layers.append(NonexpansiveConv2d(features, channels, 3, padding=1, bias=bias))
         self.layers = nn.Sequential(*layers)
+        self.channels = channels
         self.averaging = averaging
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, channels, H, W) to images of the same shape."""
+        """Images (B, channels, H, W) to images of the same shape; raises ValueError for others."""
+        checks.images("x", x.shape, self.channels)
         return torch.lerp(x, self.layers(x).to(x.dtype), self.averaging)
 
 
@@ -187,12 +191,18 @@ class RED(nn.Module):
             d: the measurements, where it has an injection.
 
         Raises:
-            ValueError: ``operator`` without a method that it ``needs``; an injection without d.
+            ValueError: ``operator`` without a method that it ``needs``; an injection without d; a denoiser that
+                changes the shape.
         """
         if not all(callable(getattr(operator, method, None)) for method in self.needs):
             raise ValueError(f"operator is {type(operator).__name__}; this RED takes one with {', '.join(self.needs)}")
         seen = x if self.filter_damping is None else operator.filter(x, self.filter_damping)
-        return (self.weight * (x - self.denoise(seen, *self.injected(operator, d)))).to(x.dtype)
+        denoised = self.denoise(seen, *self.injected(operator, d))
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"denoiser maps shape {tuple(x.shape)} to {tuple(denoised.shape)}; it takes one that keeps the shape"
+            )
+        return (self.weight * (x - denoised)).to(x.dtype)
 
     def injected(self, operator: Any, d: Tensor | None) -> tuple[Tensor, ...]:
         """(z,), or () without an injection."""

@@ -240,6 +240,8 @@ def report(
 ) -> Report:
     """Measure the conditioning of a model on a few samples; it stays as it is.
 
+    An averaging that is to be estimated is estimated on d, for the report alone.
+
     The point x* is the best iterate of the model's own solver run on with tol = 0. Minutes for samples
     of 64 × 64 on a CPU: small crops and few samples tell as much. Of a model of which no parameter requires a
     gradient, the gradients are those of all its parameters.
@@ -258,6 +260,9 @@ def report(
     """
     if x is not None and x.shape != d.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; it takes that of d, {tuple(d.shape)}")
+    if model.averaging_is_due:
+        model = copy.deepcopy(model)
+        model.update_averaging(d)
     if not any(p.requires_grad for p in model.parameters()):
         model = copy.deepcopy(model).requires_grad_()
     with torch.inference_mode(False), warnings.catch_warnings(), fixed_map(model):

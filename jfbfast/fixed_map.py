@@ -145,12 +145,12 @@ class RunningStatistics:
             for norm, _, _ in self.kept:
                 mean, var = norm.running_mean, norm.running_var
 
-                def hook(norm: nn.Module, args: tuple[Tensor, ...], mean: Any = mean, var: Any = var) -> None:
+                def hook(norm: nn.Module, args: Any, kwargs: Any, mean: Any = mean, var: Any = var) -> None:
                     with torch.no_grad():
                         assert isinstance(norm, _BatchNorm)
-                        _update_statistics(norm, mean, var, args[0])
+                        _update_statistics(norm, mean, var, args[0] if args else kwargs["input"])
 
-                stack.callback(norm.register_forward_pre_hook(hook).remove)
+                stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(self.used())
             yield
 

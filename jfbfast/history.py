@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from jfbfast.degrad import DEGrad
 from jfbfast.fixed_map import fixed_map, materialised_weights
 from jfbfast.quality import psnr
+from jfbfast.reference import flat
 from jfbfast.solvers import FixedPointSolution
 
 
@@ -34,7 +36,7 @@ def convergence_history(
 ) -> History:
     """The model's own solver run on with tol = 0: does it converge, and does quality stay once it has?
 
-    The model is held still. A sample that diverges keeps its last values.
+    The model is held still, and stays as it is: an averaging that is to be estimated is, for this alone. A sample that diverges keeps its last values.
 
     Args:
         model: a DE-GRAD.
@@ -43,12 +45,15 @@ def convergence_history(
         iterations: evaluations of T.
         x0: the start; where None the model's own.
     """
+    if model.averaging_is_due:
+        model = copy.deepcopy(model)
+        model.update_averaging(d, x0)
     residuals: list[Tensor] = []
     qualities: list[Tensor] = []
 
     def recorded(value: Tensor) -> Tensor:  # has captured d, so that no sample leaves the batch
         image = model.layer(value, d)
-        residuals.append((image - value).flatten(1).norm(dim=1) / image.flatten(1).norm(dim=1))
+        residuals.append(flat(image - value).norm(dim=1) / flat(image).norm(dim=1))
         if x is not None:
             qualities.append(psnr(image, x))
         return image

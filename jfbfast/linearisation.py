@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from jfbfast.reference import flat
+
 
 class Linearisation:
     """The derivative J of ``out`` in the ``leaves`` that it was computed from, as products; out's graph is kept.
@@ -23,7 +25,7 @@ class Linearisation:
     @property
     def finite(self) -> Tensor:
         """Of which samples ``out`` is finite, (B,)."""
-        return self.out.detach().flatten(1).isfinite().all(1)
+        return flat(self.out.detach()).isfinite().all(1)
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
         """Jᵀ w for w like ``out``: one tensor a leaf."""

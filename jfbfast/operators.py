@@ -15,7 +15,16 @@ from jfbfast.tables import Taps
 T = TypeVar("T", int, float)
 
 
+def _check_fixed(name: str, value: object) -> None:
+    """Raise ValueError for what asks for a gradient, which a blur's weights would not get."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient; it takes fixed numbers: a blur to be learnt is a module with an adjoint"
+        )
+
+
 def _filter(name: str, taps: Sequence[float] | Tensor) -> tuple[float, ...]:
+    _check_fixed(name, taps)
     values = tuple(float(t) for t in taps)
     if len(values) % 2 == 0 or not all(map(math.isfinite, values)):
         raise ValueError(f"{name} is {values}; it takes an odd number of finite weights")
@@ -36,7 +45,8 @@ class SeparableBlur(nn.Module):
             takes images of more than r pixels a side, circular of at least r.
 
     Raises:
-        ValueError: a filter of even length or with a weight that is not finite; another padding mode.
+        ValueError: a filter of even length, with a weight that is not finite, or that requires a gradient; another
+            padding mode.
     """
 
     def __init__(
@@ -142,7 +152,8 @@ class GaussianBlur(SeparableBlur):
         padding_mode: as in `SeparableBlur`.
 
     Raises:
-        ValueError: an even or non-positive kernel size; σ ≤ 0 or not finite; another padding mode.
+        ValueError: an even or non-positive kernel size; σ ≤ 0, not finite, or a tensor that requires a gradient;
+            another padding mode.
     """
 
     def __init__(
@@ -155,6 +166,8 @@ class GaussianBlur(SeparableBlur):
         sigmas = _pair("sigma", sigma)
         if any(not checks.is_integer(size) or size < 1 or size % 2 == 0 for size in sizes):
             raise ValueError(f"kernel_size is {kernel_size}; it takes odd positive integers")
+        for s in sigmas:
+            _check_fixed("sigma", s)
         if not all(0 < s < math.inf for s in sigmas):
             raise ValueError(f"sigma is {sigma}; it takes positive numbers of pixels")
         taps_y, taps_x = map(reference.gaussian_taps, sizes, sigmas)

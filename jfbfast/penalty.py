@@ -10,11 +10,12 @@ from jfbfast import checks
 from jfbfast.degrad import DEGrad
 from jfbfast.fixed_map import fixed_map, owner
 from jfbfast.operators import SeparableBlur
+from jfbfast.reference import flat
 from jfbfast.solvers import Layer, Status
 
 
 def _unit(v: Tensor) -> Tensor:
-    return F.normalize(v.flatten(1), dim=1).view_as(v)
+    return F.normalize(flat(v), dim=1).view_as(v)
 
 
 def _fits(layer: DEGrad | Layer, d: Tensor, x: Tensor) -> bool:
@@ -40,8 +41,9 @@ def jacobian_penalty(
         layer: a `DEGrad`, or a layer T(x, *inputs) as `fixed_point` takes it. It is held still, as in
             the gradient of a solve.
         inputs: of the layer, (B, …); the measurements d of a `DEGrad`.
-        x: the point, (B, …); of a `DEGrad` by default the fixed point of its last forward, of which
-            samples that diverged are left out. So are samples of which x or an input is not finite.
+        x: the point, (B, …); of a `DEGrad` by default the fixed point of its last forward, which must have been
+            on these inputs. Samples that diverged there are left out, and so are those of which x or an input is
+            not finite.
         bound: what ‖vᵀ ∂T/∂x‖ may be at no cost, at least 0.
         iterations: of the power method, at least 0.
 
@@ -49,7 +51,8 @@ def jacobian_penalty(
         The penalty, a tensor of shape (), differentiable in the layer's parameters; 0 for no samples.
 
     Raises:
-        ValueError: ``bound`` or ``iterations`` below 0; no ``x`` where the layer holds no solution of these inputs.
+        ValueError: ``bound`` or ``iterations`` below 0; no ``x`` where the layer holds no solution of the shape that
+            these inputs ask for; an input of another batch size than x.
         RuntimeError: under torch.inference_mode().
     """
     checks.non_negative("bound", bound)
@@ -64,8 +67,11 @@ def jacobian_penalty(
                 "x is None; it takes a tensor, or a DEGrad as layer whose last forward was on these inputs"
             )
         x, usable = solution.value, solution.status != Status.DIVERGED
+    for i, value in enumerate(inputs):
+        if len(value) != len(x):
+            raise ValueError(f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x, {len(x)}")
     for value in (x, *inputs):
-        usable = usable & value.detach().flatten(1).isfinite().all(1)
+        usable = usable & flat(value.detach()).isfinite().all(1)
     x, *inputs_left = (value[usable] for value in (x, *inputs))
     transform = layer.layer if isinstance(layer, DEGrad) else layer
 
@@ -78,5 +84,5 @@ def jacobian_penalty(
         (product,) = torch.autograd.grad(out, point, v, create_graph=True)
         if not product.requires_grad:  # a Jacobian that no parameter moves
             product = product + 0 * transform(x.detach(), *inputs_left).to(point.dtype)
-    excess = F.relu(product.flatten(1).norm(dim=1) - bound)
+    excess = F.relu(flat(product).norm(dim=1) - bound)
     return excess.square().sum() / max(len(x), 1)

@@ -46,6 +46,11 @@ def band_dtype(image_dtype: torch.dtype) -> torch.dtype:
     return image_dtype if image_dtype == torch.float64 else torch.float32
 
 
+def flat(x: Tensor) -> Tensor:
+    """Samples (B, …) as rows (B, N), those without a dimension or without an element too."""
+    return x.reshape(len(x), x.shape[1:].numel())
+
+
 def band_table(taps: Sequence[float], n: int, padding_mode: str) -> Tensor:
     """The float64 table [n, 2r + 1] of a correlation with ``taps`` under a padding mode of torch."""
     radius = len(taps) // 2

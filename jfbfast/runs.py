@@ -211,6 +211,7 @@ class Run:
                 )
         else:
             self.settings = make_settings(values).resolved()
+        self.settings = replace(self.settings, data=str(Path(self.settings.data).resolve()))  # from wherever it resumes
         self.out, self.resume, self.progress = out, resume, progress
         self.config = self.settings.model_config()
         self.photographs: dict[str, list[str]] = {}
@@ -261,7 +262,13 @@ class Run:
         return Optimization(rate, self.settings.schedule, self.settings.warmup, self.settings.beta2)
 
     def _fit(
-        self, phase: str, task: DeblurTask | DenoiserTask, train: RandomCrops, val: Images | None, steps: int
+        self,
+        phase: str,
+        task: DeblurTask | DenoiserTask,
+        train: RandomCrops,
+        val: Images | None,
+        steps: int,
+        more: Sequence[Callback] = (),
     ) -> L.Trainer:
         settings, file = self.settings, self.out / f"{phase}.ckpt"
         step = 0
@@ -272,6 +279,7 @@ class Run:
             ModelCheckpoint(
                 self.out, phase, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
             ),
+            *more,
         ]
         if settings.ema:
             callbacks.append(MovingAverage(settings.ema))

@@ -319,6 +319,11 @@ _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], tuple[str, ...
         ),
     ),
     (
+        "with gradient=unrolled, which applies the layer a fixed number of times, it has no effect",
+        lambda s: not s.gradient.startswith("unrolled"),
+        ("solver", "max_iter", "training_max_iter", "training_tol", "solve_dtype"),
+    ),
+    (
         "with form=denoiser, which trains by pretraining_steps and pretraining_rate, it has no effect",
         lambda s: s.form != "denoiser",
         ("steps", "learning_rate", "kernel_size", "sigma", "padding_mode", "noise"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from jfbfast import checks
 from jfbfast.fixed_map import fixed_map, materialised_weights, owner
 from jfbfast.linearisation import Linearisation
-from jfbfast.reference import band_dtype
+from jfbfast.reference import band_dtype, flat
 from jfbfast.solvers import Layer
 
 __all__ = ["contraction_factor", "operator_norm", "optimal_averaging", "ritz_values"]
@@ -42,7 +42,7 @@ def linearised(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = ()) -> Iterat
 
 def _flat(x: Tensor) -> Tensor:
     """(B, N), in a dtype to orthogonalise in."""
-    return x.detach().flatten(1).to(band_dtype(x.dtype))
+    return flat(x.detach()).to(band_dtype(x.dtype))
 
 
 def _like(x: Tensor, w: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: i
         ValueError: ``steps`` below 1, or a layer that changes the shape.
     """
     with linearised(layer, x, inputs) as jacobian:
-        h = arnoldi(lambda w: jacobian.vjp(_like(x, w))[0].flatten(1), _flat(x), steps)
+        h = arnoldi(lambda w: flat(jacobian.vjp(_like(x, w))[0]), _flat(x), steps)
         finite = jacobian.finite & h.isfinite().flatten(1).all(1)
     values = torch.linalg.eigvals(torch.where(finite[:, None, None], h, 0).double())
     return torch.where(finite[:, None], values, torch.nan)
@@ -148,7 +148,7 @@ def operator_norm(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps:
     with linearised(layer, x, inputs) as jacobian:
 
         def normal(w: Tensor) -> Tensor:
-            return jacobian.jvp(jacobian.vjp(_like(x, w))).flatten(1)
+            return flat(jacobian.jvp(jacobian.vjp(_like(x, w))))
 
         largest = symmetric_ritz_values(normal, _flat(x), steps)[:, -1]
         return torch.where(jacobian.finite, largest.clamp_min(0).sqrt(), torch.nan)

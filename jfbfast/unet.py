@@ -61,7 +61,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, values in (("channels", (channels,)), ("features", features), ("blocks", blocks)):
-            if not values or not all(checks.is_integer(value) and value >= 1 for value in values):
+            listed = isinstance(values, Sequence) and len(values) > 0
+            if not listed or not all(checks.is_integer(value) and value >= 1 for value in values):
                 raise ValueError(f"{name} is {values}; it takes integers of at least 1")
         if len(blocks) != len(features):
             raise ValueError(f"blocks is {tuple(blocks)}; it takes as many as features, {len(features)}")
@@ -69,6 +70,7 @@ class UNet(nn.Module):
         if not isinstance(injection, bool):
             raise ValueError(f"injection is {injection!r}; it takes True or False")
         *finer, coarsest = features
+        self.channels = channels
         self.conditions = conditions
         self.injection = injection
         self.head = nn.Conv2d(4 * channels * (1 + injection) + conditions, features[0], 3, padding=1)
@@ -85,11 +87,15 @@ class UNet(nn.Module):
         """Images x and, with ``injection``, z, both (B, channels, H, W), to images of the same shape.
 
         Raises:
-            ValueError: another count of numbers than ``conditions``; z without ``injection``, or none with it.
+            ValueError: images of another shape; another count of numbers than ``conditions``; z without ``injection``,
+                or none with it.
         """
+        checks.images("x", x.shape, self.channels)
         if self.injection != (z is not None):
             told = "a second image" if self.injection else "None"
             raise ValueError(f"z is {'None' if z is None else 'an image'}; this network takes {told}")
+        if z is not None and z.shape != x.shape:
+            raise ValueError(f"z has shape {tuple(z.shape)}; it takes that of x, {tuple(x.shape)}")
         if len(condition) != self.conditions:
             raise ValueError(f"condition is {tuple(condition)}; this network takes {self.conditions} numbers")
         if not x.numel():  # torch's pixel_unshuffle keeps the shape of an empty batch

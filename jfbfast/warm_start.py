@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
+from jfbfast.reference import flat
 from jfbfast.solvers import FixedPointSolution, Status
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -94,7 +95,7 @@ class WarmStart:
         """
         keys = _keys(indices, solution.value)
         values = solution.value.to(device=self.device, dtype=self.dtype)
-        finite = values.flatten(1).isfinite().all(1)
+        finite = flat(values).isfinite().all(1)
         usable = (finite & (solution.status != Status.DIVERGED).to(finite.device)).tolist()
         for key, value, stored in zip(keys, values, usable, strict=True):
             if stored and (key in self._values or self.max_entries is None or len(self) < self.max_entries):

@@ -4,7 +4,6 @@ import csv
 import sys
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,13 @@ from jfbfast import DEGrad, DnCNN, GaussianBlur
 from jfbfast.benchmarks import __main__, paper, rivals
 from jfbfast.benchmarks.paper import curves, figure1, figure2, published, table1
 from jfbfast.benchmarks.paper.plan import QUICK, Plan
-from jfbfast.benchmarks.paper.study import LABELS, Study
+from jfbfast.benchmarks.paper.study import LABELS, Study, measurement
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.classical import gradient_descent
 from jfbfast.cli import app
 from jfbfast.evaluation import evaluate, measurements
 from jfbfast.quality import PAPER_OFFSET, psnr
 from jfbfast.settings import make_settings, read_settings, write_settings
-from jfbfast.training import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,7 +137,7 @@ def test_the_tables_leave_out_what_a_network_was_trained_on(plan, folder):
         ["3.png"],
         ["4.png", "5.png"],
     ]
-    assert "was trained on the first 3 of these photographs: they are left out." in console.export_text()
+    assert "was trained on 3 of these photographs: they are left out." in console.export_text()
     Study(plan, console)
     assert "was trained on 1 of the photographs that choose or are scored." in console.export_text()
 
@@ -281,16 +279,12 @@ def test_figure1_trains_both_recipes_where_no_run_is_given(plan, tmp_path, monke
 @pytest.mark.filterwarnings("ignore")
 def test_figure1_has_the_published_loop_for_some_time(plan, tmp_path, monkeypatch):
     small_recipes(monkeypatch)
-    monkeypatch.setattr(published, "DnCNN", partial(DnCNN, features=4, depth=3))
-    monkeypatch.setattr(published, "_INTERVAL", 3)
-    plan = replace(plan, images=5, crop=12, training_batch=2, published=1e-4, sigma=2.0)
-    (tmp_path / "figure1-published.partial").mkdir()  # of a run that was stopped
-    trained = []
-    monkeypatch.setattr(published, "fit", lambda task, *args, **kept: trained.append(fit(task, *args, **kept).model))
-    plan = replace(plan, runs=(metrics_of_a_run(tmp_path / "run"),))
+    monkeypatch.setattr(published, "INTERVAL", 3)
+    given = metrics_of_a_run(tmp_path / "given")
+    plan = replace(plan, images=5, crop=12, training_batch=2, published=1e-4, sigma=2.0, runs=(given,))
     paper.run(tmp_path, True, QUIET, plan, ("figure1",))
     rows = read(tmp_path / "figure1.csv")
-    assert list(dict.fromkeys(row["run"] for row in rows)) == ["run", figure1.PUBLISHED]
+    assert list(dict.fromkeys(row["run"] for row in rows)) == ["given", figure1.PUBLISHED]
     mine = [row for row in rows if row["run"] == figure1.PUBLISHED]
     assert [(row["step"], row["loss"] != "", row["val_psnr"] != "") for row in mine] == [
         ("1", True, False),
@@ -298,23 +292,37 @@ def test_figure1_has_the_published_loop_for_some_time(plan, tmp_path, monkeypatc
         ("3", True, False),
         ("3", False, True),
     ]
-    (task,) = trained
-    assert task.blur.sigma == (2.0, 2.0) and task.model.sigma == 2.0 and task.noise == 0.01
-    moved = abs(float(task.model.step_size.detach()) - published.STEP_SIZE)
-    assert 0 < moved < 3.1 * published.LEARNING_RATE  # which Adam moves by its rate at each step, whatever the scale
-    paper.run(tmp_path, True, QUIET, plan, ("figure1",))  # takes what is there
-    assert read(tmp_path / "figure1.csv") == rows and len(trained) == 1
+    assert mine[0]["epoch"] == "0.5"  # 2 of 4 photographs
+    kept = read_settings(tmp_path / "figure1-published" / "config.yaml")
+    assert (kept["sigma"], kept["step_size"], kept["learning_rate"], kept["validation"]) == (2.0, 1e-3, 1e-4, 1)
+    paper.run(tmp_path, True, QUIET, plan, ("figure1",))  # whose time is over
+    assert read(tmp_path / "figure1.csv") == rows
+    paper.run(tmp_path, True, QUIET, replace(plan, published=0.02), ("figure1",))
+    longer = [row for row in read(tmp_path / "figure1.csv") if row["run"] == figure1.PUBLISHED]
+    assert longer[:4] == mine and len(longer) > 4 and len(longer) % 4 == 0
+    with pytest.raises(ValueError, match=r"sigma is 4\.0; the run in .* was started with 2\.0"):
+        paper.run(tmp_path, True, QUIET, replace(plan, sigma=4.0), ("figure1",))
+    with pytest.raises(ValueError, match="padding_mode is reflect; the published loop takes zeros"):
+        paper.run(tmp_path / "other", True, QUIET, replace(plan, padding_mode="reflect"), ("figure1",))
 
 
-def test_the_published_layer_is_the_paper_s(monkeypatch):
-    monkeypatch.setattr(published, "DnCNN", partial(DnCNN, features=4, depth=3))
+def test_the_published_layer_is_the_papers(monkeypatch):
     monkeypatch.setattr(rivals, "gilton_anderson", lambda layer, x0, *_: x0)
-    theirs = published.PublishedDEGrad(5, 1.0).eval()
-    ours = DEGrad(GaussianBlur(5, 1.0), theirs.regularizer, step_size=published.STEP_SIZE).eval()
+    ours = DEGrad(GaussianBlur(5, 1.0), DnCNN(features=4, depth=3), step_size=0.3)
+    theirs = published.PublishedDEGrad(ours, 1e-3, 20).eval()
     d = torch.randn(2, 3, 12, 12)
-    torch.testing.assert_close(theirs(d), ours.layer(ours.blur.adjoint(d), d))
+    torch.testing.assert_close(theirs(d), ours.eval().layer(ours.blur.adjoint(d), d))
     theirs(d).square().mean().backward()
     assert all(parameter.grad is not None for parameter in theirs.parameters())
+
+
+def test_figure1_has_the_measurements_of_ours(plan, folder):
+    setting = measurement(replace(plan, checkpoints={"ours": "gaussian5-sigma5"}))
+    assert (setting.sigma, setting.noise, setting.padding_mode) == (5.0, 0.01, "zeros")
+    given = measurement(replace(plan, checkpoints={"ours": "gaussian5-sigma5"}, sigma=2.0))
+    assert given.sigma == 2.0
+    values = figure1.settings("ours", replace(plan, sigma=5.0, noise=0.02, resize=None, squash=True), 10)
+    assert (values["sigma"], values["noise"], values["squash"]) == (5.0, 0.02, False)
 
 
 def test_figure1_trains_as_the_documented_settings_say():
@@ -410,6 +418,7 @@ def test_without_a_directory_it_takes_photographs_that_anyone_may_use(checkpoint
         (("figure2", "--sizes", "a"), "--sizes is 'a'"),
         (("figure2", "--sizes", "4"), "sizes is (4,)"),
         (("table1", ".", "--pictures", "0"), "pictures is 0"),
+        (("table2", ".", "--limit", "0"), "limit is 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jfbfast.pretrained import SETTING
+
 from .plan import QUICK, Plan
 
 PARTS = ("figure1", "table1", "table2", "figure2")
@@ -30,7 +32,7 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
         ImageError: a photograph that cannot be used.
     """
     from . import figure1, figure2, page, table1, table2
-    from .study import Study, free_photographs
+    from .study import Study, free_photographs, measurement
 
     for part in parts:
         if part not in PARTS:
@@ -40,6 +42,9 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
     if plan.data is None and parts != ("figure2",):
         plan = replace(plan, data=free_photographs(out / "photographs", plan.resize))
         console.print("No directory of photographs is given; taking three of scikit-image's.", highlight=False)
+    if parts != ("figure2",):
+        setting = measurement(plan)
+        plan = replace(plan, **{name: getattr(setting, name) for name in SETTING})
     sections = []
     study = Study(plan, console) if {"table1", "table2"} & set(parts) else None
     for part in parts:

@@ -58,7 +58,7 @@ def read(name: str, directory: Path) -> Curve:
     path = directory / "metrics.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill can cut the last one off
     except OSError as error:
         raise ValueError(f"{directory} holds no metrics.csv of a run ({error.strerror})") from error
     if not rows or not {"phase", "step", "loss", "val_psnr"} <= rows[0].keys():

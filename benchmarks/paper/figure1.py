@@ -14,7 +14,6 @@ from rich.console import Console
 from jfbfast.data import image_files
 from jfbfast.pretrained import SETTING
 from jfbfast.runs import Run
-from jfbfast.settings import make_settings
 
 from ..display import logarithmic
 from . import published
@@ -47,8 +46,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "jacobian_interval": 4,
         "jacobian_samples": 4,
     },
+    "published": published.RECIPE,
 }
-PRETRAINING = {"paper": 0.2, "ours": 0.0}
+PRETRAINING = {"paper": 0.2, "ours": 0.0, "published": 0.0}
 NAMES = {"paper": "DE-GRAD by the paper's recipe", "ours": "filtered DE-GRAD (ours)"}
 PUBLISHED = "DE-GRAD by the published loop"
 
@@ -71,7 +71,7 @@ def settings(recipe: str, plan: Plan, photographs: int) -> dict[str, Any]:
         "train": count - validation,
         "validation": validation,
         "resize": plan.resize,
-        "squash": plan.squash,
+        "squash": plan.squash and plan.resize is not None,
         "crop": min(plan.crop, plan.resize or plan.crop),
         "batch_size": plan.training_batch,
         "pretraining_steps": round(PRETRAINING[recipe] * plan.steps),
@@ -101,10 +101,13 @@ def _trained(plan: Plan, out: Path, console: Console) -> list[Curve]:
 def _published(plan: Plan, minutes: float, out: Path, console: Console) -> Curve:
     assert plan.data is not None
     directory = out / "figure1-published"
-    if not directory.exists():
-        console.print(f"Starting {PUBLISHED} in {directory}, for {minutes:g} minutes.", highlight=False)
-        photographs = len(image_files(plan.data))
-        published.train(make_settings(settings("paper", plan, photographs)).resolved(), minutes, directory)
+    values = settings("published", plan, len(image_files(plan.data)))
+    few = min(values["validation"], values["batch_size"])
+    values |= {"validation": few, "steps": published.STEPS, "interval": published.INTERVAL}
+    run = published.PublishedRun(values, directory, minutes)
+    going = "Going on with" if run.resume else "Starting"
+    console.print(f"{going} {PUBLISHED} in {directory}, up to {minutes:g} minutes.", highlight=False)
+    run.train(console)
     return read(PUBLISHED, directory)
 
 

@@ -63,6 +63,8 @@ class Plan:
         for name in ("pictures", "steps", "crop", "training_batch", "step_batch", "evaluations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes an integer of at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it takes None or an integer of at least 1")
         if self.images < 2:
             raise ValueError(f"images is {self.images}; it takes an integer of at least 2")
         if self.published is not None and not 0 < self.published < math.inf:

@@ -1,49 +1,63 @@
 """DE-GRAD as the paper's code trains it, written anew: a curve of Figure 1.
 
-The recipe is the one of `scripts/script_fixlr.py` of lliu58b/Jacobian-free-Backprop-Implicit-Networks: η = 0.001, a
-parameter itself and not by its logarithm, and Adam at a constant rate. Unlike there the solve sees d and not Aᵀd, and
-the blur and the crops are those of Figure 1's other curves.
+The recipe is the one of `scripts/script_fixlr.py` of lliu58b/Jacobian-free-Backprop-Implicit-Networks in its first 20
+epochs (later solves take up to 150 evaluations): η = 0.001, a parameter itself and not by its logarithm, Adam at a
+constant rate, and a validation by the running statistics of the batch norms. Unlike there the solve sees d and not Aᵀd,
+and the blur and the crops are those of Figure 1's other curves.
 """
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import Timer
+from rich.console import Console
 from torch import Tensor, nn
 
-from jfbfast import DnCNN
-from jfbfast.data import image_files
-from jfbfast.datasets import Images, Photographs, RandomCrops, split
-from jfbfast.runs import Metrics
-from jfbfast.settings import TrainingSettings
-from jfbfast.training import DeblurTask, Optimization, fit
+from jfbfast import DEGrad
+from jfbfast.runs import Run
+from jfbfast.training import DeblurTask, Optimization
 
 from .. import rivals
 
-STEP_SIZE, LEARNING_RATE = 1e-3, 1e-4
-MEMORY, TOL, MAX_ITER = 5, 1e-3, 20  # of the solve; the latter for the first 20 epochs
-_INTERVAL = 20  # steps between two validations
-_STEPS = 10**6  # more than the clock leaves time for
+MEMORY = 5
+RECIPE: dict[str, Any] = {
+    "form": "paper",
+    "gradient": "jfb",
+    "padding_mode": "zeros",
+    "step_size": 1e-3,
+    "training_tol": 1e-3,
+    "training_max_iter": 20,
+    "learning_rate": 1e-4,
+    "schedule": "constant",
+    "clip": 0,
+}
+INTERVAL = 20  # steps between two validations
+STEPS = 10**6  # more than the clock leaves time for
 
 
 class PublishedDEGrad(nn.Module):
     """T(x) = x − η(Aᵀ(A x − d) + R(x)) where the published loop ends, with the gradient of that one application.
 
-    R is the DnCNN with batch and spectral norms. In training each evaluation moves both, and normalises by the batch.
+    R's batch norms and spectral norms, in training, move at each evaluation, and the former normalise by the batch.
 
     Args:
-        kernel_size, sigma: of A, a Gaussian blur with zeros beyond the edge.
+        model: the paper's form, whose R and first η it takes; its Gaussian blur, with zeros beyond the edge.
+        tol, max_iter: of the loop, as in `gilton_anderson`.
     """
 
-    def __init__(self, kernel_size: int, sigma: float) -> None:
+    def __init__(self, model: DEGrad, tol: float, max_iter: int) -> None:
         super().__init__()
-        self.kernel_size, self.sigma = kernel_size, sigma
-        self.regularizer = DnCNN(channels=3)
-        self.step_size = nn.Parameter(torch.tensor(STEP_SIZE))
+        assert model.step_size is not None
+        self.kernel_size, self.sigma = model.blur.kernel_size[0], model.blur.sigma[0]
+        self.regularizer = model.regularizer
+        self.step_size = nn.Parameter(model.step_size.detach())
+        self.tol, self.max_iter = tol, max_iter
 
     def forward(self, d: Tensor) -> Tensor:
         """Restored images, (B, 3, H, W), of measurements of that shape."""
@@ -53,51 +67,38 @@ class PublishedDEGrad(nn.Module):
             return x - self.step_size * (blur(blur(x) - d) + self.regularizer(x))
 
         with torch.no_grad():
-            x = rivals.gilton_anderson(layer, blur(d), MEMORY, MAX_ITER, TOL)
+            x = rivals.gilton_anderson(layer, blur(d), MEMORY, self.max_iter, self.tol)
         return layer(x)
 
 
-def train(settings: TrainingSettings, minutes: float, out: Path) -> None:
-    """Train for so many minutes, or somewhat longer, up to a validation; write ``out``/metrics.csv at the end.
+class PublishedRun(Run):
+    """A run of jfbfast train's in everything but its network and its end, which the clock decides.
 
     Args:
-        settings: of `jfbfast train`, for the photographs, the crops, the measurements and the seed.
-        minutes: by the clock, validations included.
-        out: a directory that is not there yet.
+        values, out, progress: as in `Run`; the directory may hold the run, which goes on then.
+        minutes: to train for, up to the next validation; validations included.
 
     Raises:
-        ValueError: a split without photographs to train or validate on.
-        ImageError: a photograph that cannot be used.
+        ValueError: as in `Run`; another padding mode than zeros.
     """
-    kept, held_out, _ = split(image_files(settings.data), settings.train, settings.validation)
-    shape = settings.resize, settings.squash
-    crops = RandomCrops(
-        Photographs(kept, *shape), settings.crop, _STEPS * settings.batch_size, settings.flips, settings.seed
-    )
-    first = Images(Photographs(held_out[: settings.batch_size], *shape), seed=settings.seed)
-    torch.manual_seed(settings.seed)
-    setting = settings.model_config()
-    task = DeblurTask(
-        PublishedDEGrad(setting.kernel_size, setting.sigma),
-        setting.blur(),
-        setting.noise,
-        Optimization(LEARNING_RATE, "constant"),
-        settings.seed,
-    )
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fit(
-        task,
-        crops,
-        steps=_STEPS,
-        batch_size=settings.batch_size,
-        val=first,
-        interval=_INTERVAL,
-        clip=0,
-        callbacks=[
-            Metrics(partial / "metrics.csv", "training", step=0, every=1),
-            Timer(timedelta(minutes=minutes), interval="epoch"),
-        ],
-    )
-    partial.rename(out)
+
+    def __init__(self, values: Mapping[str, Any], out: Path, minutes: float) -> None:
+        super().__init__(values, out, resume=(out / "config.yaml").exists())
+        if self.settings.padding_mode != "zeros":
+            raise ValueError(f"padding_mode is {self.settings.padding_mode}; the published loop takes zeros")
+        self.minutes = minutes
+
+    def train(self, console: Console) -> float | None:
+        """Train, or go on training, and write metrics.csv; the last validation's PSNR at the true range, in dB."""
+        settings, config = self.settings, self.config
+        assert settings.training_tol is not None and settings.training_max_iter is not None
+        L.seed_everything(settings.seed, verbose=False)
+        crops, val = self._data(console)
+        self._claim()
+        network = PublishedDEGrad(config.model(), settings.training_tol, settings.training_max_iter)
+        rate = Optimization(settings.learning_rate, settings.schedule)
+        task = DeblurTask(network, config.blur(), config.noise, rate, settings.seed)
+        clock = Timer(timedelta(minutes=self.minutes), interval="epoch", verbose=False)
+        runner = self._fit("training", task, crops, val, settings.steps, [clock])
+        quality = runner.callback_metrics.get("val_psnr")
+        return None if quality is None else float(quality)

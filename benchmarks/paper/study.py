@@ -77,6 +77,14 @@ def free_photographs(directory: Path, size: int | None) -> Path:
     return directory
 
 
+def measurement(plan: Plan) -> ModelConfig:
+    """The measurements of every part: as the plan says, or else as ours, or the paper's, or the first network's."""
+    roles = dict.fromkeys(name for name in ("ours", "paper", *plan.checkpoints) if name in plan.checkpoints)
+    configs = [_network(name, plan.checkpoints[name])[1] for name in roles]
+    given = {name: getattr(plan, name) for name in SETTING}
+    return measurement_setting(given, [config for config in configs if config.form != "denoiser"])
+
+
 class Study:
     """What Tables 1 and 2 restore, and by what.
 
@@ -94,9 +102,7 @@ class Study:
         say = partial(console.print, highlight=False, markup=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         networks = {name: _network(name, given) for name, given in plan.checkpoints.items()}
-        deblurring = [networks[name] for name in ("ours", "paper", *networks) if name in networks]
-        configs = [config for _, config in deblurring if config.form != "denoiser"]
-        self.setting = measurement_setting({name: getattr(plan, name) for name in SETTING}, configs)
+        self.setting = measurement(plan)
         self.blur = self.setting.blur()
 
         self.missing: dict[str, str] = {}

@@ -15,7 +15,7 @@ from jfbfast.gradients.trace import TracedLayer
 from jfbfast.gradients.unroll import unroll
 from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
-from jfbfast.solvers.base import checked_solver
+from jfbfast.solvers.base import check_batch, checked_solver
 from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
 
 
@@ -127,6 +127,11 @@ def solve_fixed_point(
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
+    if method.needs == "inverse" and not getattr(solver, "estimates_inverse", True):
+        raise ValueError(
+            f"gradient is {method}; it takes a solver with a history, Anderson or Broyden, and solver is {solver}"
+        )
+    check_batch(x0, inputs)
     traced = TracedLayer(layer, parameters, method, solver.tol)
     inputs = tuple(inputs)
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x0, *inputs, *traced.parameters)):
@@ -205,12 +210,13 @@ def fixed_point(
         T(x*), of x0's shape and dtype.
 
     Raises:
-        TypeError: ``parameters`` is a tensor, or has what is none; ``gradient`` neither a name nor a method;
-            ``solver`` is none.
+        TypeError: ``parameters`` or ``inputs`` is a tensor, or has what is none; ``gradient`` neither a name nor a
+            method; ``solver`` is none.
         ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
-            from the solver's estimate of the inverse where it made none; what `FixedPointSolver.solve` raises.
+            from the solver's estimate of the inverse, and a solver that makes none; what `FixedPointSolver.solve`
+            raises.
         RuntimeError: within a transform of torch.func; in a second backward through the same output, unless the
             first has ``retain_graph=True``; in a backward with ``create_graph=True``.
 

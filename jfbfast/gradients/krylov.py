@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jfbfast.reference import flat
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -46,7 +48,7 @@ def _scaled(u: Tensor, factor: Tensor) -> Tensor:
 
 def _normalised(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """b as rows of norm 1, their norms, and where a system stands to be solved: b is finite and not 0."""
-    rows = b.reshape(len(b), b.shape[1:].numel())
+    rows = flat(b)
     norm = _norm(rows)
     running = (norm > 0) & norm.isfinite()
     return _scaled(rows, _over(torch.ones_like(norm), norm, running)), norm, running

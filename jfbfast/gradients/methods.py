@@ -17,7 +17,7 @@ from jfbfast import checks
 from jfbfast.convergence import warn_unconverged
 from jfbfast.gradients.krylov import cgls, gmres
 from jfbfast.linearisation import Linearisation
-from jfbfast.reference import band_dtype
+from jfbfast.reference import band_dtype, flat
 from jfbfast.solvers import Anderson, Status
 
 
@@ -197,10 +197,7 @@ class Shine(GradientMethod):
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
         assert jacobian.inverse is not None
         w = jacobian.inverse(gradient)
-        norm_w, norm_g = (
-            torch.linalg.vector_norm(v.reshape(len(v), v.shape[1:].numel()), dim=1, dtype=torch.float64)
-            for v in (w, gradient)
-        )
+        norm_w, norm_g = (torch.linalg.vector_norm(flat(v), dim=1, dtype=torch.float64) for v in (w, gradient))
         kept = norm_w.isfinite() & (not self.fallback or norm_w <= self.ratio * norm_g)
         return torch.where(kept.view(-1, *[1] * (w.dim() - 1)), w, gradient)
 

@@ -135,7 +135,7 @@ class TracedLayer:
         self.named = parameters is not None
         if parameters is None:
             parameters = () if self.module is None else self.module.parameters()
-        parameters = tuple(parameters)
+        parameters = tuple({id(p): p for p in parameters}.values())  # one named twice has one gradient
         for parameter in parameters:
             if not isinstance(parameter, Tensor):
                 raise TypeError(f"parameters has a {type(parameter).__name__}; it takes an iterable of tensors")

@@ -88,19 +88,7 @@ class FixedPointSolver(ABC):
                 size, a layer that changes the shape or writes over its arguments, or ``estimate`` of a
                 method that has no history.
         """
-        if not isinstance(x0, Tensor):
-            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor")
-        if x0.dim() < 1 or not x0.is_floating_point():
-            raise ValueError(
-                f"x0 is {x0.dtype} of shape {tuple(x0.shape)}; it takes a floating-point tensor of shape (B, …)"
-            )
-        for i, value in enumerate(inputs):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"inputs[{i}] is a {type(value).__name__}; it takes a tensor")
-            if value.shape[:1] != x0.shape[:1]:
-                raise ValueError(
-                    f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x0, ({x0.shape[0]}, …)"
-                )
+        check_batch(x0, inputs)
         if estimate and not self.estimates_inverse:
             raise ValueError(
                 f"estimate is True; {type(self).__name__} keeps no history for it, Anderson and Broyden do"
@@ -151,6 +139,25 @@ class FixedPointSolver(ABC):
     def _run(self, phase: Phase) -> FixedPointSolution:
         """One phase of the solve; value and residual as `iterate` has them."""
         return iterate(phase, self.start, self.tol, self.atol)
+
+
+def check_batch(x0: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise TypeError or ValueError unless x0 is (B, …), floating point, and the inputs are tensors (B, …)."""
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor")
+    if x0.dim() < 1 or not x0.is_floating_point():
+        raise ValueError(
+            f"x0 is {x0.dtype} of shape {tuple(x0.shape)}; it takes a floating-point tensor of shape (B, …)"
+        )
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs is a tensor; it takes a sequence of tensors, such as inputs=(d,)")
+    for i, value in enumerate(inputs):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"inputs[{i}] is a {type(value).__name__}; it takes a tensor")
+        if value.shape[:1] != x0.shape[:1]:
+            raise ValueError(
+                f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x0, ({x0.shape[0]}, …)"
+            )
 
 
 def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jfbfast.reference import band_dtype
+from jfbfast.reference import band_dtype, flat
 
 
 class LowRank(NamedTuple):
@@ -45,7 +45,7 @@ class InverseEstimate:
         """
         if w.shape != self._shape:
             raise ValueError(f"w has shape {tuple(w.shape)}; it takes that of the solution, {tuple(self._shape)}")
-        out = w.reshape(len(w), self._shape[1:].numel()).clone()
+        out = flat(w).clone()
         for samples, part in self._parts:
             out[samples] = part.transpose(out[samples])
         return out.view(self._shape)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jfbfast.reference import flat
 from jfbfast.solvers.estimate import InverseEstimate, LowRank
 from jfbfast.solvers.solution import FixedPointSolution, Status
 
@@ -47,7 +48,7 @@ class Iteration(ABC):
 
 def norms(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     """‖f − x‖ and ‖f‖ of each sample, (B,), float64, for f = T(x)."""
-    residual, image = (v.reshape(len(v), v.shape[1:].numel()) for v in (f - x, f))
+    residual, image = flat(f - x), flat(f)
     norm = torch.linalg.vector_norm
     return norm(residual, dim=1, dtype=torch.float64), norm(image, dim=1, dtype=torch.float64)
 
@@ -96,12 +97,11 @@ class Phase:
 
     def flat_start(self) -> Tensor:
         """A copy of the start, (B, N)."""
-        start = self.start
-        return start.reshape(len(start), start.shape[1:].numel()).clone(memory_format=torch.contiguous_format)
+        return flat(self.start).clone(memory_format=torch.contiguous_format)
 
     def evaluate(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """T(x) for flat iterates, in their dtype."""
-        images = x.view(-1, *self.start.shape[1:])
+        images = x.view(len(x), *self.start.shape[1:])
         f = evaluated(self.layer, self.name, images, inputs)
         if f.shape != images.shape:
             raise ValueError(
