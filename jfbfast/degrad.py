@@ -239,9 +239,8 @@ class DEGrad(nn.Module):
         elif (x0.dtype, x0.device) != (like.dtype, like.device):
             raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
         network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
-        surely = (
-            type(network) in (DnCNN, NonexpansiveDenoiser, UNet) and not network._forward_pre_hooks
-        )  # which another may cast for
+        own = type(network) in (DnCNN, NonexpansiveDenoiser, UNet)
+        surely = own and not network._forward_pre_hooks  # which another may cast for
         if surely and not torch.is_autocast_enabled(x0.device.type):
             dtypes = {p.dtype for p in network.parameters()}
             if x0.dtype not in dtypes:  # which torch would say after the solve, whose convolutions cast

@@ -36,7 +36,8 @@ def convergence_history(
 ) -> History:
     """The model's own solver run on with tol = 0: does it converge, and does quality stay once it has?
 
-    The model is held still, and stays as it is: an averaging that is to be estimated is, for this alone. A sample that diverges keeps its last values.
+    The model is held still, and stays as it is: an averaging that is to be estimated is so for this alone. A sample
+    that diverges keeps its last values.
 
     Args:
         model: a DE-GRAD.

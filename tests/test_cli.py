@@ -160,6 +160,38 @@ def test_evaluate_leaves_out_what_a_network_was_trained_on(tmp_path):
         assert ("was trained on 2 of the photographs that choose or are scored" in told) == ("--train" in options)
 
 
+def test_evaluate_knows_a_runs_photographs_by_name(tmp_path, monkeypatch):
+    folder, file = write_photographs(tmp_path / "photographs", 8, (4, 4), (20, 20)), tmp_path / "run" / "model"
+    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3})
+    file.parent.mkdir()
+    save_checkpoint(file, config.model(), config)
+    settings = make_settings({"data": str(folder), "train": 0.5, "validation": 2})
+    write_settings(file.parent / "config.yaml", settings)
+    seen = {"training": ["1.png", "3.png", "5.png", "gone.png"], "validation": ["2.png"]}
+    (file.parent / "photographs.json").write_text(json.dumps(seen))
+    monkeypatch.chdir(tmp_path)
+    for options, chosen, scored in (((), "2", "0467"), (("--validation", 3), "204", "67")):
+        result = run("evaluate", file, "photographs", "--methods", "blurred", "--out", "table.json", *options)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "table.json").read_text())
+        assert [[f"{i}.png" for i in each] for each in (chosen, scored)] == [found["validation"], found["images"]]
+        assert "was trained on 3 of these photographs: they are left out" in " ".join(result.output.split())
+    result = run("evaluate", file, "photographs", "--methods", "blurred", "--train", 2)
+    assert "was trained on 2 of the photographs that choose or are scored" in " ".join(result.output.split())
+    result = run("evaluate", "photographs", "--methods", "blurred", "--squash")
+    assert result.exit_code == 1 and "--squash acts with --resize alone" in result.output
+
+
+def test_bench_names_are_checked_before_any_runs(tmp_path):
+    for names, message in (
+        (("--quick", "paper"), "paper has options of its own; it takes the first place"),
+        (("kernels", "nonsense"), "there is no benchmark 'nonsense'"),
+    ):
+        result = run("bench", "--out", tmp_path / "out", *names)
+        assert result.exit_code == 1 and message in " ".join(result.output.split())
+        assert not (tmp_path / "out").exists()
+
+
 def test_two_models_are_diagnosed_in_two_pictures(tmp_path, monkeypatch):
     report = Mock(return_value=Mock(table=lambda: "measured"))
     monkeypatch.setattr("jfbfast.diagnostics.report", report)

@@ -161,6 +161,7 @@ def test_a_setting_out_of_range_is_named_and_changes_nothing(setting, message):
         ((0.0, 5.0), (0.0, 0.1), "sigma_range is .* two positive numbers"),
         ((5.0, 0.5), (0.0, 0.1), "sigma_range"),
         ((0.5,), (0.0, 0.1), "sigma_range"),
+        (1.0, (0.0, 0.1), r"sigma_range is 1\.0; it takes two numbers"),
         ((0.5, 5.0), (-0.1, 0.1), "noise_range is .* two non-negative numbers"),
         ((0.5, 5.0), (0.0, math.inf), "noise_range"),
     ],

@@ -10,7 +10,19 @@ from models import networks
 from torch import nn
 
 import jfbfast
-from jfbfast import RED, Anderson, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, IterativeOperator, Status, UNet
+from jfbfast import (
+    RED,
+    Anderson,
+    ConvergenceWarning,
+    DEGrad,
+    DnCNN,
+    GaussianBlur,
+    IterativeOperator,
+    NonexpansiveDenoiser,
+    Picard,
+    Status,
+    UNet,
+)
 
 
 def test_a_network_that_does_not_contract_says_so_and_stays_finite():
@@ -191,6 +203,13 @@ def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
         torch.testing.assert_close(theirs.layer(x, d), ours.layer(x, d), rtol=1e-4, atol=1e-4)
 
 
+class Luminance(nn.Module):
+    """One channel of three, which would broadcast."""
+
+    def forward(self, x):
+        return x.mean(1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -240,6 +259,33 @@ def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
             ValueError,
             "operator is NoneType",
         ),
+        (lambda: DEGrad(GaussianBlur(), DnCNN), TypeError, "regularizer is <class"),
+        (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 1, 8, 8).numpy()), TypeError, "d is a ndarray"),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(3, 2, 2))(torch.zeros(2, 1, 8, 8)),
+            ValueError,
+            r"x has shape \(2, 1, 8, 8\); it takes images \(B, 3, H, W\)",
+        ),
+        (
+            lambda: DEGrad(GaussianBlur(), RED(Luminance()))(torch.zeros(2, 3, 8, 8)),
+            ValueError,
+            r"denoiser maps shape \(2, 3, 8, 8\) to \(2, 1, 8, 8\); it takes one that keeps the shape",
+        ),
+        (
+            lambda: DEGrad(IterativeOperator(GaussianBlur()), Luminance())(torch.zeros(2, 3, 8, 8)),
+            ValueError,
+            r"regularizer maps shape \(2, 3, 8, 8\) to \(2, 1, 8, 8\)",
+        ),
+        (
+            lambda: DEGrad(GaussianBlur(), RED(NonexpansiveDenoiser(1, 2, 2)))(torch.zeros(1, 1, 8, 8).double()),
+            ValueError,
+            "d is torch.float64; it takes the dtype",
+        ),
+        (
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2), solver=Picard(), gradient="shine")(torch.zeros(1, 1, 8, 8)),
+            ValueError,
+            "gradient is Shine.*; it takes a solver with a history",
+        ),
         (lambda: DnCNN(depth=1), ValueError, "depth is 1"),
         (lambda: DnCNN(norm="layer"), ValueError, "norm is 'layer'"),
     ],
@@ -247,6 +293,14 @@ def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_forward_that_raises_leaves_no_older_solution():
+    model = networks()["filtered"]
+    model(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="x has shape"):
+        model(torch.randn(1, 4, 8, 8))
+    assert model.solution is None
 
 
 def test_what_is_no_solver_regulariser_or_start_is_refused():

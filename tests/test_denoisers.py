@@ -123,6 +123,7 @@ def test_a_scale_of_an_odd_side_is_halved_with_zeros_beyond_its_edge():
     [
         ({"features": (8, 0)}, "features is"),
         ({"features": ()}, "features is"),
+        ({"features": 64}, "features is 64"),
         ({"features": (8, 8), "blocks": (1,)}, "blocks is"),
         ({"channels": 0}, "channels is"),
     ],
@@ -147,6 +148,16 @@ def test_unet_names_bad_input(arguments, message):
 def test_arguments_of_another_kind_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)])
+def test_images_of_other_channels_are_named(shape):
+    x = torch.zeros(shape)
+    for network in (DnCNN(3, 4, 3), NonexpansiveDenoiser(3, 4, 3), UNet(3, (4,), (1,))):
+        with pytest.raises(ValueError, match=r"x has shape .*; it takes images \(B, 3, H, W\)"):
+            network(x)
+    with pytest.raises(ValueError, match=r"z has shape \(1, 3, 8, 9\); it takes that of x"):
+        UNet(3, (4,), (1,), injection=True)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
 
 
 def test_numbers_of_any_kind_are_taken():

@@ -137,6 +137,17 @@ def test_every_kind_of_model_without_a_truth(model):
         assert values.shape == (2,) and not values.isnan().any()
 
 
+def test_an_averaging_that_is_due_is_estimated_for_the_report_alone():
+    red = RED(lambda x: -3 * x, 1.0)
+    model = DEGrad(GaussianBlur(), red, preconditioner="exact", averaging="auto")
+    d = torch.randn(2, 3, 8, 8)
+    found = report(model, d, iterations=20, steps=20)
+    assert model.averaging.isnan()
+    model(d)
+    torch.testing.assert_close(found.contraction_factor, report(model, d, iterations=20, steps=20).contraction_factor)
+    assert (found.contraction_factor < 1).all() and (found.solution.status == Status.CONVERGED).all()
+
+
 def test_a_bad_sample_is_reported_as_such_and_touches_nothing(tmp_path):
     model = networks()["filtered"].double().eval()
     d = torch.randn(2, 3, 8, 8, dtype=torch.float64)

@@ -107,6 +107,13 @@ def test_bad_files_are_named(tmp_path):
     cv2.imwrite(str(tmp_path / "nan.tiff"), np.full((4, 4, 3), np.nan, np.float32))
     with pytest.raises(ImageError, match="48 of its values are not finite"):
         read_photograph(tmp_path / "nan.tiff")
+    cv2.imwrite(str(tmp_path / "counts.tiff"), np.linspace(0, 255, 48, dtype=np.float32).reshape(4, 4, 3))
+    with pytest.raises(ImageError, match=r"its float32 samples go from 0 to 255; it takes \[0, 1\]"):
+        read_photograph(tmp_path / "counts.tiff")
+    page = Image.fromarray(np.zeros((4, 4), np.uint8))
+    page.save(tmp_path / "pages.tiff", save_all=True, append_images=[page, page])
+    with pytest.raises(ImageError, match=r"pages\.tiff: has 3 pages; it takes one image a file"):
+        read_photograph(tmp_path / "pages.tiff")
     Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8) * 1000).save(tmp_path / "int32.tiff")
     with pytest.raises(ImageError, match="neither 8-bit"):
         read_photograph(tmp_path / "int32.tiff")

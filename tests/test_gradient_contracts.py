@@ -23,8 +23,10 @@ from jfbfast import (
     Picard,
     Unrolled,
     fixed_point,
+    jacobian_penalty,
 )
 from jfbfast.gradients.methods import GRADIENTS, gradient_method
+from jfbfast.spectrum import contraction_factor, operator_norm
 
 METHODS = [*GRADIENTS, Implicit("cg"), Implicit("anderson")]
 
@@ -319,6 +321,68 @@ def test_an_adjoint_that_stops_early_says_so(solver):
         warnings.simplefilter("error")
         out = fixed_point(cell, x0, inputs=(d,), solver=TIGHT, gradient=Implicit(solver, tol=0, max_iter=2))
         gradients_of(cell, d, out)
+
+
+@pytest.mark.parametrize("gradient", ["jfb", "unrolled"])
+def test_a_batch_that_does_not_fit_is_named_and_moves_nothing(gradient):
+    model = DEGrad(GaussianBlur(), DnCNN(3, 4, 3)).train()
+    state = copy.deepcopy(model.state_dict())
+    x0, d = torch.zeros(4, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    for start, inputs, error, message in (
+        (x0, (d,), ValueError, r"inputs\[0\] has shape \(1, 3, 8, 8\); it takes the batch size of x0"),
+        (x0, d, TypeError, "inputs is a tensor; it takes a sequence of tensors"),
+        (x0, (1.0,), TypeError, r"inputs\[0\] is a float"),
+        (x0.numpy(), (x0,), TypeError, "x0 is a ndarray"),
+        (x0.long(), (x0,), ValueError, "x0 is torch.int64"),
+        (x0.sum(), (), ValueError, r"of shape \(\); it takes"),
+    ):
+        with pytest.raises(error, match=message):
+            fixed_point(model.layer, start, inputs=inputs, gradient=gradient)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_parameter_named_twice_has_one_gradient(method):
+    cell, d, x0 = problem()
+    found = []
+    for times in (1, 2):
+        cell.zero_grad()
+        named = [*cell.parameters()] * times
+        out = fixed_point(cell, x0, inputs=(d,), parameters=named, solver=solver_for(method), gradient=method)
+        out.square().sum().backward()
+        found.append([p.grad.clone() for p in cell.parameters()])
+    assert_all_close(*found, rtol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", ["jfb", "implicit", "shine", "phantom"])
+def test_samples_without_a_dimension_or_an_element(gradient):
+    w = torch.tensor(0.5, requires_grad=True)
+    d = torch.tensor([1.0, 2.0])
+    out = fixed_point(
+        lambda x, d: w * x + d, torch.zeros(2), inputs=(d,), parameters=[w], solver=Anderson(1e-6), gradient=gradient
+    )
+    torch.testing.assert_close(out, 2 * d, rtol=1e-4, atol=0)
+    out.sum().backward()
+    assert w.grad > 0
+    for measure in (contraction_factor, operator_norm):
+        torch.testing.assert_close(measure(lambda x: 0.5 * x, d).float(), torch.full((2,), 0.5))
+    assert float(jacobian_penalty(lambda x: 2 * x, x=d, bound=0.5)) == pytest.approx(1.5**2)
+    empty = fixed_point(lambda x, d: x, torch.zeros(2, 0), inputs=(d,), gradient=gradient)
+    assert empty.shape == (2, 0)
+
+
+def test_a_batch_norm_that_is_called_by_keyword_updates_its_statistics():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return 0.1 * self.norm(input=x)
+
+    model = DEGrad(GaussianBlur(), ByKeyword(), step_size=0.5).train()
+    model(torch.randn(2, 3, 8, 8))
+    assert model.regularizer.norm.num_batches_tracked == 1 and model.regularizer.norm.running_mean.any()
 
 
 def test_a_warning_points_at_the_callers_line():

@@ -318,6 +318,8 @@ def test_any_number_of_leading_dimensions(shape):
         (lambda: jfbfast.GaussianBlur(padding_mode="same"), "padding_mode is 'same'"),
         (lambda: jfbfast.SeparableBlur([1.0, 2.0], [1.0]), "taps_y is"),
         (lambda: jfbfast.SeparableBlur([1.0], [float("inf")]), "taps_x is"),
+        (lambda: jfbfast.SeparableBlur([1.0], torch.ones(3, requires_grad=True)), "taps_x requires a gradient"),
+        (lambda: jfbfast.GaussianBlur(5, torch.tensor(1.0, requires_grad=True)), "sigma requires a gradient"),
         (lambda: jfbfast.GaussianBlur()(torch.zeros(4, dtype=torch.int64)), "x is torch.int64"),
         (lambda: jfbfast.GaussianBlur()(torch.zeros(5)), "x is torch.float32 of shape"),
         (lambda: jfbfast.GaussianBlur().gradient(torch.zeros(8, 8), torch.zeros(8, 9)), "d is"),

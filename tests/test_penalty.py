@@ -132,6 +132,10 @@ def test_the_solution_of_measurements_of_another_shape_is_not_taken():
     [
         (lambda m, d: jacobian_penalty(m, d), "x is None"),
         (lambda m, d: jacobian_penalty(m.layer, d), "x is None"),
+        (
+            lambda m, d: jacobian_penalty(m, d, x=torch.cat([d, d])),
+            r"inputs\[0\] has shape .*; it takes the batch size",
+        ),
         (lambda m, d: jacobian_penalty(m, d, x=d, bound=-1), "bound is -1"),
         (lambda m, d: jacobian_penalty(m, d, x=d, iterations=-1), "iterations is -1"),
         (lambda m, d: jacobian_penalty(m, d, x=d, iterations=2.5), "iterations is 2.5"),

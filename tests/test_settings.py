@@ -69,6 +69,10 @@ ROOT = Path(__file__).parent.parent
         ({"solver": "Broyden:memory=3, max_iter=9"}, "max_iter is a setting of its own"),
         ({"gradient": "shine", "solver": "Picard"}, "solver is 'Picard'; gradient=shine takes Anderson or Broyden"),
         ({"gradient": "shine:ratio=2", "solver": "Inertial:momentum=0.2"}, "takes Anderson or Broyden"),
+        (
+            {"gradient": "unrolled:steps=3", "solver": "Broyden"},
+            "solver is 'Broyden'; with gradient=unrolled, which applies the layer a fixed number of times",
+        ),
         ({"features": "4,x"}, "features is 'x'"),
         ({"seed": -1}, "seed is -1"),
         ({"data": None}, "data is missing"),

@@ -167,6 +167,10 @@ def test_automatic_averaging_makes_the_plain_iteration_converge():
     assert float(model.averaging) == again
     model.update_averaging(d)
     assert float(model.averaging) > 1.5 * again
+    again = float(model.averaging)
+    with pytest.raises(RuntimeError):
+        model.update_averaging(torch.cat([d, d], 1))
+    assert float(model.averaging) == again
 
 
 def test_automatic_averaging_is_kept_with_the_weights():
