@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, UNet
+from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, NonexpansiveDenoiser, UNet
 from jfbfast.denoisers import SpectralNormConv2d
 
 

@@ -82,7 +82,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(BROKEN)])
 def test_a_broken_kernel_is_caught(tmp_path: Path, name: str) -> None:
     patch, complaint = BROKEN[name]
     done = run(tmp_path, BASELINE, patch)

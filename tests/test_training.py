@@ -396,7 +396,7 @@ fit(task, Double(), steps=3, batch_size=4, accelerator="cpu", callbacks=[Gradien
 """
 
 
-@pytest.mark.parametrize("kind", ["one setting", "ranges"])
+@pytest.mark.parametrize("kind", ["one setting", pytest.param("ranges", marks=pytest.mark.slow)])
 def test_processes_share_a_batch(tmp_path, kind):
     """The gradient of Lightning's own step on two gloo processes is that of one with the whole batch."""
     alone, shared = ([str(tmp_path / name), kind] for name in ("one", "two"))

@@ -42,6 +42,15 @@ def cases(table: dict[int, tuple[Tile, ...]], table_64: dict[int, tuple[Tile, ..
     return [(image, radius, tile) for image, t in kinds for radius, tiles in t.items() for tile in tiles]
 
 
+def compiled_for(cases: list[Any]) -> list[Any]:
+    """Each case on each architecture; what takes longest, the widest filters, on sm_90 alone in the default run."""
+    return [
+        pytest.param(*case, architecture, marks=[pytest.mark.slow] * (case[1] == 7 and architecture != 90))
+        for case in cases
+        for architecture in ARCHITECTURES
+    ]
+
+
 GRADIENT_CASES = cases(launch.GRADIENT_TILES, launch.GRADIENT_TILES_64)
 BLUR_CASES = cases(launch.BLUR_TILES, launch.BLUR_TILES_64)
 
@@ -75,8 +84,7 @@ def compile_gradient(
     return compile_kernel(gradient_kernel, constants, architecture, directory, image=image, absent=absent)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("image", "radius", "tile"), GRADIENT_CASES)
+@pytest.mark.parametrize(("image", "radius", "tile", "architecture"), compiled_for(GRADIENT_CASES))
 def test_gradient(image, radius, tile, architecture, tmp_path, monkeypatch):
     compiled = compile_gradient(tile, radius, image, architecture, tmp_path, monkeypatch)
     assert fits(compiled), compiled
@@ -104,8 +112,7 @@ def test_odd_width(image, radius, tile, architecture, tmp_path, monkeypatch):
     assert fits(compiled) or (architecture == 100 and radius > 5 and compiled.stack <= 32), compiled
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("image", "radius", "tile"), BLUR_CASES)
+@pytest.mark.parametrize(("image", "radius", "tile", "architecture"), compiled_for(BLUR_CASES))
 def test_blur(image, radius, tile, architecture, tmp_path, monkeypatch):
     circular = tile.rows == 64
     plan = plan_for(tile, radius, adjoint=False, circular=circular, image=image, monkeypatch=monkeypatch)
@@ -157,6 +164,7 @@ def test_size_classes(shape, tile):
 # Each check above, shown a kernel that it must catch.
 
 
+@pytest.mark.slow
 def test_a_spilling_tile_is_caught(tmp_path, monkeypatch):
     compiled = compile_gradient(Tile(128, 64, 4), 5, "fp32", 90, tmp_path, monkeypatch)
     assert compiled.stack > 0 and not fits(compiled)
