@@ -31,6 +31,8 @@ def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelCon
         model, config = load_model(checkpoint)
         if config.form == "denoiser":
             raise ValueError(f"{checkpoint} is a denoiser alone, which --denoiser takes; give networks that undo blur")
+        if config.channels != 3:
+            raise ValueError(f"{checkpoint} takes images of {config.channels} channels; the photographs here have 3")
         found.append((network_name(checkpoint), model, config))
     return found
 
@@ -233,6 +235,8 @@ def compare(
     Raises:
         ValueError: no images to score; a name that is none; options that contradict each other.
     """
+    if not data.is_dir():
+        raise ValueError(f"{data} is no directory; the last argument takes the one of the photographs")
     if out is not None and out.suffix.lower() not in (".csv", ".json"):
         raise ValueError(f"--out is {out}; it takes a .csv or a .json")
     if batch_size < 1 or (held_out[2] is not None and held_out[2] < 1):

@@ -248,6 +248,13 @@ class TrainingSettings:
         chosen = self._dependent_defaults()
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
+    def _within(self, name: str, limits: tuple[float, ...] | None) -> float:
+        """σ or ν; of a network for a range, a default that lies beyond its range is the end that is next to it."""
+        value: float = getattr(self, name)
+        if limits is None or value != TrainingSettings.__dataclass_fields__[name].default:
+            return value
+        return min(max(value, limits[0]), limits[-1])
+
     def model_config(self) -> ModelConfig:
         """The network's description."""
         from jfbfast.checkpoint import ModelConfig
@@ -276,9 +283,9 @@ class TrainingSettings:
             form=self.form,  # type: ignore[arg-type]  # checked where the model is made
             denoiser=network,
             kernel_size=self.kernel_size,
-            sigma=self.sigma,
+            sigma=self._within("sigma", self.sigma_range),
             padding_mode=self.padding_mode,
-            noise=self.noise,
+            noise=self._within("noise", self.noise_range),
             weight=self.weight,
             step_size=self.step_size,
             averaging=self.averaging,

@@ -241,7 +241,7 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
         (("train", ".", "--config", "none.yaml"), "none.yaml: not a file of settings"),
         (("train", ".", "--resume"), "holds no run to resume"),
         (("train", ".", "--ema", "1.5"), "ema is 1.5"),
-        (("evaluate", "nowhere"), "no image files"),
+        (("evaluate", "nowhere"), "nowhere is no directory; the last argument takes the one of the photographs"),
         (("evaluate", "nobody", "."), "nobody: not a whole checkpoint"),
         (("evaluate", ".", "--methods", "pnp"), "pnp, which takes a --denoiser"),
         (("evaluate", ".", "--denoiser", "x"), "--denoiser is x; it is for pnp, which --methods does not have"),

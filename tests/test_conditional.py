@@ -192,6 +192,14 @@ def test_a_model_survives_its_file(tmp_path):
     assert torch.equal(loaded(d), model(d))
 
 
+def test_a_default_beyond_its_range_is_the_end_that_is_next_to_it():
+    values = {"data": "d", "denoiser": "UNet", "sigma_range": "2,5", "noise_range": "0.02,0.1"}
+    config = make_settings(values).model_config()
+    assert (config.sigma, config.noise) == (2.0, 0.02)
+    with pytest.raises(ValueError, match=r"sigma is 1\.5; this model takes a number from 2 to 5"):
+        make_settings({**values, "sigma": 1.5}).model_config().model()
+
+
 def test_a_description_that_cannot_be_is_named():
     with pytest.raises(ValueError, match="sigma_range and noise_range take the filtered form with a UNet of 2"):
         ModelConfig(denoiser=SINGLE.denoiser, sigma_range=[0.5, 5], noise_range=[0, 0.1]).model()
