@@ -96,21 +96,11 @@ PYBIND11_MODULE(_native, module) {
         "gradient",
         [](DType dtype, Address x, Address d, Address r, Address out, const std::vector<std::int64_t>& shape,
            const BandAddress& y_band, const BandAddress& x_band, const BandAddress& y_adjoint,
-           const BandAddress& x_adjoint, bool circular, bool step, double step_size, Address norms,
-           std::int64_t samples, int threads) {
-            const Shape s = shape_of(shape);
-            const std::int64_t rows = s.planes * s.height;
-            std::vector<double> row_norms(norms ? rows : 0);
+           const BandAddress& x_adjoint, bool circular, bool step, double step_size, int threads) {
             kernels().gradient(dtype,
-                               {pointer(x), pointer(d), pointer(r), pointer(out), norms ? row_norms.data() : nullptr,
-                                step, step_size, bands(y_band, x_band, circular),
-                                bands(y_adjoint, x_adjoint, circular)},
-                               s, threads);
-            for (std::int64_t sample = 0; norms && sample < samples; ++sample) {
-                double sum = 0;
-                for (std::int64_t i = 0; i < rows / samples; ++i) sum += row_norms[sample * (rows / samples) + i];
-                pointer<float>(norms)[sample] = float(sum);
-            }
+                               {pointer(x), pointer(d), pointer(r), pointer(out), step, step_size,
+                                bands(y_band, x_band, circular), bands(y_adjoint, x_adjoint, circular)},
+                               shape_of(shape), threads);
         },
         release);
 

@@ -30,25 +30,13 @@ struct Step {
     bool step;
     T step_size;
     S* out;
-    T* g;  // gets A^T u + r, unless null
 
     template <class Lanes>
     void operator()(std::int64_t c, Vec<T> sum, Lanes lanes) const {
         if (r) sum += load(r + c, lanes);
-        if (g) store(g + c, sum, lanes);
         store(out + c, step ? load(x + c, lanes) - step_size * sum : sum, lanes);
     }
 };
-
-template <class T>
-double squared_norm(const T* g, std::int64_t n) {
-    Vec<T> squares = {};
-    for_each_vector<kLanes<T>>(0, n, [&](std::int64_t c, auto lanes) {
-        const Vec<T> values = load(g + c, lanes);
-        squares += values * values;
-    });
-    return sum_lanes<kLanes<T>>(squares);
-}
 
 template <class S>
 void gradient_planes(const Gradient& g, Shape shape, int threads) {
@@ -64,7 +52,7 @@ void gradient_planes(const Gradient& g, Shape shape, int threads) {
 
     threads = useful_threads(threads, shape.pixels());
     const Tasks tasks(shape, radius, threads);
-    const std::int64_t workspace = (2 + kBatch + 2 * ring) * stride;
+    const std::int64_t workspace = (1 + kBatch + 2 * ring) * stride;
     const Buffer<T> memory(threads * workspace);
     const Buffer<const T*> pointers(threads * 4 * ring);
 
@@ -78,8 +66,7 @@ void gradient_planes(const Gradient& g, Shape shape, int threads) {
 
         T* const zeros = memory.data() + thread * workspace;
         T* const columns = zeros + stride + layout.margin;
-        T* const squared = g.row_norms ? zeros + (1 + kBatch) * stride : nullptr;
-        T* const rings = zeros + (2 + kBatch) * stride;
+        T* const rings = zeros + (1 + kBatch) * stride;
         const T** const lists = pointers.data() + thread * 4 * ring;
         Window<T> u(rings, stride, radius, lists);
         const std::int64_t first = circular ? task.begin - radius : larger(0, task.begin - radius);
@@ -116,8 +103,7 @@ void gradient_planes(const Gradient& g, Shape shape, int threads) {
             for (int k = 0; k < count; ++k) {
                 const std::int64_t at = (i + k) * width;
                 correlate_row(columns + k * stride, adjoint_table,
-                              Step<S>{x + at, r ? r + at : nullptr, g.step, T(g.step_size), out + at, squared});
-                if (squared) g.row_norms[task.plane * height + i + k] = squared_norm(squared, width);
+                              Step<S>{x + at, r ? r + at : nullptr, g.step, T(g.step_size), out + at});
             }
         }
     });

@@ -48,8 +48,7 @@ struct Gradient {
     const void* d;  // null for zero
     const void* r;  // null for zero
     void* out;
-    double* row_norms;  // the squared norm of each of the planes * height rows, or null
-    bool step;          // x - step_size * g, or g itself
+    bool step;      // x - step_size * g, or g itself
     double step_size;
     Bands bands, adjoint;
 };

@@ -133,12 +133,10 @@ def _gradient(
     step_size: Tensor | None,
     bands: Bands,
     adjoint: Bands,
-    norms: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     x, d, r = x.contiguous(), _contiguous("d", d, x), _contiguous("r", r, x)
     tables, adjoint_tables = _tables(bands, x), _tables(adjoint, x)
     out = _empty(x.shape, x.dtype)
-    squares = torch.zeros(x.shape[0] if norms else 0, dtype=torch.float32, device="cpu")
     if x.numel():
         _module().gradient(
             _dtype(x.dtype),
@@ -149,32 +147,21 @@ def _gradient(
             tables.circular,
             step_size is not None,
             0.0 if step_size is None else float(step_size),
-            _address(squares) if norms else 0,
-            x.shape[0],
             _threads(),
         )
-    return (out, squares) if norms else out
+    return out
 
 
-def gradient(
-    x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, *, norms: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
     """As `reference.gradient`."""
-    return _gradient(x, d, r, None, bands, adjoint, norms)
+    return _gradient(x, d, r, None, bands, adjoint)
 
 
 def gradient_step(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    step_size: Tensor,
-    bands: Bands,
-    adjoint: Bands,
-    *,
-    norms: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
+) -> Tensor:
     """As `reference.gradient_step`."""
-    return _gradient(x, d, r, step_size, bands, adjoint, norms)
+    return _gradient(x, d, r, step_size, bands, adjoint)
 
 
 def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:

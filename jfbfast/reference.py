@@ -116,41 +116,17 @@ def _gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoi
     return g if r is None else g + r
 
 
-def _squared_norms(g: Tensor) -> Tensor:
-    return g.float().square().flatten(1).sum(1)
-
-
-def gradient(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    bands: Bands,
-    adjoint: Bands,
-    *,
-    norms: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero.
-
-    With ``norms``, also its squared norm over all dimensions but the first, in float32.
-    """
-    g = _gradient(x, d, r, bands, adjoint)
-    return (g.to(x.dtype), _squared_norms(g)) if norms else g.to(x.dtype)
+def gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
+    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero."""
+    return _gradient(x, d, r, bands, adjoint).to(x.dtype)
 
 
 def gradient_step(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    step_size: Tensor,
-    bands: Bands,
-    adjoint: Bands,
-    *,
-    norms: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension; ``norms`` as in `gradient`."""
+    x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
+) -> Tensor:
+    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension."""
     g = _gradient(x, d, r, bands, adjoint)
-    out = (x.to(g.dtype) - step_size * g).to(x.dtype)
-    return (out, _squared_norms(g)) if norms else out
+    return (x.to(g.dtype) - step_size * g).to(x.dtype)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:

@@ -50,10 +50,9 @@ WIDE_UNROLL = {torch.float64: 4, torch.float32: 8}
 
 
 class Plan(NamedTuple):
-    """A launch: its grid, the column tiles of a row, the rows of a strip, the compile-time arguments."""
+    """A launch: its grid, the rows of a strip, the columns of an access, the compile-time arguments."""
 
     programs: int
-    tiles: int
     strip: int
     vector: int
     constants: dict[str, int | bool]
@@ -82,7 +81,7 @@ def plan(shape: torch.Size, bands: Bands, *, adjoint: bool) -> Plan:
         if programs >= ENOUGH_PROGRAMS:
             break
     constants = {"RY": ry, "RX": rx, "CIRCULAR": bands.circular, "TX": tile.columns, "HALO": halo, "U": tile.unroll}
-    return Plan(programs, tiles, strip, vector, {**constants, "VECTOR": vector})
+    return Plan(programs, strip, vector, {**constants, "VECTOR": vector})
 
 
 def wide_plan(shape: torch.Size, bands: Bands) -> Plan:
@@ -95,7 +94,7 @@ def wide_plan(shape: torch.Size, bands: Bands) -> Plan:
     vector = math.gcd(width, WIDE_COLUMNS // 32)
     programs = math.prod(shape[:-2]) * triton.cdiv(height, unroll) * tiles
     constants = {"CIRCULAR": bands.circular, "TX": WIDE_COLUMNS, "HALO": halo, "U": unroll, "VECTOR": vector}
-    return Plan(programs, tiles, unroll, vector, constants)
+    return Plan(programs, unroll, vector, constants)
 
 
 def _radius(bands: Bands) -> int:
@@ -112,14 +111,13 @@ def _wide(
     start: Tensor | None,
     step_size: Tensor | None,
     out: Tensor,
-    partial: Tensor | None,
     bands: Bands,
 ) -> None:
     """out = B₁ X B₂ᵀ − d + r, or start − η times that."""
     launch = wide_plan(x.shape, bands)
     height, width = x.shape[-2:]
     wide_kernel[(launch.programs,)](
-        x, d, r, start, step_size, out, partial, bands.y, bands.x, height, width // launch.vector,
+        x, d, r, start, step_size, out, bands.y, bands.x, height, width // launch.vector,
         bands.y.shape[1] // 2, bands.x.shape[1] // 2, **launch.constants, num_warps=1,
     )  # fmt: skip
 
@@ -133,7 +131,7 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
         return out
     with torch.cuda.device_of(x):
         if radius > FUSED_RADIUS:
-            _wide(x, None, None, None, None, out, None, bands)
+            _wide(x, None, None, None, None, out, bands)
         else:
             launch = plan(x.shape, bands, adjoint=False)
             height, width = x.shape[-2:]
@@ -150,8 +148,7 @@ def _gradient(
     step_size: Tensor | None,
     bands: Bands,
     adjoint: Bands,
-    norms: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Aᵀ(Ax − d) + r where ``step_size`` is None, else x − η times that."""
     fused = _radius(bands) <= FUSED_RADIUS
     x = x.contiguous()
@@ -159,50 +156,33 @@ def _gradient(
     r = None if r is None else r.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
-        return (out, torch.zeros(x.shape[0], device=x.device)) if norms else out
-    height, width = x.shape[-2:]
-    launch = plan(x.shape, bands, adjoint=True) if fused else wide_plan(x.shape, adjoint)
-    partial = None
-    if norms:  # one sum a row and tile: no atomics, so the result does not depend on the order of programs
-        planes = math.prod(x.shape[:-2])
-        partial = torch.empty((planes, height, launch.tiles), dtype=torch.float32, device=x.device)
+        return out
     with torch.cuda.device_of(x):
         if fused:
+            launch = plan(x.shape, bands, adjoint=True)
+            height, width = x.shape[-2:]
             gradient_kernel[(launch.programs,)](
-                x, d, r, step_size, out, partial, bands.y, bands.x, adjoint.y, adjoint.x,
+                x, d, r, step_size, out, bands.y, bands.x, adjoint.y, adjoint.x,
                 height, width // launch.vector, launch.strip,
                 KEEP=step_size is not None, **launch.constants, num_warps=1,
             )  # fmt: skip
         else:
             residual = torch.empty(x.shape, dtype=bands.y.dtype, device=x.device)
-            _wide(x, d, None, None, None, residual, None, bands)
-            _wide(residual, None, r, None if step_size is None else x, step_size, out, partial, adjoint)
-    return out if partial is None else (out, partial.view(x.shape[0], -1).sum(1))
+            _wide(x, d, None, None, None, residual, bands)
+            _wide(residual, None, r, None if step_size is None else x, step_size, out, adjoint)
+    return out
 
 
-def gradient(
-    x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, *, norms: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero.
-
-    With ``norms``, also its squared norm over all dimensions but the first, in float32.
-    Raises ValueError for a radius beyond MAX_RADIUS.
-    """
-    return _gradient(x, d, r, None, bands, adjoint, norms)
+def gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
+    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero. Raises ValueError for a radius beyond MAX_RADIUS."""
+    return _gradient(x, d, r, None, bands, adjoint)
 
 
 def gradient_step(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    step_size: Tensor,
-    bands: Bands,
-    adjoint: Bands,
-    *,
-    norms: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension; ``norms`` as in `gradient`.
+    x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
+) -> Tensor:
+    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension.
 
     η is read on the device. Raises ValueError for a radius beyond MAX_RADIUS.
     """
-    return _gradient(x, d, r, step_size, bands, adjoint, norms)
+    return _gradient(x, d, r, step_size, bands, adjoint)

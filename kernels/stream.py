@@ -44,11 +44,11 @@ def blur_kernel(
 
 @triton.jit(do_not_specialize=["height", "STRIP"])
 def gradient_kernel(
-    x, d, r, step_size, out, norms, band_y, band_x, adjoint_y, adjoint_x, height, vectors, STRIP,
+    x, d, r, step_size, out, band_y, band_x, adjoint_y, adjoint_x, height, vectors, STRIP,
     RY: tl.constexpr, RX: tl.constexpr, CIRCULAR: tl.constexpr, KEEP: tl.constexpr,
     TX: tl.constexpr, HALO: tl.constexpr, U: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """g = Aᵀ(Ax − d) + r; out = x − ηg where KEEP, else g. ``norms[plane, y, tile]`` = Σ g² of that row."""
+    """g = Aᵀ(Ax − d) + r; out = x − ηg where KEEP, else g."""
     ACC: tl.constexpr = band_y.dtype.element_ty
     width = vectors * VECTOR  # so written, its divisor is known to the compiler
     program = tl.program_id(0)
@@ -84,10 +84,6 @@ def gradient_kernel(
             g = down(residual, u, adjoint_y, y, height, RY, CIRCULAR) + added[u]
             mine = (y >= y0) & (y < y0 + STRIP) & (y < height)
             store_row(out, plane, y, columns, image[u] - eta * g if KEEP else g, owned & mine, height, width)
-            if norms is not None:
-                tiles = tl.cdiv(width, TX - 2 * HALO)
-                squares = tl.where(owned, g.to(tl.float32) * g.to(tl.float32), 0.0)
-                tl.store(norms + (plane * height + y) * tiles + program % tiles, tl.sum(squares), mask=mine)
         image = last_rows(image, 2 * RY)
         blurred = last_rows(blurred, 2 * RY)
         residual = last_rows(residual, 2 * RY)

@@ -56,10 +56,10 @@ def row_sums(rows, columns, inside, band, radius, U: tl.constexpr):
 
 @triton.jit(do_not_specialize=["height", "radius_y", "radius_x"])
 def wide_kernel(
-    x, d, r, start, step_size, out, norms, band_y, band_x, height, vectors, radius_y, radius_x,
+    x, d, r, start, step_size, out, band_y, band_x, height, vectors, radius_y, radius_x,
     CIRCULAR: tl.constexpr, TX: tl.constexpr, HALO: tl.constexpr, U: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """g = B₁ X B₂ᵀ − d + r; out = start − ηg, or g where there is no start; norms as in the stream kernel."""
+    """g = B₁ X B₂ᵀ − d + r; out = start − ηg, or g where there is no start."""
     ACC: tl.constexpr = band_y.dtype.element_ty
     width = vectors * VECTOR  # so written, its divisor is known to the compiler
     program = tl.program_id(0)
@@ -75,10 +75,6 @@ def wide_kernel(
             g -= load_row(d, plane, y, columns, mask, height, width, ACC, False)
         if r is not None:
             g += load_row(r, plane, y, columns, mask, height, width, ACC, False)
-        if norms is not None:
-            tiles = tl.cdiv(width, TX - 2 * HALO)
-            squares = tl.where(owned, g.to(tl.float32) * g.to(tl.float32), 0.0)
-            tl.store(norms + (plane * height + y) * tiles + program % tiles, tl.sum(squares), mask=y < height)
         if start is not None:
             eta = tl.load(step_size).to(ACC)
             g = load_row(start, plane, y, columns, mask, height, width, ACC, False) - eta * g

@@ -41,7 +41,7 @@ def compile_kernel(
         elif name in TABLES:
             signature[name] = f"*{accumulator}"
         else:
-            signature[name] = "*fp32" if name in ("step_size", "norms") else "i32"
+            signature[name] = "*fp32" if name == "step_size" else "i32"
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, {**constants, **dict.fromkeys(absent)}, aligned)
     target = GPUTarget("cuda", architecture, 32)

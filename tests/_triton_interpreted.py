@@ -71,7 +71,7 @@ def error(out: Tensor, exact: Tensor) -> float:
 
 
 def check(shape: tuple[int, ...], ry: int, rx: int, mode: str, dtype: torch.dtype, allocated: list[Tensor]) -> None:
-    """blur and gradient_step with norms, against float64, with NaN around the inputs and guards around outputs."""
+    """blur and gradient_step against float64, with NaN around the inputs and guards around outputs."""
     exact_bands = operator(*shape[-2:], ry, rx, mode)
     bands, adjoint = (cast(b, dtype) for b in exact_bands)
     torch.manual_seed(0)
@@ -87,12 +87,9 @@ def check(shape: tuple[int, ...], ry: int, rx: int, mode: str, dtype: torch.dtyp
     assert error(kernels.blur(x, bands), exact) <= 2 * plain + ulp
 
     arguments = (x.double(), d.double(), r.double(), eta.double())
-    exact, exact_norms = reference.gradient_step(*arguments, *exact_bands, norms=True)
+    exact = reference.gradient_step(*arguments, *exact_bands)
     plain = error(reference.gradient_step(x, d, r, eta, bands, adjoint), exact)
-    out, norms = kernels.gradient_step(x, d, r, eta, bands, adjoint, norms=True)
-    assert error(out, exact) <= 2 * plain + ulp
-    assert norms.shape == (shape[0],) and norms.dtype == torch.float32
-    torch.testing.assert_close(norms.double(), exact_norms.double(), rtol=1e-5, atol=0)
+    assert error(kernels.gradient_step(x, d, r, eta, bands, adjoint), exact) <= 2 * plain + ulp
     assert allocated and all(margins_intact(t) for t in allocated)
 
 
@@ -183,8 +180,7 @@ def test_empty_batch(shape):
     bands, adjoint = operator(5, 5, 1, 1, "zeros")
     x = torch.empty(shape, dtype=torch.float64)
     assert kernels.blur(x, bands).shape == shape
-    out, norms = kernels.gradient(x, x, None, bands, adjoint, norms=True)
-    assert out.shape == shape and norms.tolist() == [0.0] * shape[0]
+    assert kernels.gradient(x, x, None, bands, adjoint).shape == shape
 
 
 @pytest.mark.parametrize(("ry", "rx"), [(2, 1), (3, 8)])

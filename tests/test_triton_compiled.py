@@ -76,7 +76,7 @@ def least_accesses(tile: Tile, radius: int, image: str, *, adjoint: bool) -> Cou
 
 def compile_gradient(
     tile: Tile, radius: int, image: str, architecture: int, directory: Path, monkeypatch: Any, *,
-    absent: tuple[str, ...] = ("norms",), **changed: int,
+    absent: tuple[str, ...] = (), **changed: int,
 ) -> Compiled:  # fmt: skip
     circular = tile.rows == 64  # both kinds take turns
     plan = plan_for(tile, radius, adjoint=True, circular=circular, image=image, monkeypatch=monkeypatch)
@@ -95,10 +95,10 @@ def test_gradient(image, radius, tile, architecture, tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("image", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("radius", range(launch.FUSED_RADIUS + 1))
-def test_every_radius_with_norms(radius, image, architecture, tmp_path, monkeypatch):
+def test_every_radius(radius, image, architecture, tmp_path, monkeypatch):
     table = launch.GRADIENT_TILES_64 if image == "fp64" else launch.GRADIENT_TILES
     for tile in next(tiles for most, tiles in table.items() if radius <= most):
-        for absent in ((), ("norms",), ("norms", "d", "r")):
+        for absent in ((), ("d", "r")):
             with monkeypatch.context() as patch:
                 assert fits(compile_gradient(tile, radius, image, architecture, tmp_path, patch, absent=absent))
 

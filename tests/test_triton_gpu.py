@@ -55,11 +55,9 @@ def test_against_float64(shape, ry, rx, mode, dtype):
     assert error(kernels.blur(x, bands), exact) <= 2 * error(reference.blur(x, bands), exact) + floor
 
     wide = (x.double(), d.double(), r.double(), eta.double(), exact_bands, reference.transpose(exact_bands))
-    exact, exact_norms = reference.gradient_step(*wide, norms=True)
-    out, norms = kernels.gradient_step(x, d, r, eta, bands, adjoint, norms=True)
+    exact = reference.gradient_step(*wide)
     plain = reference.gradient_step(x, d, r, eta, bands, adjoint)
-    assert error(out, exact) <= 2 * error(plain, exact) + floor
-    torch.testing.assert_close(norms, exact_norms, rtol=1e-5, atol=0)
+    assert error(kernels.gradient_step(x, d, r, eta, bands, adjoint), exact) <= 2 * error(plain, exact) + floor
 
 
 @pytest.mark.parametrize("radius", [2, 9])
@@ -68,25 +66,14 @@ def test_cuda_graph(radius):
     bands, adjoint, _ = operator(64, 96, radius, radius, "reflect", torch.float32)
     x, d, r = (torch.randn(2, 3, 64, 96, device="cuda") for _ in range(3))
     eta = torch.tensor(0.5, device="cuda")
-    kernels.gradient_step(x, d, r, eta, bands, adjoint, norms=True)  # compiles, which a capture may not
+    kernels.gradient_step(x, d, r, eta, bands, adjoint)  # compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, norms = kernels.gradient_step(x, d, r, eta, bands, adjoint, norms=True)
+        out = kernels.gradient_step(x, d, r, eta, bands, adjoint)
     x.normal_()
     eta.fill_(0.25)
     graph.replay()
-    exact, exact_norms = reference.gradient_step(x, d, r, eta, bands, adjoint, norms=True)
-    torch.testing.assert_close(out, exact)
-    torch.testing.assert_close(norms, exact_norms)
-
-
-def test_norms_are_deterministic():
-    bands, adjoint, _ = operator(256, 256, 2, 2, "zeros", torch.float32)
-    x = torch.randn(8, 3, 256, 256, device="cuda")
-    first = kernels.gradient(x, None, None, bands, adjoint, norms=True)
-    for _ in range(5):
-        again = kernels.gradient(x, None, None, bands, adjoint, norms=True)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.testing.assert_close(out, reference.gradient_step(x, d, r, eta, bands, adjoint))
 
 
 @pytest.mark.slow
