@@ -190,16 +190,21 @@ def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Calla
         setting.blur()  # raises before a network is looked for
         given = {name: getattr(setting, name) for name in SETTING}
         checkpoint = matching_name(**given)
+        if checkpoint is not None:
+            say(f"Restoring by the shipped model {checkpoint}.")
+    if checkpoint is None or checkpoint == "tikhonov":
+        setting = measurement_setting(given, [])
+        if not setting.noise > 0:
+            raise ValueError(
+                f"noise is {setting.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
+                "number: rounding to 8 bits alone is 0.0023"
+            )
         if checkpoint is None:
             say(
                 f"No shipped model is for kernel size {setting.kernel_size}, σ = {setting.sigma:g}, "
                 f"{setting.padding_mode} at the edge and noise {setting.noise:g}: restoring by Tikhonov "
                 "regularisation, λ by the discrepancy principle."
             )
-        else:
-            say(f"Restoring by the shipped model {checkpoint}.")
-    if checkpoint is None or checkpoint == "tikhonov":
-        setting = measurement_setting(given, [])
         blur = setting.blur()
 
         def classical(d: Tensor) -> tuple[Restorer, str]:

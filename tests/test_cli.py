@@ -234,6 +234,7 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
         (("restore", "missing.png"), "missing.png"),
         (("restore", "missing.png", "--sigma", -1), "sigma is -1.0"),
         (("restore", "missing.png", "--kernel-size", 4), "kernel_size is 4"),
+        (("restore", "missing.png", "--noise", 0, "--padding-mode", "reflect"), "error: noise is 0; Tikhonov"),
         (("restore", "missing.png", "--checkpoint", "none.safetensors"), "not a whole checkpoint"),
         (("restore", "a.png", "b.png", "--out", "c.png"), "several images take a directory"),
         (("train", "nowhere"), "no image files"),
