@@ -75,8 +75,8 @@ class PublishedRun(Run):
     """A run of jfbfast train's in everything but its network and its end, which the clock decides.
 
     Args:
-        values, out, progress: as in `Run`; the directory may hold the run, which goes on then.
-        minutes: to train for, up to the next validation; validations included.
+        values, out: as in `Run`; where the directory holds the run, it goes on.
+        minutes: to train for, validations included, and on to the next one.
 
     Raises:
         ValueError: as in `Run`; another padding mode than zeros.
