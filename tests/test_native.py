@@ -238,7 +238,7 @@ def test_works_in_a_forked_child() -> None:
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+@pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_every_instruction_set(isa: str) -> None:
     """The narrower kernels too, in a process of their own; where this CPU lacks them, those that it has."""
     names = "zeros or circular or halves or norms or nan or anderson"

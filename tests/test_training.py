@@ -401,7 +401,8 @@ fit(task, Double(), steps=3, batch_size=4, accelerator="cpu", callbacks=[Gradien
 """
 
 
-@pytest.mark.parametrize("kind", ["one setting", pytest.param("ranges", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one setting", "ranges"])
 def test_processes_share_a_batch(tmp_path, kind):
     """The gradient of Lightning's own step on two gloo processes is that of one with the whole batch."""
     alone, shared = ([str(tmp_path / name), kind] for name in ("one", "two"))

@@ -133,7 +133,7 @@ def test_nothing_is_written_or_read_outside(channels: tuple[int, int]) -> None:
     assert (out[:64] == 7).all() and (out[-64:] == 7).all()
 
 
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+@pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_every_instruction_set(isa: str) -> None:
     """The narrower kernels too, in a process of their own; where this CPU lacks them, those that it has."""
     names = "float64 or neighbours or misread or threads or nan_stays or outside or thread_count"

@@ -127,7 +127,8 @@ def solve_fixed_point(
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
-    if method.needs == "inverse" and not getattr(solver, "estimates_inverse", True):
+    estimating = method.needs == "inverse" and torch.is_grad_enabled()
+    if estimating and not getattr(solver, "estimates_inverse", True):
         raise ValueError(
             f"gradient is {method}; it takes a solver with a history, Anderson or Broyden, and solver is {solver}"
         )
@@ -138,7 +139,6 @@ def solve_fixed_point(
         raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
     if traced.module is not None:
         step_spectral_norms(traced.module)
-    estimating = method.needs == "inverse" and torch.is_grad_enabled()
     if isinstance(method, Unrolled):
         out, solution = unroll(traced, method, x0, inputs, solver)
         if (solution.status == Status.DIVERGED).any():
