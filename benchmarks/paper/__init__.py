@@ -32,7 +32,7 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
         ImageError: a photograph that cannot be used.
     """
     from . import figure1, figure2, page, table1, table2
-    from .study import Study, free_photographs, measurement
+    from .study import Study, free_photographs, load_networks, measurement
 
     for part in parts:
         if part not in PARTS:
@@ -42,11 +42,11 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
     if plan.data is None and parts != ("figure2",):
         plan = replace(plan, data=free_photographs(out / "photographs", plan.resize))
         console.print("No directory of photographs is given; taking three of scikit-image's.", highlight=False)
-    if parts != ("figure2",):
-        setting = measurement(plan)
+    study = Study(plan, console) if {"table1", "table2"} & set(parts) else None
+    if "figure1" in parts:
+        setting = measurement(plan, load_networks(plan)) if study is None else study.setting
         plan = replace(plan, **{name: getattr(setting, name) for name in SETTING})
     sections = []
-    study = Study(plan, console) if {"table1", "table2"} & set(parts) else None
     for part in parts:
         console.rule(part)
         if part == "figure1":

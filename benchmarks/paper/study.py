@@ -77,10 +77,17 @@ def free_photographs(directory: Path, size: int | None) -> Path:
     return directory
 
 
-def measurement(plan: Plan) -> ModelConfig:
+Networks = dict[str, tuple[nn.Module, ModelConfig]]
+
+
+def load_networks(plan: Plan) -> Networks:
+    """The plan's networks by their roles; raises ValueError for a role that is none, or takes another network."""
+    return {role: _network(role, given) for role, given in plan.checkpoints.items()}
+
+
+def measurement(plan: Plan, networks: Networks) -> ModelConfig:
     """The measurements of every part: as the plan says, or else as ours, or the paper's, or the first network's."""
-    roles = dict.fromkeys(name for name in ("ours", "paper", *plan.checkpoints) if name in plan.checkpoints)
-    configs = [_network(name, plan.checkpoints[name])[1] for name in roles]
+    configs = [networks[role][1] for role in ("ours", "paper", *networks) if role in networks]
     given = {name: getattr(plan, name) for name in SETTING}
     return measurement_setting(given, [config for config in configs if config.form != "denoiser"])
 
@@ -101,8 +108,8 @@ class Study:
         self.plan, self.console = plan, console
         say = partial(console.print, highlight=False, markup=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        networks = {name: _network(name, given) for name, given in plan.checkpoints.items()}
-        self.setting = measurement(plan)
+        networks = load_networks(plan)
+        self.setting = measurement(plan, networks)
         self.blur = self.setting.blur()
 
         self.missing: dict[str, str] = {}
