@@ -33,9 +33,9 @@ void check_memory(std::size_t count) {
     if (count > kMaxMemory) throw py::value_error("memory: got more than 64 pairs");
 }
 
-// A block of the pool, and the shape that its tensor refers to.
+// A block of the pool, and the shape and strides that its tensor refers to.
 struct Block : dlpack::ManagedTensor {
-    std::vector<std::int64_t> shape;
+    std::vector<std::int64_t> shape, strides;
     std::size_t bytes;
 };
 
@@ -45,15 +45,16 @@ void release_block(dlpack::ManagedTensor* tensor) {
     delete block;
 }
 
-// An uninitialised contiguous tensor, as a DLPack capsule.
-py::capsule empty(const std::vector<std::int64_t>& shape, DType dtype) {
+// An uninitialised dense tensor of these strides, as a DLPack capsule. Strides given here, and not by a permutation in
+// torch, make it no view: autograd forbids writing in place over a view that a custom function returns.
+py::capsule empty(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides, DType dtype) {
     const int size = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
     const std::uint8_t code = dtype == DType::kBFloat16 ? 4 : 2;
-    Block* const block = new Block{{}, shape, std::size_t(size)};
+    Block* const block = new Block{{}, shape, strides, std::size_t(size)};
     for (std::int64_t n : shape) block->bytes *= std::size_t(n);
     block->deleter = release_block;
     block->tensor = {take_memory(block->bytes), {1, 0}, int(shape.size()), {code, std::uint8_t(8 * size), 1},
-                     block->shape.data(), nullptr, 0};
+                     block->shape.data(), block->strides.data(), 0};
     return py::capsule(static_cast<dlpack::ManagedTensor*>(block), "dltensor", [](PyObject* capsule) {
         if (PyCapsule_IsValid(capsule, "dltensor"))  // nobody took it over
             release_block(static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));

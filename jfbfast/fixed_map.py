@@ -4,7 +4,8 @@ During a solve, and in the layer that carries the gradient, a network in train()
 running statistics of its batch norms (batch statistics would couple the samples), applies no
 dropout, and keeps its spectral-norm weights. What a training forward changes is done here, once:
 one power iteration before the solve, one update of the running statistics at the fixed point.
-A batch norm with track_running_stats=False couples the samples all the same: eval() leaves it no
+A step never writes over a buffer but puts a new tensor in its place, since an earlier forward's graph may need
+the old one. A batch norm with track_running_stats=False couples the samples all the same: eval() leaves it no
 statistics but the batch's.
 """
 
@@ -12,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from threading import Lock
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -62,9 +63,17 @@ def set_aside(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def fixed_map(module: nn.Module | None) -> Iterator[None]:
-    """``module`` in eval() within; its modules' own modes come back after."""
-    modules = () if module is None else module.modules()
-    with set_aside((m for m in modules if hasattr(m, "training")), "training", False):  # torch.jit.freeze takes it away
+    """``module`` in eval() within; its modules' own modes come back after.
+
+    An instance norm in train() goes on normalising by each sample's own statistics, which couple no samples.
+    """
+    modules = () if module is None else tuple(module.modules())
+    instance_norms = [m for m in modules if isinstance(m, _InstanceNorm) and m.training and m.track_running_stats]
+    with ExitStack() as stack:
+        for name, value in (("track_running_stats", False), ("running_mean", None), ("running_var", None)):
+            stack.enter_context(set_aside(instance_norms, name, value))
+        with_modes = [m for m in modules if hasattr(m, "training")]  # torch.jit.freeze takes it away
+        stack.enter_context(set_aside(with_modes, "training", False))
         yield
 
 
@@ -93,81 +102,119 @@ def materialised_weights(module: nn.Module | None) -> Iterator[None]:
             conv.release()
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def step_spectral_norms(module: nn.Module) -> None:
     """One power iteration of every spectral norm in train(): ours, torch's hook and its parametrisation."""
-    with torch.no_grad():
-        for m in module.modules():
-            if isinstance(m, SpectralNormConv2d) and m.training:
-                m.power_iteration()
-            for hook in m._forward_pre_hooks.values():
-                if isinstance(hook, SpectralNorm) and m.training:
-                    hook(m, ())
-            if parametrize.is_parametrized(m):
-                assert isinstance(m.parametrizations, nn.ModuleDict)
-                for name, parametrizations in m.parametrizations.items():
-                    if any(type(p).__name__ == "_SpectralNorm" and p.training for p in parametrizations.children()):
-                        getattr(m, name)  # evaluating it in train() is what steps it
+    for m in module.modules():
+        if not getattr(m, "training", False):
+            continue
+        for name in _singular_vectors(m):
+            m._buffers[name] = m._buffers[name].clone()  # type: ignore[union-attr]
+        if isinstance(m, SpectralNormConv2d):
+            m.power_iteration()
+        for hook in _spectral_norm_hooks(m):
+            hook(m, ())
+    for m in module.modules():
+        if parametrize.is_parametrized(m):
+            assert isinstance(m.parametrizations, nn.ModuleDict)
+            for name, parametrizations in m.parametrizations.items():
+                if any(_is_spectral_norm(p) and p.training for p in parametrizations.children()):
+                    getattr(m, name)  # evaluating it in train() is what steps it
 
 
-def _update_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor, x: Tensor) -> None:
-    """What a training forward of ``norm`` on x does to its running statistics, written to mean and var."""
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked += 1
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    F.batch_norm(x.detach(), mean, var, training=True, momentum=momentum)
+def _spectral_norm_hooks(module: nn.Module) -> list[SpectralNorm]:
+    """Those of `torch.nn.utils.spectral_norm`."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
 
 
-class RunningStatistics:
-    """The running statistics of a module's batch norms in train(), as they are now: a trace normalises by them.
+def _is_spectral_norm(module: nn.Module) -> bool:
+    """That of `torch.nn.utils.parametrizations`."""
+    return type(module).__name__ == "_SpectralNorm"
 
-    So does whatever backward evaluates again (`torch.utils.checkpoint`), after a training forward has moved on.
+
+def _singular_vectors(module: nn.Module) -> list[str]:
+    """The buffers that a power iteration of a module writes over."""
+    if isinstance(module, SpectralNormConv2d):
+        return ["u", "v"]
+    if _is_spectral_norm(module):
+        return ["_u", "_v"]
+    return [f"{hook.name}_{vector}" for hook in _spectral_norm_hooks(module) for vector in "uv"]
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    """A norm of torch's or of anyone's, with buffers that are called running_… as everywhere."""
+    if module._modules or isinstance(module, torch.jit.ScriptModule):
+        return False
+    return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
+
+
+class TrainingState:
+    """What a training forward changes in a module, as it is now: running statistics and power iterations.
+
+    Backward may evaluate parts of the layer again (`torch.utils.checkpoint`) after a later forward has moved on.
+
+    Raises:
+        ValueError: a SyncBatchNorm in train() in a group of several processes.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        modules = () if module is None else module.modules()
-        norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        self.kept = [(norm, _copy(norm.running_mean), _copy(norm.running_var)) for norm in norms]
+        modules = [] if module is None else [m for m in module.modules() if getattr(m, "training", False)]
+        self.norms = [m for m in modules if _has_running_statistics(m)]
+        self.kept = [(m, name, m._buffers[name]) for m in modules for name in _singular_vectors(m)]
+        self.kept += [(m, name, buffer) for m in self.norms for name, buffer in m._buffers.items()]
+        if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:
+            raise ValueError(
+                "layer has a SyncBatchNorm in train() among several processes, which would wait for one whose samples "
+                "all diverged; it takes BatchNorm2d, whose statistics DistributedDataParallel keeps equal"
+            )
+
+    def restore(self) -> None:
+        """Undo what has changed since."""
+        for module, name, buffer in self.kept:
+            module._buffers[name] = buffer
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Within, the batch norms normalise by these, which no update changes."""
-        with ExitStack() as stack:
-            for norm, mean, var in self.kept:
-                stack.callback(setattr, norm, "running_mean", norm.running_mean)
-                stack.callback(setattr, norm, "running_var", norm.running_var)
-                norm.running_mean, norm.running_var = mean, var
+        """Within, the module has this state."""
+        now = [(module, name, module._buffers[name]) for module, name, _ in self.kept]
+        self.restore()
+        try:
             yield
+        finally:
+            for module, name, buffer in now:
+                module._buffers[name] = buffer
 
     @contextmanager
     def updated(self) -> Iterator[None]:
-        """Within one evaluation of the layer, every batch norm updates its own, while it normalises by these."""
-        with ExitStack() as stack:
-            for norm, _, _ in self.kept:
-                mean, var = norm.running_mean, norm.running_var
+        """`used` for one evaluation of the layer, which updates the running statistics.
 
-                def hook(norm: nn.Module, args: Any, kwargs: Any, mean: Any = mean, var: Any = var) -> None:
-                    with torch.no_grad():
-                        assert isinstance(norm, _BatchNorm)
-                        _update_statistics(norm, mean, var, args[0] if args else kwargs["input"])
+        Each norm's own forward in train(), whatever its class, does that in a copy of the norm.
+        """
+        copies = [_with_own_buffers(norm) for norm in self.norms]
+        with self.used(), ExitStack() as stack:
+            for norm, own in zip(self.norms, copies, strict=True):
 
-                stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(self.used())
+                @torch.inference_mode(False)
+                @torch.no_grad()
+                def update(norm: nn.Module, args: Any, kwargs: Any, own: nn.Module = own) -> None:
+                    type(norm).forward(own, *args, **kwargs)
+
+                stack.callback(norm.register_forward_pre_hook(update, with_kwargs=True).remove)
             yield
+        for norm, own in zip(self.norms, copies, strict=True):
+            norm._buffers.update(own._buffers)
 
 
-def _copy(statistics: Tensor | None) -> Tensor:
-    assert statistics is not None
-    return statistics.clone()
+@torch.inference_mode(False)
+@torch.no_grad()
+def _with_own_buffers(norm: nn.Module) -> nn.Module:
+    """A copy that shares all but its buffers, in its mode of now."""
+    own = copy(norm)
+    own._buffers = {name: None if b is None else b.clone() for name, b in norm._buffers.items()}
+    return own
 
 
-class Buffers:
-    """A module's buffers as they are now, to undo what a trace changes in its running statistics."""
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.kept = [] if module is None else [(b, b.clone()) for b in module.buffers()]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for buffer, value in self.kept:
-            if not torch.equal(buffer, value):  # else an earlier graph may hold it as it is
-                buffer.copy_(value)
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1

@@ -105,14 +105,17 @@ def _bands(tables: Bands) -> tuple[tuple[int, int], tuple[int, int]]:
 _POOLED = 1 << 16  # bytes from which a fresh allocation costs more than asking the pool
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous result; a large one in memory that an earlier result had (csrc/pool.cpp).
+def _empty(
+    shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """An uninitialised result, never a view; a large one in memory that an earlier result had (csrc/pool.cpp).
 
     torch cannot `resize_` the storage of such a large one, which is not from its own allocator.
     """
     if math.prod(shape) * dtype.itemsize < _POOLED:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.utils.dlpack.from_dlpack(_module().empty(list(shape), _dtype(dtype)))
+        return torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
+    strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
+    return torch.utils.dlpack.from_dlpack(_module().empty(list(shape), list(strides), _dtype(dtype)))
 
 
 def blur(x: Tensor, bands: Bands) -> Tensor:
@@ -291,7 +294,7 @@ def conv3x3(
         _check("bias", bias, (out_channels,), torch.float32)
         bias = bias.contiguous()
     x, transformed = x.contiguous(memory_format=torch.channels_last), transformed.contiguous()
-    out = _empty((batch, height, width, out_channels), x.dtype).permute(0, 3, 1, 2)
+    out = _empty((batch, out_channels, height, width), x.dtype, torch.channels_last)
     if out.numel():
         _module().convolution(
             *(_address(t) for t in (x, transformed, bias, out)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.convergence import warn_unconverged
-from jfbfast.fixed_map import Buffers, step_spectral_norms
+from jfbfast.fixed_map import TrainingState, step_spectral_norms
 from jfbfast.gradients.methods import GradientMethod, Unrolled, gradient_method
 from jfbfast.gradients.solve import Solve, autocast_dtype
 from jfbfast.gradients.trace import TracedLayer
@@ -151,7 +151,7 @@ def solve_fixed_point(
     if solution.following is None or autocast_dtype(x0) is not None:
         out = _apply(traced, solution, solution.value, inputs)[0]
     else:
-        before = Buffers(traced.module)
+        before = TrainingState(traced.module)
         out, rows, pair = _apply(traced, solution, solution.following, inputs)
         solution, rejected = _measured(solution, rows, pair, solver)
         if rejected.any():

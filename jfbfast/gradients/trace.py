@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jfbfast.fixed_map import RunningStatistics, fixed_map, owner, set_aside
+from jfbfast.fixed_map import TrainingState, fixed_map, owner, set_aside
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.precision import precision_for
 from jfbfast.solvers import Layer
@@ -37,15 +37,15 @@ class _Applications:
     ) -> None:
         self.layer, self.module, self.inputs, self.noted = layer, module, inputs, noted
         self.tol, self.device = tol, device
-        self.statistics = RunningStatistics(module)
+        self.state = TrainingState(module)
         self.count = 0
         self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
 
     @contextmanager
     def still(self, noting: bool = False) -> Iterator[None]:
         """The layer held still as every application sees it, for backward too, which may evaluate parts of it again."""
-        statistics = self.statistics.updated() if noting else self.statistics.used()
-        with statistics, fixed_map(self.module), precision_for(self.tol, self.device):
+        state = self.state.updated() if noting else self.state.used()
+        with state, fixed_map(self.module), precision_for(self.tol, self.device):
             yield
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.convergence import warn_unconverged
-from jfbfast.fixed_map import Buffers
+from jfbfast.fixed_map import TrainingState
 from jfbfast.gradients.methods import Unrolled
 from jfbfast.gradients.trace import TracedLayer
 from jfbfast.reference import band_dtype
@@ -21,7 +21,7 @@ def unroll(
 
     Where one diverged, the running statistics are as they were before.
     """
-    before = Buffers(traced.module)
+    before = TrainingState(traced.module)
     out, ends = traced(x0, inputs)
     first_residual, first_size = norms(*ends[0])
     bound = DIVERGED_GROWTH * (first_residual + first_size)
