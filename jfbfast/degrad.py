@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from jfbfast import checks
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser, log_parameter
-from jfbfast.fixed_map import fixed_map, materialised_weights
-from jfbfast.gradients import GradientMethod, gradient_method, solve_fixed_point
+from jfbfast.gradients import JFB, GradientMethod, gradient_method, solve_fixed_point
+from jfbfast.gradients.solve import Solve
+from jfbfast.gradients.trace import TracedLayer
 from jfbfast.iterative import IterativeOperator, LinearOperator, gradient, gradient_step, linear_operator
 from jfbfast.operators import SeparableBlur
 from jfbfast.prepared import checked_solve_dtype
@@ -194,16 +196,21 @@ class DEGrad(nn.Module):
             raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
         if not len(d):
             return
-        before = self.averaging.clone()
+        before = self.averaging
         try:
-            self.averaging.fill_(torch.nan)  # of T itself
-            with fixed_map(self), materialised_weights(self):
-                found = self.solver.solve(self.layer, self.start(d) if x0 is None else x0, (d,))
+            self._set_averaging(torch.nan)  # of T itself
+            solve = Solve(TracedLayer(self.layer, (), JFB(), self.solver.tol), self.solver, None, compiled=False)
+            found = solve(self.start(d) if x0 is None else x0, (d,), estimate=False)
             estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
         except BaseException:
-            self.averaging.copy_(before)
+            self.averaging = before
             raise
-        self.averaging.fill_(estimate)
+        self._set_averaging(float(estimate))
+
+    @torch.inference_mode(False)
+    def _set_averaging(self, value: float) -> None:
+        """In a new tensor, since the graph of an earlier forward may hold the old one."""
+        self.averaging = torch.full_like(self.averaging, value)  # type: ignore[arg-type]
 
     @torch.compiler.disable
     def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
@@ -223,6 +230,8 @@ class DEGrad(nn.Module):
         """
         if not isinstance(d, Tensor):
             raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
+        if not isinstance(x0, (Tensor, NoneType)):
+            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
         self.solution = None
         separable = isinstance(self.blur, SeparableBlur)
         name, like = "d" if separable else "Aᵀd", d

@@ -36,6 +36,21 @@ def linear_operator(name: str, given: Any) -> Any:
     return given
 
 
+def holds_samples(module: nn.Module | None) -> bool:
+    """Whether a module has a linear operator that may hold something of each sample, such as a mask or a kernel.
+
+    Only a `SeparableBlur` is known to hold nothing; a layer with another operator is evaluated on the whole batch.
+    """
+    if module is None:
+        return False
+    parts = [part for m in module.modules() for part in (m, *vars(m).values()) if not isinstance(part, Tensor)]
+    return any(_is_operator(part) and not isinstance(part, SeparableBlur) for part in parts)
+
+
+def _is_operator(value: object) -> bool:
+    return callable(getattr(value, "adjoint", None)) or callable(getattr(value, "A_adjoint", None))
+
+
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
     """Aᵀ(A x − d) + r, in one pass over the images where A is a `SeparableBlur`."""
     if isinstance(operator, SeparableBlur):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,24 +12,52 @@ import torch
 _LEAST_TOL = 1e-3  # below it TF32, which rounds to 5e-4, keeps a layer from its fixed point
 
 _lock = threading.Lock()
-_held: dict[str, tuple[int, list[tuple[Any, str]]]] = {}  # by device: how many are within, what the first changed
+_held: dict[str, tuple[int, Callable[[], None]]] = {}  # by device: how many are within, and what undoes the first's
 
 
-def _to_ieee(device_type: str) -> list[tuple[Any, str]]:
-    """Set the products and convolutions to full precision; the settings that were changed, and what they were."""
+def _to_ieee(device_type: str) -> Callable[[], None]:
+    """Set the products and convolutions to full precision; return what undoes it.
+
+    torch raises where its older settings (``allow_tf32``, `torch.set_float32_matmul_precision`) are read or changed
+    while they contradict the newer ones (``fp32_precision``), so both are set.
+    """
     backends: Any = torch.backends
-    if device_type == "cuda":
-        parent, settings = backends.cudnn, (backends.cuda.matmul, backends.cudnn.conv)
-    else:
-        parent, settings = backends.mkldnn, (backends.mkldnn.matmul, backends.mkldnn.conv)
-    changed = []
-    for setting in settings:
-        precision = setting.fp32_precision
-        if precision != "ieee":
-            inherited = precision == parent.fp32_precision  # and is to go on following it
-            changed.append((setting, "none" if inherited else precision))
+    cpu, cuda = backends.mkldnn, backends.cudnn
+    settings = [(cpu.matmul, cpu), (backends.cuda.matmul, cuda)]  # set_float32_matmul_precision is of both
+    parent = cuda if device_type == "cuda" else cpu
+    settings += [(parent.conv, parent), (parent.rnn, parent)]
+    kept = []
+    for setting, above in settings:
+        inherited = setting.fp32_precision == above.fp32_precision  # and is to go on following it
+        kept.append((setting, "none" if inherited else setting.fp32_precision))
+    matmul = _readable(torch.get_float32_matmul_precision)
+    convolutions = parent is cuda and _readable(lambda: cuda.allow_tf32)
+    reduced = matmul not in (None, "highest")
+    if reduced:
+        torch.set_float32_matmul_precision("highest")
+    if convolutions:
+        cuda.allow_tf32 = False
+    for setting, above in settings:
+        if above is parent and setting.fp32_precision != "ieee":
             setting.fp32_precision = "ieee"
-    return changed
+
+    def undo() -> None:
+        if reduced:
+            torch.set_float32_matmul_precision(matmul)
+        if convolutions:
+            cuda.allow_tf32 = True
+        for setting, precision in kept:
+            setting.fp32_precision = precision
+
+    return undo
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    """What one of torch's older settings is; None where the caller's settings contradict each other already."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 @contextmanager
@@ -39,18 +67,17 @@ def ieee(device: torch.device) -> Iterator[None]:
     torch's settings are the process's. Of several threads the last to leave restores them.
     """
     with _lock:
-        within, changed = _held.get(device.type) or (0, _to_ieee(device.type))
-        _held[device.type] = within + 1, changed
+        within, undo = _held.get(device.type) or (0, _to_ieee(device.type))
+        _held[device.type] = within + 1, undo
     try:
         yield
     finally:
         with _lock:
-            within, changed = _held.pop(device.type)
+            within, undo = _held.pop(device.type)
             if within > 1:
-                _held[device.type] = within - 1, changed
+                _held[device.type] = within - 1, undo
             else:
-                for setting, precision in changed:
-                    setting.fp32_precision = precision
+                undo()
 
 
 @contextmanager

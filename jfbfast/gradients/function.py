@@ -19,10 +19,11 @@ from jfbfast.solvers.base import check_batch, checked_solver
 from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
 
 
-def _warn(solution: FixedPointSolution, solver: FixedPointSolver) -> None:
+def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: Tensor) -> None:
     status = solution.status
     diverged, late = (int((status == s).sum()) for s in (Status.DIVERGED, Status.MAX_ITER))
-    if diverged or (late and solver.tol > 0):
+    told = int(contradicted.sum())
+    if diverged or (late and solver.tol > 0) or told:
         dtype = solution.value.dtype
         beyond = late and 0 < solver.tol < torch.finfo(dtype).eps
         warn_unconverged(
@@ -30,6 +31,12 @@ def _warn(solution: FixedPointSolution, solver: FixedPointSolver) -> None:
             f"{int(solution.iterations.max())} evaluations ({diverged} diverged; "
             f"largest residual {float(solution.residual.max()):.1e})"
             + (f"; tol is below the rounding of {dtype}" if beyond else "")
+            + (
+                f"; {told} of them had less in the solve than in the layer's last application, to the whole batch: the "
+                "layer couples the samples of a batch, or is not the same map at each evaluation"
+                if told
+                else ""
+            )
         )
 
 
@@ -46,6 +53,11 @@ def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], T
     return estimate.transpose if len(rows) == len(solution.value) else of_rows
 
 
+def _without(samples: Tensor, value: Tensor) -> Tensor:
+    """Zero for these samples, bool (B,), in a tensor (B, …); they get no gradient."""
+    return value.masked_fill(samples.view(-1, *[1] * (value.dim() - 1)), 0)
+
+
 def _apply(
     traced: TracedLayer, solution: FixedPointSolution, points: Tensor, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -60,19 +72,21 @@ def _apply(
         value = solution.value
         return value.index_put((none,), traced.nothing(value, inputs)), none, (value[none], value[none])
     rows, everything = torch.arange(len(usable), device=usable.device), bool(usable.all())
-    if not everything and inputs:
+    whole = everything or traced.whole_batch or not inputs
+    if not whole:
         rows = rows[usable]
         points, inputs = points[rows], tuple(i[rows] for i in inputs)
-    elif not everything:  # the layer captured its data, so the whole batch must stay
-        points = points.nan_to_num()
+    elif not everything:
+        points, inputs = points.nan_to_num(), tuple(_without(~usable, i) for i in inputs)
     inverse = None if solution.inverse is None else _inverse(solution, rows)
     out, ends = traced(points, inputs, inverse)
     if everything:
         return out, rows, ends[0]
-    if not inputs:
+    if whole:
         if out.requires_grad and not out[~usable].isfinite().all():
+            holder = "layer holds data" if inputs else "inputs is empty, and the layer captured data"
             raise ValueError(
-                f"inputs is empty, and the layer captured data of which {int((~usable).sum())} samples are not finite; "
+                f"{holder} of which {int((~usable).sum())} samples are not finite; "
                 "what each sample owns must be in inputs for it to be kept out of the gradient"
             )
         out = out[usable]
@@ -102,6 +116,27 @@ def _measured(
         residual=torch.where(moved, relative, known),
         status=status.masked_fill(moved & held, Status.CONVERGED),
     ), rejected
+
+
+def _checked(
+    solution: FixedPointSolution, rows: Tensor, pair: tuple[Tensor, Tensor], solver: FixedPointSolver
+) -> tuple[FixedPointSolution, Tensor]:
+    """Hold what the solve claims of these rows against (x, T(x)) at their values; also return who fails, (B,).
+
+    The residual of those is the one found here. Twice the claim and some rounding are allowed, since the solve
+    evaluates a prepared form of the layer.
+    """
+    residual, size = norms(*pair)
+    relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
+    claimed, status = solution.residual[rows], solution.status[rows]
+    rounding = 4 * torch.finfo(autocast_dtype(pair[0]) or pair[0].dtype).eps
+    allowed = 2 * claimed.clamp_min(solver.tol) + rounding + (2 * solver.atol / size.clamp_min(TINY)).to(relative.dtype)
+    contradicted = (status != Status.DIVERGED) & ~(relative <= allowed)
+    return solution.replaced(
+        rows,
+        residual=torch.where(contradicted, relative, claimed),
+        status=status.masked_fill(contradicted, Status.MAX_ITER),
+    ), torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), contradicted)
 
 
 @torch.compiler.disable
@@ -148,17 +183,20 @@ def solve_fixed_point(
     solution = solve(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
         solution = solution._replace(following=solution.value)
-    if solution.following is None or autocast_dtype(x0) is not None:
-        out = _apply(traced, solution, solution.value, inputs)[0]
-    else:
-        before = TrainingState(traced.module)
-        out, rows, pair = _apply(traced, solution, solution.following, inputs)
+    following = None if autocast_dtype(x0) is not None else solution.following
+    before = TrainingState(traced.module)
+    out, rows, pair = _apply(traced, solution, solution.value if following is None else following, inputs)
+    rejected = None
+    if following is not None:
         solution, rejected = _measured(solution, rows, pair, solver)
         if rejected.any():
             before.restore()
             solution = solve.finish(solution, rejected, inputs)
-            out = _apply(traced, solution, solution.value, inputs)[0]
-    _warn(solution, solver)
+            out, rows, pair = _apply(traced, solution, solution.value, inputs)
+    contradicted = torch.zeros_like(solution.status, dtype=torch.bool)
+    if rejected is None or rejected.any():
+        solution, contradicted = _checked(solution, rows, pair, solver)
+    _warn(solution, solver, contradicted)
     return out, solution._replace(inverse=None, following=None)  # the backward alone holds the estimate
 
 

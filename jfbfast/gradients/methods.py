@@ -51,6 +51,11 @@ class GradientMethod:
 
     needs: ClassVar[Literal["products", "inverse"] | None] = "products"
 
+    @property
+    def differentiates_in_x(self) -> bool:
+        """Whether the gradient goes through ∂T/∂x, by products or through several applications."""
+        return self.needs == "products" or type(self).trace is not GradientMethod.trace
+
     def trace(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The output, whose graph backward differentiates; from the fixed point x, T(x)."""
         return layer(x)

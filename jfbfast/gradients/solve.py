@@ -30,15 +30,15 @@ class Solve:
         """The solution; what low precision found is measured in full by the application that follows, if that is."""
         solver, autocast = self.solver, autocast_dtype(x0)
         dtype = self.solve_dtype or autocast
-        inputs = tuple(i.detach() for i in inputs)
+        given, captured = self._shared(inputs)
         with self._still(x0):
-            coarse = None if dtype is None else self._prepared(dtype)
+            coarse = None if dtype is None else self._prepared(dtype, captured)
             if coarse is not None and solver.tol == 0 and self.solve_dtype is None:
-                return solver.solve(coarse, x0, inputs, estimate=estimate)  # whose evaluations the caller counts
-            late = cache(partial(self._prepared, None))  # at its first evaluation, which may never come
+                return solver.solve(coarse, x0, given, estimate=estimate)  # whose evaluations the caller counts
+            late = cache(partial(self._prepared, None, captured))  # at its first evaluation, which may never come
             verify = self.solve_dtype is not None and autocast is not None
             return solver.solve(
-                lambda *arguments: late()(*arguments), x0, inputs, coarse=coarse, verify=verify, estimate=estimate
+                lambda *arguments: late()(*arguments), x0, given, coarse=coarse, verify=verify, estimate=estimate
             )
 
     def finish(self, solution: FixedPointSolution, rejected: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
@@ -48,15 +48,16 @@ class Solve:
             return solution
         assert solution.following is not None
         rows = unmeasured.nonzero()[:, 0]
-        some: Any = rows if inputs else slice(None)
+        given, captured = self._shared(inputs)
+        some: Any = rows if given else slice(None)
         spent = solution.iterations[rows]
         solver = self.solver
         if isinstance(solver, FixedPointSolver):
             solver = replace(solver, max_iter=solver.max_iter - int(spent.max()))
         with self._still(solution.value):
-            given = tuple(i.detach()[some] for i in inputs)
-            found = solver.solve(self._prepared(None), solution.following[some], given)
-        own = slice(None) if inputs else rows
+            layer, left = self._prepared(None, captured), tuple(i[some] for i in given)
+            found = solver.solve(layer, solution.following[some], left)
+        own = slice(None) if given else rows
         return solution.replaced(
             rows,
             value=found.value[own],
@@ -65,8 +66,14 @@ class Solve:
             status=found.status[own],
         )
 
-    def _prepared(self, dtype: torch.dtype | None) -> Layer:
-        return prepared(self.traced.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
+    def _shared(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The inputs to hand to the solver, of which samples take their slices along, and those to capture whole."""
+        inputs = tuple(i.detach() for i in inputs)
+        return ((), inputs) if self.traced.whole_batch else (inputs, ())
+
+    def _prepared(self, dtype: torch.dtype | None, captured: tuple[Tensor, ...]) -> Layer:
+        layer = prepared(self.traced.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
+        return (lambda x: layer(x, *captured)) if captured else layer
 
     @contextmanager
     def _still(self, x: Tensor) -> Iterator[None]:

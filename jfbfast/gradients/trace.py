@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jfbfast.fixed_map import TrainingState, fixed_map, owner, set_aside
 from jfbfast.gradients.methods import GradientMethod, Jacobian, Unrolled
+from jfbfast.iterative import holds_samples
 from jfbfast.precision import precision_for
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluated
@@ -21,7 +22,7 @@ class _Applications:
     """x ↦ T(x; inputs) for a method's trace: a fixed map whose batch norms take note of one application.
 
     Args:
-        noted: the number of the application, from 0, at which running statistics are updated.
+        noted: the number of the application, from 0, at which running statistics are updated; None for none.
         tol: the relative residual for which it is to be good enough.
         device: of x.
     """
@@ -31,7 +32,7 @@ class _Applications:
         layer: Layer,
         module: nn.Module | None,
         inputs: tuple[Tensor, ...],
-        noted: int,
+        noted: int | None,
         tol: float,
         device: torch.device,
     ) -> None:
@@ -106,22 +107,39 @@ class _FixedPointFunction(torch.autograd.Function):
         return (None, None, *found)
 
 
-def _raise_for_captured(out: Tensor, known: Iterable[Tensor]) -> None:
-    """Raise where the trace reaches a leaf that asks for a gradient and would get none."""
-    stack, seen = [out.grad_fn], {t.grad_fn for t in known if t.grad_fn is not None}
-    leaves = {id(t) for t in known}
+def _strangers(out: Tensor, known: Iterable[Tensor], since: int) -> dict[Tensor, bool]:
+    """The leaves that a trace reaches and that get no gradient, as they are not ``known``.
+
+    Args:
+        out: the trace's output.
+        known: the tensors that get one.
+        since: the `_sequence_number` at which the trace began.
+
+    Returns:
+        For each whether it is reached through a graph from before the trace.
+    """
+    known = tuple(known)
+    leaves, ends = {id(t) for t in known}, {t.grad_fn for t in known if t.grad_fn is not None}
+    found: dict[Tensor, bool] = {}
+    stack, seen = [(out.grad_fn, False)], set()
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
+        node, before = stack.pop()
+        if node is None or node in ends or (node, before) in seen:
             continue
-        seen.add(node)
+        seen.add((node, before))
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in leaves:
-            raise ValueError(
-                f"layer uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and would get none; "
-                "name such tensors in parameters=, or pass a module or a module's method as layer"
-            )
-        stack.extend(next_node for next_node, _ in node.next_functions)
+        if leaf is None:
+            before = before or node._sequence_nr() < since
+            stack.extend((following, before) for following, _ in node.next_functions)
+        elif id(leaf) not in leaves:
+            found[leaf] = before or found.get(leaf, False)
+    return found
+
+
+def _sequence_number() -> int:
+    """Autograd's count of the graph nodes that this thread has made."""
+    node: Any = torch.empty(0, requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())
 
 
 class TracedLayer:
@@ -140,6 +158,7 @@ class TracedLayer:
             if not isinstance(parameter, Tensor):
                 raise TypeError(f"parameters has a {type(parameter).__name__}; it takes an iterable of tensors")
         self.parameters = tuple(p for p in parameters if p.requires_grad)
+        self.whole_batch = holds_samples(self.module)
 
     def __call__(
         self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None
@@ -149,14 +168,49 @@ class TracedLayer:
         x = x.detach().requires_grad_(differentiable and method.needs == "products")
         copies = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
         noted = method.steps - 1 if isinstance(method, Unrolled) else 0
-        applications = _Applications(self.layer, self.module, copies, noted, self.tol, x.device)
+        applications = self._applications(x, copies, noted)
+        since = _sequence_number() if differentiable else 0
         out = method.trace(applications, x)
         if differentiable:
-            if not self.named:
-                _raise_for_captured(out, (x, *copies, *self.parameters))
+            strangers = _strangers(out, (x, *copies, *self.parameters), since)
+            if strangers:
+                self._check(strangers, x, copies)
             trace = _Trace(out, Jacobian(x, out, inverse), copies, self.parameters, applications)
             out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
         return out, applications.ends
+
+    def _applications(self, x: Tensor, inputs: tuple[Tensor, ...], noted: int | None) -> _Applications:
+        return _Applications(self.layer, self.module, inputs, noted, self.tol, x.device)
+
+    def _check(self, strangers: dict[Tensor, bool], x: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        """Raise ValueError for a leaf that would silently get no gradient.
+
+        A leaf that was there before the layer was called is one, unless ``parameters`` was given and it is used as it
+        is, which leaves it out on purpose. A leaf that the layer made by ``detach`` is none for a method that takes
+        no derivative in x.
+        """
+        for leaf, before in strangers.items():
+            if before:
+                raise ValueError(
+                    f"layer uses a tensor computed before from one of shape {tuple(leaf.shape)} that requires a "
+                    "gradient and would get none; pass it in inputs=, or name the latter in parameters="
+                )
+        if self.named:
+            return
+        some = slice(None) if self.whole_batch else slice(1)
+        x, inputs = x[some].detach(), tuple(i[some].detach() for i in inputs)
+        again = _strangers(self._applications(x, inputs, None)(x), (x, *inputs, *self.parameters), 0)
+        for leaf in strangers:
+            if leaf in again:
+                raise ValueError(
+                    f"layer uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and would get none; "
+                    "name such tensors in parameters=, or pass a module or a module's method as layer"
+                )
+        if self.method.differentiates_in_x:
+            raise ValueError(
+                f"layer cuts its graph between x and its output, by detach, and gradient is {self.method}, which "
+                "takes the derivative in x; it takes 'jfb'"
+            )
 
     def nothing(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """An output for no samples of x, (0, …): its gradient in every input and parameter is zero."""
