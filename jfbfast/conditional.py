@@ -195,3 +195,6 @@ class ConditionalDEGrad(DEGrad):
         """(1 + λ)P Aᵀd: P Aᵀd at d's brightness, which a large λ takes from it."""
         assert self.damping is not None
         return ((1 + self.damping) * super().start(d)).to(d.dtype)
+
+    def _trained_for(self) -> str:
+        return f"a GaussianBlur of {self.blur.kernel_size} pixels with padding_mode={self.blur.padding_mode!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
@@ -14,7 +15,15 @@ from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser, log_parameter
 from jfbfast.gradients import JFB, GradientMethod, gradient_method, solve_fixed_point
 from jfbfast.gradients.solve import Solve
 from jfbfast.gradients.trace import TracedLayer
-from jfbfast.iterative import IterativeOperator, LinearOperator, gradient, gradient_step, linear_operator
+from jfbfast.iterative import (
+    IterativeOperator,
+    LinearOperator,
+    described,
+    fixed_buffers,
+    gradient,
+    gradient_step,
+    linear_operator,
+)
 from jfbfast.operators import SeparableBlur
 from jfbfast.prepared import checked_solve_dtype
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
@@ -37,9 +46,10 @@ class DEGrad(nn.Module):
 
     Args:
         blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (its ``A`` and
-            ``A_adjoint``). Samples leave the batch as they converge, so it can hold nothing of one's own. One
-            without the ``solve`` (preconditioner, injection) or ``filter`` that the layer uses gets both of an
-            `IterativeOperator`.
+            ``A_adjoint``). It may hold a mask or a kernel of each sample: with an operator other than a
+            `SeparableBlur`, converged samples stay in the batch. One without the ``solve`` (preconditioner,
+            injection) or ``filter`` that the layer uses gets both of an `IterativeOperator`. Its buffers are not
+            in the model's ``state_dict``, which tells what A is: loading it into a model with another A warns.
         regularizer: R, images to images of the same shape; a denoiser D goes in a `RED`.
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
@@ -116,6 +126,8 @@ class DEGrad(nn.Module):
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
         self.log_damping = None if damping is None else log_parameter("damping", damping)
         self.solution = None
+        self.register_state_dict_post_hook(_record_operator)
+        self.register_load_state_dict_pre_hook(_keep_operator)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
@@ -283,3 +295,22 @@ class DEGrad(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "solution": None}
+
+    def _trained_for(self) -> str:
+        """The operator that the weights are for."""
+        return described(self.blur)
+
+
+def _record_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Keep the buffers of A out of a state_dict, since they are no weights, and tell in its metadata what A is."""
+    for name in fixed_buffers(model.blur):
+        state.pop(f"{prefix}blur.{name}", None)
+    metadata["operator"] = model._trained_for()
+
+
+def _keep_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Have A keep its buffers whatever the state_dict has, and warn where the weights were trained for another A."""
+    state.update({f"{prefix}blur.{name}": buffer for name, buffer in fixed_buffers(model.blur).items()})
+    own, theirs = model._trained_for(), metadata.get("operator")
+    if theirs not in (None, own):
+        warnings.warn(f"the weights are of a model for {theirs}; they go into one for {own}", stacklevel=2)

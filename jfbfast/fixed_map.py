@@ -142,7 +142,7 @@ def _singular_vectors(module: nn.Module) -> list[str]:
     return [f"{hook.name}_{vector}" for hook in _spectral_norm_hooks(module) for vector in "uv"]
 
 
-def _has_running_statistics(module: nn.Module) -> bool:
+def has_running_statistics(module: nn.Module) -> bool:
     """A norm of torch's or of anyone's, with buffers that are called running_… as everywhere."""
     if module._modules or isinstance(module, torch.jit.ScriptModule):
         return False
@@ -160,7 +160,7 @@ class TrainingState:
 
     def __init__(self, module: nn.Module | None) -> None:
         modules = [] if module is None else [m for m in module.modules() if getattr(m, "training", False)]
-        self.norms = [m for m in modules if _has_running_statistics(m)]
+        self.norms = [m for m in modules if has_running_statistics(m)]
         self.kept = [(m, name, m._buffers[name]) for m in modules for name in _singular_vectors(m)]
         self.kept += [(m, name, buffer) for m in self.norms for name, buffer in m._buffers.items()]
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:

@@ -11,12 +11,14 @@ twin computes it is decided at each call, by `kernels_for`. The convolution's op
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from jfbfast import inverse, reference
 from jfbfast.backends import DTYPES, check_reverse_mode, kernels_for
@@ -227,3 +229,22 @@ def _solve_vmap(info: Any, dims: Any, b: Tensor, damping: Tensor, *filters: Any)
         damping = damping.movedim(dims[1], 0)
         damping = damping.reshape(len(damping), *[1] * (b.dim() - damping.dim()), *damping.shape[1:])
     return solve(b, damping, *filters), 0
+
+
+def _blur_flops(x: Sequence[int], taps_y: Filter, taps_x: Filter, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * (len(taps_y) + len(taps_x))
+
+
+def _gradient_flops(x: Sequence[int], d: Any, r: Any, *filters: Any, **__: Any) -> int:
+    """Of A and Aᵀ; ``filters`` may come behind a step size."""
+    return 2 * _blur_flops(x, *filters[-3:])
+
+
+def _solve_flops(b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the four products with singular vectors."""
+    return 4 * math.prod(b) * (b[-2] + b[-1])
+
+
+register_flop_formula(blur)(_blur_flops)
+register_flop_formula([gradient, gradient_step])(_gradient_flops)
+register_flop_formula(solve)(_solve_flops)

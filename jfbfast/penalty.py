@@ -9,8 +9,9 @@ from torch import Tensor
 from jfbfast import checks
 from jfbfast.degrad import DEGrad
 from jfbfast.fixed_map import fixed_map, owner
+from jfbfast.iterative import holds_samples
 from jfbfast.operators import SeparableBlur
-from jfbfast.reference import flat
+from jfbfast.reference import flat, per_sample
 from jfbfast.solvers import Layer, Status
 
 
@@ -59,7 +60,7 @@ def jacobian_penalty(
     checks.integer("iterations", iterations, 0)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("jacobian_penalty differentiates, which torch.inference_mode() forbids; call it outside")
-    usable: Tensor | bool = True
+    usable = None
     if x is None:
         solution = layer.solution if isinstance(layer, DEGrad) else None
         if solution is None or not all(_fits(layer, value, solution.value) for value in inputs):
@@ -71,11 +72,18 @@ def jacobian_penalty(
         if len(value) != len(x):
             raise ValueError(f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x, {len(x)}")
     for value in (x, *inputs):
-        usable = usable & flat(value.detach()).isfinite().all(1)
-    x, *inputs_left = (value[usable] for value in (x, *inputs))
+        finite = flat(value.detach()).isfinite().all(1)
+        usable = finite if usable is None else usable & finite
+    assert usable is not None
     transform = layer.layer if isinstance(layer, DEGrad) else layer
+    module = owner(transform)
+    if holds_samples(module):  # the batch stays whole, with zeros in the place of what is left out
+        x, *inputs_left = (value.masked_fill(~per_sample(usable, value), 0) for value in (x, *inputs))
+    else:
+        x, *inputs_left = (value[usable] for value in (x, *inputs))
+        usable = usable[usable]
 
-    with fixed_map(owner(transform)), torch.enable_grad():
+    with fixed_map(module), torch.enable_grad():
         point = x.detach().requires_grad_()
         out = transform(point, *inputs_left).to(point.dtype) + 0 * point  # which depends on x in any case
         v = _unit(torch.randn_like(point))
@@ -84,5 +92,5 @@ def jacobian_penalty(
         (product,) = torch.autograd.grad(out, point, v, create_graph=True)
         if not product.requires_grad:  # a Jacobian that no parameter moves
             product = product + 0 * transform(x.detach(), *inputs_left).to(point.dtype)
-    excess = F.relu(flat(product).norm(dim=1) - bound)
-    return excess.square().sum() / max(len(x), 1)
+    excess = F.relu(flat(product).norm(dim=1) - bound)[usable]
+    return excess.square().sum() / max(len(excess), 1)

@@ -8,8 +8,9 @@ else of the module is shared with it.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from jfbfast.backends import ONEDNN_HAS_BFLOAT16
 from jfbfast.fixed_map import owner
@@ -126,6 +128,15 @@ def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
         and x.numel() > 0
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
+
+
+def _pointwise_flops(x: Any, weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+if _pointwise is not None and _pointwise not in flop_registry:  # torch counts nothing for it
+    register_flop_formula(_pointwise)(_pointwise_flops)
 
 
 def _folded(modules: list[nn.Module]) -> Iterator[nn.Module]:

@@ -51,6 +51,11 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(len(x), x.shape[1:].numel())
 
 
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, …, 1), which broadcasts against ``like`` (B, …)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
 def band_table(taps: Sequence[float], n: int, padding_mode: str) -> Tensor:
     """The float64 table [n, 2r + 1] of a correlation with ``taps`` under a padding mode of torch."""
     radius = len(taps) // 2

@@ -10,13 +10,15 @@ the gradient (`winograd_convolutions`), where the tolerance allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import register_flop_formula
 
 from jfbfast import native, reference
 from jfbfast.backends import DTYPES, check_reverse_mode, selected_backend
@@ -150,6 +152,19 @@ torch.library.register_autograd("jfbfast::conv3x3", _conv3x3_backward, setup_con
 torch.library.register_autograd(
     "jfbfast::conv3x3_weight_gradient", _conv3x3_weight_gradient_backward, setup_context=_keep_conv3x3_weight_gradient
 )
+
+
+def _conv3x3_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the direct convolution, as torch counts its own."""
+    return 2 * x[0] * math.prod(x[2:]) * math.prod(weight)
+
+
+def _conv3x3_weight_gradient_flops(x: Sequence[int], gradient: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * 9 * math.prod(x) * gradient[1]
+
+
+register_flop_formula(conv3x3)(_conv3x3_flops)
+register_flop_formula(conv3x3_weight_gradient)(_conv3x3_weight_gradient_flops)
 
 
 def is_conv3x3(

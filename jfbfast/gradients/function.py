@@ -14,6 +14,7 @@ from jfbfast.gradients.solve import Solve, autocast_dtype
 from jfbfast.gradients.trace import TracedLayer
 from jfbfast.gradients.unroll import unroll
 from jfbfast.prepared import checked_solve_dtype
+from jfbfast.reference import per_sample
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
 from jfbfast.solvers.base import check_batch, checked_solver
 from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
@@ -55,7 +56,7 @@ def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], T
 
 def _without(samples: Tensor, value: Tensor) -> Tensor:
     """Zero for these samples, bool (B,), in a tensor (B, …); they get no gradient."""
-    return value.masked_fill(samples.view(-1, *[1] * (value.dim() - 1)), 0)
+    return value.masked_fill(per_sample(samples, value), 0)
 
 
 def _apply(
@@ -112,7 +113,7 @@ def _measured(
     rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), usable & ~sound)
     return solution.replaced(
         rows,
-        value=torch.where(moved.view(-1, *[1] * (value.dim() - 1)), pair[0], value),
+        value=torch.where(per_sample(moved, value), pair[0], value),
         residual=torch.where(moved, relative, known),
         status=status.masked_fill(moved & held, Status.CONVERGED),
     ), rejected

@@ -17,7 +17,7 @@ from jfbfast import checks
 from jfbfast.convergence import warn_unconverged
 from jfbfast.gradients.krylov import cgls, gmres
 from jfbfast.linearisation import Linearisation
-from jfbfast.reference import band_dtype, flat
+from jfbfast.reference import band_dtype, flat, per_sample
 from jfbfast.solvers import Anderson, Status
 
 
@@ -204,7 +204,7 @@ class Shine(GradientMethod):
         w = jacobian.inverse(gradient)
         norm_w, norm_g = (torch.linalg.vector_norm(flat(v), dim=1, dtype=torch.float64) for v in (w, gradient))
         kept = norm_w.isfinite() & (not self.fallback or norm_w <= self.ratio * norm_g)
-        return torch.where(kept.view(-1, *[1] * (w.dim() - 1)), w, gradient)
+        return torch.where(per_sample(kept, w), w, gradient)
 
 
 @dataclass(frozen=True)

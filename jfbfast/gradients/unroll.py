@@ -9,7 +9,7 @@ from jfbfast.convergence import warn_unconverged
 from jfbfast.fixed_map import TrainingState
 from jfbfast.gradients.methods import Unrolled
 from jfbfast.gradients.trace import TracedLayer
-from jfbfast.reference import band_dtype
+from jfbfast.reference import band_dtype, per_sample
 from jfbfast.solvers import FixedPointSolution, FixedPointSolver, Status
 from jfbfast.solvers.loop import DIVERGED_GROWTH, TINY, norms
 
@@ -35,7 +35,7 @@ def unroll(
         before.restore()
         warn_unconverged(f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer")
     return out, FixedPointSolution(
-        value=torch.where(diverged.view(-1, *[1] * (x.dim() - 1)), x0, x),
+        value=torch.where(per_sample(diverged, x), x0, x),
         residual=relative.to(band_dtype(x0.dtype)),
         iterations=torch.full_like(diverged, method.steps, dtype=torch.long),
         status=torch.full_like(diverged, Status.MAX_ITER, dtype=torch.long)

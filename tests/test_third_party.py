@@ -1,0 +1,180 @@
+"""Networks and operators of other libraries, in a DE-GRAD."""
+
+import copy
+
+import deepinv
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+import jfbfast
+from jfbfast import RED, Anderson, DEGrad, GaussianBlur, Picard, Status, jacobian_penalty
+
+models, physics = deepinv.models, deepinv.physics
+
+
+class AtLevel(nn.Module):
+    """A denoiser D(x, σ) at one σ."""
+
+    def __init__(self, network, sigma=0.05):
+        super().__init__()
+        self.network, self.sigma = network, sigma
+
+    def forward(self, x):
+        return self.network(x, self.sigma)
+
+
+def basic_block():
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), BasicBlock(16, 16), nn.Conv2d(16, 3, 3, padding=1))
+
+
+NETWORKS = {
+    "DnCNN": lambda: models.DnCNN(3, 3, depth=4, nf=16, pretrained=None),
+    "DRUNet": lambda: models.DRUNet(3, 3, nc=(16, 16, 16, 16), nb=1, pretrained=None),
+    "UNet": lambda: models.UNet(3, 3, scales=2, batch_norm=False),
+    "UNet with batch norms": lambda: models.UNet(3, 3, scales=2, batch_norm=True),
+    "SwinIR": lambda: models.SwinIR(
+        img_size=16, window_size=8, embed_dim=12, depths=(2,), num_heads=(2,), in_chans=3, pretrained=None, upsampler=""
+    ),
+    "BasicBlock": basic_block,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of SwinIR
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("dtype", "tol", "close"), [(torch.float32, 1e-5, 1e-3), (torch.float64, 1e-12, 1e-10)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_denoiser_of_others_has_the_gradients_of_the_reference(name, dtype, tol, close, training):
+    network = NETWORKS[name]()
+    if name != "BasicBlock":
+        network = AtLevel(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.5 if parameter.dim() > 1 else 1)
+    start = DEGrad(
+        GaussianBlur(), RED(network, 0.1, "weight"), preconditioner="exact", solver=Anderson(tol=tol, max_iter=300)
+    )
+    d = torch.rand(2, 3, 16, 16, dtype=dtype) * 2 - 1
+    found = []
+    for backend in ("auto", "reference"):
+        model = copy.deepcopy(start).to(dtype).train(training)
+        leaf = d.clone().requires_grad_()
+        with jfbfast.backend(backend):
+            model(leaf).square().sum().backward()
+        assert (model.solution.status == Status.CONVERGED).all()
+        found.append(torch.cat([p.grad.flatten() for p in (leaf, *model.parameters()) if p.grad is not None]))
+    assert torch.linalg.vector_norm(found[0] - found[1]) <= close * torch.linalg.vector_norm(found[1])
+
+
+def contraction():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 3, padding=1))
+
+
+def per_sample_physics(kind, batch, size):
+    """One mask or kernel a sample."""
+    if kind == "masks":
+        return physics.Inpainting((3, size, size), mask=torch.rand(batch, 3, size, size).round())
+    kernels = torch.rand(batch, 1, 3, 3)
+    return physics.Blur(filter=kernels / kernels.sum((2, 3), keepdim=True), padding="circular")
+
+
+def of_one(operator, i):
+    """The same physics with the mask or kernel of one sample."""
+    operator = copy.deepcopy(operator)
+    name = "mask" if hasattr(operator, "mask") else "filter"
+    setattr(operator, name, getattr(operator, name)[i : i + 1])
+    return operator
+
+
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+@pytest.mark.parametrize("preconditioner", [None, "exact"])
+@pytest.mark.parametrize("solver", [Anderson(tol=1e-3), Picard(tol=0, max_iter=10)], ids=["tol=1e-3", "tol=0"])
+@pytest.mark.parametrize("kind", ["masks", "kernels"])
+def test_an_operator_may_hold_something_of_each_sample(kind, solver, preconditioner):
+    batch, size = 6, 12
+    operator = per_sample_physics(kind, batch, size)
+    regularizer = RED(contraction(), 0.5)
+    d = operator.A(torch.rand(batch, 3, size, size)) * torch.logspace(-3, 1, batch)[:, None, None, None]
+    model = DEGrad(operator, regularizer, preconditioner=preconditioner, solver=solver, step_size=1.0)
+    found = model(d)
+    if solver.tol:
+        assert len(set(model.solution.iterations.tolist())) > 1  # some converge before others
+    (found.square().sum() + jacobian_penalty(model, d)).backward()
+    for i in range(batch):
+        alone = DEGrad(of_one(operator, i), regularizer, preconditioner=preconditioner, solver=solver, step_size=1.0)
+        torch.testing.assert_close(alone(d[i : i + 1]), found[i : i + 1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+def test_a_bad_sample_of_an_operator_with_masks_touches_nothing():
+    operator = per_sample_physics("masks", 3, 10)
+    model = DEGrad(operator, RED(contraction(), 0.1), preconditioner="exact")
+    d = torch.rand(3, 3, 10, 10)
+    good = model(d)[[0, 2]]
+    expected = torch.autograd.grad(good.square().sum(), list(model.parameters()))
+    d[1] = torch.nan
+    d.requires_grad_()
+    out = model(d)
+    torch.testing.assert_close(out[[0, 2]], good)
+    assert model.solution.status[1] == Status.DIVERGED and out[1].isnan().all()
+    (out[[0, 2]].square().sum() + 0 * jacobian_penalty(model, d)).backward()
+    assert (d.grad[1] == 0).all()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), rtol=1e-4, atol=1e-5)
+
+
+def masked(mask):
+    network = jfbfast.DnCNN(3, 6, 3, norm="batch", residual=True)
+    return DEGrad(physics.Inpainting((3, 8, 8), mask=mask), RED(network), preconditioner="exact")
+
+
+def test_a_state_dict_is_of_the_weights_and_tells_the_operator(tmp_path):
+    first, second = masked(torch.rand(4, 3, 8, 8).round()), masked(torch.rand(1, 1, 8, 8).round())
+    mask = second.blur.operator.physics.mask.clone()
+    state = first.state_dict()
+    assert not [name for name in state if name.startswith("blur")]
+    with pytest.warns(UserWarning, match="of a model for Inpainting with buffers .* go into one for Inpainting"):
+        second.load_state_dict(state)
+    assert torch.equal(second.blur.operator.physics.mask, mask)
+    torch.testing.assert_close(second.state_dict(), state, rtol=0, atol=0)
+    copy.deepcopy(first).load_state_dict(state)  # without a warning
+
+    old = {**state, "blur.operator.physics.mask": torch.zeros(4, 3, 8, 8)}  # as saved by an earlier version
+    second.load_state_dict(old)
+    assert torch.equal(second.blur.operator.physics.mask, mask)
+
+    def blurred(sigma):
+        return DEGrad(GaussianBlur(5, sigma), RED(jfbfast.DnCNN(3, 6, 3, residual=True)), preconditioner="exact")
+
+    torch.save({"model": nn.ModuleList([blurred(1.0)]).state_dict()}, tmp_path / "state.pt")
+    with pytest.warns(UserWarning, match=r"for GaussianBlur\(.*sigma=\(1.0, 1.0\).* into one for .*sigma=\(2.0, 2.0\)"):
+        nn.ModuleList([blurred(2.0)]).load_state_dict(torch.load(tmp_path / "state.pt")["model"])
+
+
+def test_a_learnt_operator_keeps_its_weights_in_the_state_dict():
+    class Learnt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.rand(()))
+            self.register_buffer("mask", torch.rand(8, 8).round())
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.gain * self.mask * x
+
+        adjoint = forward
+
+    first, second = (DEGrad(Learnt(), RED(jfbfast.DnCNN(3, 6, 3, residual=True))) for _ in range(2))
+    first.blur.norm.running_mean += 1
+    mask = second.blur.mask.clone()
+    with pytest.warns(UserWarning, match="Learnt"):
+        second.load_state_dict(first.state_dict())
+    assert second.blur.gain == first.blur.gain and (second.blur.norm.running_mean == 1).all()
+    assert torch.equal(second.blur.mask, mask)
+
+
+@pytest.mark.parametrize("x0", [physics.Denoising(), (torch.zeros(1),), "start"], ids=["physics", "tuple", "text"])
+def test_a_start_of_another_kind_is_refused(x0):
+    model = DEGrad(GaussianBlur(), RED(jfbfast.DnCNN(3, 6, 3, residual=True)))
+    with pytest.raises(TypeError, match=f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None"):
+        model(torch.rand(1, 3, 8, 8), x0)
