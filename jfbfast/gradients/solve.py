@@ -80,6 +80,7 @@ class Solve:
         module = self.traced.module
         with fixed_map(module), precision_for(self.solver.tol, x.device), materialised_weights(module):
             yield
+        torch.clear_autocast_cache()  # up to torch 2.12 it hands casts without a gradient to the trace that follows
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
