@@ -220,7 +220,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, damping, ctx.operator = inputs
-        ctx.save_for_backward(damping, output)
+        ctx.save_for_backward(damping, output if ctx.needs_input_grad[1] else None)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -176,7 +176,7 @@ def _inner(u: Tensor, v: Tensor) -> Tensor:
 
 def _keep_solve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _keep_filters(ctx, inputs, output)
-    ctx.save_for_backward(inputs[1], output)
+    ctx.save_for_backward(inputs[1], output if ctx.needs_input_grad[1] else None)
 
 
 def _solve_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

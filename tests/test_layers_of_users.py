@@ -24,6 +24,7 @@ from jfbfast import (
     solve_fixed_point,
     winograd,
 )
+from jfbfast.gradients.methods import GRADIENTS
 from jfbfast.precision import ieee
 
 pytestmark = pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
@@ -75,6 +76,46 @@ def test_no_output_of_an_op_is_a_view(backend, size):
         ]
     for out in outputs:
         assert not out._is_view() and out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def test_an_output_may_be_written_over_before_backward():
+    blur = GaussianBlur()
+    operators = [
+        blur,
+        blur.adjoint,
+        blur.normal,
+        *(
+            f
+            for b in (blur, jfbfast.IterativeOperator(blur))
+            for f in (lambda x, b=b: b.solve(x, 0.1), lambda x, b=b: b.filter(x, 0.1))
+        ),
+    ]
+    models = [de_grad(convolution(3, 16), nn.ReLU(), convolution(16, 3), gradient=g) for g in GRADIENTS]
+    for function in (*operators, *models):
+        x = torch.rand(1, 3, 12, 12, requires_grad=True)
+        (expected,) = torch.autograd.grad((2 * function(x) + 1).sum(), x)
+        out = function(x)
+        out *= 2
+        out.add_(1).sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_an_averaging_is_estimated_in_full_precision():
+    seen = set()
+
+    class Denoiser(nn.Module):
+        def forward(self, x):
+            if not torch.is_grad_enabled():
+                seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+            return 0.5 * x
+
+    model = de_grad(Denoiser(), averaging="auto", solver=Anderson(tol=1e-5))
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        model.update_averaging(torch.rand(1, 3, 8, 8))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+    assert seen == {"ieee"}
 
 
 class RunningMean(nn.Module):
