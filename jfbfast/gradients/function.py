@@ -222,8 +222,13 @@ def fixed_point(
     differentiates, so memory does not depend on the number of iterations (but see `Phantom` and
     `Unrolled`, which apply it more often). During all of it the layer is one fixed map, as if its
     module were in eval(); in train(), spectral norms take one power iteration before, and batch
-    norms update their running statistics once, at x*. A batch norm with track_running_stats=False has
-    none: it normalises by the batch at every evaluation, so that one sample's solve depends on the others'.
+    norms, and others with running statistics, update those once, at x*; an instance norm goes on
+    normalising by each sample. A batch norm with track_running_stats=False has no statistics: it
+    normalises by the batch at every evaluation, so that one sample's solve depends on the others'. The last
+    application is made on the whole batch: a sample that it finds unconverged ends as MAX_ITER.
+
+    With a linear operator other than a `SeparableBlur` in the layer's module (a deepinv physics, anything with an
+    ``adjoint``), which may hold something of each sample, the whole batch is evaluated until its last sample is done.
     Threads may evaluate a module in eval() together, without gradients; training is for one thread at a time.
 
     A sample whose solve diverged comes back as its best finite iterate (NaN where it had none) and
@@ -253,14 +258,17 @@ def fixed_point(
             method; ``solver`` is none.
         ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
-            and is neither its module's parameter nor in ``inputs``, with ``parameters`` None; a gradient
+            and is neither its module's parameter nor in ``inputs``, with ``parameters`` None, or on one that was
+            computed from such a tensor, whatever ``parameters`` is; a layer that cuts its graph by ``detach``, and a
+            gradient that takes the derivative in x; a SyncBatchNorm in train() among several processes; a gradient
             from the solver's estimate of the inverse, and a solver that makes none; what `FixedPointSolver.solve`
             raises.
         RuntimeError: within a transform of torch.func; in a second backward through the same output, unless the
             first has ``retain_graph=True``; in a backward with ``create_graph=True``.
 
     Warns:
-        ConvergenceWarning: some samples did not converge (with tol = 0: diverged).
+        ConvergenceWarning: some samples did not converge (with tol = 0: diverged); the last application contradicts
+            the solve, which the message explains.
     """
     return solve_fixed_point(
         layer,
