@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from types import NoneType
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from jfbfast import checks
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser, log_parameter
+from jfbfast.fixed_map import has_running_statistics
 from jfbfast.gradients import JFB, GradientMethod, gradient_method, solve_fixed_point
 from jfbfast.gradients.solve import Solve
 from jfbfast.gradients.trace import TracedLayer
 from jfbfast.iterative import (
     IterativeOperator,
     LinearOperator,
-    described,
-    fixed_buffers,
+    PhysicsOperator,
     gradient,
     gradient_step,
     linear_operator,
@@ -298,19 +299,49 @@ class DEGrad(nn.Module):
 
     def _trained_for(self) -> str:
         """The operator that the weights are for."""
-        return described(self.blur)
+        return _described(self.blur)
+
+
+def _described(operator: Any) -> str:
+    """What A is, as text that differs where A does: its class with its settings, or with a digest of its buffers."""
+    if isinstance(operator, SeparableBlur):
+        return repr(operator)
+    if isinstance(operator, IterativeOperator):
+        return _described(operator.operator)
+    if isinstance(operator, PhysicsOperator):
+        operator = operator.physics
+    told, sha = type(operator).__name__, hashlib.sha256()
+    for name, buffer in _fixed_buffers(operator).items():
+        if "noise_model" not in name.split("."):  # A is without its noise
+            sha.update(f"{name} {tuple(buffer.shape)}".encode())
+            sha.update(buffer.detach().cpu().to(torch.complex64).contiguous().numpy().tobytes())
+    return f"{told} with buffers {sha.hexdigest()[:8]}"
+
+
+def _fixed_buffers(operator: Any) -> dict[str, Tensor]:
+    """The buffers that a state_dict of A has, but running statistics, which are learnt."""
+    if not isinstance(operator, nn.Module):
+        return {}
+    saved = operator.state_dict()
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in operator.named_modules()
+        if not has_running_statistics(module)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (f"{path}.{name}" if path else name) in saved
+    }
 
 
 def _record_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Keep the buffers of A out of a state_dict, since they are no weights, and tell in its metadata what A is."""
-    for name in fixed_buffers(model.blur):
+    for name in _fixed_buffers(model.blur):
         state.pop(f"{prefix}blur.{name}", None)
     metadata["operator"] = model._trained_for()
 
 
 def _keep_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
     """Have A keep its buffers whatever the state_dict has, and warn where the weights were trained for another A."""
-    state.update({f"{prefix}blur.{name}": buffer for name, buffer in fixed_buffers(model.blur).items()})
+    state.update({f"{prefix}blur.{name}": buffer for name, buffer in _fixed_buffers(model.blur).items()})
     own, theirs = model._trained_for(), metadata.get("operator")
     if theirs not in (None, own):
         warnings.warn(f"the weights are of a model for {theirs}; they go into one for {own}", stacklevel=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from jfbfast import checks, reference
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.convergence import warn_unconverged
-from jfbfast.fixed_map import has_running_statistics
 from jfbfast.operators import SeparableBlur
 from jfbfast.precision import full_precision
 
@@ -51,36 +49,6 @@ def holds_samples(module: nn.Module | None) -> bool:
 
 def _is_operator(value: object) -> bool:
     return callable(getattr(value, "adjoint", None)) or callable(getattr(value, "A_adjoint", None))
-
-
-def described(operator: Any) -> str:
-    """What A is, as text that differs where A does: its class with its settings, or with a digest of its buffers."""
-    if isinstance(operator, SeparableBlur):
-        return repr(operator)
-    if isinstance(operator, IterativeOperator):
-        return described(operator.operator)
-    if isinstance(operator, PhysicsOperator):
-        operator = operator.physics
-    told, sha = type(operator).__name__, hashlib.sha256()
-    for name, buffer in fixed_buffers(operator).items():
-        if "noise_model" not in name.split("."):  # A is without its noise
-            sha.update(f"{name} {tuple(buffer.shape)}".encode())
-            sha.update(buffer.detach().cpu().to(torch.complex64).contiguous().numpy().tobytes())
-    return f"{told} with buffers {sha.hexdigest()[:8]}"
-
-
-def fixed_buffers(operator: Any) -> dict[str, Tensor]:
-    """The buffers that a state_dict of A has, but running statistics, which are learnt."""
-    if not isinstance(operator, nn.Module):
-        return {}
-    saved = operator.state_dict()
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in operator.named_modules()
-        if not has_running_statistics(module)
-        for name, buffer in module._buffers.items()
-        if buffer is not None and (f"{path}.{name}" if path else name) in saved
-    }
 
 
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:

@@ -180,12 +180,12 @@ def solve_fixed_point(
         if (solution.status == Status.DIVERGED).any():
             out = _apply(traced, solution, x0, inputs)[0]
         return out, solution
+    before = TrainingState(traced.module)
     solve = Solve(traced, solver, solve_dtype, compile_solve)
     solution = solve(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
         solution = solution._replace(following=solution.value)
     following = None if autocast_dtype(x0) is not None else solution.following
-    before = TrainingState(traced.module)
     out, rows, pair = _apply(traced, solution, solution.value if following is None else following, inputs)
     rejected = None
     if following is not None:
