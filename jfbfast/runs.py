@@ -27,13 +27,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jfbfast.backends import ONEDNN_HAS_BFLOAT16
-from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint, write_whole
+from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint
 from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.conditional_training import ConditionalDeblurTask
 from jfbfast.data import image_files
 from jfbfast.datasets import Images, Photographs, RandomCrops, split
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED
+from jfbfast.files import write_whole
 from jfbfast.pretrained import load_model
 from jfbfast.settings import changed_settings, make_settings, read_settings, write_settings
 from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
