@@ -82,7 +82,7 @@ def restore(
         list[Path],
         typer.Argument(
             metavar="IMAGE…",
-            help="Blurred photographs, grey or colour: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM, of 8 or 16 bits or float32.",
+            help="Blurred photographs, grey or colour, of 8 or 16 bits: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM.",
         ),
     ],
     checkpoint: Annotated[
