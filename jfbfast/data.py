@@ -90,7 +90,7 @@ def _decode(content: bytes) -> Decoded:
 
 def _photograph(decoded: Decoded) -> Photograph:
     turn = orientation(decoded.exif)
-    array, dpi = _UPRIGHT[turn](decoded.array), kept_dpi(decoded.dpi)
+    array, dpi = _UPRIGHT[turn](decoded.array), kept_dpi(decoded.dpi, decoded.exif)
     if dpi is not None and turn >= 5:
         dpi = dpi[::-1]
     values = torch.from_numpy(array.astype(np.float32, order="C") / np.float32(decoded.white)).permute(2, 0, 1)
@@ -99,7 +99,7 @@ def _photograph(decoded: Decoded) -> Photograph:
     least, most = float(values.min()), float(values.max())
     if not _LEAST <= least <= most <= _MOST:
         raise ImageError(f"its float32 samples go from {least:g} to {most:g}; it takes [0, 1]")
-    exif = kept_exif(decoded.exif, values.shape[2], values.shape[1])
+    exif = kept_exif(decoded.exif, values.shape[2], values.shape[1], dpi)
     colours = len(values) - (len(values) in (2, 4))
     return Photograph(
         values[:colours],

@@ -15,7 +15,7 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from jfbfast.formats.metadata import Decoded, ImageError, Metadata, check_size
+from jfbfast.formats.metadata import Decoded, ImageError, Metadata, check_size, read_exif
 
 _MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 _BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # where a header of version 5 tells them, in bytes
@@ -34,14 +34,14 @@ def from_pillow(image: Image.Image) -> Decoded:
         mode = {"L": "LA", "RGB": "RGBA"}.get(mode, mode)
     array = np.asarray(image.convert(mode))
     info = image.info
-    return Decoded(
-        array.reshape(*array.shape[:2], -1), 255, image.getexif(), info.get("icc_profile") or b"", info.get("dpi")
-    )
+    exif = read_exif(info.get("exif") or b"")
+    return Decoded(array.reshape(*array.shape[:2], -1), 255, info.get("icc_profile") or b"", exif, info.get("dpi"))
 
 
 def decode_jpeg(content: bytes) -> Decoded:
     """Decode a JPEG; of the several pictures that a phone's can hold, the first, which is the photograph."""
-    return from_pillow(JpegImageFile(BytesIO(content)))
+    decoded = from_pillow(image := JpegImageFile(BytesIO(content)))
+    return decoded if image.info.get("jfif_unit") else decoded._replace(dpi=None)  # which Pillow would make up
 
 
 def decode_webp(content: bytes) -> Decoded:
@@ -61,6 +61,7 @@ def decode_bmp(content: bytes) -> Decoded:
 def encode_jpeg(array: np.ndarray, metadata: Metadata) -> bytes:
     """A JPEG of (H, W, 1 or 3), uint8, at quality 95 and without subsampled colours."""
     out, image = BytesIO(), Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    kept = {"icc_profile": metadata.icc, "exif": metadata.exif, "dpi": metadata.dpi or (0, 0)}
+    exif = b"Exif\0\0" + metadata.exif if metadata.exif else b""
+    kept = {"icc_profile": metadata.icc, "exif": exif, "dpi": metadata.dpi or (0, 0)}
     image.save(out, "JPEG", quality=95, subsampling=0, **kept)
     return out.getvalue()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from PIL import Image
 
 from jfbfast.formats.metadata import Decoded, ImageError, check_size
 
@@ -30,4 +29,4 @@ def decode(content: bytes) -> Decoded:
     array = np.frombuffer(content, dtype, offset=header.end(), count=size // dtype.itemsize).reshape(shape)
     if int(array.max()) > white:
         raise ImageError(f"has a sample of {int(array.max())}, above its maximum, {white}")
-    return Decoded(array.astype(dtype.newbyteorder("=")), white, Image.Exif())
+    return Decoded(array.astype(dtype.newbyteorder("=")), white)

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from jfbfast.formats.deep import decode_deep
 from jfbfast.formats.eight_bit import from_pillow
-from jfbfast.formats.metadata import Decoded, ImageError, Metadata, check_size
+from jfbfast.formats.metadata import Decoded, ImageError, Metadata, check_size, read_exif
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # of so many channels
@@ -49,15 +49,16 @@ def decode(content: bytes) -> Decoded:
     least_exact = (b"sRGB",) if b"sRGB" in chunks else (b"gAMA", b"cHRM")  # of which each overrides the next
     told_by = (b"cICP", *(() if b"iCCP" in chunks else least_exact))
     colour = {kind: chunks[kind] for kind in told_by if kind in chunks}
+    exif = read_exif(chunks.get(b"eXIf", b""))
     if depth != 16:
-        return from_pillow(image)._replace(colour=colour)
+        return from_pillow(image)._replace(exif=exif, colour=colour)
     grey_and_alpha = colour_type == _COLOUR_TYPES[2]
     channels = 4 if grey_and_alpha else len(image.getbands())
     array = decode_deep(content, (height, width, channels), np.dtype(np.uint16))
     if grey_and_alpha:  # which OpenCV turns into colour
         array = array[:, :, [0, 3]]
     info = image.info
-    return Decoded(array, 65535, image.getexif(), info.get("icc_profile") or b"", info.get("dpi"), colour)
+    return Decoded(array, 65535, info.get("icc_profile") or b"", exif, info.get("dpi"), colour)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -78,6 +79,6 @@ def encode(array: np.ndarray, metadata: Metadata) -> bytes:
     if metadata.dpi is not None:
         parts.append((b"pHYs", struct.pack(">2IB", *(round(value * _METRE) for value in metadata.dpi), 1)))
     if metadata.exif:
-        parts.append((b"eXIf", metadata.exif.removeprefix(b"Exif\0\0")))
+        parts.append((b"eXIf", metadata.exif))
     parts += [(b"IDAT", packed[at : at + _LONGEST]) for at in range(0, len(packed), _LONGEST)]
     return SIGNATURE + b"".join(_chunk(*part) for part in (*parts, (b"IEND", b"")))
