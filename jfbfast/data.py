@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -132,6 +133,8 @@ def read_photograph(path: str | Path) -> Photograph:
         return _photograph(_decode(path.read_bytes()))
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
+    except struct.error as error:
+        raise ImageError(f"{path}: ends too early, or is damaged") from error
     except Exception as error:  # a broken file makes a decoder raise nearly anything
         raise ImageError(f"{path}: cannot be read ({_one_line(error)})") from error
 

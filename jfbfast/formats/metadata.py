@@ -68,7 +68,7 @@ class Decoded(NamedTuple):
 def check_size(width: int, height: int) -> None:
     """Refuse, before it is decoded, an image that would not fit into memory."""
     if width < 1 or height < 1 or width * height > MOST_PIXELS:
-        raise ImageError(f"has {width} × {height} pixels; it takes 1 to {MOST_PIXELS // 10**6} megapixels")
+        raise ImageError(f"has {width} × {height} pixels; it takes up to {MOST_PIXELS // 10**6} million")
 
 
 def read_exif(content: bytes) -> Directory:

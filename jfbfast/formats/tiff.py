@@ -70,6 +70,8 @@ def _check_layout(tags: Directory, dtype: np.dtype) -> None:
         raise ImageError(f"its photometric interpretation is {photometric}; for {dtype} samples it takes {taken}")
     if extra and (extra != (_STRAIGHT_ALPHA,) or photometric not in _CHANNELS):
         raise ImageError(f"its extra samples are of kind {extra}; it takes one of kind 2, alpha not multiplied in")
+    if extra and photometric == _GREY and dtype != np.uint8:
+        raise ImageError(f"is grey with alpha, of {dtype} samples; for those it takes alpha beside RGB alone")
     if samples != channels[photometric] + len(extra):
         raise ImageError(f"has {samples} samples a pixel, not all of which are told of; it takes grey, RGB, and alpha")
     if samples > 1 and tags.number(Tag.PlanarConfiguration, 1) != 1:
@@ -93,7 +95,7 @@ def _check_packed(content: bytes, tags: Directory, most: int) -> None:
 def decode(content: bytes) -> Decoded:
     """Decode a TIFF of one page."""
     tags = read_directory(content)
-    width, height = tags.number(Tag.ImageWidth), tags.number(Tag.ImageLength)
+    width, height = tags.number(Tag.ImageWidth, 0), tags.number(Tag.ImageLength, 0)
     check_size(width, height)
     if (pages := _pages(content, tags)) > 1:
         raise ImageError(f"has {pages} pages; it takes one image a file")
