@@ -75,7 +75,7 @@ def restore_files(
     failed = 0
     for source, target in zip(images, targets, strict=True):
         try:
-            with Progress(console=console, transient=True) as bar:
+            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 how = restore_file(
                     source,
                     target,

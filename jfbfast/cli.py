@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -155,8 +156,10 @@ def restore(
             check_tiles=check_tiles,
             overwrite=overwrite,
         )
+        if failed and len(images) > 1:
+            _say_error(f"{failed} of {len(images)} photographs could not be restored")
         if failed:
-            raise ValueError(f"{failed} of {len(images)} photographs could not be restored")
+            raise typer.Exit(1)
 
 
 def train(
@@ -389,6 +392,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal, or a file name, need not know every letter
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module="PIL")  # what it warns of is refused, or does not matter
     app()
 
 
