@@ -1,7 +1,6 @@
 """Formats of 8 bits, which Pillow decodes: JPEG, WebP and BMP; and JPEG's encoder.
 
-Each is decoded by its own class: the registry of `Image.open` takes files of many other kinds too, and refuses large
-photographs.
+Each is decoded by its own class, since `Image.open` takes files of many other kinds too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from jfbfast.formats.metadata import Decoded, ImageError, Metadata, check_size, read_exif
+from jfbfast.formats.metadata import MOST_PIXELS, Decoded, ImageError, Metadata, check_size, read_exif
+
+if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit is below what some cameras make
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
 
 _MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 _BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # where a header of version 5 tells them, in bytes
