@@ -107,6 +107,12 @@ def test_a_jpeg_keeps_metadata_too(tmp_path):
     assert image.getexif()[ARTIST].encode("latin-1").decode() == "Zoë ©" and ORIENTATION not in image.getexif()
 
 
+def test_a_tag_that_points_nowhere_is_left_out(tmp_path):
+    exif = b"MM\0*\0\0\0\x08\0\2" + struct.pack(">HHLL", 271, 2, 9, 999) + struct.pack(">HHLL", GPS, 4, 1, 999)
+    photograph = read(tmp_path / "a.png", png(samples("uint8"), (b"eXIf", exif + bytes(4))))
+    assert photograph.metadata.exif == b""
+
+
 def test_a_file_without_metadata_gets_none(tmp_path):
     for name, content in (("a.jpg", pillow(samples("uint8"), "JPEG")), ("b.png", png(samples("uint16")))):
         assert read(tmp_path / name, content).metadata == Metadata()

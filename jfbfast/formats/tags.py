@@ -6,6 +6,7 @@ Pillow would change types and lose letters on the way through its own.
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -71,13 +72,14 @@ class Directory(dict[int, "Value | Directory"]):
         for tag, value in sorted(self.items()):
             if isinstance(value, Directory):
                 kind, count, data = LONG, 1, value.tobytes(start + len(beyond))
-                where = True
             else:
                 kind, count, data = value.kind, len(value.data) // _SIZES[value.kind], value.data
-                where = len(data) > 4
-            stored = struct.pack(f"{self.order}L", start + len(beyond)) if where else data.ljust(4, b"\0")
-            entries += struct.pack(f"{self.order}HHL", tag, kind, count) + stored
-            beyond += data + bytes(len(data) % 2) if where else b""
+            entries += struct.pack(f"{self.order}HHL", tag, kind, count)
+            if isinstance(value, Value) and len(data) <= 4:
+                entries += data.ljust(4, b"\0")
+            else:
+                entries += struct.pack(f"{self.order}L", start + len(beyond))
+                beyond += data + bytes(len(data) % 2)
         return struct.pack(f"{self.order}H", len(self)) + entries + bytes(4) + beyond
 
 
@@ -87,7 +89,7 @@ def byte_order(content: bytes) -> Order:
 
 
 def read_directory(content: bytes, start: int | None = None, inner: tuple[int, ...] = (EXIF, GPS)) -> Directory:
-    """The directory at ``start``, or else the first one; an entry whose value is not there is left out.
+    """The directory at ``start``, or else the first one; an entry whose value is not in the file is left out.
 
     Args:
         content: of a TIFF, or of EXIF without its header.
@@ -98,14 +100,15 @@ def read_directory(content: bytes, start: int | None = None, inner: tuple[int, .
         (start,) = struct.unpack_from(f"{found.order}L", content, 4)
     (count,) = struct.unpack_from(f"{found.order}H", content, start)
     for entry in range(start + 2, start + 2 + 12 * count, 12):
-        tag, kind, values = struct.unpack_from(f"{found.order}HHL", content, entry)
-        (place,) = struct.unpack_from(f"{found.order}L", content, entry + 8)
+        tag, kind, values, place = struct.unpack_from(f"{found.order}HHLL", content, entry)
         size = _SIZES.get(kind, 0) * values
-        place = place if size > 4 else entry + 8
-        if tag in inner and size == 4:
-            (place,) = struct.unpack_from(f"{found.order}L", content, entry + 8)
-            found[tag] = read_directory(content, place, (INTEROPERABILITY,) if tag == EXIF else ())
-        elif 0 < size <= len(content) - place:
+        if tag in inner:
+            with suppress(struct.error):
+                found[tag] = read_directory(content, place, (INTEROPERABILITY,) if tag == EXIF else ())
+            continue
+        if size <= 4:
+            place = entry + 8
+        if 0 < size <= len(content) - place:
             found[tag] = Value(kind, content[place : place + size])
     (found.following,) = struct.unpack_from(f"{found.order}L", content, start + 2 + 12 * count)
     return found
