@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from jfbfast.baselines import FeedForward
 from jfbfast.conditional import CONDITIONS, ConditionalDEGrad, MeasurementRanges
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
+from jfbfast.files import write_whole
 from jfbfast.gradients import GradientMethod, gradient_method
 from jfbfast.operators import GaussianBlur
 from jfbfast.solvers import Anderson, Broyden, FixedPointSolver, Inertial, Picard
@@ -168,18 +168,6 @@ class ModelConfig:
             )
         regularizer = RED(denoiser, self.weight, "weight" if self.form == "filtered" else None)
         return DEGrad(self.blur(), regularizer, preconditioner="exact", **options)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` write a file beside ``path``, then rename it: a reader sees the old one or the whole new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from inspect import Parameter, Signature
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,6 @@ _EXTRAS = "the command line needs more packages: pip install 'jfbfast[train]'"
 try:
     import typer
     from rich.console import Console
-    from rich.progress import Progress, TaskID
     from typer.core import TyperCommand
 
     from jfbfast.settings import TrainingSettings, setting_types
@@ -25,13 +26,13 @@ except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes one speaks
+console = Console(emoji=False, quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes one speaks
 
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
 def _say_error(error: Exception | str) -> None:
-    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+    Console(stderr=True, emoji=False).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -79,7 +80,11 @@ def demo(
 @app.command()
 def restore(
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE…", help="Blurred photographs: 8- or 16-bit, grey or colour.")
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE…",
+            help="Blurred photographs, grey or colour, of 8 or 16 bits: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM.",
+        ),
     ],
     checkpoint: Annotated[
         str | None,
@@ -111,8 +116,12 @@ def restore(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A file for one image, or a directory. (default: here, as NAME-restored)")
+        Path | None,
+        typer.Option(
+            help="A .png, .tiff or .jpg for one image, or a directory. (default: here, as NAME-restored.png or .tiff)"
+        ),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     tile: Annotated[int, typer.Option(help="Side in pixels of the tiles, which are restored one by one.")] = 512,
     overlap: Annotated[
         int | None,
@@ -122,52 +131,35 @@ def restore(
         bool, typer.Option(help="Restore in one piece too, and print how far the tiles differ from that.")
     ] = False,
 ) -> None:
-    """Undo a known Gaussian blur in photographs of any size; depth and alpha are kept.
+    """Undo a known Gaussian blur in photographs of up to 250 megapixels.
 
-    A file that cannot be restored is told of, and the others are restored all the same.
+    Depth, alpha, colour profile, EXIF and resolution are kept. Nothing is restored if an IMAGE does not exist, or its
+    target is taken or cannot be written. A file that cannot be restored is told of, and the others are restored all
+    the same.
     """
     with _one_sentence():
-        from jfbfast.restoration import LEAST_TILE, choose_restorer, restore_file
+        from jfbfast.batch import choose_targets, restore_files
+        from jfbfast.restoration import LEAST_TILE, choose_restorer
 
         if tile < LEAST_TILE:
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
         given = {"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode}
         restorer_for = choose_restorer(checkpoint, given, partial(console.print, markup=False))
-        failed = False
-        for source, target in zip(images, _targets(images, out), strict=True):
-            try:
-                with Progress(console=console, transient=True) as bar:
-                    step = partial(_advance, bar, bar.add_task(source.name))
-                    how = restore_file(
-                        source, target, restorer_for, tile=tile, overlap=overlap, check_tiles=check_tiles, progress=step
-                    )
-            except (ValueError, OSError) as error:
-                _say_error(error)
-                failed = True
-            else:
-                console.print(f"{source} → {target} ({how})", highlight=False, markup=False)
+        failed = restore_files(
+            images,
+            choose_targets(images, out, overwrite),
+            restorer_for,
+            console=console,
+            say_error=_say_error,
+            tile=tile,
+            overlap=overlap,
+            check_tiles=check_tiles,
+            overwrite=overwrite,
+        )
+        if failed and len(images) > 1:
+            _say_error(f"{failed} of {len(images)} photographs could not be restored")
         if failed:
             raise typer.Exit(1)
-
-
-def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
-
-
-def _targets(images: list[Path], out: Path | None) -> list[Path]:
-    """Where each restoration goes: a file for one image, else NAME-restored.SUFFIX in a directory."""
-    if out is not None and out.suffix and not out.is_dir():
-        if len(images) > 1:
-            raise ValueError(f"--out is the file {out}; several images take a directory")
-        return [out]
-    directory = Path() if out is None else out
-    directory.mkdir(parents=True, exist_ok=True)
-    targets = [
-        directory / f"{p.stem}-restored{'.png' if p.suffix.lower() in ('.jpg', '.jpeg') else p.suffix}" for p in images
-    ]
-    if len(set(targets)) < len(targets):
-        raise ValueError("two of the images have the same name; restore them into different directories")
-    return targets
 
 
 def train(
@@ -397,6 +389,10 @@ def bench(
 
 def main() -> None:
     """The entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal, or a file name, need not know every letter
+            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module="PIL")  # what it warns of is refused, or does not matter
     app()
 
 

@@ -16,12 +16,12 @@ from rich.table import Table
 from torch import nn
 
 from jfbfast.checkpoint import ModelConfig
-from jfbfast.data import image_files
-from jfbfast.datasets import Images, Photographs, split
+from jfbfast.data import ImageError, image_files, read_photograph
+from jfbfast.datasets import Images, split, usable_photographs
 from jfbfast.evaluation import Choice, Method, Scores, baseline_methods, evaluate, network_method, write_scores
 from jfbfast.operators import GaussianBlur
 from jfbfast.pretrained import SETTING, load_model, measurement_setting, network_name, set_network
-from jfbfast.quality import PAPER_OFFSET
+from jfbfast.quality import LEAST_SIDE, PAPER_OFFSET
 from jfbfast.settings import make_settings, read_settings
 
 
@@ -61,6 +61,13 @@ def _seen_by(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[list[P
     return [file for name, file in named if name in trained], [file for name, file in named if name in validated]
 
 
+def _is_usable(file: Path) -> bool:
+    try:
+        return min(read_photograph(file).pixels.shape[1:]) >= LEAST_SIDE
+    except ImageError:
+        return False
+
+
 def unseen_photographs(
     data: Path,
     checkpoints: Sequence[str],
@@ -91,7 +98,7 @@ def unseen_photographs(
         others = [file for file in files if file not in seen.union(held_out)]
         rest = [*held_out, *others]
         if validation is None and held_out:
-            validation = len(held_out) if others else len(held_out) // 2
+            validation = len(held_out) if any(map(_is_usable, others)) else len(held_out) // 2
         say(f"{checkpoint} was trained on {len(kept)} of these photographs: they are left out.")
     else:
         trained, _, rest = split(files, train or 0, 0)
@@ -251,7 +258,7 @@ def compare(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     where = _device(device)
-    tell = partial(console.print, highlight=False, markup=False)
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     networks = _networks(checkpoints)
     setting = measurement_setting(given, [config for _, _, config in networks])
     blur = setting.blur()
@@ -261,9 +268,16 @@ def compare(
         chosen.append(network_method(name, model.to(where)))
     trained = [*checkpoints, *([] if denoiser is None else [denoiser])]
     validation_files, files = unseen_photographs(data, trained, held_out[0], held_out[1], tell)
-    files = files[: held_out[2]]
-    images = Images(Photographs(files, *preprocessing), seed=seed)
-    validation = Images(Photographs(validation_files, *preprocessing), seed=seed + 1)
+    usable = partial(
+        usable_photographs,
+        say=tell,
+        resize=preprocessing[0],
+        squash=preprocessing[1],
+        least=max(LEAST_SIDE, setting.kernel_size // 2 + 1),
+        purpose="scoring",
+    )
+    scored, choosing = usable(files[: held_out[2]]), usable(validation_files, needed=False)
+    images, validation = Images(scored, seed=seed), Images(choosing, seed=seed + 1)
 
     def say(name: str, why: str) -> None:
         tell(f"{name} is not in the table: {why}")
@@ -284,8 +298,8 @@ def compare(
         about = {
             **{name: getattr(setting, name) for name in SETTING},
             "seed": seed,
-            "images": [str(f.relative_to(data)) for f in files],
-            "validation": [str(f.relative_to(data)) for f in validation_files],
+            "images": [str(f.relative_to(data)) for f in scored.files],
+            "validation": [str(f.relative_to(data)) for f in choosing.files],
         }
         write_scores(out, scores, about)
     return scores

@@ -7,14 +7,13 @@ the data needs no state: a resumed run goes on at its step, and N processes shar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
@@ -81,62 +80,78 @@ class Photographs(Sequence[Tensor]):
         resize: side in pixels to resize to; None keeps the size.
         squash: resize both sides to exactly that, as the paper's code does, and not the shorter side
             with the centre square kept.
-        cache: bytes of memory at most; files that need more are decoded at each use.
+        cache: bytes of memory at most; files that need more are decoded at each use, after a first time here.
+        least: pixels of the shortest side, after resizing.
+        purpose: what smaller ones are too small for.
+        leave_out: is told why of each file that cannot be used, which is left out; None raises.
 
     Attributes:
-        sizes: (H, W) of each as its file has it, before it is turned upright.
+        files: those that are used.
+        sizes: (H, W) of each.
 
     Raises:
-        ImageError: a file that cannot be read.
+        ImageError: a file that cannot be used.
     """
 
     def __init__(
-        self, files: Sequence[Path], resize: int | None = None, squash: bool = False, cache: int = 2 << 30
+        self,
+        files: Sequence[Path],
+        resize: int | None = None,
+        squash: bool = False,
+        cache: int = 2 << 30,
+        *,
+        least: int = 1,
+        purpose: str = "",
+        leave_out: Callable[[ImageError], object] | None = None,
     ) -> None:
         if resize is not None:
             checks.integer("resize", resize, 1)
-        self.files = list(files)
-        self.resize, self.squash = resize, squash
+        self.resize, self.squash, self.least, self.purpose = resize, squash, least, purpose
+        self.files: list[Path] = []
+        self.sizes: list[tuple[int, int]] = []
+        self._starts = [0]
+        block = np.empty(0, np.uint8)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for file, image in zip(files, pool.map(self._try, files), strict=True):
+                if isinstance(image, ImageError):
+                    if leave_out is None:
+                        raise image
+                    leave_out(image)
+                    continue
+                start, end = self._starts[-1], self._starts[-1] + image.numel()
+                self.files.append(file)
+                self.sizes.append((image.shape[-2], image.shape[-1]))
+                self._starts.append(end)
+                if end <= cache:
+                    if end > len(block):
+                        block.resize(min(cache, end + end // 4), refcheck=False)
+                    block[start:end] = image.numpy().ravel()
         self._block: Tensor | None = None
-        self.sizes = [self._size(file) for file in self.files]
-        sizes = [3 * height * width for height, width in self.sizes]
-        if sum(sizes) <= cache:
-            self._starts = [0, *np.cumsum(sizes).tolist()]
-            self._block = torch.empty(sum(sizes), dtype=torch.uint8)
-            self._shapes = [(0, 0)] * len(sizes)
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(self._keep, range(len(sizes))))
+        if self._starts[-1] <= cache:
+            block.resize(self._starts[-1], refcheck=False)
+            self._block = torch.from_numpy(block)
 
     @property
     def cached(self) -> bool:
         """Whether the images are in memory."""
         return self._block is not None
 
-    def _size(self, file: Path) -> tuple[int, int]:
-        if self.resize is not None:
-            return self.resize, self.resize
-        try:
-            with Image.open(file) as image:
-                return image.height, image.width
-        except (OSError, Image.DecompressionBombError):  # Pillow cannot, but OpenCV may
-            height, width = read_photograph(file).pixels.shape[-2:]
-            return height, width
-
     def _read(self, file: Path) -> Tensor:
         image = (read_photograph(file).pixels.clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
-        if self.resize is None:
-            return image
-        size = [self.resize, self.resize] if self.squash else [self.resize]
-        resized: Tensor = v2.functional.center_crop(
-            v2.functional.resize(image, size, antialias=True), [self.resize, self.resize]
-        )
-        return resized
+        if self.resize is not None:
+            size = [self.resize, self.resize] if self.squash else [self.resize]
+            image = v2.functional.resize(image, size, antialias=True)
+            image = v2.functional.center_crop(image, [self.resize, self.resize])
+        if min(image.shape[-2:]) < self.least:
+            found = f"{image.shape[-1]} × {image.shape[-2]}"
+            raise ImageError(f"{file}: too small for {self.purpose}: {found} pixels; it takes {self.least} a side")
+        return image
 
-    def _keep(self, index: int) -> None:
-        assert self._block is not None
-        image = self._read(self.files[index])
-        self._shapes[index] = (image.shape[-2], image.shape[-1])
-        self._block[self._starts[index] : self._starts[index + 1]] = image.flatten()
+    def _try(self, file: Path) -> Tensor | ImageError:
+        try:
+            return self._read(file)
+        except ImageError as error:
+            return error
 
     def __len__(self) -> int:
         return len(self.files)
@@ -144,11 +159,39 @@ class Photographs(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         if self._block is None:
             return self._read(self.files[index])
-        return self._block[self._starts[index] : self._starts[index + 1]].view(3, *self._shapes[index])
+        return self._block[self._starts[index] : self._starts[index + 1]].view(3, *self.sizes[index])
+
+
+def usable_photographs(
+    files: Sequence[Path], say: Callable[[str], object], *, needed: bool = True, **options: Any
+) -> Photographs:
+    """`Photographs`, with its options, of the files that can be used.
+
+    Args:
+        say: is told which cannot, why, and how many they are.
+        needed: one at least must be left.
+
+    Raises:
+        ImageError: none can, though one is needed.
+    """
+    errors: list[ImageError] = []
+    photographs = Photographs(files, **options, leave_out=errors.append)
+    if needed and errors and not photographs:
+        raise ImageError(f"none of the {len(files)} photographs can be used, such as {errors[0]}")
+    for error in errors:
+        say(f"left out: {error}")
+    if errors:
+        say(f"{len(errors)} of {len(files)} photographs cannot be used, and are left out.")
+    return photographs
 
 
 def _name(photographs: Sequence[Tensor], index: int) -> str:
     return str(photographs.files[index]) if isinstance(photographs, Photographs) else f"photograph {index}"
+
+
+def least_side(crop: int) -> int:
+    """Of photographs for `RandomCrops`: reflection adds less than the side itself at both its ends."""
+    return -(-(crop + 2) // 3)
 
 
 def _to_floats(image: Tensor) -> Tensor:
@@ -178,7 +221,7 @@ class RandomCrops(Dataset[Sample]):
             checks.integer(name, value, least)
         sizes = photographs.sizes if isinstance(photographs, Photographs) else [p.shape[-2:] for p in photographs]
         for which, size in enumerate(sizes):
-            if any(-(-(crop - side) // 2) >= side for side in size):
+            if min(size) < least_side(crop):
                 raise ImageError(
                     f"{_name(photographs, which)}: too small for crops of {crop} pixels; "
                     "resize it, or take smaller crops"

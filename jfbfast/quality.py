@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 RANGE = 2.0  # of images in [−1, 1], which PSNR and SSIM are taken at
+LEAST_SIDE = 6  # pixels of an image that SSIM is taken of
 PAPER_OFFSET = 20 * math.log10(RANGE)  # dB that PSNR reads lower with peak 1 on [−1, 1], as in the paper's code
 
 
@@ -37,9 +38,9 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2, over all of it by reflection: (B,).
 
-    NaN where a side is below 6 pixels, which its window of 11 cannot be reflected at.
+    NaN where a side is below `LEAST_SIDE`, which its window of 11 cannot be reflected at.
     """
-    if min(images.shape[-2:]) < 6:
+    if min(images.shape[-2:]) < LEAST_SIDE:
         return images.new_full((len(images),), math.nan)
     from torchmetrics.functional.image import structural_similarity_index_measure  # the core does without
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast.classical import discrepancy_damping, tikhonov
-from jfbfast.data import ImageError, check_target, read_photograph, write_photograph
+from jfbfast.data import check_target, check_unused, file_identity, read_photograph, write_photograph
 from jfbfast.operators import GaussianBlur
 from jfbfast.pretrained import (
     SETTING,
@@ -235,8 +235,9 @@ def restore_file(
     overlap: int | None = None,
     check_tiles: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
 ) -> str:
-    """Restore a photograph into another file; its depth and alpha are kept.
+    """Restore a photograph into another file; its depth, alpha, colour profile, EXIF and resolution are kept.
 
     Args:
         source, target: the files.
@@ -244,17 +245,17 @@ def restore_file(
         tile, progress: of `restore_tiled`.
         overlap: of `restore_tiled`; None for `seamless_overlap`.
         check_tiles: restore in one piece too, to tell the `tiling_error`.
+        overwrite: replace a file that is there.
 
     Returns:
         How it was restored, in words.
 
     Raises:
-        ImageError: a file that cannot be read or written, or one file for both.
+        ImageError: a file that cannot be read or written, or that is there.
         ValueError: of `restore_tiled`.
     """
     photograph = read_photograph(source)
-    if target.exists() and target.samefile(source):
-        raise ImageError(f"{target}: is the photograph itself; it takes another file")
+    check_unused(target, [file_identity(source)], overwrite)
     check_target(target, photograph)
     d = 2 * photograph.pixels - 1
     with warnings.catch_warnings(record=True) as caught:

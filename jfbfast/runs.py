@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jfbfast.backends import ONEDNN_HAS_BFLOAT16
-from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint, write_whole
+from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint
 from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.conditional_training import ConditionalDeblurTask
 from jfbfast.data import image_files
-from jfbfast.datasets import Images, Photographs, RandomCrops, split
+from jfbfast.datasets import Images, RandomCrops, least_side, split, usable_photographs
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED
+from jfbfast.files import write_whole
 from jfbfast.pretrained import load_model
 from jfbfast.settings import changed_settings, make_settings, read_settings, write_settings
 from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
@@ -221,18 +223,26 @@ class Run:
         kept, held_out, _ = split(image_files(settings.data), settings.train, settings.validation)
         if not kept:
             raise ValueError(f"train and validation leave no photograph of {settings.data} to train on")
-        self._check_photographs(kept, held_out)
-        console.print(f"{len(kept)} photographs to train on, {len(held_out)} to validate on.", highlight=False)
-        cache = int(settings.cache * 2**30)
-        photographs = Photographs(kept, settings.resize, settings.squash, cache)
+        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        usable = partial(
+            usable_photographs,
+            say=say,
+            resize=settings.resize,
+            squash=settings.squash,
+            cache=int(settings.cache * 2**30),
+            least=1 if settings.resize else max(least_side(settings.crop), self.config.kernel_size // 2 + 1),
+            purpose=f"crops of {settings.crop} pixels",
+        )
+        photographs, validation = usable(kept), usable(held_out, needed=False)
+        self._check_photographs(photographs.files, validation.files)
+        say(f"{len(photographs)} photographs to train on, {len(validation)} to validate on.")
         if not photographs.cached:
-            console.print(f"They take more than {settings.cache:g} GiB decoded, and are decoded at each use.")
+            say(f"They take more than {settings.cache:g} GiB decoded, and are decoded at each use.")
         length = settings.batch_size * max(settings.steps, settings.pretraining_steps or 0)
         crops = RandomCrops(photographs, settings.crop, length, settings.flips, settings.seed)
-        if not held_out:
+        if not validation:
             return crops, None
-        side = settings.resize or settings.crop
-        return crops, Images(Photographs(held_out, settings.resize, settings.squash, cache), side, settings.seed)
+        return crops, Images(validation, settings.resize or settings.crop, settings.seed)
 
     def _check_photographs(self, kept: Sequence[Path], held_out: Sequence[Path]) -> None:
         """Keep the names, relative to the directory; a run that goes on takes those that it was started with."""
@@ -356,7 +366,7 @@ class Run:
     def _claim(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         write_settings(self.out / "config.yaml", self.settings)
-        text = json.dumps(self.photographs, indent=1, ensure_ascii=False)
+        text = json.dumps(self.photographs, indent=1)  # in ASCII, which names that are not UTF-8 have escapes in
         write_whole(self.out / "photographs.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
     @rank_zero_only

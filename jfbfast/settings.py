@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 
 import yaml
 
+from jfbfast.files import write_whole
+
 if TYPE_CHECKING:
     from jfbfast.checkpoint import ModelConfig
 
@@ -435,8 +437,6 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 def write_settings(path: Path, settings: TrainingSettings) -> None:
     """Every setting, as YAML that `read_settings` reads; a reader sees the old file or the whole new one."""
-    from jfbfast.checkpoint import write_whole
-
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -100,7 +100,8 @@ def test_restore_picks_the_shipped_model_for_the_blur(blurred, tmp_path, monkeyp
         (("--noise", 0.02), "No shipped model is for kernel size 5, σ = 1, reflect at the edge and noise 0.02"),
         (("--checkpoint", "tikhonov"), "Tikhonov, λ"),
     ):
-        result = run("restore", path, "--out", tmp_path / "out", "--tile", 128, "--check-tiles", *options)
+        again = ("--out", tmp_path / "out", "--overwrite")
+        result = run("restore", path, *again, "--tile", 128, "--check-tiles", *options)
         assert result.exit_code == 0, result.output
         told = " ".join(result.output.split())
         assert name in told and "of white" in told
