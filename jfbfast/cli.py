@@ -104,12 +104,12 @@ def restore(
         ),
     ] = None,
     padding_mode: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What the blur saw beyond the edge: zeros (mid-grey), reflect, replicate or circular; by default the "
-            "checkpoint's, or reflect. The shipped models are for zeros."
+            help="What the blur saw beyond the photograph's edges: zeros (mid-grey), reflect, circular or replicate, "
+            "which serves where nobody knows."
         ),
-    ] = None,
+    ] = "replicate",
     out: Annotated[
         Path | None, typer.Option(help="A file for one image, or a directory. (default: here, as NAME-restored)")
     ] = None,
@@ -132,14 +132,14 @@ def restore(
         if tile < LEAST_TILE:
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
         given = {"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode}
-        restorer_for = choose_restorer(checkpoint, given, partial(console.print, markup=False))
+        prepare = choose_restorer(checkpoint, given, partial(console.print, markup=False))
         failed = False
         for source, target in zip(images, _targets(images, out), strict=True):
             try:
                 with Progress(console=console, transient=True) as bar:
                     step = partial(_advance, bar, bar.add_task(source.name))
                     how = restore_file(
-                        source, target, restorer_for, tile=tile, overlap=overlap, check_tiles=check_tiles, progress=step
+                        source, target, prepare, tile=tile, overlap=overlap, check_tiles=check_tiles, progress=step
                     )
             except (ValueError, OSError) as error:
                 _say_error(error)
