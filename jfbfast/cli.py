@@ -90,7 +90,7 @@ def restore(
         ),
     ] = None,
     kernel_size: Annotated[
-        int | None, typer.Option(help="Side of the blur in pixels, odd; by default the checkpoint's, or 5.")
+        int | None, typer.Option(help="Odd side in pixels; all of a blur is 6σ + 1. (default: the checkpoint's, or 5)")
     ] = None,
     sigma: Annotated[
         float | None,
@@ -99,8 +99,8 @@ def restore(
     noise: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of the noise on [−1, 1]; by default 0.01. A checkpoint for one level takes "
-            "that alone."
+            help="Standard deviation of the noise on [−1, 1], at least; by default 0.01. A checkpoint for one level "
+            "takes that alone."
         ),
     ] = None,
     padding_mode: Annotated[

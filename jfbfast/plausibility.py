@@ -11,8 +11,8 @@ from jfbfast.inverse import power_spectrum
 from jfbfast.operators import SeparableBlur
 
 BLOCK = 128  # pixels
-CONTRADICTION = 1.4  # times the noise that is told, and that a file adds
-LEAST_NOISE = 1e-4
+CONTRADICTION = 1.4  # times the noise that is told and that a file adds
+LEAST_NOISE = 1e-4  # looked for where none is told
 FILE_ERROR = 0.005  # on [−1, 1]: about what JPEG of quality 90 adds; rounding to 8 bits adds 0.0023
 
 
@@ -23,8 +23,9 @@ class PowerSpectrum:
     photograph's borders, where a blur mixes in surroundings that nobody knows, so it speaks of the interior.
     White noise of standard deviation ν has the power ν² at every frequency.
 
-    The sharp scene's own power is taken to fall as 1/|ω|², as that of natural scenes does (Field, 1987), from
-    what the photograph has at the low frequencies that the blur lets through.
+    The sharp scene's own power is taken to fall as 1/|ω|², as that of natural scenes does (Field, "Relations between
+    the statistics of natural images and the response properties of cortical cells", 1987), from what the photograph
+    has at the low frequencies that the blur lets through.
 
     Args:
         blur: A.
@@ -58,7 +59,7 @@ class PowerSpectrum:
         self.scene = (self.power * squared / self.gain)[low].mean() / squared
 
     def noise(self, told: float) -> float:
-        """The noise level ν that the photograph shows where the blur should have left less of the scene than noise.
+        """The noise level ν that the photograph shows at the frequencies where less than the told noise is left of it.
 
         0 where there is no such frequency: a mild blur leaves something everywhere.
         """
@@ -66,14 +67,15 @@ class PowerSpectrum:
         return float(self.power[quiet].mean().sqrt()) if quiet.any() else 0.0
 
     def plausible_noise(self, told: float) -> tuple[float, bool]:
-        """The least noise level from the told one on that fits the photograph, and whether the told one is far below.
+        """A noise level, told or higher, at which the photograph is plausible, and whether it contradicts the told one.
 
-        Then the photograph contradicts what is told of it: it is sharper than the blur could have left it, or noisier.
+        It contradicts a level where it shows far more: it is noisier, or sharper than the blur could have left it, for
+        then it shows the scene itself. It is plausible at a level where it does not.
         """
-        level = max(told, LEAST_NOISE)
+        start = level = max(told, LEAST_NOISE)
         while (seen := self.noise(level)) > CONTRADICTION * math.hypot(level, FILE_ERROR):
             level = seen
-        return max(told, seen), level > max(told, LEAST_NOISE)
+        return max(told, seen), level > start
 
     def damping(self, noise: float) -> float:
         """The λ at which Tikhonov's residual A x − d is as strong as the noise (Morozov's discrepancy principle).

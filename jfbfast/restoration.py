@@ -264,6 +264,13 @@ def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Calla
     edges, picked = ("zeros" if setting.padding_mode == "zeros" else None), checkpoint is None
     if picked:
         checkpoint = matching_name(setting.kernel_size, setting.sigma, setting.noise, edges)
+        given = {name: getattr(setting, name) for name in SETTING}
+    if checkpoint in (None, "tikhonov") and not setting.noise > 0:
+        raise ValueError(
+            f"noise is {setting.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
+            "number: rounding to 8 bits alone is 0.0023"
+        )
+    if picked:
         say(
             f"Restoring by the shipped model {checkpoint}."
             if checkpoint
@@ -271,7 +278,6 @@ def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Calla
             f"{setting.noise:g}{', zeros beyond the edge' if edges else ''}: restoring by Tikhonov regularisation, "
             "λ by the discrepancy principle."
         )
-        given = {name: getattr(setting, name) for name in SETTING}
     network: Callable[[float], Restorer] | None = None
     if checkpoint is not None and checkpoint != "tikhonov":
         model, config = load_model(checkpoint)
@@ -286,11 +292,6 @@ def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Calla
         setting = measurement_setting({**given, "padding_mode": edges}, [config])
         set_network(checkpoint, model, config, setting, say)
         network = partial(_network, checkpoint, model, config, setting, edges is None)
-    elif not setting.noise > 0:
-        raise ValueError(
-            f"noise is {setting.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
-            "number: rounding to 8 bits alone is 0.0023"
-        )
     return partial(_prepare, network, checkpoint or "", setting, given["padding_mode"], say)
 
 
