@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from jfbfast.data import ImageError, check_place, check_unused, file_identity
-from jfbfast.restoration import RestorerFor, restore_file
+from jfbfast.restoration import Prepare, restore_file
 
 
 def choose_targets(images: Sequence[Path], out: Path | None, overwrite: bool = False) -> list[Path]:
@@ -56,7 +56,7 @@ def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
 def restore_files(
     images: Sequence[Path],
     targets: Sequence[Path],
-    restorer_for: RestorerFor,
+    prepare: Prepare,
     *,
     console: Console,
     say_error: Callable[[str], object],
@@ -69,7 +69,7 @@ def restore_files(
 
     Args:
         images, targets: of `choose_targets`.
-        restorer_for, tile, overlap, check_tiles, overwrite: of `restore_file`.
+        prepare, tile, overlap, check_tiles, overwrite: of `restore_file`.
         say_error: is told of each image that cannot be restored, and why.
     """
     failed = 0
@@ -79,7 +79,7 @@ def restore_files(
                 how = restore_file(
                     source,
                     target,
-                    restorer_for,
+                    prepare,
                     tile=tile,
                     overlap=overlap,
                     check_tiles=check_tiles,

@@ -86,29 +86,6 @@ def tikhonov(blur: SeparableBlur, d: Tensor, damping: float | Tensor) -> Tensor:
     return blur.solve(blur.adjoint(d), damping)
 
 
-@torch.no_grad()
-def discrepancy_damping(blur: SeparableBlur, d: Tensor, noise: float) -> float:
-    """The λ at which Tikhonov's residual ‖A x − d‖ over the whole of d is that of the noise, ν√n.
-
-    Morozov's discrepancy principle, by bisection on log λ between 1e-8 and 1e2; the residual grows
-    with λ.
-
-    Args:
-        blur: A.
-        d: measurements (…, H, W).
-        noise: ν > 0, the noise's standard deviation in d's units.
-    """
-    if not 0 < noise < math.inf:
-        raise ValueError(f"noise is {noise}; it takes a positive number")
-    bound = noise * math.sqrt(d.numel())
-    low, high = math.log(1e-8), math.log(1e2)
-    for _ in range(30):
-        middle = (low + high) / 2
-        residual = float((blur(tikhonov(blur, d, math.exp(middle))) - d).double().norm())
-        low, high = (middle, high) if residual < bound else (low, middle)
-    return math.exp(low)
-
-
 def differences(x: Tensor) -> Tensor:
     """∇x, the forward differences of images (…, H, W) as (2, …, H, W): down, and to the right; 0 at the far edges."""
     down, right = torch.zeros_like(x), torch.zeros_like(x)

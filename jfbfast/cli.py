@@ -95,7 +95,7 @@ def restore(
         ),
     ] = None,
     kernel_size: Annotated[
-        int | None, typer.Option(help="Side of the blur in pixels, odd; by default the checkpoint's, or 5.")
+        int | None, typer.Option(help="Odd side in pixels; all of a blur is 6σ + 1. (default: the checkpoint's, or 5)")
     ] = None,
     sigma: Annotated[
         float | None,
@@ -104,17 +104,17 @@ def restore(
     noise: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of the noise on [−1, 1]; by default 0.01. A checkpoint for one level takes "
-            "that alone."
+            help="Standard deviation of the noise on [−1, 1], at least; by default 0.01. A checkpoint for one level "
+            "takes that alone."
         ),
     ] = None,
     padding_mode: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What the blur saw beyond the edge: zeros (mid-grey), reflect, replicate or circular; by default the "
-            "checkpoint's, or reflect. The shipped models are for zeros."
+            help="What the blur saw beyond the photograph's edges: zeros (mid-grey), reflect, circular or replicate, "
+            "which serves where nobody knows."
         ),
-    ] = None,
+    ] = "replicate",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -144,11 +144,11 @@ def restore(
         if tile < LEAST_TILE:
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
         given = {"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode}
-        restorer_for = choose_restorer(checkpoint, given, partial(console.print, markup=False))
+        prepare = choose_restorer(checkpoint, given, partial(console.print, markup=False))
         failed = restore_files(
             images,
             choose_targets(images, out, overwrite),
-            restorer_for,
+            prepare,
             console=console,
             say_error=_say_error,
             tile=tile,

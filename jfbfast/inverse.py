@@ -72,7 +72,7 @@ def direct(d: Tensor, taps: Taps) -> Tensor:
         return (y.v @ coefficients @ x.v.T).to(d.dtype)
 
 
-def _power_spectrum(taps: tuple[float, ...], n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def power_spectrum(taps: tuple[float, ...], n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """|â|² of the taps wrapped into a circle of n pixels, over all n frequencies."""
     wrapped = torch.zeros(n, dtype=torch.float64)
     wrapped.index_add_(0, torch.arange(len(taps)) % n, torch.tensor(taps, dtype=torch.float64))
@@ -83,8 +83,8 @@ def _conjugate_gradients(b: Tensor, damping: Tensor, taps: Taps, kernels: Module
     """Plane by plane, preconditioned by the circulant operator of the same taps."""
     height, width = shape = (b.shape[-2], b.shape[-1])
     forward, adjoint = (bands(taps, shape, b.dtype, b.device, a) for a in (False, True))
-    power = _power_spectrum(taps.y, height, b.device, b.dtype)[:, None]
-    power = power * _power_spectrum(taps.x, width, b.device, b.dtype)[: width // 2 + 1]
+    power = power_spectrum(taps.y, height, b.device, b.dtype)[:, None]
+    power = power * power_spectrum(taps.x, width, b.device, b.dtype)[: width // 2 + 1]
 
     def normal(x: Tensor) -> Tensor:
         return kernels.gradient(x, None, None, forward, adjoint)

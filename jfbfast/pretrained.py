@@ -100,16 +100,17 @@ def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig
         say(f"{name} was trained for other measurements ({told}).")
 
 
-def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str) -> str | None:
+def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str | None) -> str | None:
     """The shipped DE-GRAD that was trained for that blur, edges and all, and that noise.
 
-    One for that setting alone, a filtered one for choice; else one for a range of settings.
+    One for that setting alone, a filtered one for choice; else one for a range of settings. With None any edges do.
     """
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
         ranges = config.ranges or MeasurementRanges((config.sigma,) * 2, (config.noise,) * 2)
-        suits = (config.kernel_size, config.padding_mode) == (kernel_size, padding_mode) and (sigma, noise) in ranges
+        suits = config.kernel_size == kernel_size and (sigma, noise) in ranges
+        suits = suits and padding_mode in (None, config.padding_mode)
         if config.form in DEGRAD_FORMS and suits:
             found.append((config.ranges is not None, config.form != "filtered", name))
     return min(found)[-1] if found else None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jfbfast.classical import discrepancy_damping, tikhonov
+from jfbfast.checkpoint import ModelConfig
+from jfbfast.classical import tikhonov
 from jfbfast.data import check_target, check_unused, file_identity, read_photograph, write_photograph
-from jfbfast.operators import GaussianBlur
+from jfbfast.operators import GaussianBlur, SeparableBlur
+from jfbfast.plausibility import PowerSpectrum
 from jfbfast.pretrained import (
     SETTING,
     load_model,
@@ -25,11 +29,34 @@ from jfbfast.pretrained import (
 from jfbfast.solvers import ConvergenceWarning
 
 Restorer = Callable[[Tensor], Tensor]
-RestorerFor = Callable[[Tensor], tuple[Restorer, str]]  # of an image's measurements (C, H, W), and its name
+
+
+class Prepared(NamedTuple):
+    """A photograph, and what restores it.
+
+    Attributes:
+        measured: the photograph on [−1, 1], (C, H + 2m, W + 2m), extended by m pixels of what lies beyond its edges.
+        margin: m ≥ 0, to be cut off again.
+        restore: its tiles.
+        how: in words.
+    """
+
+    measured: Tensor
+    margin: int
+    restore: Restorer
+    how: str
+
+
+Prepare = Callable[[str, Tensor], Prepared]  # of a photograph's name and its values on [−1, 1], (C, H, W)
 
 ALIGNMENT = 16  # pixels; what the coarsest scale of a U-Net of four scales divides
 LEAST_TILE = 2 * ALIGNMENT  # pixels; from here on any overlap leaves room to align the tiles
 HALF_A_GREY_LEVEL = 1 / 255  # on [−1, 1]
+EXTENSIONS: dict[str, Literal["edge", "reflect", "wrap"]] = {  # by padding mode, for numpy.pad
+    "replicate": "edge",
+    "reflect": "reflect",
+    "circular": "wrap",
+}
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
@@ -147,10 +174,54 @@ def _centre(d: Tensor, side: int) -> Tensor:
     return d[..., top : top + side, left : left + side]
 
 
-def tikhonov_restorer(blur: GaussianBlur, d: Tensor, noise: float) -> tuple[Restorer, float]:
-    """Tikhonov's restoration with its λ by the discrepancy principle, read off the image's centre."""
-    damping = discrepancy_damping(blur, _centre(d, 512), noise)
-    return (lambda measured: tikhonov(blur, measured, damping)), damping
+def extend(d: Tensor, margin: int, padding_mode: str) -> Tensor:
+    """An image (C, H, W) with ``margin`` more pixels on every side: what lies beyond its edges, by the padding mode."""
+    sides = ((0, 0), (margin, margin), (margin, margin))
+    return torch.from_numpy(np.pad(d.numpy(), sides, mode=EXTENSIONS[padding_mode]))
+
+
+def margin_for(blur: GaussianBlur) -> int:
+    """How far an image is extended, in pixels: twice the blur's reach and 24 more, up to a multiple of `ALIGNMENT`.
+
+    Wider margins changed a photograph's border by less than 0.05 dB, for the shipped networks and for Tikhonov's
+    restoration at σ = 1 to 3.
+    """
+    return -(-(24 + max(blur.kernel_size)) // ALIGNMENT) * ALIGNMENT
+
+
+def tikhonov_restorer(blur: SeparableBlur, d: Tensor, damping: float) -> Restorer:
+    """Tikhonov's restoration about a constant c, so that it commutes with an offset of brightness.
+
+        x = c1 + (1 + λ)(AᵀA + λI)⁻¹Aᵀ(d − cA1)
+
+    c is the constant whose measurement cA1 is nearest to d, channel by channel; the factor 1 + λ keeps the contrast
+    of what the blur leaves as it is.
+
+    Args:
+        blur: A.
+        d: the whole image, (C, H, W), which c is fitted to.
+        damping: λ > 0.
+    """
+
+    def constant(like: Tensor) -> Tensor:
+        return blur(torch.ones_like(like[..., :1, :, :]))
+
+    unit = constant(d)
+    offset = (d * unit).sum((-2, -1), keepdim=True) / unit.square().sum((-2, -1), keepdim=True)
+
+    def restore(measured: Tensor) -> Tensor:
+        return offset + (1 + damping) * tikhonov(blur, measured - offset * constant(measured), damping)
+
+    return restore
+
+
+def for_cuts(restore: Restorer, blur: SeparableBlur) -> Restorer:
+    """A restorer of measurements by A, edges and all, made one for pieces that were cut out of a larger scene.
+
+    A piece d is restored as d · A1: with zeros beyond the edges, A takes a constant to mid-grey there. Without that a
+    network sees a bright or dark edge that is none.
+    """
+    return lambda measured: restore(measured * blur(torch.ones_like(measured[:, :1])))
 
 
 def network_restorer(model: nn.Module, channels: int) -> Restorer:
@@ -169,67 +240,102 @@ def network_restorer(model: nn.Module, channels: int) -> Restorer:
     return restore
 
 
-def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Callable[[str], object]) -> RestorerFor:
+def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Callable[[str], object]) -> Prepare:
     """What restores photographs that were measured so: a network, or Tikhonov regularisation.
+
+    With zeros beyond the edges, A has them. Otherwise the photograph is extended by what lies there, and restored as a
+    piece of a larger scene.
 
     Args:
         checkpoint: a shipped network's name or a network's file, or "tikhonov"; None for the shipped network that
             was trained for these measurements, and for Tikhonov where there is none.
-        given: kernel_size, sigma, noise and padding_mode; None for the checkpoint's, or without one for those of
-            `ModelConfig`.
-        say: is told what None chose, and of a network that was trained for other measurements.
+        given: kernel_size, sigma and noise; None for the checkpoint's, or without one for those of `ModelConfig`. And
+            padding_mode: what lies beyond the photograph's edges, "replicate" where that is not known.
+        say: is told what None chose, of a network that was trained for other measurements, and of a photograph that
+            contradicts what is told of it, which is restored by Tikhonov at the noise that it shows.
 
     Raises:
         CheckpointError: no such checkpoint.
         ValueError: a blur that there is none of; a denoiser alone; a noise level for a network that was trained for
             one, or none for a network that takes one.
     """
-    picked = checkpoint is None
-    if checkpoint is None:
-        setting = measurement_setting(given, [])
-        setting.blur()  # raises before a network is looked for
+    setting = measurement_setting(given, [])
+    setting.blur()  # raises before a network is looked for
+    edges, picked = ("zeros" if setting.padding_mode == "zeros" else None), checkpoint is None
+    if picked:
+        checkpoint = matching_name(setting.kernel_size, setting.sigma, setting.noise, edges)
         given = {name: getattr(setting, name) for name in SETTING}
-        checkpoint = matching_name(**given)
-        if checkpoint is not None:
-            say(f"Restoring by the shipped model {checkpoint}.")
-    if checkpoint is None or checkpoint == "tikhonov":
-        setting = measurement_setting(given, [])
-        if not setting.noise > 0:
-            raise ValueError(
-                f"noise is {setting.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
-                "number: rounding to 8 bits alone is 0.0023"
-            )
-        if checkpoint is None:
-            say(
-                f"No shipped model is for kernel size {setting.kernel_size}, σ = {setting.sigma:g}, "
-                f"{setting.padding_mode} at the edge and noise {setting.noise:g}: restoring by Tikhonov "
-                "regularisation, λ by the discrepancy principle."
-            )
-        blur = setting.blur()
-
-        def classical(d: Tensor) -> tuple[Restorer, str]:
-            restorer, damping = tikhonov_restorer(blur, d, setting.noise)
-            return restorer, f"Tikhonov, λ = {damping:.2g}"
-
-        return classical
-    model, config = load_model(checkpoint)
-    if config.form == "denoiser":
-        raise ValueError(f"checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
-    if config.ranges is not None:
-        set_measurement(checkpoint, model, config, given["sigma"], given["noise"])  # raises where one is missing
-    elif given["noise"] not in (None, config.noise) and not picked:
+    if checkpoint in (None, "tikhonov") and not setting.noise > 0:
         raise ValueError(
-            f"noise is {given['noise']}; with a checkpoint, which was trained for its own, it is of no use"
+            f"noise is {setting.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
+            "number: rounding to 8 bits alone is 0.0023"
         )
-    set_network(checkpoint, model, config, measurement_setting(given, [config]), say)
-    chosen = network_restorer(model, config.channels), checkpoint
-    return lambda d: chosen
+    if picked:
+        say(
+            f"Restoring by the shipped model {checkpoint}."
+            if checkpoint
+            else f"No shipped model is for kernel size {setting.kernel_size}, σ = {setting.sigma:g} and noise "
+            f"{setting.noise:g}{', zeros beyond the edge' if edges else ''}: restoring by Tikhonov regularisation, "
+            "λ by the discrepancy principle."
+        )
+    network: Callable[[float], Restorer] | None = None
+    if checkpoint is not None and checkpoint != "tikhonov":
+        model, config = load_model(checkpoint)
+        if config.form == "denoiser":
+            raise ValueError(f"checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
+        if config.ranges is not None:
+            set_measurement(checkpoint, model, config, given["sigma"], given["noise"])  # raises where one is missing
+        elif given["noise"] not in (None, config.noise) and not picked:
+            raise ValueError(
+                f"noise is {given['noise']}; with a checkpoint, which was trained for its own, it is of no use"
+            )
+        setting = measurement_setting({**given, "padding_mode": edges}, [config])
+        set_network(checkpoint, model, config, setting, say)
+        network = partial(_network, checkpoint, model, config, setting, edges is None)
+    return partial(_prepare, network, checkpoint or "", setting, given["padding_mode"], say)
+
+
+def _network(
+    name: str, model: nn.Module, config: ModelConfig, setting: ModelConfig, cuts: bool, noise: float
+) -> Restorer:
+    """The network's restorer, set for this noise where it takes a range of them."""
+    if config.ranges is not None:
+        set_measurement(name, model, config, setting.sigma, min(noise, config.ranges.noise[1]))
+    restorer = network_restorer(model, config.channels)
+    return for_cuts(restorer, setting.blur()) if cuts else restorer
+
+
+def _prepare(
+    network: Callable[[float], Restorer] | None,
+    checkpoint: str,
+    setting: ModelConfig,
+    padding_mode: str,
+    say: Callable[[str], object],
+    name: str,
+    d: Tensor,
+) -> Prepared:
+    """Extend a photograph, and restore it by the network, or by Tikhonov without one or where it is contradicted."""
+    blur = GaussianBlur(setting.kernel_size, setting.sigma, "zeros" if padding_mode == "zeros" else "reflect")
+    margin = 0 if padding_mode == "zeros" else margin_for(blur)
+    measured = extend(d, margin, padding_mode) if margin else d
+    spectrum = PowerSpectrum(blur, d)
+    noise, contradicted = spectrum.plausible_noise(setting.noise)
+    if network is not None and not contradicted:
+        return Prepared(measured, margin, network(noise), checkpoint)
+    if contradicted:
+        say(
+            f"warning: {name} contradicts what is told of it: it is sharper or noisier than a blur of σ = "
+            f"{setting.sigma:g} and noise of {setting.noise:g} could leave it. It is restored mildly, by Tikhonov "
+            f"regularisation for noise of {noise:.2g}."
+        )
+    damping = spectrum.damping(noise)
+    return Prepared(measured, margin, tikhonov_restorer(blur, measured, damping), f"Tikhonov, λ = {damping:.2g}")
 
 
 def restore_file(
     source: Path,
     target: Path,
-    restorer_for: RestorerFor,
+    prepare: Prepare,
     *,
     tile: int = 512,
     overlap: int | None = None,
@@ -241,8 +347,8 @@ def restore_file(
 
     Args:
         source, target: the files.
-        restorer_for: of `choose_restorer`.
-        tile, progress: of `restore_tiled`.
+        prepare: of `choose_restorer`.
+        tile, progress: of `restore_tiled`; a photograph that fits a tile is restored in one piece, margins and all.
         overlap: of `restore_tiled`; None for `seamless_overlap`.
         check_tiles: restore in one piece too, to tell the `tiling_error`.
         overwrite: replace a file that is there.
@@ -257,16 +363,20 @@ def restore_file(
     photograph = read_photograph(source)
     check_unused(target, [file_identity(source)], overwrite)
     check_target(target, photograph)
-    d = 2 * photograph.pixels - 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        restorer, how = restorer_for(d)
+        measured, margin, restorer, how = prepare(str(source), 2 * photograph.pixels - 1)
+        height, width = photograph.pixels.shape[-2:]
+        if max(height, width) <= tile:
+            tile = max(tile, *measured.shape[-2:])
         if overlap is None:
-            overlap = seamless_overlap(restorer, d, tile) if max(d.shape[-2:]) > tile else min(96, tile // 4)
+            several = max(measured.shape[-2:]) > tile
+            overlap = seamless_overlap(restorer, measured, tile) if several else min(96, tile // 4)
         caught.clear()  # those of the measured overlap
-        restored = restore_tiled(restorer, d, tile=tile, overlap=overlap, progress=progress)
+        restored = restore_tiled(restorer, measured, tile=tile, overlap=overlap, progress=progress)
         late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
         if check_tiles:
-            how += f"; tiles differ by {tiling_error(restorer, d, restored) / 2:.1e} of white"
+            how += f"; tiles differ by {tiling_error(restorer, measured, restored) / 2:.1e} of white"
+    restored = restored[:, margin : margin + height, margin : margin + width]
     write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
     return f"{how}; {late} tiles did not converge" if late else how

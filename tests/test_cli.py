@@ -48,12 +48,23 @@ def test_info_names_the_backends(tmp_path):
 def test_restore_without_a_checkpoint_is_tikhonov_and_says_so(blurred, tmp_path):
     truth, path = blurred
     out = tmp_path / "restored.png"
-    result = run("restore", path, "--sigma", 1, "--kernel-size", 5, "--noise", 0.01, "--out", out)
+    result = run("restore", path, "--sigma", 1, "--kernel-size", 7, "--noise", 0.01, "--out", out)
     assert result.exit_code == 0, result.output
     assert "Tikhonov" in result.output
     before, after = (float((read_photograph(p).pixels - truth).square().mean()) for p in (path, out))
     assert after < 0.8 * before
     assert read_photograph(out).dtype == np.uint16
+
+
+def test_a_photograph_that_contradicts_its_blur_is_named_and_left_nearly_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cv2.imwrite("sharp.png", photographs.coffee()[80:280, 150:350, ::-1])
+    for options in ((), ("--padding-mode", "zeros"), ("--sigma", 3, "--kernel-size", 19)):
+        result = run("restore", "sharp.png", "--sigma", 1, *options)
+        assert result.exit_code == 0, result.output
+        assert "warning: sharp.png contradicts what is told of it" in " ".join(result.output.split())
+        before, after = (read_photograph(name).pixels for name in ("sharp.png", "sharp-restored.png"))
+        assert float((after - before).square().mean()) < 0.015
 
 
 def test_restore_leaves_its_photograph(blurred):
@@ -97,7 +108,7 @@ def test_restore_picks_the_shipped_model_for_the_blur(blurred, tmp_path, monkeyp
         (("--checkpoint", "small", "--sigma", 2), "small was trained for other measurements (sigma = 1.0)"),
         (("--checkpoint", "small", "--padding-mode", "zeros"), "other measurements (padding_mode = reflect)"),
         (("--checkpoint", "small"), "(small; tiles"),
-        (("--noise", 0.02), "No shipped model is for kernel size 5, σ = 1, reflect at the edge and noise 0.02"),
+        (("--noise", 0.02), "No shipped model is for kernel size 5, σ = 1 and noise 0.02"),
         (("--checkpoint", "tikhonov"), "Tikhonov, λ"),
     ):
         again = ("--out", tmp_path / "out", "--overwrite")
@@ -235,7 +246,7 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
         (("restore", "missing.png"), "missing.png"),
         (("restore", "missing.png", "--sigma", -1), "sigma is -1.0"),
         (("restore", "missing.png", "--kernel-size", 4), "kernel_size is 4"),
-        (("restore", "missing.png", "--noise", 0, "--padding-mode", "reflect"), "error: noise is 0; Tikhonov"),
+        (("restore", "missing.png", "--noise", 0, "--kernel-size", 7), "error: noise is 0; Tikhonov"),
         (("restore", "missing.png", "--checkpoint", "none.safetensors"), "not a whole checkpoint"),
         (("restore", "a.png", "b.png", "--out", "c.png"), "several images take a directory"),
         (("train", "nowhere"), "no image files"),
@@ -287,7 +298,7 @@ def test_a_bad_image_does_not_keep_the_others_from_being_restored(blurred, tmp_p
     result = run("restore", *bad, blurred[1], "--out", tmp_path / "out")
     assert result.exit_code == 1 and read_photograph(tmp_path / "out" / "blurred-restored.png")
     told = " ".join(result.output.split())
-    assert "corrupt.png: " in told and "empty.png: the file is empty" in told and "(Tikhonov" in told
+    assert "corrupt.png: " in told and "empty.png: the file is empty" in told and "(gaussian5-sigma1)" in told
 
 
 @pytest.mark.parametrize(
