@@ -60,7 +60,7 @@ def test_a_photograph_that_contradicts_its_blur_is_named_and_left_nearly_as_it_i
     monkeypatch.chdir(tmp_path)
     cv2.imwrite("sharp.png", photographs.coffee()[80:280, 150:350, ::-1])
     for options in ((), ("--padding-mode", "zeros"), ("--sigma", 3, "--kernel-size", 19)):
-        result = run("restore", "sharp.png", "--sigma", 1, *options)
+        result = run("restore", "sharp.png", "--overwrite", "--sigma", 1, *options)
         assert result.exit_code == 0, result.output
         assert "warning: sharp.png contradicts what is told of it" in " ".join(result.output.split())
         before, after = (read_photograph(name).pixels for name in ("sharp.png", "sharp-restored.png"))
