@@ -22,7 +22,11 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> No
 def number(name: str, value: object, valid: Callable[[float], bool], takes: str) -> None:
     """Raise ValueError, saying what it ``takes``, unless ``value`` is a finite number that is ``valid``."""
     real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real and math.isfinite(value) and valid(value)):  # type: ignore[arg-type]
+    try:
+        taken = real and math.isfinite(value) and valid(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer beyond every float
+        taken = False
+    if not taken:
         raise ValueError(f"{name} is {value!r}; it takes {takes}")
 
 

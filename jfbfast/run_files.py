@@ -1,0 +1,120 @@
+"""The files of a training run's directory, beside its settings and its networks: what is read of them is checked."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
+
+from jfbfast import checks
+from jfbfast.checkpoint import CheckpointError, check_tensors, write_whole
+
+_FORMAT = "run/2"
+_PATIENCE = 10.0  # seconds, in which the processes that load images for a killed run end
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Within, no other process trains in a directory; the lock of a process that was killed is none.
+
+    Raises:
+        ValueError: another does.
+    """
+    lock = FileLock(directory / "train.lock")
+    try:
+        lock.acquire(timeout=_PATIENCE, poll_interval=0.1)
+    except Timeout as error:
+        raise ValueError(f"{directory} is in use: another process trains there; choose another directory") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints of one phase of a run as files that are whole or absent, read as plain tensors and numbers.
+
+    Args:
+        phase: of the run.
+        settings: of the run, which one that resumes must have.
+    """
+
+    def __init__(self, phase: str, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.run = {"jfbfast": _FORMAT, "phase": phase, **settings}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        content = io.BytesIO()  # torch.save to a file has no OSError of its own for a full disk
+        torch.save({**checkpoint, "run": self.run}, content)
+        write_whole(Path(path), lambda partial: partial.write_bytes(content.getbuffer()))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch reads past a wrong checksum
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken pickle raises nearly anything
+            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({first_line(error)})") from error
+        found = checkpoint.get("run") if isinstance(checkpoint, dict) else None
+        if not isinstance(found, dict) or found.get("jfbfast") != _FORMAT:
+            raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast that this version reads")
+        for name in self.run.keys() | found.keys():
+            mine, other = self.run.get(name), found.get(name)
+            if mine != other:
+                raise CheckpointError(f"{path}: of another run, whose {name} is {other!r}; here it is {mine!r}")
+        return checkpoint
+
+    def step(self, path: Path, task: nn.Module, steps: int) -> int:
+        """The steps that a checkpoint has behind it, of ``steps``.
+
+        Raises:
+            CheckpointError: not a whole checkpoint of this phase of this run and of this task's network.
+        """
+        checkpoint = self.load_checkpoint(path)
+        try:
+            step = checkpoint.get("global_step")
+            checks.integer("global_step", step, 0, steps)
+            check_tensors(checkpoint.get("state_dict"), task)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({error})") from error
+        assert isinstance(step, int)
+        return step
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def write_photographs(path: Path, photographs: Mapping[str, Sequence[str]]) -> None:
+    """Write the names of a run's photographs, as `read_photographs` reads them."""
+    text = json.dumps(photographs, indent=1, ensure_ascii=False)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_photographs(path: Path) -> dict[str, list[str]]:
+    """The names of a run's photographs: for "training" and for "validation".
+
+    Raises:
+        ValueError: another file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not the names of a run's photographs ({first_line(error)})") from error
+    if not isinstance(found, dict) or found.keys() != {"training", "validation"}:
+        raise ValueError(f"{path}: not the names of a run's photographs (it takes training and validation)")
+    for name, names in found.items():
+        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+            raise ValueError(f"{path}: not the names of a run's photographs ({name} is no list of names)")
+    return found
