@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jfbfast import checks
 from jfbfast.baselines import FeedForward
 from jfbfast.conditional import CONDITIONS, ConditionalDEGrad, MeasurementRanges
 from jfbfast.degrad import DEGrad
@@ -271,7 +272,8 @@ def _read(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "")
             if found != _FORMAT:
-                told = f"its format is {found}" if found.startswith("jfbfast") else "it is foreign"
+                old = found.startswith("jfbfast")
+                told = f"its format is {found}, and not {_FORMAT}" if old else "it is foreign"
                 raise CheckpointError(f"{path}: not a checkpoint of jfbfast that this version reads ({told})")
             config = ModelConfig(**json.loads(header["config"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -290,7 +292,7 @@ def _read(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         ValueError,
         RuntimeError,
     ) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({error})") from error
+        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({checks.one_line(error)})") from error
     return config, tensors
 
 

@@ -49,3 +49,9 @@ def images(name: str, shape: Sequence[int], channels: int) -> None:
     """Raise ValueError unless a shape is that of images (B, channels, H, W)."""
     if len(shape) != 4 or shape[1] != channels:
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes images (B, {channels}, H, W)")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of 300 characters at most; its name where it says nothing."""
+    told = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    return (told if len(told) <= 300 else f"{told[:299]}…") or type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,17 +19,19 @@ try:
     from rich.progress import Progress, TaskID
     from typer.core import TyperCommand
 
+    from jfbfast.processes import rank
     from jfbfast.settings import TrainingSettings, setting_types
+    from jfbfast.stopping import Interrupted, signals_interrupt
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes one speaks
+console = Console(quiet=rank() > 0)  # of torchrun's processes one speaks
 
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
-def _say_error(error: Exception | str) -> None:
+def _say_error(error: BaseException | str) -> None:
     Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
 
 
@@ -45,6 +46,10 @@ def _one_sentence() -> Iterator[None]:
     except (ValueError, OSError) as error:
         _say_error(error)
         raise typer.Exit(1) from error
+    except Interrupted as stop:
+        if rank() == 0:
+            _say_error(stop)
+        raise typer.Exit(128 + stop.signal) from stop
 
 
 @app.callback()
@@ -179,9 +184,10 @@ def train(
     """Pretrain a denoiser, then train a network that undoes blur, by JFB or another gradient method.
 
     OUT/ holds the settings, the metrics, the checkpoints and, at the end, model.safetensors. Several
-    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …
+    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …  Ctrl-C, or a scheduler's signal, ends it
+    with status 128 + the signal's number after the step that it is at, which is saved for --resume.
     """
-    with _one_sentence():
+    with _one_sentence(), signals_interrupt():
         from jfbfast.runs import Run
         from jfbfast.settings import read_settings
 

@@ -64,7 +64,7 @@ class CheckpointFiles(TorchCheckpointIO):
                     raise zipfile.BadZipFile(f"{damaged} has another checksum")
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a broken pickle raises nearly anything
-            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({first_line(error)})") from error
+            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
         found = checkpoint.get("run") if isinstance(checkpoint, dict) else None
         if not isinstance(found, dict) or found.get("jfbfast") != _FORMAT:
             raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast that this version reads")
@@ -91,11 +91,6 @@ class CheckpointFiles(TorchCheckpointIO):
         return step
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def write_photographs(path: Path, photographs: Mapping[str, Sequence[str]]) -> None:
     """Write the names of a run's photographs, as `read_photographs` reads them."""
     text = json.dumps(photographs, indent=1, ensure_ascii=False)
@@ -111,7 +106,7 @@ def read_photographs(path: Path) -> dict[str, list[str]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not the names of a run's photographs ({first_line(error)})") from error
+        raise ValueError(f"{path}: not the names of a run's photographs ({checks.one_line(error)})") from error
     if not isinstance(found, dict) or found.keys() != {"training", "validation"}:
         raise ValueError(f"{path}: not the names of a run's photographs (it takes training and validation)")
     for name, names in found.items():

@@ -433,6 +433,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def read_run_settings(path: Path) -> TrainingSettings:
+    """The settings of a run, from the file that `write_settings` wrote; raises ValueError, naming it, for another."""
+    values = read_settings(path)
+    try:
+        return make_settings(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def write_settings(path: Path, settings: TrainingSettings) -> None:
     """Every setting, as YAML that `read_settings` reads; a reader sees the old file or the whole new one."""
     from jfbfast.checkpoint import write_whole

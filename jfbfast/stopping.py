@@ -19,8 +19,8 @@ class Interrupted(BaseException):
         signal: its number.
     """
 
-    def __init__(self, number: int, told: str = "before training began") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} {told}")
+    def __init__(self, number: int, told: str = "training had not begun") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {told}")
         self.signal = number
 
 
