@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +33,7 @@ Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
 def _say_error(error: BaseException | str) -> None:
-    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -401,8 +402,15 @@ def bench(
             benchmarks.run(name, out, quick, console, checkpoint, batch)
 
 
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """A thread that cannot write, as TensorBoard's on a full disk, is told of by the main thread alone, which waits."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
 def main() -> None:
     """The entry point of the console script."""
+    threading.excepthook = _thread_failed
     app()
 
 

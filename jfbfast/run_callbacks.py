@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
 import time
@@ -22,11 +23,10 @@ from jfbfast.stopping import Interrupted, handle_signals
 METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
 VALIDATION = ("val_loss", "val_psnr", "val_evaluations", "val_diverged")
 _COLUMNS = ("phase", "step", "seconds", *METRICS, *VALIDATION)
-_TOLERATED = {"16-mixed": 20}  # steps in a row that the scaling of float16 may leave out while it looks for its factor
 
 
-class NotFinite(ValueError):
-    """A loss or a gradient that is not finite, of which training would spoil the weights."""
+class TrainingError(ValueError):
+    """A run that cannot learn any more."""
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -158,14 +158,21 @@ class Checkpoints(Callback):
             raise Interrupted(self.signal or signal.SIGTERM)
 
 
-class FiniteSteps(Callback):
-    """Ends a run before a step whose loss or gradient is not finite, which would spoil every weight.
+class SoundSteps(Callback):
+    """Ends a run that cannot learn any more, before a step that would spoil its weights.
+
+    That is where the loss or the gradient is not finite (with float16, whose scaling leaves such steps out, 20 times in
+    a row), and where the gradient is 0 20 times in a row.
+
+    Args:
+        phase: of the run, for the message.
 
     Raises:
-        NotFinite: there is one; with float16, whose scaling leaves such steps out, the 21st in a row.
+        TrainingError: so it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
         self.loss = torch.zeros(())
         self.count = 0
 
@@ -173,13 +180,16 @@ class FiniteSteps(Callback):
         self.loss = loss.detach()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, task: L.LightningModule, *args: Any) -> None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in task.parameters() if p.grad is not None])
-        values = (("loss", float(self.loss)), ("gradient's norm", float(norm)))
-        wrong = [f"the {name} is {value}" for name, value in values if not abs(value) < float("inf")]
-        if not trainer.strategy.reduce_boolean_decision(bool(wrong), all=False):
+        loss = float(self.loss)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in task.parameters() if p.grad is not None]))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not trainer.strategy.reduce_boolean_decision(not finite or norm == 0, all=False):
             self.count = 0
             return
         self.count += 1
-        if self.count > _TOLERATED.get(str(trainer.precision), 0):
-            told = wrong[0] if wrong else "the loss of another process is not finite"
-            raise NotFinite(f"{told} at step {trainer.global_step + 1}")
+        patient = trainer.precision == "16-mixed" or (finite and norm == 0)
+        if self.count == 20 or not patient:
+            told = f"the loss is {loss:g} and the gradient's norm {norm:g}"
+            if finite:
+                told = "the gradient was 0 20 times in a row, as where every solve diverges,"
+            raise TrainingError(f"{told} at step {trainer.global_step + 1} of {self.phase}")

@@ -33,7 +33,7 @@ from jfbfast.denoisers import RED
 from jfbfast.optimization import JacobianPenalty, Optimization
 from jfbfast.pretrained import load_model
 from jfbfast.processes import check_launch, rank
-from jfbfast.run_callbacks import Checkpoints, FiniteSteps, Metrics, NotFinite
+from jfbfast.run_callbacks import Checkpoints, Metrics, SoundSteps, TrainingError
 from jfbfast.run_files import CheckpointFiles, locked, read_photographs, write_photographs
 from jfbfast.settings import (
     CIRCUMSTANCES,
@@ -207,7 +207,7 @@ class Run:
             step = files.step(file, task, steps)
             saved(step)
         checkpoints = Checkpoints(file, saved)
-        callbacks = [Metrics(self.out / "metrics.csv", phase, step, settings.log_every), FiniteSteps(), *more]
+        callbacks = [Metrics(self.out / "metrics.csv", phase, step, settings.log_every), SoundSteps(phase), *more]
         if settings.ema:
             callbacks.append(MovingAverage(settings.ema))
         try:
@@ -227,8 +227,8 @@ class Run:
                 logger=TensorBoardLogger(self.out, "tensorboard", phase) if settings.tensorboard else False,
                 plugins=[files],
             )
-        except NotFinite as error:
-            raise NotFinite(f"{error} of {phase}; {self._instead(phase)}") from error
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._instead(phase)}") from error
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if resuming and not checkpoints.started:
                 raise CheckpointError(f"{file}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
@@ -243,15 +243,18 @@ class Run:
         return f"step {step} of {phase} is saved; go on with: {command}"
 
     def _instead(self, phase: str) -> str:
-        """What to change where a phase came to numbers that are not finite."""
+        """What to change where a phase cannot go on."""
         settings, pretrained = self.settings, self.out / "pretrained.safetensors"
-        saved = "no step is saved" if self.saved is None else f"{phase}.ckpt has step {self.saved[1]}, before it"
-        changes = ["with a lower " + ("--pretraining-rate" if phase == "pretraining" else "--learning-rate")]
-        changes += ["with --clip 1"] if not settings.clip else []
-        changes += ["with --jacobian-penalty 1e-3"] if settings.implicit and not settings.jacobian_penalty else []
-        changes += ["with --precision 32"] if settings.precision != "32" else []
-        kept = f", and --init {pretrained} to keep the pretraining" if pretrained.exists() else ""
-        return f"{saved}. Start another run {' or '.join(changes)}{kept}"
+        saved = "no step is saved" if self.saved is None else f"{phase}.ckpt holds step {self.saved[1]}"
+        training = phase == "training"
+        changes = ["a lower " + ("--learning-rate" if training else "--pretraining-rate")]
+        changes += ["--clip 1"] if not settings.clip else []
+        changes += (
+            ["--jacobian-penalty 1e-3"] if training and settings.implicit and not settings.jacobian_penalty else []
+        )
+        changes += ["--precision 32"] if settings.precision != "32" else []
+        kept = f" (--init {pretrained} keeps the pretraining)" if training and pretrained.exists() else ""
+        return f"{saved}; start another run with {' or '.join(changes)}{kept}"
 
     def train(self, console: Console) -> float | None:
         """Train, or go on training, up to ``model.safetensors``; the last validation's PSNR at the true range, in dB.
@@ -260,7 +263,7 @@ class Run:
             CheckpointError: a checkpoint of the run, or the one to start from, is not whole, or is another run's.
             ImageError: a photograph that cannot be used.
             Interrupted: a signal asked for the end; the step before is saved.
-            NotFinite: the loss or the gradient of a step is not finite.
+            TrainingError: the loss or the gradient is not finite, or the latter is 0.
             OSError: a file that cannot be written, as on a full disk; those of before are whole.
             ValueError: a split without photographs to train on, or other ones than a resumed run was started with; a
                 setting that the network does not take; another process trains in the directory.
