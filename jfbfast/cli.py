@@ -21,8 +21,9 @@ try:
     from typer.core import TyperCommand
 
     from jfbfast.processes import rank
-    from jfbfast.settings import TrainingSettings, setting_types
+    from jfbfast.settings import setting_types
     from jfbfast.stopping import Interrupted, signals_interrupt
+    from jfbfast.training_settings import TrainingSettings
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 

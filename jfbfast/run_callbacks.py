@@ -189,7 +189,10 @@ class SoundSteps(Callback):
         self.count += 1
         patient = trainer.precision == "16-mixed" or (finite and norm == 0)
         if self.count == 20 or not patient:
-            told = f"the loss is {loss:g} and the gradient's norm {norm:g}"
-            if finite:
+            if not finite:
+                told = f"the loss is {loss:g} and the gradient's norm {norm:g}"
+            elif norm == 0:
                 told = "the gradient was 0 20 times in a row, as where every solve diverges,"
+            else:
+                told = "the loss of another process is not finite"
             raise TrainingError(f"{told} at step {trainer.global_step + 1} of {self.phase}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
@@ -40,6 +41,13 @@ def locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def _packed(value: dict[str, Any]) -> bytes:
+    """What `torch.save` makes of it; in memory, since to a full disk it raises no OSError."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
 class CheckpointFiles(TorchCheckpointIO):
     """Checkpoints of one phase of a run as files that are whole or absent, read as plain tensors and numbers.
 
@@ -53,25 +61,32 @@ class CheckpointFiles(TorchCheckpointIO):
         self.run = {"jfbfast": _FORMAT, "phase": phase, **settings}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        content = io.BytesIO()  # torch.save to a file has no OSError of its own for a full disk
-        torch.save({**checkpoint, "run": self.run}, content)
-        write_whole(Path(path), lambda partial: partial.write_bytes(content.getbuffer()))
+        state = _packed(checkpoint)
+        whole = {"run": self.run, "digest": hashlib.sha256(state).hexdigest(), "state": state}
+        content = _packed({**whole, "state": torch.frombuffer(bytearray(state), dtype=torch.uint8)})
+        write_whole(Path(path), lambda partial: partial.write_bytes(content))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
-            with zipfile.ZipFile(path) as archive:  # torch reads past a wrong checksum
-                if (damaged := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no archive as torch writes them")
+            whole = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a broken pickle raises nearly anything
             raise CheckpointError(f"{path}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
-        found = checkpoint.get("run") if isinstance(checkpoint, dict) else None
-        if not isinstance(found, dict) or found.get("jfbfast") != _FORMAT:
+        run = whole.get("run") if isinstance(whole, dict) else None
+        if not isinstance(run, dict) or run.get("jfbfast") != _FORMAT:
             raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast that this version reads")
-        for name in self.run.keys() | found.keys():
-            mine, other = self.run.get(name), found.get(name)
+        for name in self.run.keys() | run.keys():
+            mine, other = self.run.get(name), run.get(name)
             if mine != other:
                 raise CheckpointError(f"{path}: of another run, whose {name} is {other!r}; here it is {mine!r}")
+        try:
+            state = whole["state"].numpy().tobytes()
+            if hashlib.sha256(state).hexdigest() != whole["digest"]:
+                raise ValueError("its state is not the one that was written")
+            checkpoint: dict[str, Any] = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
         return checkpoint
 
     def step(self, path: Path, task: nn.Module, steps: int) -> int:
