@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from inspect import Parameter, Signature
+from inspect import Signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +21,8 @@ try:
     from typer.core import TyperCommand
 
     from jfbfast.processes import rank
-    from jfbfast.settings import setting_types
     from jfbfast.stopping import Interrupted, signals_interrupt
-    from jfbfast.training_settings import TrainingSettings
+    from jfbfast.train_flags import train_parameters
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
@@ -200,33 +199,9 @@ def train(
         console.print(f"Trained: {out / 'model.safetensors'}{said}", highlight=False)
 
 
-def _train_parameters() -> list[Parameter]:
-    """The command's own parameters, and one for each setting; those that are not given are None."""
-    own = {
-        "out": (Path, Path("jfbfast-run"), "Directory of the run."),
-        "config": (Path | None, None, "YAML file of settings; flags override it."),
-        "resume": (bool, False, "Go on with the run in OUT from its last checkpoints."),
-    }
-    found = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=told)])
-        for name, (kind, default, told) in own.items()
-    ]
-    for name, (kind, told) in setting_types().items():
-        flag = next((plain for plain in (bool, int, float) if kind in (plain, plain | None)), str)
-        default = getattr(TrainingSettings, name, None)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        if isinstance(default, bool):
-            shown = "yes" if default else "no"
-        if default is not None:
-            told = f"{told} (default: {shown})"
-        info = typer.Argument(help=told) if name == "data" else typer.Option(help=told)
-        found.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[flag | None, info]))
-    return found
-
-
 def _register_train() -> None:
     """`jfbfast train` with a flag for each setting."""
-    parameters = _train_parameters()
+    parameters = train_parameters()
     train.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command()(train)

@@ -21,8 +21,7 @@ from jfbfast.evaluation import Choice, Method, Scores, baseline_methods, evaluat
 from jfbfast.operators import GaussianBlur
 from jfbfast.pretrained import SETTING, load_model, measurement_setting, network_name, set_network
 from jfbfast.quality import PAPER_OFFSET
-from jfbfast.run_files import read_photographs
-from jfbfast.settings import read_run_settings
+from jfbfast.settings import read_photographs, read_run_settings
 
 
 def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,27 +103,3 @@ class CheckpointFiles(TorchCheckpointIO):
             raise CheckpointError(f"{path}: not a whole checkpoint of a run ({error})") from error
         assert isinstance(step, int)
         return step
-
-
-def write_photographs(path: Path, photographs: Mapping[str, Sequence[str]]) -> None:
-    """Write the names of a run's photographs, as `read_photographs` reads them."""
-    text = json.dumps(photographs, indent=1, ensure_ascii=False)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def read_photographs(path: Path) -> dict[str, list[str]]:
-    """The names of a run's photographs: for "training" and for "validation".
-
-    Raises:
-        ValueError: another file.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not the names of a run's photographs ({checks.one_line(error)})") from error
-    if not isinstance(found, dict) or found.keys() != {"training", "validation"}:
-        raise ValueError(f"{path}: not the names of a run's photographs (it takes training and validation)")
-    for name, names in found.items():
-        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-            raise ValueError(f"{path}: not the names of a run's photographs ({name} is no list of names)")
-    return found

@@ -2,7 +2,7 @@
 
 ``config.yaml`` holds the resolved settings, ``photographs.json`` the names of those it trains and validates on,
 ``metrics.csv`` a row every few steps, ``pretraining.ckpt`` and ``training.ckpt`` the state of each phase after its
-last interval, ``model.safetensors`` the result.
+last interval or where a signal ended it, ``model.safetensors`` the result; who holds ``train.lock`` trains there.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ from jfbfast.optimization import JacobianPenalty, Optimization
 from jfbfast.pretrained import load_model
 from jfbfast.processes import check_launch, rank
 from jfbfast.run_callbacks import Checkpoints, Metrics, SoundSteps, TrainingError
-from jfbfast.run_files import CheckpointFiles, locked, read_photographs, write_photographs
+from jfbfast.run_files import CheckpointFiles, locked
 from jfbfast.settings import (
     CIRCUMSTANCES,
     changed_settings,
     make_settings,
+    read_photographs,
     read_run_settings,
     read_settings,
+    write_photographs,
     write_settings,
 )
 from jfbfast.stopping import Interrupted

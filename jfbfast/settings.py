@@ -1,10 +1,11 @@
-"""Settings of a training run by name, as flags and YAML files have them."""
+"""Settings of a training run by name, as flags and YAML files have them, and the file of its photographs' names."""
 
 from __future__ import annotations
 
+import json
 import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -127,3 +128,29 @@ def changed_settings(old: TrainingSettings, new: TrainingSettings) -> list[str]:
     """The settings that a resumed run may not change, and that differ."""
     names = [f.name for f in fields(TrainingSettings) if f.name not in CIRCUMSTANCES]
     return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def write_photographs(path: Path, photographs: Mapping[str, Sequence[str]]) -> None:
+    """Write the names of a run's photographs, as `read_photographs` reads them."""
+    from jfbfast.checkpoint import write_whole
+
+    text = json.dumps(photographs, indent=1, ensure_ascii=False)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_photographs(path: Path) -> dict[str, list[str]]:
+    """The names of a run's photographs: for "training" and for "validation".
+
+    Raises:
+        ValueError: another file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not the names of a run's photographs ({checks.one_line(error)})") from error
+    if not isinstance(found, dict) or found.keys() != {"training", "validation"}:
+        raise ValueError(f"{path}: not the names of a run's photographs (it takes training and validation)")
+    for name, names in found.items():
+        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+            raise ValueError(f"{path}: not the names of a run's photographs ({name} is no list of names)")
+    return found
