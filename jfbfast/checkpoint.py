@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +13,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jfbfast import checks
 from jfbfast.baselines import FeedForward
 from jfbfast.conditional import CONDITIONS, ConditionalDEGrad, MeasurementRanges
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
 from jfbfast.files import write_whole
 from jfbfast.gradients import GradientMethod, gradient_method
+from jfbfast.limits import DEGRAD_FORMS, FORMS, MOST_PARAMETERS, check_fields
 from jfbfast.operators import GaussianBlur
 from jfbfast.solvers import Anderson, Broyden, FixedPointSolver, Inertial, Picard
 from jfbfast.unet import UNet
 
-_FORMAT = "jfbfast/2"
-DEGRAD_FORMS = ("paper", "preconditioned", "filtered")
-FORMS = (*DEGRAD_FORMS, "feed-forward", "denoiser")
+__all__ = [
+    "DEGRAD_FORMS",
+    "FORMS",
+    "CheckpointError",
+    "ModelConfig",
+    "check_tensors",
+    "load_checkpoint",
+    "read_config",
+    "save_checkpoint",
+]
+
+_FORMAT = "jfbfast/3"
 _NETWORKS: dict[str, type[nn.Module]] = {
     "DnCNN": DnCNN,
     "NonexpansiveDenoiser": NonexpansiveDenoiser,
@@ -92,6 +103,9 @@ class ModelConfig:
         gradient: of the `DEGrad`: ``kind``, a method's name, and its arguments.
         sigma_range, noise_range: of a filtered `ConditionalDEGrad`, the least and the largest; ``sigma`` and
             ``noise`` are where it is set when it is made. None for one setting alone.
+
+    Raises:
+        ValueError: a value of another type, or out of its bounds (`jfbfast.limits`).
     """
 
     form: Literal["paper", "preconditioned", "filtered", "feed-forward", "denoiser"] = "filtered"
@@ -107,6 +121,9 @@ class ModelConfig:
     gradient: Description = field(default_factory=lambda: {"kind": "jfb"})
     sigma_range: Sequence[float] | None = None
     noise_range: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(vars(self))
 
     @property
     def ranges(self) -> MeasurementRanges | None:
@@ -127,10 +144,14 @@ class ModelConfig:
         """The network, untrained.
 
         Raises:
-            ValueError: another form or kind, or an argument that it does not take.
+            ValueError: another kind, an argument that it does not take, or a network of more than 10⁹ numbers.
         """
-        if self.form not in FORMS:
-            raise ValueError(f"form is {self.form!r}; it takes one of {', '.join(map(repr, FORMS))}")
+        with torch.device("meta"):  # without memory
+            count = sum(p.numel() for p in _made("denoiser", self.denoiser, _NETWORKS).parameters())
+        if count > MOST_PARAMETERS:
+            raise ValueError(
+                f"denoiser is {dict(self.denoiser)}, of {count:.1e} numbers; it takes {MOST_PARAMETERS:.0e} at most"
+            )
         denoiser = _made("denoiser", self.denoiser, _NETWORKS)
         if self.denoiser.get("injection") and self.form not in ("preconditioned", "filtered"):
             raise ValueError(
@@ -170,11 +191,37 @@ class ModelConfig:
         return DEGrad(self.blur(), regularizer, preconditioner="exact", **options)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256()
+def check_tensors(tensors: object, network: nn.Module) -> None:
+    """Raise ValueError unless these are a network's tensors by name, with its shapes, and finite.
+
+    A dtype is the network's, or floating point as it.
+    """
+    if not isinstance(tensors, Mapping):
+        raise ValueError("it holds no tensors")
+    own = network.state_dict()
+    for name in sorted(own.keys() ^ tensors.keys(), key=str):
+        raise ValueError(f"its network {'has a' if name in own else 'has no'} tensor {name}")
+    for name, like in own.items():
+        value = tensors[name]
+        if not isinstance(value, Tensor) or value.shape != like.shape:
+            raise ValueError(f"its tensor {name} is not of shape {tuple(like.shape)}, as its network's")
+        if value.dtype != like.dtype and not (value.is_floating_point() and like.is_floating_point()):
+            raise ValueError(f"its tensor {name} is {value.dtype}; its network's is {like.dtype}")
+        _check_finite("it", name, value)
+
+
+def _check_finite(owner: str, name: str, value: Tensor) -> None:
+    if name.split(".")[-1] != "averaging" and not value.isfinite().all():  # which may have no estimate yet
+        raise ValueError(f"{owner} has a tensor {name} with values that are not finite in {value.dtype}")
+
+
+def _digest(config: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of all that a file says, against damage."""
+    sha = hashlib.sha256(f"{_FORMAT}\n{config}\n".encode())
     for name in sorted(tensors):
-        sha.update(name.encode())
-        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        value = tensors[name]
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -195,32 +242,46 @@ def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, 
         kept = value.detach().cpu().contiguous()
         if half and kept.is_floating_point() and kept.dim() > 1:
             kept = kept.half()
-        if not kept.isfinite().all() and name != "averaging":
-            raise ValueError(f"model has a tensor {name} with values that are not finite in {kept.dtype}")
+        _check_finite("model", name, kept)
         tensors[name] = kept
-    header = {"format": _FORMAT, "config": json.dumps(asdict(config)), "digest": _digest(tensors)}
+    settings = json.dumps(asdict(config), allow_nan=False)
+    header = {"format": _FORMAT, "config": settings, "digest": _digest(settings, tensors)}
     content = _safetensors().torch.save(tensors, header)
     write_whole(Path(path), lambda partial: partial.write_bytes(content))
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The file and its header; whatever is wrong with them within raises CheckpointError."""
+def _read(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A file's settings and tensors, which are those that were written, and of one network."""
     safetensors = _safetensors()
     try:
+        if not os.path.isfile(path):  # a pipe would keep it waiting
+            raise ValueError("it is no file" if os.path.exists(path) else "no such file")
         with safetensors.safe_open(path, "pt") as file:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "")
             if found != _FORMAT:
-                told = f"its format is {found}" if found.startswith("jfbfast") else "it is foreign"
+                old = found.startswith("jfbfast")
+                told = f"its format is {found}, and not {_FORMAT}" if old else "it is foreign"
                 raise CheckpointError(f"{path}: not a checkpoint of jfbfast that this version reads ({told})")
-            yield file, header
+            config = ModelConfig(**json.loads(header["config"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with torch.device("meta"):  # names and shapes alone
+            check_tensors(tensors, config.model())
+        if header["digest"] != _digest(header["config"], tensors):
+            raise ValueError("its settings or its tensors are not those that were written")
     except CheckpointError:
         raise
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast (no such file)") from error
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({error})") from error
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({checks.one_line(error)})") from error
+    return config, tensors
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -229,8 +290,7 @@ def read_config(path: str | Path) -> ModelConfig:
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    with _opened(path) as (_, header):
-        return ModelConfig(**json.loads(header["config"]))
+    return _read(path)[0]
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
@@ -240,11 +300,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
         CheckpointError: no such file, a corrupt one, or one of another origin.
         ModuleNotFoundError: safetensors is not installed.
     """
-    with _opened(path) as (file, header):
-        config = ModelConfig(**json.loads(header["config"]))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header["digest"] != _digest(tensors):
-            raise ValueError("its tensors are not those that were written")
-        model = config.model()
-        model.load_state_dict(tensors)
+    config, tensors = _read(path)
+    model = config.model()
+    model.load_state_dict(tensors)
     return model.eval(), config

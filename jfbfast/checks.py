@@ -22,7 +22,11 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> No
 def number(name: str, value: object, valid: Callable[[float], bool], takes: str) -> None:
     """Raise ValueError, saying what it ``takes``, unless ``value`` is a finite number that is ``valid``."""
     real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real and math.isfinite(value) and valid(value)):  # type: ignore[arg-type]
+    try:
+        taken = real and math.isfinite(value) and valid(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer beyond every float
+        taken = False
+    if not taken:
         raise ValueError(f"{name} is {value!r}; it takes {takes}")
 
 
@@ -45,3 +49,9 @@ def images(name: str, shape: Sequence[int], channels: int) -> None:
     """Raise ValueError unless a shape is that of images (B, channels, H, W)."""
     if len(shape) != 4 or shape[1] != channels:
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes images (B, {channels}, H, W)")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of 300 characters at most; its name where it says nothing."""
+    told = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    return (told if len(told) <= 300 else f"{told[:299]}…") or type(error).__name__

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from inspect import Parameter, Signature
+from inspect import Signature
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,17 +21,19 @@ try:
     from rich.console import Console
     from typer.core import TyperCommand
 
-    from jfbfast.settings import TrainingSettings, setting_types
+    from jfbfast.processes import rank
+    from jfbfast.stopping import Interrupted, signals_interrupt
+    from jfbfast.train_flags import train_parameters
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(emoji=False, quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes one speaks
+console = Console(emoji=False, quiet=rank() > 0)  # of torchrun's processes one speaks
 
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
-def _say_error(error: Exception | str) -> None:
+def _say_error(error: BaseException | str) -> None:
     Console(stderr=True, emoji=False).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -46,6 +48,10 @@ def _one_sentence() -> Iterator[None]:
     except (ValueError, OSError) as error:
         _say_error(error)
         raise typer.Exit(1) from error
+    except Interrupted as stop:
+        if rank() == 0:
+            _say_error(stop)
+        raise typer.Exit(128 + stop.signal) from stop
 
 
 @app.callback()
@@ -171,9 +177,10 @@ def train(
     """Pretrain a denoiser, then train a network that undoes blur, by JFB or another gradient method.
 
     OUT/ holds the settings, the metrics, the checkpoints and, at the end, model.safetensors. Several
-    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …
+    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …  Ctrl-C, or a scheduler's signal, ends it
+    with status 128 + the signal's number after the step that it is at, which is saved for --resume.
     """
-    with _one_sentence():
+    with _one_sentence(), signals_interrupt():
         from jfbfast.runs import Run
         from jfbfast.settings import read_settings
 
@@ -184,33 +191,9 @@ def train(
         console.print(f"Trained: {out / 'model.safetensors'}{said}", highlight=False)
 
 
-def _train_parameters() -> list[Parameter]:
-    """The command's own parameters, and one for each setting; those that are not given are None."""
-    own = {
-        "out": (Path, Path("jfbfast-run"), "Directory of the run."),
-        "config": (Path | None, None, "YAML file of settings; flags override it."),
-        "resume": (bool, False, "Go on with the run in OUT from its last checkpoints."),
-    }
-    found = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=told)])
-        for name, (kind, default, told) in own.items()
-    ]
-    for name, (kind, told) in setting_types().items():
-        flag = next((plain for plain in (bool, int, float) if kind in (plain, plain | None)), str)
-        default = getattr(TrainingSettings, name, None)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        if isinstance(default, bool):
-            shown = "yes" if default else "no"
-        if default is not None:
-            told = f"{told} (default: {shown})"
-        info = typer.Argument(help=told) if name == "data" else typer.Option(help=told)
-        found.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[flag | None, info]))
-    return found
-
-
 def _register_train() -> None:
     """`jfbfast train` with a flag for each setting."""
-    parameters = _train_parameters()
+    parameters = train_parameters()
     train.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command()(train)
@@ -387,12 +370,19 @@ def bench(
             benchmarks.run(name, out, quick, console, checkpoint, batch)
 
 
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """A thread that cannot write, as TensorBoard's on a full disk, is told of by the main thread alone, which waits."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
 def main() -> None:
     """The entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal, or a file name, need not know every letter
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # what it warns of is refused, or does not matter
+    threading.excepthook = _thread_failed
     app()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from jfbfast.evaluation import Choice, Method, Scores, baseline_methods, evaluat
 from jfbfast.operators import GaussianBlur
 from jfbfast.pretrained import SETTING, load_model, measurement_setting, network_name, set_network
 from jfbfast.quality import LEAST_SIDE, PAPER_OFFSET
-from jfbfast.settings import make_settings, read_settings
+from jfbfast.settings import read_photographs, read_run_settings
 
 
 def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
@@ -42,20 +41,25 @@ def _seen_by(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[list[P
 
     The run is that of the ``config.yaml`` beside the checkpoint; its ``photographs.json`` has the names, which
     the split of the files that are there now may not give.
+
+    Raises:
+        ValueError: either is damaged.
     """
     config, names = (Path(checkpoint).parent / name for name in ("config.yaml", "photographs.json"))
     if not (Path(checkpoint).is_file() and config.is_file()):
         return [], []
     try:
-        settings = make_settings(read_settings(config))
-    except ValueError:  # of something else
-        return [], []
+        settings = read_run_settings(config)
+    except ValueError:
+        if names.is_file():
+            raise
+        return [], []  # the settings of something else
     if Path(settings.data).resolve() != data.resolve():
         return [], []
     if not names.is_file():
         kept, held_out, _ = split(files, settings.train, settings.validation)
         return kept, held_out
-    seen = json.loads(names.read_text(encoding="utf-8"))
+    seen = read_photographs(names)
     trained, validated = set(seen["training"]), set(seen["validation"])
     named = [(file.relative_to(data).as_posix(), file) for file in files]
     return [file for name, file in named if name in trained], [file for name, file in named if name in validated]

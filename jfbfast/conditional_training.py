@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jfbfast.conditional import ConditionalDEGrad
 from jfbfast.datasets import Sample
-from jfbfast.training import DeblurTask, JacobianPenalty, Optimization
+from jfbfast.optimization import JacobianPenalty, Optimization
+from jfbfast.training import DeblurTask
 
 BALANCE = 5e-4  # the error at σ = 1 and noise 0.01, where the loss keeps the scale that it has for one setting
 ERROR_FLOOR = 1e-5  # 56 dB: below it a batch weighs no more, else noise near 0 would outweigh all

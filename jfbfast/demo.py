@@ -19,10 +19,11 @@ from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.datasets import RandomCrops
 from jfbfast.degrad import DEGrad
+from jfbfast.optimization import Optimization
 from jfbfast.plots import side_by_side
 from jfbfast.quality import measure, psnr, ssim
 from jfbfast.solvers import Anderson, ConvergenceWarning
-from jfbfast.training import DeblurTask, DenoiserTask, Optimization, fit
+from jfbfast.training import DeblurTask, DenoiserTask, fit
 
 CONFIG = ModelConfig(
     denoiser={

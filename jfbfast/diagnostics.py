@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED
-from jfbfast.fixed_map import fixed_map
+from jfbfast.fixed_map import fixed_map, owner
 from jfbfast.gradients import GradientMethod, Implicit, solve_fixed_point
 from jfbfast.gradients.methods import GRADIENTS
-from jfbfast.history import History, convergence_history
+from jfbfast.history import History, Problem, convergence_history, history_of, problem
 from jfbfast.linearisation import Linearisation
-from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, FixedPointSolver, Picard, Status
+from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, FixedPointSolver, Layer, Picard
 from jfbfast.spectrum import operator_norm, ritz_values, symmetric_ritz_values
+from jfbfast.verdicts import rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,8 +45,8 @@ class Report:
         operator_norm: ‖∂T/∂x‖₂ at x*, (B,).
         ritz_values: of ∂T/∂x at x*, (B, k), complex.
         lipschitz_bound: on γ, (B,); None for a layer that has none.
-        jfb_condition: the lower bound on κ(MᵀM), (B,).
-        cosine, norm_ratio: of each gradient method's gradient to the exact one, (B,) by name.
+        jfb_condition: the lower bound on κ(MᵀM), (B,); None without parameters.
+        cosine, norm_ratio: of each gradient method's gradient to the exact one, (B,) by name; empty without parameters.
         solution: of the model's own solve, at its own tolerance.
         history: of its solver run on with tol = 0.
         tol: of its solver.
@@ -55,7 +56,7 @@ class Report:
     operator_norm: Tensor
     ritz_values: Tensor
     lipschitz_bound: Tensor | None
-    jfb_condition: Tensor
+    jfb_condition: Tensor | None
     cosine: dict[str, Tensor]
     norm_ratio: dict[str, Tensor]
     solution: FixedPointSolution
@@ -63,16 +64,21 @@ class Report:
     tol: float
 
     def table(self) -> Table:
-        """The report as a table of rich: median and worst sample of each quantity."""
+        """The report as a table of rich: median and worst sample of each figure, and what the worst means."""
         from rich.table import Table
 
         table = Table(title=f"{len(self.contraction_factor)} samples at their fixed points", title_justify="left")
-        for header, justify in (("", "left"), ("median", "right"), ("worst", "right"), ("", "left")):
-            table.add_column(header, justify=justify)  # type: ignore[arg-type]
-        for name, values, worst, form, meaning in _rows(self):
+        for header, justify in (
+            ("", "left"),
+            ("median", "right"),
+            ("worst", "right"),
+            ("verdict on the worst", "left"),
+        ):
+            table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for name, values, worst, form, verdict in rows(self):
             finite = values[~values.isnan()].double()
             cells = [form.format(float(f(finite))) if finite.numel() else "–" for f in (torch.median, worst)]
-            table.add_row(name, *cells, meaning)
+            table.add_row(name, *cells, verdict)
         return table
 
     def plot(self, path: str | Path) -> None:
@@ -80,43 +86,6 @@ class Report:
         from jfbfast.plots import diagnosis
 
         diagnosis(self, path)
-
-
-Row = tuple[str, Tensor, Callable[[Tensor], Tensor], str, str]
-
-
-def _rows(r: Report) -> list[Row]:
-    """Name, values of the samples, which of them is the worst, format and meaning of each line."""
-    diverged = int((r.solution.status == Status.DIVERGED).sum())
-    rows: list[Row] = [
-        ("contraction factor γ", r.contraction_factor, torch.max, "{:.3f}", "below 1: x ← T(x) converges"),
-        ("operator norm ‖∂T/∂x‖", r.operator_norm, torch.max, "{:.3f}", "below 1: every step contracts"),
-    ]
-    if r.lipschitz_bound is not None:
-        rows.append(("bound on γ", r.lipschitz_bound, torch.max, "{:.3f}", "λ/(√λ+√δ)² · Lip(D)"))
-    rows += [
-        ("lowest Re μ", r.ritz_values.real.amin(1), torch.min, "{:.3f}", "below −1: needs averaging"),
-        ("highest Re μ", r.ritz_values.real.amax(1), torch.max, "{:.3f}", "near 1: close to singular"),
-        ("κ(MᵀM), at least", r.jfb_condition, torch.max, "{:.3g}", "JFB's theorem: κ < 1/γ"),
-        ("1/γ", 1 / r.contraction_factor, torch.min, "{:.3g}", ""),
-        (
-            "evaluations",
-            r.solution.iterations,
-            torch.max,
-            "{:.0f}",
-            f"to {r.tol:g}; {diverged} diverged",
-        ),
-    ]
-    marks = [k for k in (10, 30, 100, 300) if k <= len(r.history.residual)]
-    for k in marks[-1:]:
-        rows.append((f"residual at {k}", r.history.residual[k - 1], torch.max, "{:.1e}", "evaluations, tol = 0"))
-    if r.history.psnr is not None:
-        for k in marks:
-            rows.append((f"PSNR at {k}", r.history.psnr[k - 1], torch.min, "{:.2f}", "evaluations, in dB, range 2"))
-    for name, cosine in r.cosine.items():
-        ratio = float(r.norm_ratio[name].nanmedian())
-        rows.append((f"cosine of {name}", cosine, torch.min, "{:.4f}", f"to the exact; norm ratio {ratio:.3f}"))
-    return rows
 
 
 def lipschitz_bound(model: DEGrad, x: Tensor, d: Tensor) -> Tensor | None:
@@ -158,16 +127,27 @@ def jfb_condition(model: DEGrad, x: Tensor, d: Tensor, steps: int = 30) -> Tenso
         x, d: where, (B, C, H, W).
         steps: of Lanczos' method, of two products each.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    return _condition(model.layer, x, (d,), steps)
+
+
+def _parameters(layer: Layer) -> list[Tensor]:
+    """Of the layer's module, those that require a gradient."""
+    module = owner(layer)
+    return [] if module is None else [p for p in module.parameters() if p.requires_grad]
+
+
+def _condition(layer: Layer, x: Tensor, inputs: tuple[Tensor, ...], steps: int = 30) -> Tensor:
+    parameters = _parameters(layer)
     n = x[:1].numel()
     if sum(p.numel() for p in parameters) < n:
         return torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
     bounds = []
-    with fixed_map(model):
+    with fixed_map(owner(layer)):
         for i in range(len(x)):  # the samples share Θ
             rows = slice(i, i + 1)
             with torch.enable_grad():
-                jacobian = Linearisation(model.layer(x[rows].detach(), d[rows].detach()), parameters)
+                out = layer(x[rows].detach(), *(value[rows].detach() for value in inputs))
+                jacobian = Linearisation(out, parameters)
 
             def normal(w: Tensor, jacobian: Linearisation = jacobian, rows: slice = rows) -> Tensor:
                 return jacobian.jvp(jacobian.vjp(w.view_as(x[rows]))).flatten(1)
@@ -197,105 +177,127 @@ def gradient_agreement(
     Returns:
         By name of the method, (B,) each; NaN where a gradient is zero or not finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    return _agreement(problem(model, d, None, (), None), value, cotangent, exact)
 
-    def gradient(rows: slice, x0: Tensor, solver: FixedPointSolver, method: str | GradientMethod) -> Tensor:
+
+def _agreement(
+    posed: Problem, value: Tensor, cotangent: Tensor, exact: GradientMethod
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    parameters = _parameters(posed.layer)
+
+    def gradient(i: int, x0: Tensor, solver: FixedPointSolver, method: str | GradientMethod) -> Tensor:
+        rows = slice(i, i + 1)
         with torch.enable_grad():
             out, _ = solve_fixed_point(
-                model.layer,
-                x0,
-                inputs=(d[rows],),
+                posed.layer,
+                x0[rows],
+                inputs=tuple(v[rows] for v in posed.inputs),
                 solver=solver,
                 gradient=method,
-                solve_dtype=None if method is exact else model.solve_dtype,
+                solve_dtype=None if method is exact else posed.solve_dtype,
             )
             found = torch.autograd.grad(out, parameters, cotangent[rows], allow_unused=True, materialize_grads=True)
         return torch.cat([g.flatten() for g in found]).double()
 
-    estimates = model.solver.estimates_inverse
+    estimates = getattr(posed.solver, "estimates_inverse", True)
     names = [name for name, method in GRADIENTS.items() if estimates or method.needs != "inverse"]
     cosine = {name: value.new_full((len(value),), torch.nan) for name in names}
     ratio = {name: column.clone() for name, column in cosine.items()}
-    with fixed_map(model):
-        start = model.start(d)
+    at_value = Picard(tol=0, max_iter=1)  # one evaluation: it stays where it starts
+    with fixed_map(owner(posed.layer)):
         for i in range(len(value)):
-            rows = slice(i, i + 1)
-            at_value = Picard(tol=0, max_iter=1)  # one evaluation: it stays where it starts
-            reference = gradient(rows, value[rows], at_value, exact)
+            reference = gradient(i, value, at_value, exact)
             for name in names:
-                found = gradient(rows, start[rows], model.solver, name)
+                found = gradient(i, posed.start, posed.solver, name)
                 ratio[name][i] = found.norm() / reference.norm()
                 cosine[name][i] = found @ reference / (found.norm() * reference.norm())
     return cosine, ratio
 
 
 def report(
-    model: DEGrad,
-    d: Tensor,
+    model: DEGrad | Callable[..., Tensor],
+    d: Tensor | None = None,
     x: Tensor | None = None,
     *,
+    x0: Tensor | None = None,
+    inputs: Sequence[Tensor] = (),
+    solver: FixedPointSolver | None = None,
     iterations: int = 300,
     steps: int = 60,
     seed: int = 0,
 ) -> Report:
     """Measure the conditioning of a model on a few samples; it stays as it is.
 
+        report(model, d, x)  # a DEGrad
+        report(layer, x0=x0, inputs=(d,), solver=jfbfast.Anderson())  # the layer T(x, d) of any implicit network
+
     An averaging that is to be estimated is estimated on d, for the report alone.
 
-    The point x* is the best iterate of the model's own solver run on with tol = 0. Minutes for samples
-    of 64 × 64 on a CPU: small crops and few samples tell as much. Of a model of which no parameter requires a
-    gradient, the gradients are those of all its parameters.
+    The point x* is the best iterate of the solver run on with tol = 0. Minutes for samples
+    of 64 × 64 on a CPU: small crops and few samples tell as much. Of a module of which no parameter requires a
+    gradient, the gradients are those of all its parameters; of a layer that is no module, nor a method of one, there
+    are none.
 
     Args:
-        model: a DE-GRAD.
-        d: the measurements, (B, C, H, W).
-        x: the truth, like d, in [−1, 1], for quality and for gradients of ℓ = ½‖T(x*) − x‖²; without it
+        model, d, x0, inputs, solver: as in `convergence_history`.
+        x: the truth, like the fixed points, in [−1, 1], for quality and for gradients of ℓ = ½‖T(x*) − x‖²; without it
             the gradients are those of a random cotangent.
         iterations: evaluations of the history.
         steps: of Arnoldi's method, vector-Jacobian products.
         seed: of the random cotangent.
 
     Raises:
-        ValueError: x of another shape than d; ``iterations`` or ``steps`` below 1.
+        TypeError: neither a DE-GRAD nor a layer, or one with the other's arguments.
+        ValueError: x of another shape than the fixed points; ``iterations`` or ``steps`` below 1.
     """
-    if x is not None and x.shape != d.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it takes that of d, {tuple(d.shape)}")
-    if model.averaging_is_due:
-        model = copy.deepcopy(model)
-        model.update_averaging(d)
-    if not any(p.requires_grad for p in model.parameters()):
-        model = copy.deepcopy(model).requires_grad_()
-    with torch.inference_mode(False), warnings.catch_warnings(), fixed_map(model):
-        d, x = d.clone(), None if x is None else x.clone()  # autograd keeps no tensor made under inference_mode
+    with torch.inference_mode(False), warnings.catch_warnings():
+        d, x, x0 = (value.clone() if isinstance(value, Tensor) else value for value in (d, x, x0))
+        if not isinstance(inputs, Tensor):  # autograd takes none that was made under inference_mode
+            inputs = [v.clone() if isinstance(v, Tensor) else v for v in inputs]
         warnings.simplefilter("ignore", ConvergenceWarning)
-        with torch.no_grad():
-            _, solution = solve_fixed_point(
-                model.layer, model.start(d), inputs=(d,), solver=model.solver, solve_dtype=model.solve_dtype
-            )
-        history = convergence_history(model, d, x, iterations)
-        value = history.solution.value
-        if x is None:
-            random = torch.Generator().manual_seed(seed)
-            cotangent = torch.randn(value.shape, generator=random, dtype=value.dtype).to(value.device)
-        else:
-            with torch.no_grad():
-                cotangent = model.layer(value, d) - x
-        exact = Implicit(tol=10 * torch.finfo(value.dtype).eps, max_iter=200)
-        cosine, ratio = gradient_agreement(model, d, value, cotangent, exact)
-        values = ritz_values(model.layer, value, (d,), steps)
-        found = Report(
-            contraction_factor=values.abs().amax(1),
-            operator_norm=operator_norm(model.layer, value, (d,)),
-            ritz_values=values,
-            lipschitz_bound=lipschitz_bound(model, value, d),
-            jfb_condition=jfb_condition(model, value, d),
-            cosine=cosine,
-            norm_ratio=ratio,
-            solution=solution,
-            history=history,
-            tol=model.solver.tol,
+        posed = problem(model, d, x0, inputs, solver)
+        if isinstance(x, Tensor) and x.shape != posed.start.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it takes that of x0, {tuple(posed.start.shape)}")
+        module = owner(posed.layer)
+        if module is not None and not any(p.requires_grad for p in module.parameters()):
+            posed = posed._replace(layer=copy.deepcopy(posed.layer))
+            module = owner(posed.layer)
+            assert module is not None
+            module.requires_grad_()
+        with fixed_map(module):
+            return _to_cpu(_measured(posed, x, iterations, steps, seed))
+
+
+def _measured(posed: Problem, x: Tensor | None, iterations: int, steps: int, seed: int) -> Report:
+    layer, inputs = posed.layer, posed.inputs
+    with torch.no_grad():
+        _, solution = solve_fixed_point(
+            layer, posed.start, inputs=inputs, solver=posed.solver, solve_dtype=posed.solve_dtype
         )
-    return _to_cpu(found)
+    history = history_of(posed, x, iterations)
+    value = history.solution.value
+    if x is None:
+        random = torch.Generator().manual_seed(seed)
+        cotangent = torch.randn(value.shape, generator=random, dtype=value.dtype).to(value.device)
+    else:
+        with torch.no_grad():
+            cotangent = layer(value, *inputs) - x
+    trained = bool(_parameters(layer))
+    exact = Implicit(tol=10 * torch.finfo(value.dtype).eps, max_iter=200)
+    cosine, ratio = _agreement(posed, value, cotangent, exact) if trained else ({}, {})
+    values, module = ritz_values(layer, value, inputs, steps), owner(layer)
+    return Report(
+        contraction_factor=values.abs().amax(1),
+        operator_norm=operator_norm(layer, value, inputs),
+        ritz_values=values,
+        lipschitz_bound=lipschitz_bound(module, value, *inputs) if isinstance(module, DEGrad) else None,
+        jfb_condition=_condition(layer, value, inputs) if trained else None,
+        cosine=cosine,
+        norm_ratio=ratio,
+        solution=solution,
+        history=history,
+        tol=posed.solver.tol,
+    )
 
 
 def _to_cpu(value: Any) -> Any:

@@ -117,6 +117,10 @@ def _largest(values: Tensor) -> float:
 def _gradients(axis: Axes, report: Report) -> None:
     """Cosine of each method to the exact gradient: a bar to the median, a dot a sample."""
     names = list(report.cosine)
+    if not names:
+        axis.text(0.5, 0.5, "the layer has no parameters", ha="center", transform=axis.transAxes, color="dimgrey")
+        _label(axis, "Gradients", "", "")
+        return
     for row, name in enumerate(names):
         cosine, ratio = report.cosine[name], float(report.norm_ratio[name].nanmedian())
         median = float(cosine.nanmedian())

@@ -2,31 +2,27 @@
 
 ``config.yaml`` holds the resolved settings, ``photographs.json`` the names of those it trains and validates on,
 ``metrics.csv`` a row every few steps, ``pretraining.ckpt`` and ``training.ckpt`` the state of each phase after its
-last interval, ``model.safetensors`` the result.
+last interval or where a signal ended it, ``model.safetensors`` the result; who holds ``train.lock`` trains there.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import time
-import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor, nn
 
+from jfbfast import checks
 from jfbfast.backends import ONEDNN_HAS_BFLOAT16
 from jfbfast.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint
 from jfbfast.conditional import ConditionalDEGrad
@@ -35,99 +31,24 @@ from jfbfast.data import image_files
 from jfbfast.datasets import Images, RandomCrops, least_side, split, usable_photographs
 from jfbfast.degrad import DEGrad
 from jfbfast.denoisers import RED
-from jfbfast.files import write_whole
+from jfbfast.optimization import JacobianPenalty, Optimization
 from jfbfast.pretrained import load_model
-from jfbfast.settings import changed_settings, make_settings, read_settings, write_settings
-from jfbfast.training import DeblurTask, DenoiserTask, JacobianPenalty, MovingAverage, Optimization, fit
+from jfbfast.processes import check_launch, rank
+from jfbfast.run_callbacks import Checkpoints, Metrics, SoundSteps, TrainingError
+from jfbfast.run_files import CheckpointFiles, locked
+from jfbfast.settings import (
+    CIRCUMSTANCES,
+    changed_settings,
+    make_settings,
+    read_photographs,
+    read_run_settings,
+    read_settings,
+    write_photographs,
+    write_settings,
+)
+from jfbfast.stopping import Interrupted
+from jfbfast.training import DeblurTask, DenoiserTask, MovingAverage, fit
 from jfbfast.unet import UNet
-
-METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
-VALIDATION = ("val_loss", "val_psnr", "val_evaluations", "val_diverged")
-_COLUMNS = ("phase", "step", "seconds", *METRICS, *VALIDATION)
-
-
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-class _CheckpointFiles(TorchCheckpointIO):
-    """Run checkpoints as files that are whole or absent, and that are read as plain tensors and numbers."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_whole(Path(path), lambda partial: torch.save({**checkpoint, "jfbfast": "run/1"}, partial))
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch reads past a wrong checksum
-                if (damaged := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken pickle raises nearly anything
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({told})") from error
-        if not isinstance(checkpoint, dict) or checkpoint.get("jfbfast") != "run/1":
-            raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast")
-        return checkpoint
-
-
-class Metrics(Callback):
-    """A row of ``metrics.csv`` every few steps, and after each validation; the trainer's loggers get the same.
-
-    A row's step is the number of steps done in the phase, its seconds those of fitting since the run began, all
-    phases and validations together. ``loss`` and ``psnr`` are of one batch, the latter of its mean squared error;
-    ``val_loss`` and ``val_psnr`` are means over the validation's images. Rows of steps that a resumed run repeats are
-    dropped first, their time too.
-
-    Args:
-        path: of the file.
-        phase: the first column.
-        step: the step the run goes on from.
-        every: steps between two rows.
-    """
-
-    def __init__(self, path: Path, phase: str, step: int, every: int) -> None:
-        self.path, self.phase, self.every = path, phase, every
-        self.seconds, self.start = 0.0, time.perf_counter()
-        if _first_process():
-            self._begin(step)
-
-    def _begin(self, step: int) -> None:
-        rows: list[dict[str, str]] = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                whole = [line for line in file if line.endswith("\n")]  # a kill can cut the last one off
-            rows = [r for r in csv.DictReader(whole) if r["phase"] != self.phase or int(r["step"] or 0) <= step]
-        if rows:
-            self.seconds = float(rows[-1].get("seconds") or "nan")
-
-        def write(partial: Path) -> None:
-            with partial.open("w", newline="") as file:
-                writer = csv.DictWriter(file, _COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_whole(self.path, write)
-
-    def _report(self, trainer: L.Trainer, names: Sequence[str]) -> None:
-        if not trainer.is_global_zero:
-            return
-        found = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-        for logger in trainer.loggers:
-            logger.log_metrics(found, trainer.global_step)
-        row = {name: f"{value:.9g}" for name, value in found.items()}
-        row["seconds"] = f"{self.seconds + time.perf_counter() - self.start:.3f}"
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, _COLUMNS).writerow({"phase": self.phase, "step": trainer.global_step, **row})
-
-    def on_train_start(self, *args: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self._report(trainer, METRICS)
-
-    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self._report(trainer, VALIDATION)
 
 
 class _Residual(nn.Module):
@@ -161,7 +82,7 @@ def _take_weights(model: nn.Module, source: nn.Module) -> None:
     if isinstance(model, ConditionalDEGrad) and not isinstance(source, ConditionalDEGrad):
         weights["regularizer.log_filter_damping"] = weights["regularizer.log_weight"]
         weights = model.state_dict() | weights
-    model.load_state_dict(weights)
+    model.load_state_dict(dict(weights))  # without the record of A, which may be another here
 
 
 def _start_from(model: nn.Module, config: ModelConfig, path: str, console: Console) -> None:
@@ -197,14 +118,14 @@ class Run:
 
     def __init__(self, values: Mapping[str, Any], out: Path, *, resume: bool = False, progress: bool = True) -> None:
         file = out / "config.yaml"
+        self.out, self.resume, self.progress = out, resume, progress
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is the file {out}; it takes a directory")
-        if file.exists() and not resume and _first_process():
-            raise ValueError(f"{out} holds a run already; choose another directory, or resume it")
+        check_launch()
         if resume:
             if not file.exists():
                 raise ValueError(f"{out} holds no run to resume")
-            old = make_settings(read_settings(file))
+            old = read_run_settings(file)
             self.settings = make_settings({**read_settings(file), **values}).resolved()
             if changed := changed_settings(old, self.settings):
                 name = changed[0]
@@ -212,11 +133,16 @@ class Run:
                     f"{name} is {getattr(self.settings, name)}; the run in {out} was started with {getattr(old, name)}"
                 )
         else:
+            self._check_new()
             self.settings = make_settings(values).resolved()
         self.settings = replace(self.settings, data=str(Path(self.settings.data).resolve()))  # from wherever it resumes
-        self.out, self.resume, self.progress = out, resume, progress
         self.config = self.settings.model_config()
         self.photographs: dict[str, list[str]] = {}
+        self.saved: tuple[str, int] | None = None  # the phase and the step that its files hold
+
+    def _check_new(self) -> None:
+        if not self.resume and rank() == 0 and (self.out / "config.yaml").exists():
+            raise ValueError(f"{self.out} holds a run already; choose another directory, or resume it")
 
     def _data(self, console: Console) -> tuple[RandomCrops, Images | None]:
         settings = self.settings
@@ -253,7 +179,7 @@ class Run:
         }
         if not (self.resume and file.exists()):  # a run of before there was that file has none
             return
-        started: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
+        started = read_photographs(file)
         for name, names in self.photographs.items():
             if names != started[name]:
                 other = sorted(set(names).symmetric_difference(started[name]))
@@ -281,61 +207,102 @@ class Run:
         more: Sequence[Callback] = (),
     ) -> L.Trainer:
         settings, file = self.settings, self.out / f"{phase}.ckpt"
+        chosen = {name: value for name, value in asdict(settings).items() if name not in CIRCUMSTANCES}
+        files, resuming = CheckpointFiles(phase, chosen), file.exists()
+
+        def saved(step: int) -> None:
+            self.saved = phase, step
+
         step = 0
-        if file.exists():
-            step = int(_CheckpointFiles().load_checkpoint(file)["global_step"])
-        callbacks: list[Callback] = [
-            Metrics(self.out / "metrics.csv", phase, step, settings.log_every),
-            ModelCheckpoint(
-                self.out, phase, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
-            ),
-            *more,
-        ]
+        if resuming:
+            step = files.step(file, task, steps)
+            saved(step)
+        checkpoints = Checkpoints(file, saved)
+        callbacks = [Metrics(self.out / "metrics.csv", phase, step, settings.log_every), SoundSteps(phase), *more]
         if settings.ema:
             callbacks.append(MovingAverage(settings.ema))
-        return fit(
-            task,
-            train,
-            steps=steps,
-            batch_size=settings.batch_size,
-            val=val,
-            interval=settings.interval,
-            precision=settings.precision,
-            clip=settings.clip,
-            workers=settings.workers,
-            progress=self.progress,
-            resume=str(file) if file.exists() else None,
-            callbacks=callbacks,
-            logger=TensorBoardLogger(self.out, "tensorboard", phase) if settings.tensorboard else False,
-            enable_checkpointing=True,
-            plugins=[_CheckpointFiles()],
+        try:
+            return fit(
+                task,
+                train,
+                steps=steps,
+                batch_size=settings.batch_size,
+                val=val,
+                interval=settings.interval,
+                precision=settings.precision,
+                clip=settings.clip,
+                workers=settings.workers,
+                progress=self.progress,
+                resume=str(file) if resuming else None,
+                callbacks=[*callbacks, checkpoints],
+                logger=TensorBoardLogger(self.out, "tensorboard", phase) if settings.tensorboard else False,
+                plugins=[files],
+            )
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._instead(phase)}") from error
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if resuming and not checkpoints.started:
+                raise CheckpointError(f"{file}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
+            raise
+
+    def _left(self) -> str:
+        """What of the run its files hold, and how it goes on."""
+        command = f"jfbfast train --out {shlex.quote(str(self.out))} --resume"
+        if self.saved is None:
+            return f"no step is saved yet; start with: {command}"
+        phase, step = self.saved
+        return f"step {step} of {phase} is saved; go on with: {command}"
+
+    def _instead(self, phase: str) -> str:
+        """What to change where a phase cannot go on."""
+        settings, pretrained = self.settings, self.out / "pretrained.safetensors"
+        saved = "no step is saved" if self.saved is None else f"{phase}.ckpt holds step {self.saved[1]}"
+        training = phase == "training"
+        changes = ["a lower " + ("--learning-rate" if training else "--pretraining-rate")]
+        changes += ["--clip 1"] if not settings.clip else []
+        changes += (
+            ["--jacobian-penalty 1e-3"] if training and settings.implicit and not settings.jacobian_penalty else []
         )
+        changes += ["--precision 32"] if settings.precision != "32" else []
+        kept = f" (--init {pretrained} keeps the pretraining)" if training and pretrained.exists() else ""
+        return f"{saved}; start another run with {' or '.join(changes)}{kept}"
 
     def train(self, console: Console) -> float | None:
         """Train, or go on training, up to ``model.safetensors``; the last validation's PSNR at the true range, in dB.
 
         Raises:
-            CheckpointError: a checkpoint of the run, or the one to start from, is not whole.
+            CheckpointError: a checkpoint of the run, or the one to start from, is not whole, or is another run's.
             ImageError: a photograph that cannot be used.
+            Interrupted: a signal asked for the end; the step before is saved.
+            TrainingError: the loss or the gradient is not finite, or the latter is 0.
+            OSError: a file that cannot be written, as on a full disk; those of before are whole.
             ValueError: a split without photographs to train on, or other ones than a resumed run was started with; a
-                setting that the network does not take.
+                setting that the network does not take; another process trains in the directory.
         """
         settings, config = self.settings, self.config
         L.seed_everything(settings.seed, verbose=False)
         if settings.precision == "bf16" and not torch.accelerator.is_available() and not ONEDNN_HAS_BFLOAT16:
             console.print("This CPU has no bfloat16 convolutions in oneDNN: --precision 32 is several times faster.")
         model = config.model()
-        alone = config.form == "denoiser"
-        steps, runner = settings.pretraining_steps or 0, None
-        pretrained, phase = self.out / "pretrained.safetensors", self.out / "training.ckpt"
-        whole = (pretrained, phase, *((self.out / "pretraining.ckpt",) if alone else ()))  # which hold every weight
-        if settings.init is not None and not any(file.exists() for file in whole):
+        whole = ["pretrained.safetensors", "training.ckpt"]  # which hold every weight
+        whole += ["pretraining.ckpt"] if config.form == "denoiser" else []
+        if settings.init is not None and not any((self.out / name).exists() for name in whole):
             _start_from(model, config, settings.init, console)
         crops, val = self._data(console)
-        self._claim()
+        with self._claimed():
+            return self._train(model, crops, val, console)
+
+    def _train(self, model: nn.Module, crops: RandomCrops, val: Images | None, console: Console) -> float | None:
+        settings, config = self.settings, self.config
+        steps, runner = settings.pretraining_steps or 0, None
+        pretrained = self.out / "pretrained.safetensors"
         if pretrained.exists():
-            model.load_state_dict(load_checkpoint(pretrained)[0].state_dict())
-        elif steps and not phase.exists():
+            found, of = load_checkpoint(pretrained)
+            if of != config:
+                raise CheckpointError(f"{pretrained}: of another network than this run's")
+            model.load_state_dict(found.state_dict())
+            self.saved = "pretraining", steps
+        elif steps and not (self.out / "training.ckpt").exists():
             console.print(f"Pretraining the denoiser: {steps} steps.", highlight=False)
             low, high = settings.pretraining_noise
             task = DenoiserTask(
@@ -343,7 +310,7 @@ class Run:
             )
             runner = self._fit("pretraining", task, crops, val, steps)
             self._save(pretrained, model, config)
-        if not alone:
+        if config.form != "denoiser":
             console.print(f"Training the {config.form} network: {settings.steps} steps.", highlight=False)
             in_training: dict[str, Any] = {}
             if isinstance(model, DEGrad):
@@ -362,13 +329,23 @@ class Run:
         quality = None if runner is None else runner.callback_metrics.get("val_psnr")
         return None if quality is None else float(quality)
 
-    @rank_zero_only
-    def _claim(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_settings(self.out / "config.yaml", self.settings)
-        text = json.dumps(self.photographs, indent=1)  # in ASCII, which names that are not UTF-8 have escapes in
-        write_whole(self.out / "photographs.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Within, the directory is this run's alone; what ends the run there says what is left of it."""
+        with ExitStack() as stack:
+            if rank() == 0:
+                self.out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.out))
+                self._check_new()  # another can have come before
+                write_settings(self.out / "config.yaml", self.settings)
+                write_photographs(self.out / "photographs.json", self.photographs)
+            try:
+                yield
+            except Interrupted as stop:
+                raise Interrupted(stop.signal, self._left()) from None
+            except OSError as error:
+                raise OSError(f"{checks.one_line(error)}; {self._left()}") from error
 
-    @rank_zero_only
     def _save(self, path: Path, model: nn.Module, config: ModelConfig, half: bool = False) -> None:
-        save_checkpoint(path, model, config, half=half)
+        if rank() == 0:
+            save_checkpoint(path, model, config, half=half)

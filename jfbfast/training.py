@@ -8,13 +8,13 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -23,45 +23,14 @@ from jfbfast.datasets import Sample, batches
 from jfbfast.degrad import DEGrad
 from jfbfast.lipschitz import SpectralNormConv2d
 from jfbfast.operators import GaussianBlur
+from jfbfast.optimization import JacobianPenalty, Optimization
 from jfbfast.penalty import jacobian_penalty
+from jfbfast.processes import distributed
 from jfbfast.quality import decibels, measure, psnr
 from jfbfast.solvers import ConvergenceWarning, Status
+from jfbfast.stopping import leave_signals_to_parent
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-@dataclass(frozen=True)
-class JacobianPenalty:
-    """The term weight · `jacobian_penalty` of a `DEGrad`'s loss.
-
-    Attributes:
-        weight: of the term.
-        bound: of `jacobian_penalty`.
-        interval: the term is in every interval-th step alone, and counts that many times.
-        samples: of a process's batch, those it is taken on; None for all.
-    """
-
-    weight: float
-    bound: float = 0.7
-    interval: int = 1
-    samples: int | None = None
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """Adam, and its learning rate over a run.
-
-    Attributes:
-        learning_rate: the highest.
-        schedule: "onecycle", "cosine" (to zero) or "constant".
-        warmup: steps of linear warm-up of the last two.
-        beta2: of Adam.
-    """
-
-    learning_rate: float
-    schedule: str = "onecycle"
-    warmup: int = 0
-    beta2: float = 0.999
 
 
 class _Task(L.LightningModule):
@@ -87,6 +56,14 @@ class _Task(L.LightningModule):
     def report(self, bar: bool = False, batch_size: int | None = None, **values: Tensor) -> None:
         """Metrics for the progress bar and for `Metrics` of jfbfast.runs, which writes them."""
         self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What goes on begins an epoch where this stops: Lightning's own place in one is left out."""
+        del checkpoint["loops"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+        progress.optimizer.step.total.completed = checkpoint["global_step"]
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
         generator = np.random.default_rng((self.seed, self.global_step, self.global_rank))
@@ -266,7 +243,7 @@ class _OneSize(IterableDataset[Sample]):
 
 
 class _Data(L.LightningDataModule):
-    """The training batches, an interval an epoch, always from the trainer's step on."""
+    """The training batches, an epoch up to the next multiple of the interval, always from the trainer's step on."""
 
     def __init__(
         self,
@@ -286,13 +263,19 @@ class _Data(L.LightningDataModule):
         step = self.trainer.global_step
         batches = _Batches(
             step,
-            max(1, min(self.interval, self.steps - step)),
+            max(1, min(self.interval - step % self.interval, self.steps - step)),
             self.batch_size,
             self.trainer.global_rank,
             self.trainer.world_size,
         )
         pinned = torch.cuda.is_available()
-        return DataLoader(self.train, batch_sampler=batches, num_workers=self.workers, pin_memory=pinned)
+        return DataLoader(
+            self.train,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            pin_memory=pinned,
+            worker_init_fn=leave_signals_to_parent,
+        )
 
     def val_dataloader(self) -> DataLoader[Sample]:
         assert self.val is not None  # else Lightning is told to make no validation
@@ -326,7 +309,7 @@ def _quiet() -> Iterator[None]:
 
 def _processes() -> dict[str, Any]:
     """Lightning's settings for the processes that torchrun started, or for this one alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not distributed():
         return {"devices": 1}
     world, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return {"devices": local, "num_nodes": world // local, "strategy": "ddp"}
@@ -375,8 +358,11 @@ def fit(
         raise ValueError(f"train has {samples} samples; {steps} batches of {batch_size} take {steps * batch_size}")
     bar: list[Callback] = [_Bar(refresh_rate=10, leave=True)] if progress else []
     settings = {"logger": False, "enable_checkpointing": False, **_processes(), **trainer}
+    if not distributed():  # a scheduler's variables say nothing of this process
+        settings["plugins"] = [*settings.get("plugins", ()), LightningEnvironment()]
     with _quiet():
         runner = L.Trainer(
+            max_steps=steps,
             max_epochs=-(-steps // interval),
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,

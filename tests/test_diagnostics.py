@@ -2,11 +2,12 @@
 
 import copy
 import io
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from models import networks
+from models import Cell, networks
 from rich.console import Console
 from skimage import data as photographs
 from test_cli import run
@@ -16,9 +17,10 @@ from torch import nn
 from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, Picard, Status, UNet
 from jfbfast.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.data import Photograph, read_photograph, write_photograph
-from jfbfast.diagnostics import jfb_condition, lipschitz_bound, report
+from jfbfast.diagnostics import convergence_history, jfb_condition, lipschitz_bound, report
 from jfbfast.gradients.methods import GRADIENTS
 from jfbfast.quality import psnr
+from jfbfast.verdicts import rows
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,105 @@ def test_table_and_picture(measured, tmp_path):
     assert f"{float(found.contraction_factor.max()):.3f}" in text
     found.plot(tmp_path / "report.png")
     assert min(read_photograph(tmp_path / "report.png").pixels.shape[1:]) > 800
+
+
+def verdicts(found):
+    return {row.name: row.verdict for row in rows(found)}
+
+
+def test_the_verdicts_tell_a_good_model_from_a_bad_one(measured):
+    good = verdicts(measured[3])
+    assert good["contraction factor γ"].startswith("good")
+    assert all(told.startswith(("good", "fair", "open", "see")) for told in good.values()), good
+    red = RED(lambda x: -3 * x, 1.0)  # ∂T has an eigenvalue near −3/2, where A keeps all
+    expanding = DEGrad(GaussianBlur(sigma=0.3), red, preconditioner="exact", solver=Picard(max_iter=20)).double()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5
+    bad = verdicts(report(expanding, expanding.blur(x), x, iterations=30))
+    assert re.match("poor: no contraction, .*; train with --jacobian-penalty 1e-3", bad["contraction factor γ"])
+    assert bad["lowest Re μ"].startswith("poor: x ← T(x) swings out; train with --averaging below 0.79")
+    assert bad["evaluations"].startswith("poor: 2 diverged") or bad["evaluations"].startswith("poor: 0 diverged, 2")
+    assert bad["residual at 10"].startswith("poor: it stays above tol")
+
+
+def test_every_figure_has_its_thresholds(measured):
+    found = measured[3]
+    ones = torch.ones(3)
+    psnr = torch.tensor([30.0] * 9 + [20.0] * 51)[:, None].expand(60, 3)
+    late = found.solution._replace(status=torch.full((3,), int(Status.MAX_ITER)))
+    for values, name, told in (
+        ({"contraction_factor": 0.95 * ones}, "contraction factor γ", "fair: it converges slowly"),
+        ({"operator_norm": 2 * ones}, "operator norm ‖∂T/∂x‖", "fair"),
+        ({"lipschitz_bound": 2 * ones}, "bound on γ", "fair"),
+        ({"ritz_values": torch.full((3, 1), 0.95 + 0j)}, "highest Re μ", "fair: I − ∂T/∂x is close to singular"),
+        ({"ritz_values": torch.full((3, 1), 1.5 + 0j)}, "highest Re μ", "poor: x. repels"),
+        ({"ritz_values": torch.full((3, 1), -3 + 0j)}, "lowest Re μ", "poor: .* --averaging below 0.50"),
+        ({"jfb_condition": 1e9 * ones}, "κ(MᵀM), at least", "fair"),
+        ({"solution": late}, "evaluations", "poor: 0 diverged, 3 stopped above tol"),
+        ({"tol": 1e-300}, "residual at 30", "good"),  # rounding is no floor that matters
+        ({"history": found.history._replace(psnr=psnr)}, "PSNR at 30", "poor: 10.0 dB below the best before"),
+        ({"cosine": {"jfb": 0.7 * ones}}, "cosine of jfb", "fair: descends"),
+        ({"cosine": {"jfb": -ones}}, "cosine of jfb", "poor: train with --gradient implicit"),
+        ({"cosine": {"jfb": torch.nan * ones}}, "cosine of jfb", "no figure"),
+    ):
+        verdict = verdicts(replace(found, **values))[name]
+        assert re.match(told, verdict), (name, verdict)
+
+
+def test_any_implicit_layer_is_reported_as_a_model_is():
+    torch.manual_seed(0)
+    cell = Cell().double()
+    d, x0 = torch.randn(3, 12, dtype=torch.float64), torch.zeros(3, 12, dtype=torch.float64)
+    solver = Anderson(tol=1e-4, memory=3)
+    found = report(cell, x0=x0, inputs=(d,), solver=solver, iterations=20)
+    value = found.history.solution.value
+    j = dense_jacobian(cell, value, d)
+    torch.testing.assert_close(found.contraction_factor, torch.linalg.eigvals(j).abs().amax(1))
+    torch.testing.assert_close(found.operator_norm, torch.linalg.matrix_norm(j, 2))
+    torch.testing.assert_close(value, solver.solve(cell, x0, (d,)).value, rtol=0, atol=1e-3)
+    assert found.lipschitz_bound is None and found.tol == 1e-4
+    assert (found.cosine["implicit"] > 0.999).all() and (found.cosine["jfb"] > 0.9).all()
+    assert found.jfb_condition.isfinite().all() and cell.inner.weight.grad is None
+    history = convergence_history(cell, x0=x0, inputs=(d,), iterations=20)
+    assert history.residual.shape == (20, 3) and (history.residual[-1] < 1e-9).all() and history.psnr is None
+    again = convergence_history(cell, x0, inputs=(d,), x=value, iterations=20)
+    assert torch.equal(history.residual, again.residual) and again.psnr.shape == (20, 3)
+
+
+def test_a_function_is_reported_without_gradients_and_a_method_with_them(tmp_path):
+    torch.manual_seed(0)
+    cell = Cell()
+    d, x0 = torch.randn(2, 12), torch.zeros(2, 12)
+    options = {"x0": x0, "inputs": (d,), "iterations": 12, "steps": 12}
+    function, method = report(lambda x, d: cell(x, d), **options), report(cell.forward, **options)
+    assert function.cosine == {} and function.jfb_condition is None
+    assert set(method.cosine) == set(GRADIENTS)
+    torch.testing.assert_close(function.contraction_factor, method.contraction_factor)
+    function.plot(tmp_path / "function.png")
+    console = Console(width=120, file=io.StringIO())
+    console.print(function.table())
+    assert "contraction factor" in console.file.getvalue() and "cosine" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize("measure", [report, convergence_history])
+def test_what_is_neither_a_model_nor_a_layer_is_told_what_is(measure):
+    cell, x0, d = Cell(), torch.zeros(2, 12), torch.zeros(2, 12)
+    model, image = networks()["filtered"], torch.zeros(1, 3, 8, 8)
+    for arguments, options in (
+        ((cell, d), {}),
+        ((cell,), {}),
+        ((Cell,), {"x0": x0}),
+        ((3,), {"x0": x0}),
+        ((cell,), {"x0": "x"}),
+    ):
+        with pytest.raises(TypeError, match=r"it takes a DEGrad and the measurements d, or a layer T\(x, \*inputs\)"):
+            measure(*arguments, **options)
+    for options in ({"x0": image}, {"d": image, "inputs": (image,)}, {"d": image, "solver": Anderson()}):
+        with pytest.raises(TypeError, match="model is a DEGrad, which takes the measurements d"):
+            measure(model, **options)
+    with pytest.raises(TypeError, match="inputs is a tensor"):
+        measure(cell, x0=x0, inputs=d)
+    with pytest.raises(TypeError, match="x is a tuple; it takes a tensor, the truth"):
+        measure(cell, x=(d,), x0=x0, inputs=(d,))
 
 
 def test_a_frozen_model_and_one_under_inference_mode_are_measured_as_any():

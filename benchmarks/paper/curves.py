@@ -10,7 +10,8 @@ from pathlib import Path
 
 from jfbfast.data import ImageError, image_files
 from jfbfast.datasets import split
-from jfbfast.settings import TrainingSettings, make_settings, read_settings
+from jfbfast.settings import make_settings, read_settings
+from jfbfast.training_settings import TrainingSettings
 
 
 @dataclass(frozen=True)

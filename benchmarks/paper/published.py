@@ -20,8 +20,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jfbfast import DEGrad
+from jfbfast.optimization import Optimization
 from jfbfast.runs import Run
-from jfbfast.training import DeblurTask, Optimization
+from jfbfast.training import DeblurTask
 
 from .. import rivals
 
@@ -94,13 +95,13 @@ class PublishedRun(Run):
         assert settings.training_tol is not None and settings.training_max_iter is not None
         L.seed_everything(settings.seed, verbose=False)
         crops, val = self._data(console)
-        self._claim()
-        model = config.model()
-        assert isinstance(model, DEGrad)
-        network = PublishedDEGrad(model, settings.training_tol, settings.training_max_iter)
-        rate = Optimization(settings.learning_rate, settings.schedule)
-        task = DeblurTask(network, config.blur(), config.noise, rate, settings.seed)
-        clock = Timer(timedelta(minutes=self.minutes), interval="epoch", verbose=False)
-        runner = self._fit("training", task, crops, val, settings.steps, [clock])
-        quality = runner.callback_metrics.get("val_psnr")
-        return None if quality is None else float(quality)
+        with self._claimed():
+            model = config.model()
+            assert isinstance(model, DEGrad)
+            network = PublishedDEGrad(model, settings.training_tol, settings.training_max_iter)
+            rate = Optimization(settings.learning_rate, settings.schedule)
+            task = DeblurTask(network, config.blur(), config.noise, rate, settings.seed)
+            clock = Timer(timedelta(minutes=self.minutes), interval="epoch", verbose=False)
+            runner = self._fit("training", task, crops, val, settings.steps, [clock])
+            quality = runner.callback_metrics.get("val_psnr")
+            return None if quality is None else float(quality)
