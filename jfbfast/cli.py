@@ -187,7 +187,7 @@ def train(
     OUT/ holds the settings, the metrics, the checkpoints and, at the end, model.safetensors. Several
     GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …
 
-    Ctrl-C, or a scheduler's signal, ends it after the step that it is at, saved for --resume, with status 128 + the signal.
+    Ctrl-C, or a scheduler's signal, ends it with the step that it is at saved for --resume; the status is 128 + signal.
     """
     with _one_sentence(), signals_interrupt():
         from jfbfast.runs import Run
