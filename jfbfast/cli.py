@@ -177,8 +177,9 @@ def train(
     """Pretrain a denoiser, then train a network that undoes blur, by JFB or another gradient method.
 
     OUT/ holds the settings, the metrics, the checkpoints and, at the end, model.safetensors. Several
-    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …  Ctrl-C, or a scheduler's signal, ends it
-    with status 128 + the signal's number after the step that it is at, which is saved for --resume.
+    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …
+
+    Ctrl-C, or a scheduler's signal, ends it with the step that it is at saved for --resume; the status is 128 + signal.
     """
     with _one_sentence(), signals_interrupt():
         from jfbfast.runs import Run
