@@ -18,6 +18,7 @@ from jfbfast.fixed_map import fixed_map, owner
 from jfbfast.gradients import GradientMethod, Implicit, solve_fixed_point
 from jfbfast.gradients.methods import GRADIENTS
 from jfbfast.history import History, Problem, convergence_history, history_of, problem
+from jfbfast.iterative import holds_samples
 from jfbfast.linearisation import Linearisation
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, FixedPointSolver, Layer, Picard
 from jfbfast.spectrum import operator_norm, ritz_values, symmetric_ritz_values
@@ -183,10 +184,12 @@ def gradient_agreement(
 def _agreement(
     posed: Problem, value: Tensor, cotangent: Tensor, exact: GradientMethod
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    parameters = _parameters(posed.layer)
+    parameters, whole_batch = _parameters(posed.layer), holds_samples(owner(posed.layer))
 
     def gradient(i: int, x0: Tensor, solver: FixedPointSolver, method: str | GradientMethod) -> Tensor:
-        rows = slice(i, i + 1)
+        rows = slice(None) if whole_batch else slice(i, i + 1)
+        of_sample = torch.zeros_like(cotangent)
+        of_sample[i] = cotangent[i]
         with torch.enable_grad():
             out, _ = solve_fixed_point(
                 posed.layer,
@@ -196,7 +199,7 @@ def _agreement(
                 gradient=method,
                 solve_dtype=None if method is exact else posed.solve_dtype,
             )
-            found = torch.autograd.grad(out, parameters, cotangent[rows], allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(out, parameters, of_sample[rows], allow_unused=True, materialize_grads=True)
         return torch.cat([g.flatten() for g in found]).double()
 
     estimates = getattr(posed.solver, "estimates_inverse", True)

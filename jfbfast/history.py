@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jfbfast.degrad import DEGrad
 from jfbfast.fixed_map import fixed_map, materialised_weights, owner
+from jfbfast.precision import precision_for
 from jfbfast.quality import psnr
 from jfbfast.reference import flat
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer
@@ -124,7 +125,7 @@ def history_of(posed: Problem, x: Tensor | None, iterations: int) -> History:
 
     solver = replace(posed.solver, tol=0.0, atol=0.0, max_iter=iterations)
     module = owner(posed.layer)
-    with fixed_map(module), materialised_weights(module):
+    with fixed_map(module), materialised_weights(module), precision_for(0.0, posed.start.device):
         solution = solver.solve(recorded, posed.start)
     empty = [posed.start.new_zeros(0)]  # the solve of an empty batch evaluates nothing
     return History(torch.stack(residuals or empty), None if x is None else torch.stack(qualities or empty), solution)

@@ -178,3 +178,15 @@ def test_a_start_of_another_kind_is_refused(x0):
     model = DEGrad(GaussianBlur(), RED(jfbfast.DnCNN(3, 6, 3, residual=True)))
     with pytest.raises(TypeError, match=f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None"):
         model(torch.rand(1, 3, 8, 8), x0)
+
+
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+def test_a_report_of_a_model_with_masks():
+    operator = per_sample_physics("masks", 3, 8)
+    model = DEGrad(operator, RED(contraction(), 0.5), preconditioner="exact").double()
+    d = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    found = jfbfast.diagnostics.report(model, d, iterations=20, steps=4)
+    alone = DEGrad(of_one(operator, 1), model.regularizer, preconditioner="exact")
+    expected = jfbfast.diagnostics.report(alone, d[1:2], iterations=20, steps=4)
+    torch.testing.assert_close(found.contraction_factor[1:2], expected.contraction_factor)
+    assert (found.cosine["implicit"] > 0.999).all() and found.cosine.keys() == expected.cosine.keys()
