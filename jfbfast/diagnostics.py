@@ -143,11 +143,14 @@ def _condition(layer: Layer, x: Tensor, inputs: tuple[Tensor, ...], steps: int =
     if sum(p.numel() for p in parameters) < n:
         return torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
     bounds = []
-    with fixed_map(owner(layer)):
+    module = owner(layer)
+    whole_batch = holds_samples(module)
+    with fixed_map(module):
         for i in range(len(x)):  # the samples share Θ
             rows = slice(i, i + 1)
+            evaluated, own = (slice(None), rows) if whole_batch else (rows, slice(None))
             with torch.enable_grad():
-                out = layer(x[rows].detach(), *(value[rows].detach() for value in inputs))
+                out = layer(x[evaluated].detach(), *(value[evaluated].detach() for value in inputs))[own]
                 jacobian = Linearisation(out, parameters)
 
             def normal(w: Tensor, jacobian: Linearisation = jacobian, rows: slice = rows) -> Tensor:
