@@ -360,7 +360,7 @@ def test_the_command_line_restores_and_evaluates_at_a_setting(folder, tmp_path, 
         return result.exit_code, " ".join(result.output.split())
 
     photograph = folder / "0.png"
-    zeros = ("--padding-mode", "zeros", "--out", tmp_path / "restored")
+    zeros = ("--padding-mode", "zeros", "--out", tmp_path / "restored", "--overwrite")
     code, told = run("restore", photograph, "--sigma", 2, "--noise", 0.03, *zeros)
     assert code == 0 and "Restoring by the shipped model a-range" in told and "trained for" not in told
     code, told = run("restore", photograph, *zeros)

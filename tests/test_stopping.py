@@ -32,6 +32,17 @@ TINY = {
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name != "tensorboard"]
 
 
+@pytest.fixture(autouse=True)
+def handled():
+    """No signal is ignored, as SIGINT is in a shell's background process."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return write_photographs(tmp_path / "photographs", 5)
