@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -250,8 +251,9 @@ def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, 
     write_whole(Path(path), lambda partial: partial.write_bytes(content))
 
 
-def _read(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A file's settings and tensors, which are those that were written, and of one network."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The file and its header; whatever is wrong with them within raises CheckpointError."""
     safetensors = _safetensors()
     try:
         if not os.path.isfile(path):  # a pipe would keep it waiting
@@ -263,12 +265,7 @@ def _read(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
                 old = found.startswith("jfbfast")
                 told = f"its format is {found}, and not {_FORMAT}" if old else "it is foreign"
                 raise CheckpointError(f"{path}: not a checkpoint of jfbfast that this version reads ({told})")
-            config = ModelConfig(**json.loads(header["config"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        with torch.device("meta"):  # names and shapes alone
-            check_tensors(tensors, config.model())
-        if header["digest"] != _digest(header["config"], tensors):
-            raise ValueError("its settings or its tensors are not those that were written")
+            yield file, header
     except CheckpointError:
         raise
     except (
@@ -281,16 +278,16 @@ def _read(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         RuntimeError,
     ) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({checks.one_line(error)})") from error
-    return config, tensors
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The settings alone.
+    """The settings alone, which `load_checkpoint` verifies.
 
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    return _read(path)[0]
+    with _opened(path) as (_, header):
+        return ModelConfig(**json.loads(header["config"]))
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
@@ -300,7 +297,13 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
         CheckpointError: no such file, a corrupt one, or one of another origin.
         ModuleNotFoundError: safetensors is not installed.
     """
-    config, tensors = _read(path)
-    model = config.model()
-    model.load_state_dict(tensors)
+    with _opened(path) as (file, header):
+        config = ModelConfig(**json.loads(header["config"]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with torch.device("meta"):  # names and shapes alone
+            check_tensors(tensors, config.model())
+        if header["digest"] != _digest(header["config"], tensors):
+            raise ValueError("its settings or its tensors are not those that were written")
+        model = config.model()
+        model.load_state_dict(tensors)
     return model.eval(), config

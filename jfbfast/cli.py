@@ -33,8 +33,8 @@ console = Console(emoji=False, quiet=rank() > 0)  # of torchrun's processes one 
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
-def _say_error(error: BaseException | str) -> None:
-    Console(stderr=True, emoji=False).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+def _say_error(error: BaseException | str, kind: str = "error") -> None:
+    Console(stderr=True, emoji=False).print(f"{kind}: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -101,7 +101,10 @@ def restore(
         ),
     ] = None,
     kernel_size: Annotated[
-        int | None, typer.Option(help="Odd side in pixels; all of a blur is 6σ + 1. (default: the checkpoint's, or 5)")
+        int | None,
+        typer.Option(
+            help="Side of the blur kernel in pixels, odd; 6σ + 1 covers a Gaussian. (default: the checkpoint's, or 5)"
+        ),
     ] = None,
     sigma: Annotated[
         float | None,
@@ -110,8 +113,8 @@ def restore(
     noise: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of the noise on [−1, 1], at least; by default 0.01. A checkpoint for one level "
-            "takes that alone."
+            help="Standard deviation of the noise for values in [−1, 1]; more where the photograph shows more. "
+            "A checkpoint for one level takes that alone. (default: 0.01)"
         ),
     ] = None,
     padding_mode: Annotated[
@@ -140,8 +143,7 @@ def restore(
     """Undo a known Gaussian blur in photographs of up to 250 megapixels.
 
     Depth, alpha, colour profile, EXIF and resolution are kept. Nothing is restored if an IMAGE does not exist, or its
-    target is taken or cannot be written. A file that cannot be restored is told of, and the others are restored all
-    the same.
+    output file does or cannot be written. If an IMAGE cannot be restored, it says why and goes on with the others.
     """
     with _one_sentence():
         from jfbfast.batch import choose_targets, restore_files
@@ -150,7 +152,8 @@ def restore(
         if tile < LEAST_TILE:
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
         given = {"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode}
-        prepare = choose_restorer(checkpoint, given, partial(console.print, markup=False))
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        prepare = choose_restorer(checkpoint, given, say, partial(_say_error, kind="warning"))
         failed = restore_files(
             images,
             choose_targets(images, out, overwrite),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.files import check_writable, write_whole
 from jfbfast.formats import eight_bit, netpbm, png, tiff
 from jfbfast.formats.metadata import Decoded, ImageError, Metadata, kept_dpi, kept_exif, orientation
@@ -110,10 +111,6 @@ def _photograph(decoded: Decoded) -> Photograph:
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def read_photograph(path: str | Path) -> Photograph:
     """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha, upright.
 
@@ -136,7 +133,7 @@ def read_photograph(path: str | Path) -> Photograph:
     except struct.error as error:
         raise ImageError(f"{path}: ends too early, or is damaged") from error
     except Exception as error:  # a broken file makes a decoder raise nearly anything
-        raise ImageError(f"{path}: cannot be read ({_one_line(error)})") from error
+        raise ImageError(f"{path}: cannot be read ({checks.one_line(error)})") from error
 
 
 def check_place(path: str | Path) -> None:
@@ -175,7 +172,7 @@ def check_unused(path: Path, sources: Collection[tuple[int, int]], overwrite: bo
         ImageError: it is one of the photographs, or is there and is not to be overwritten.
     """
     if path.exists() and file_identity(path) in sources:
-        raise ImageError(f"{path}: is the photograph itself, or another to restore; it takes another file")
+        raise ImageError(f"{path}: is the photograph itself, or another to restore; choose another file")
     if os.path.lexists(path) and not overwrite:
         raise ImageError(f"{path}: is there already; --overwrite replaces it")
 
@@ -220,7 +217,7 @@ def _encode(path: Path, photograph: Photograph) -> bytes:
     try:
         return _ENCODERS[suffix](np.ascontiguousarray(array.astype(dtype)), metadata)
     except Exception as error:  # an encoder raises nearly anything at metadata that it cannot hold
-        raise ImageError(f"{path}: cannot be written ({_one_line(error)})") from error
+        raise ImageError(f"{path}: cannot be written ({checks.one_line(error)})") from error
 
 
 def write_photograph(path: str | Path, photograph: Photograph) -> None:

@@ -143,9 +143,13 @@ def _singular_vectors(module: nn.Module) -> list[str]:
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """A norm of torch's or of anyone's, with buffers that are called running_… as everywhere."""
-    if module._modules or isinstance(module, torch.jit.ScriptModule):
+    """A norm of torch's or of anyone's: its buffers are called running_…, and it has no such norm within."""
+    if isinstance(module, torch.jit.ScriptModule):
         return False
+    return [m for m in module.modules() if _has_statistics(m)] == [module]
+
+
+def _has_statistics(module: nn.Module) -> bool:
     return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
 
 

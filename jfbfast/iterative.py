@@ -43,12 +43,17 @@ def holds_samples(module: nn.Module | None) -> bool:
     """
     if module is None:
         return False
-    parts = [part for m in module.modules() for part in (m, *vars(m).values()) if not isinstance(part, Tensor)]
-    return any(_is_operator(part) and not isinstance(part, (SeparableBlur, IterativeOperator)) for part in parts)
+    for m in module.modules():
+        plain = (value for name, value in vars(m).items() if name[0] != "_")  # an operator need not be a module
+        if _may_hold_samples(m) or any(map(_may_hold_samples, plain)):
+            return True
+    return False
 
 
-def _is_operator(value: object) -> bool:
-    return callable(getattr(value, "adjoint", None)) or callable(getattr(value, "A_adjoint", None))
+def _may_hold_samples(value: object) -> bool:
+    if isinstance(value, (Tensor, SeparableBlur, IterativeOperator)):
+        return False
+    return hasattr(value, "adjoint") or hasattr(value, "A_adjoint")
 
 
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:

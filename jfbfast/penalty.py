@@ -81,7 +81,7 @@ def jacobian_penalty(
         x, *inputs_left = (value.masked_fill(~per_sample(usable, value), 0) for value in (x, *inputs))
     else:
         x, *inputs_left = (value[usable] for value in (x, *inputs))
-        usable = usable[usable]
+        usable = usable.new_ones(len(x))  # all that are left are
 
     with fixed_map(module), torch.enable_grad():
         point = x.detach().requires_grad_()

@@ -23,14 +23,14 @@ def _to_ieee(device_type: str) -> Callable[[], None]:
     """
     backends: Any = torch.backends
     cpu, cuda = backends.mkldnn, backends.cudnn
-    settings = [(cpu.matmul, cpu), (backends.cuda.matmul, cuda)]  # set_float32_matmul_precision is of both
-    parent = cuda if device_type == "cuda" else cpu
-    settings += [(parent.conv, parent), (parent.rnn, parent)]
+    settings, parent = [(cpu.matmul, cpu), (cpu.conv, cpu)], cpu
+    if device_type == "cuda":  # and the CPU's products, which set_float32_matmul_precision changes too
+        settings, parent = [(backends.cuda.matmul, cuda), (cuda.conv, cuda), (cuda.rnn, cuda), (cpu.matmul, cpu)], cuda
     kept = []
     for setting, above in settings:
         inherited = setting.fp32_precision == above.fp32_precision  # and is to go on following it
         kept.append((setting, "none" if inherited else setting.fp32_precision))
-    matmul = _readable(torch.get_float32_matmul_precision)
+    matmul = "highest" if parent is cpu else _readable(torch.get_float32_matmul_precision)
     convolutions = parent is cuda and _readable(lambda: cuda.allow_tf32)
     reduced = matmul not in (None, "highest")
     if reduced:

@@ -240,7 +240,12 @@ def network_restorer(model: nn.Module, channels: int) -> Restorer:
     return restore
 
 
-def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Callable[[str], object]) -> Prepare:
+def choose_restorer(
+    checkpoint: str | None,
+    given: Mapping[str, Any],
+    say: Callable[[str], object],
+    warn: Callable[[str], object],
+) -> Prepare:
     """What restores photographs that were measured so: a network, or Tikhonov regularisation.
 
     With zeros beyond the edges, A has them. Otherwise the photograph is extended by what lies there, and restored as a
@@ -251,8 +256,9 @@ def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Calla
             was trained for these measurements, and for Tikhonov where there is none.
         given: kernel_size, sigma and noise; None for the checkpoint's, or without one for those of `ModelConfig`. And
             padding_mode: what lies beyond the photograph's edges, "replicate" where that is not known.
-        say: is told what None chose, of a network that was trained for other measurements, and of a photograph that
-            contradicts what is told of it, which is restored by Tikhonov at the noise that it shows.
+        say: is told what None chose, and of a network that was trained for other measurements.
+        warn: is told of a photograph that contradicts the blur and the noise; Tikhonov restores it, at the noise that
+            it shows.
 
     Raises:
         CheckpointError: no such checkpoint.
@@ -292,7 +298,7 @@ def choose_restorer(checkpoint: str | None, given: Mapping[str, Any], say: Calla
         setting = measurement_setting({**given, "padding_mode": edges}, [config])
         set_network(checkpoint, model, config, setting, say)
         network = partial(_network, checkpoint, model, config, setting, edges is None)
-    return partial(_prepare, network, checkpoint or "", setting, given["padding_mode"], say)
+    return partial(_prepare, network, checkpoint or "", setting, given["padding_mode"], warn)
 
 
 def _network(
@@ -310,7 +316,7 @@ def _prepare(
     checkpoint: str,
     setting: ModelConfig,
     padding_mode: str,
-    say: Callable[[str], object],
+    warn: Callable[[str], object],
     name: str,
     d: Tensor,
 ) -> Prepared:
@@ -323,10 +329,9 @@ def _prepare(
     if network is not None and not contradicted:
         return Prepared(measured, margin, network(noise), checkpoint)
     if contradicted:
-        say(
-            f"warning: {name} contradicts what is told of it: it is sharper or noisier than a blur of σ = "
-            f"{setting.sigma:g} and noise of {setting.noise:g} could leave it. It is restored mildly, by Tikhonov "
-            f"regularisation for noise of {noise:.2g}."
+        warn(
+            f"{name} is sharper or noisier than a blur of σ = {setting.sigma:g} and noise of {setting.noise:g} could "
+            f"leave it. It is restored mildly, by Tikhonov regularisation for noise of {noise:.2g}."
         )
     damping = spectrum.damping(noise)
     return Prepared(measured, margin, tikhonov_restorer(blur, measured, damping), f"Tikhonov, λ = {damping:.2g}")

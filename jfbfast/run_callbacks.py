@@ -133,7 +133,8 @@ class Checkpoints(Callback):
             raise Interrupted(number)
         self.signal = number
         if rank() == 0:  # to the file itself: the stream may be in use
-            os.write(2, f"\n{signal.Signals(number).name}: this step is the last; again ends it at once\n".encode())
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: stopping after this step; a second signal stops at once\n".encode())
 
     def on_train_start(self, *args: Any) -> None:
         self.started = True

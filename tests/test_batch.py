@@ -106,7 +106,7 @@ def test_a_bad_file_leaves_the_others_alone(tmp_path, photograph):
     bad = ["folder.png", "._x.png", "broken.avif", "pipe.png"]
     result = restore(*bad, "line.png", photograph, "--out", "out", "--padding-mode", "reflect")
     assert result.exit_code == 1 and sorted(os.listdir("out")) == ["line-restored.png", "x-restored.png"]
-    told = result.stderr.splitlines()
+    told = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
     assert len(told) == 5 and told[-1] == "error: 4 of 6 photographs could not be restored"
     assert all(name in line for name, line in zip(bad, told, strict=False))
 

@@ -59,12 +59,13 @@ def test_restore_without_a_checkpoint_is_tikhonov_and_says_so(blurred, tmp_path)
 def test_a_photograph_that_contradicts_its_blur_is_named_and_left_nearly_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cv2.imwrite("sharp.png", photographs.coffee()[80:280, 150:350, ::-1])
-    for options in ((), ("--padding-mode", "zeros"), ("--sigma", 3, "--kernel-size", 19)):
+    cases = ((), 0.002), (("--padding-mode", "zeros"), 0.002), (("--sigma", 3, "--kernel-size", 19), 0.015)
+    for options, most in cases:  # unguarded 0.0103, 0.0109 and 0.36
         result = run("restore", "sharp.png", "--overwrite", "--sigma", 1, *options)
         assert result.exit_code == 0, result.output
-        assert "warning: sharp.png contradicts what is told of it" in " ".join(result.output.split())
+        assert "warning: sharp.png is sharper or noisier than a blur" in " ".join(result.output.split())
         before, after = (read_photograph(name).pixels for name in ("sharp.png", "sharp-restored.png"))
-        assert float((after - before).square().mean()) < 0.015
+        assert float((after - before).square().mean()) < most
 
 
 def test_restore_leaves_its_photograph(blurred):

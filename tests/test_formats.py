@@ -205,7 +205,7 @@ RGBA16 = samples("uint16", 4)
         (tiff(RGBA16, photometric="separated", extrasamples=[]), "photometric interpretation is 5"),
         (tiff(RGBA16, extrasamples=["assocalpha"]), r"kind \(1,\); .* alpha not multiplied in"),
         (tiff(RGBA16, extrasamples=["unspecified"]), r"kind \(0,\)"),
-        (lzw_tiff(RGBA16[:, :, [2, 1, 0, 3]][:, :, ::-1]), "4 samples a pixel, not all of which are told of"),
+        (lzw_tiff(RGBA16[:, :, [2, 1, 0, 3]][:, :, ::-1]), "4 samples a pixel, and no tag says what each is"),
         (tiff(samples("uint16", 2)), "grey with alpha"),
         (tiff(np.stack([RGB, RGB]), photometric="rgb"), "2 pages"),
         (tiff(RGB, subfiletype=1), "a preview of another image"),

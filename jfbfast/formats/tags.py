@@ -110,5 +110,6 @@ def read_directory(content: bytes, start: int | None = None, inner: tuple[int, .
             place = entry + 8
         if 0 < size <= len(content) - place:
             found[tag] = Value(kind, content[place : place + size])
-    (found.following,) = struct.unpack_from(f"{found.order}L", content, start + 2 + 12 * count)
+    with suppress(struct.error):  # EXIF can end before
+        (found.following,) = struct.unpack_from(f"{found.order}L", content, start + 2 + 12 * count)
     return found

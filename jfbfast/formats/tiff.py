@@ -73,7 +73,7 @@ def _check_layout(tags: Directory, dtype: np.dtype) -> None:
     if extra and photometric == _GREY and dtype != np.uint8:
         raise ImageError(f"is grey with alpha, of {dtype} samples; for those it takes alpha beside RGB alone")
     if samples != channels[photometric] + len(extra):
-        raise ImageError(f"has {samples} samples a pixel, not all of which are told of; it takes grey, RGB, and alpha")
+        raise ImageError(f"has {samples} samples a pixel, and no tag says what each is; it takes grey, RGB, and alpha")
     if samples > 1 and tags.number(Tag.PlanarConfiguration, 1) != 1:
         raise ImageError("stores its channels one after the other; it takes them pixel by pixel")
     if tags.number(Tag.NewSubfileType, 0) & 1:

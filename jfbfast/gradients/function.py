@@ -33,8 +33,8 @@ def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: 
             f"largest residual {float(solution.residual.max()):.1e})"
             + (f"; tol is below the rounding of {dtype}" if beyond else "")
             + (
-                f"; {told} of them had less in the solve than in the layer's last application, to the whole batch: the "
-                "layer couples the samples of a batch, or is not the same map at each evaluation"
+                f"; for {told} of them the layer, applied to the whole batch after the solve, leaves a larger residual "
+                "than the solve measured: the layer couples the samples of a batch, or changes between evaluations"
                 if told
                 else ""
             )

@@ -192,12 +192,13 @@ class TracedLayer:
         for leaf, before in strangers.items():
             if before:
                 raise ValueError(
-                    f"layer uses a tensor computed before from one of shape {tuple(leaf.shape)} that requires a "
-                    "gradient and would get none; pass it in inputs=, or name the latter in parameters="
+                    "layer uses a tensor that was computed before the solve, from one of shape "
+                    f"{tuple(leaf.shape)} that requires a gradient and would get none; pass it in inputs=, or name the "
+                    f"one of shape {tuple(leaf.shape)} in parameters="
                 )
         if self.named:
             return
-        some = slice(None) if self.whole_batch else slice(1)
+        some = slice(None) if self.whole_batch or not inputs else slice(1)  # else the layer may hold the whole batch's
         x, inputs = x[some].detach(), tuple(i[some].detach() for i in inputs)
         again = _strangers(self._applications(x, inputs, None)(x), (x, *inputs, *self.parameters), 0)
         for leaf in strangers:
@@ -208,8 +209,8 @@ class TracedLayer:
                 )
         if self.method.differentiates_in_x:
             raise ValueError(
-                f"layer cuts its graph between x and its output, by detach, and gradient is {self.method}, which "
-                "takes the derivative in x; it takes 'jfb'"
+                f"layer detaches x, and gradient is {self.method}, which needs ∂T/∂x; it takes 'jfb', or a layer "
+                "that does not detach"
             )
 
     def nothing(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
