@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 
 def is_integer(value: object) -> bool:
@@ -49,6 +50,17 @@ def images(name: str, shape: Sequence[int], channels: int) -> None:
     """Raise ValueError unless a shape is that of images (B, channels, H, W)."""
     if len(shape) != 4 or shape[1] != channels:
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes images (B, {channels}, H, W)")
+
+
+def read_text(path: Path, most: int) -> str:
+    """A text file in UTF-8, its line ends as they are; ValueError for no file, or more than ``most`` characters."""
+    if not path.is_file():  # a pipe would keep it waiting
+        raise ValueError("it is no file" if path.exists() else "no such file")
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"it is longer than {most} characters")
+    return text
 
 
 def one_line(error: BaseException) -> str:

@@ -12,8 +12,7 @@ statistics but the batch's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from copy import copy
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from jfbfast import buffers
 from jfbfast.lipschitz import NormalisedConv2d, SpectralNormConv2d
 
 
@@ -143,13 +143,9 @@ def _singular_vectors(module: nn.Module) -> list[str]:
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """A norm of torch's or of anyone's: its buffers are called running_…, and it has no such norm within."""
+    """A norm of torch's or of anyone's, whose buffers are called running_…."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
-    return [m for m in module.modules() if _has_statistics(m)] == [module]
-
-
-def _has_statistics(module: nn.Module) -> bool:
     return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
 
 
@@ -165,8 +161,8 @@ class TrainingState:
     def __init__(self, module: nn.Module | None) -> None:
         modules = [] if module is None else [m for m in module.modules() if getattr(m, "training", False)]
         self.norms = [m for m in modules if has_running_statistics(m)]
-        self.kept = [(m, name, m._buffers[name]) for m in modules for name in _singular_vectors(m)]
-        self.kept += [(m, name, buffer) for m in self.norms for name, buffer in m._buffers.items()]
+        self.kept = buffers.buffers_of(self.norms)
+        self.kept += [(m, name, m._buffers[name]) for m in modules for name in _singular_vectors(m)]
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:
             raise ValueError(
                 "layer has a SyncBatchNorm in train() among several processes, which would wait for one whose samples "
@@ -175,19 +171,11 @@ class TrainingState:
 
     def restore(self) -> None:
         """Undo what has changed since."""
-        for module, name, buffer in self.kept:
-            module._buffers[name] = buffer
+        buffers.restore(self.kept)
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
+    def used(self) -> AbstractContextManager[None]:
         """Within, the module has this state."""
-        now = [(module, name, module._buffers[name]) for module, name, _ in self.kept]
-        self.restore()
-        try:
-            yield
-        finally:
-            for module, name, buffer in now:
-                module._buffers[name] = buffer
+        return buffers.used(self.kept)
 
     @contextmanager
     def updated(self) -> Iterator[None]:
@@ -196,14 +184,22 @@ class TrainingState:
         Each norm's own forward in train(), whatever its class, does that in a copy of the norm.
         """
         copies = [_with_own_buffers(norm) for norm in self.norms]
+        updating = False
+
+        @torch.inference_mode(False)
+        @torch.no_grad()
+        def update(norm: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal updating
+            if updating:  # a norm within another, which has its own update
+                return
+            updating = True
+            try:
+                type(norm).forward(copies[self.norms.index(norm)], *args, **kwargs)
+            finally:
+                updating = False
+
         with self.used(), ExitStack() as stack:
-            for norm, own in zip(self.norms, copies, strict=True):
-
-                @torch.inference_mode(False)
-                @torch.no_grad()
-                def update(norm: nn.Module, args: Any, kwargs: Any, own: nn.Module = own) -> None:
-                    type(norm).forward(own, *args, **kwargs)
-
+            for norm in self.norms:
                 stack.callback(norm.register_forward_pre_hook(update, with_kwargs=True).remove)
             yield
         for norm, own in zip(self.norms, copies, strict=True):
@@ -214,8 +210,9 @@ class TrainingState:
 @torch.no_grad()
 def _with_own_buffers(norm: nn.Module) -> nn.Module:
     """A copy that shares all but its buffers, in its mode of now."""
-    own = copy(norm)
-    own._buffers = {name: None if b is None else b.clone() for name, b in norm._buffers.items()}
+    own = object.__new__(type(norm))  # copy() refuses parametrised modules
+    cloned = {name: None if buffer is None else buffer.clone() for name, buffer in norm._buffers.items()}
+    own.__dict__ = {**norm.__dict__, "_buffers": cloned}
     return own
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks, reference
+from jfbfast.buffers import buffers_of, used
 from jfbfast.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.convergence import warn_unconverged
 from jfbfast.operators import SeparableBlur
@@ -53,6 +54,8 @@ def holds_samples(module: nn.Module | None) -> bool:
 def _may_hold_samples(value: object) -> bool:
     if isinstance(value, (Tensor, SeparableBlur, IterativeOperator)):
         return False
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_may_hold_samples, value.values() if isinstance(value, dict) else value))
     return hasattr(value, "adjoint") or hasattr(value, "A_adjoint")
 
 
@@ -193,12 +196,14 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, damping, ctx.operator = inputs
+        ctx.buffers = buffers_of(ctx.operator.modules())  # a mask may be another when backward comes
         ctx.save_for_backward(damping, output if ctx.needs_input_grad[1] else None)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         damping, x = ctx.saved_tensors
-        u = _Solve.apply(g, damping, ctx.operator)
+        with used(ctx.buffers):
+            u = _Solve.apply(g, damping, ctx.operator)
         to_damping = None
         if ctx.needs_input_grad[1]:
             wide = reference.band_dtype(g.dtype)

@@ -16,12 +16,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.files import write_whole
 from jfbfast.processes import rank
 from jfbfast.stopping import Interrupted, handle_signals
 
 METRICS = ("loss", "psnr", "evaluations", "diverged", "jacobian_penalty")
 VALIDATION = ("val_loss", "val_psnr", "val_evaluations", "val_diverged")
+_MOST_TEXT = 1 << 30  # characters of a file
 _COLUMNS = ("phase", "step", "seconds", *METRICS, *VALIDATION)
 
 
@@ -36,8 +38,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
         ValueError: another file.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            whole = [line for line in file if line.endswith("\n")]
+        lines = checks.read_text(path, _MOST_TEXT).splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
         table = list(csv.reader(whole))
         if not table or tuple(table[0]) != _COLUMNS:
             raise ValueError(f"it takes the columns {','.join(_COLUMNS)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import reprlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
-            if not zipfile.is_zipfile(path):
+            if not (Path(path).is_file() and zipfile.is_zipfile(path)):  # a pipe would keep it waiting
                 raise ValueError("it is no archive as torch writes them")
             whole = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a broken pickle raises nearly anything
@@ -78,13 +79,18 @@ class CheckpointFiles(TorchCheckpointIO):
             raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast that this version reads")
         for name in self.run.keys() | run.keys():
             mine, other = self.run.get(name), run.get(name)
-            if mine != other:
-                raise CheckpointError(f"{path}: of another run, whose {name} is {other!r}; here it is {mine!r}")
+            if isinstance(other, torch.Tensor) or mine != other:
+                told = f"whose {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"
+                raise CheckpointError(f"{path}: of another run, {told}")
         try:
+            if not whole["state"].is_contiguous():
+                raise ValueError("its state is no row of bytes")
             state = whole["state"].numpy().tobytes()
             if hashlib.sha256(state).hexdigest() != whole["digest"]:
                 raise ValueError("its state is not the one that was written")
             checkpoint: dict[str, Any] = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+            if not isinstance(checkpoint, dict):
+                raise ValueError(f"its state is a {type(checkpoint).__name__}")
         except Exception as error:
             raise CheckpointError(f"{path}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
         return checkpoint

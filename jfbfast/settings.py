@@ -17,6 +17,7 @@ from jfbfast.files import write_whole
 from jfbfast.training_settings import TrainingSettings
 
 _MOST_TEXT = 1 << 20  # characters of a file
+_MOST_NAMES = 1 << 28  # characters of the names of a run's photographs
 _OF_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what YAML's own types raise
 
 # Of where and how a run computes; a resumed run may change them.
@@ -95,11 +96,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, one of more than a megabyte, or not a mapping in YAML.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_MOST_TEXT + 1)
-        if len(text) > _MOST_TEXT:
-            raise ValueError("it is longer than a megabyte")
-        values = yaml.load(text, _Loader)
+        values = yaml.load(checks.read_text(Path(path), _MOST_TEXT), _Loader)
     except (OSError, RecursionError, yaml.YAMLError, *_OF_VALUES) as error:
         raise ValueError(f"{path}: not a file of settings ({checks.one_line(error)})") from error
     if not isinstance(values, dict):
@@ -142,7 +139,7 @@ def read_photographs(path: Path) -> dict[str, list[str]]:
         ValueError: another file.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(checks.read_text(path, _MOST_NAMES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the names of a run's photographs ({checks.one_line(error)})") from error
     if not isinstance(found, dict) or found.keys() != {"training", "validation"}:

@@ -238,7 +238,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("data: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("? [1]\n: 2\n", "not a file of settings"),
         ("[" * 10**5, "recursion"),
-        ("x" * 2**21, "longer than a megabyte"),
+        ("x" * 2**21, "longer than 1048576 characters"),
         ("data: " + "9" * 5000, "not a file of settings"),
         ("data: 2020-01-02", "data is datetime.*; it takes text"),
         ("data: [a]", "it takes text"),

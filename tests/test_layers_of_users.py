@@ -151,6 +151,7 @@ NORMS = {
     "instance norm": lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
     "own": RunningMean,
     "batch norm with an activation": Activated,
+    "parametrised batch norm": lambda: nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(6), "weight", dim=None),
 }
 
 
@@ -195,6 +196,16 @@ def test_an_instance_norm_normalises_by_the_sample_and_updates_its_statistics():
     x = model(d).detach()
     torch.testing.assert_close(model.layer(x, d), x, rtol=0, atol=1e-4)
     assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("name", ["batch norm with an activation", "parametrised batch norm"])
+def test_a_norm_with_modules_inside_updates_its_statistics_once(name):
+    norm = NORMS[name]()
+    outer = nn.Sequential(norm)
+    outer.register_buffer("running_scale", torch.ones(()))  # of a norm around it
+    model = de_grad(convolution(3, 6), outer, nn.ReLU(), convolution(6, 3))
+    model(torch.rand(2, 3, 12, 12))
+    assert norm.num_batches_tracked == 1 and norm.running_mean.any()
 
 
 def test_any_norm_updates_its_statistics_once():
@@ -268,6 +279,9 @@ def test_a_captured_graph_is_refused_unless_its_leaves_are_named():
     fixed_point(cell, x0, inputs=(encoder(d),)).sum().backward()
     torch.testing.assert_close(found, encoder.weight.grad)
     fixed_point(cell, x0, inputs=(d,), parameters=[cell.inner.weight]).sum().backward()  # others are left out
+    first, second = encoder(d[0]).view(2, 6).unbind(0)  # of one node of the graph
+    with pytest.raises(ValueError, match="would get none"):
+        fixed_point(lambda x: torch.tanh(0.3 * first * x) + second, torch.zeros_like(x0[:, :6]), parameters=[first])
 
 
 class GradientStep(nn.Module):
@@ -317,8 +331,21 @@ def test_a_gradient_step_denoiser_takes_jfb(options):
 @pytest.mark.parametrize("gradient", ["neumann", "phantom", "implicit", "unrolled"])
 def test_a_layer_that_cuts_its_graph_is_refused_where_a_method_differentiates_in_x(gradient):
     model = DEGrad(GaussianBlur(), RED(GradientStep(), 0.3), preconditioner="exact", gradient=gradient)
-    with pytest.raises(ValueError, match=r"layer detaches x, and gradient is .* needs ∂T/∂x; it takes 'jfb'"):
-        model(torch.rand(2, 3, 10, 10))
+    d = torch.rand(2, 3, 10, 10)
+    for parameters in (None, list(model.parameters())):
+        with pytest.raises(ValueError, match=r"layer detaches x, and gradient is .* needs ∂T/∂x; it takes 'jfb'"):
+            fixed_point(model.layer, d, inputs=(d,), parameters=parameters, gradient=gradient)
+
+
+@pytest.mark.parametrize("gradient", ["neumann", "phantom", "implicit", "unrolled"])
+def test_a_layer_that_asks_x_for_a_gradient_only_where_it_has_none_is_not_refused(gradient):
+    class Step(GradientStep):
+        def forward(self, x):
+            self.detached = not x.requires_grad
+            return super().forward(x)
+
+    model = DEGrad(GaussianBlur(), RED(Step(), 0.3), preconditioner="exact", gradient=gradient)
+    model(torch.rand(2, 3, 10, 10)).sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 9, 11), (3, 32, 16, 16)], ids=str)

@@ -123,6 +123,50 @@ def test_a_bad_sample_of_an_operator_with_masks_touches_nothing():
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+@pytest.mark.parametrize("gradient", ["jfb", "implicit"])
+@pytest.mark.parametrize("filter_damping", [None, "weight"])
+def test_a_mask_that_changes_before_backward(filter_damping, gradient):
+    operator, x = per_sample_physics("masks", 2, 8), torch.rand(2, 3, 8, 8)
+    regularizer = RED(contraction(), 0.3, filter_damping)
+    model = DEGrad(operator, regularizer, preconditioner="exact", gradient=gradient, solver=Anderson(tol=1e-6))
+    masks = torch.rand(2, 2, 3, 8, 8).round()
+
+    def losses():
+        for mask in masks:
+            operator.update_parameters(mask=mask)
+            yield (model(mask * x) - x).square().sum()
+
+    together = torch.autograd.grad(sum(losses()), list(model.parameters()))
+    for loss in losses():
+        loss.backward()
+    for parameter, found in zip(model.parameters(), together, strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_operators_in_a_list_are_found():
+    class Masked:
+        def __init__(self, mask):
+            self.mask = mask
+
+        def __call__(self, x):
+            return self.mask * x
+
+        adjoint = __call__
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.operators = [Masked(torch.rand(6, 5))]
+            self.inner = nn.Linear(5, 5)
+
+        def forward(self, x, d):
+            return torch.tanh(0.3 * self.inner(x)) + self.operators[0](d)
+
+    d = torch.rand(6, 5) * torch.logspace(-3, 1, 6)[:, None]
+    jfbfast.fixed_point(Layer(), torch.zeros(6, 5), inputs=(d,)).sum().backward()
+
+
 def masked(mask):
     network = jfbfast.DnCNN(3, 6, 3, norm="batch", residual=True)
     return DEGrad(physics.Inpainting((3, 8, 8), mask=mask), RED(network), preconditioner="exact")

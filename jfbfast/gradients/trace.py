@@ -119,18 +119,18 @@ def _strangers(out: Tensor, known: Iterable[Tensor], since: int) -> dict[Tensor,
         For each whether it is reached through a graph from before the trace.
     """
     known = tuple(known)
-    leaves, ends = {id(t) for t in known}, {t.grad_fn for t in known if t.grad_fn is not None}
+    leaves, ends = {id(t) for t in known}, {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
     found: dict[Tensor, bool] = {}
-    stack, seen = [(out.grad_fn, False)], set()
+    stack, seen = [(out.grad_fn, out.output_nr, False)], set()
     while stack:
-        node, before = stack.pop()
-        if node is None or node in ends or (node, before) in seen:
+        node, output, before = stack.pop()
+        if node is None or (node, output) in ends or (node, before) in seen:
             continue
         seen.add((node, before))
         leaf = getattr(node, "variable", None)
         if leaf is None:
             before = before or node._sequence_nr() < since
-            stack.extend((following, before) for following, _ in node.next_functions)
+            stack.extend((*following, before) for following in node.next_functions)
         elif id(leaf) not in leaves:
             found[leaf] = before or found.get(leaf, False)
     return found
@@ -165,7 +165,7 @@ class TracedLayer:
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The output, with its gradient where gradients are enabled, and the ends of `_Applications`."""
         method, differentiable = self.method, torch.is_grad_enabled()
-        x = x.detach().requires_grad_(differentiable and method.needs == "products")
+        x = x.detach().requires_grad_(differentiable and method.differentiates_in_x)
         copies = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
         noted = method.steps - 1 if isinstance(method, Unrolled) else 0
         applications = self._applications(x, copies, noted)
@@ -196,18 +196,18 @@ class TracedLayer:
                     f"{tuple(leaf.shape)} that requires a gradient and would get none; pass it in inputs=, or name the "
                     f"one of shape {tuple(leaf.shape)} in parameters="
                 )
-        if self.named:
+        if self.named and not self.method.differentiates_in_x:
             return
         some = slice(None) if self.whole_batch or not inputs else slice(1)  # else the layer may hold the whole batch's
-        x, inputs = x[some].detach(), tuple(i[some].detach() for i in inputs)
+        x, inputs = x[some].detach().requires_grad_(x.requires_grad), tuple(i[some].detach() for i in inputs)
         again = _strangers(self._applications(x, inputs, None)(x), (x, *inputs, *self.parameters), 0)
         for leaf in strangers:
-            if leaf in again:
+            if leaf in again and not self.named:
                 raise ValueError(
                     f"layer uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and would get none; "
                     "name such tensors in parameters=, or pass a module or a module's method as layer"
                 )
-        if self.method.differentiates_in_x:
+        if self.method.differentiates_in_x and not all(leaf in again for leaf in strangers):
             raise ValueError(
                 f"layer detaches x, and gradient is {self.method}, which needs ∂T/∂x; it takes 'jfb', or a layer "
                 "that does not detach"
