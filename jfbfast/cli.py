@@ -89,6 +89,7 @@ def restore(
         list[Path],
         typer.Argument(
             metavar="IMAGE…",
+            readable=False,  # one that cannot be read is told of in its turn
             help="Blurred photographs, grey or colour, of 8 or 16 bits: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM.",
         ),
     ],
@@ -108,13 +109,16 @@ def restore(
     ] = None,
     sigma: Annotated[
         float | None,
-        typer.Option(help="Standard deviation of the blur in pixels; by default the checkpoint's, or 1."),
+        typer.Option(
+            help="Standard deviation of the blur in pixels; a model for a range needs it. "
+            "(default: the checkpoint's, or 1)"
+        ),
     ] = None,
     noise: Annotated[
         float | None,
         typer.Option(
             help="Standard deviation of the noise for values in [−1, 1]; more where the photograph shows more. "
-            "A checkpoint for one level takes that alone. (default: 0.01)"
+            "A checkpoint for one level takes that alone, one for a range needs it. (default: 0.01)"
         ),
     ] = None,
     padding_mode: Annotated[

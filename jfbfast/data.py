@@ -220,19 +220,21 @@ def _encode(path: Path, photograph: Photograph) -> bytes:
         raise ImageError(f"{path}: cannot be written ({checks.one_line(error)})") from error
 
 
-def write_photograph(path: str | Path, photograph: Photograph) -> None:
+def write_photograph(path: str | Path, photograph: Photograph, *, overwrite: bool = True) -> None:
     """Write an image file of the photograph's own sample type and metadata; values outside [0, 1] are clipped.
 
     A reader sees the old file or the whole new one.
 
     Raises:
-        ImageError: as `check_target`, or a failed write.
+        ImageError: as `check_target`, or a failed write; without ``overwrite``, a file that is there.
     """
     check_target(path, photograph)
     path = Path(path)
     content = _encode(path, photograph)
     try:
-        write_whole(path, lambda partial: partial.write_bytes(content))
+        write_whole(path, lambda partial: partial.write_bytes(content), overwrite=overwrite)
+    except FileExistsError as error:
+        raise ImageError(f"{path}: is there already; --overwrite replaces it") from error
     except OSError as error:
         raise ImageError(f"{path}: could not be written ({error.strerror or error})") from error
 
@@ -243,7 +245,7 @@ def image_files(directory: str | Path) -> list[Path]:
     Raises:
         ImageError: no such directory, or no image in it.
     """
-    files = sorted(p for p in Path(directory).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+    files = sorted(p for p in Path(directory).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(p))
     if not files:
         raise ImageError(f"{directory}: no image files there")
     return files

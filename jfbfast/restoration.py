@@ -383,5 +383,5 @@ def restore_file(
         if check_tiles:
             how += f"; tiles differ by {tiling_error(restorer, measured, restored) / 2:.1e} of white"
     restored = restored[:, margin : margin + height, margin : margin + width]
-    write_photograph(target, photograph._replace(pixels=(restored + 1) / 2))
+    write_photograph(target, photograph._replace(pixels=(restored + 1) / 2), overwrite=overwrite)
     return f"{how}; {late} tiles did not converge" if late else how

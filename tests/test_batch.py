@@ -6,6 +6,7 @@ import resource
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from jfbfast.cli import app
 from jfbfast.comparison import unseen_photographs
-from jfbfast.data import ImageError, Photograph, read_photograph, write_photograph
+from jfbfast.data import ImageError, Metadata, Photograph, image_files, read_photograph, write_photograph
 from jfbfast.files import write_whole
 from jfbfast.settings import make_settings, write_settings
 
@@ -199,3 +200,30 @@ def test_a_photograph_that_cannot_be_used_is_not_what_a_run_left_to_score(tmp_pa
     (run / "photographs.json").write_text(json.dumps(seen))
     chosen, scored = unseen_photographs(folder, [str(run / "model")], None, None, print)
     assert [path.name for path in chosen] == ["3.png"] and "4.png" in [path.name for path in scored]
+
+
+def test_a_file_that_comes_during_a_restoration_is_not_overwritten(tmp_path):
+    path = tmp_path / "late.png"
+    path.write_text("precious")
+    with pytest.raises(ImageError, match="is there already; --overwrite replaces it"):
+        write_photograph(path, SMALL, overwrite=False)
+    assert contents(tmp_path) == {path.name: b"precious"}
+
+
+def test_directories_that_cannot_be_entered_are_passed_over(tmp_path, monkeypatch, photograph):
+    is_dir = Path.is_dir
+
+    def refused(self):
+        if self.suffix:
+            raise PermissionError(13, "Permission denied")
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    assert Path(photograph) in [file.relative_to(Path.cwd()) for file in image_files(Path.cwd())]
+
+
+def test_a_profile_too_long_for_png_is_refused_there(tmp_path):
+    long = SMALL._replace(metadata=Metadata(icc=bytes(1 << 21)))
+    with pytest.raises(ImageError, match=r"of 2097152 bytes is too long for \.png; \.tiff can hold it"):
+        write_photograph(tmp_path / "a.png", long)
+    write_photograph(tmp_path / "a.tiff", long)

@@ -40,6 +40,12 @@ def read(path, content):
     return read_photograph(path)
 
 
+def short_png(array):
+    """A PNG without its last rows, all checksums right."""
+    whole, short = png(array), png(array[:3])
+    return whole[:33] + short[33:]  # the header of the one, the data of the other
+
+
 def values(photograph):
     """(H, W, channels), alpha last."""
     parts = [photograph.pixels] if photograph.alpha is None else [photograph.pixels, photograph.alpha]
@@ -200,6 +206,12 @@ RGBA16 = samples("uint16", 4)
         (SIGNATURE + chunk(b"IHDR", struct.pack(">2I5B", 60_000, 60_000, 8, 2, 0, 0, 0)) + END, "60000 × 60000"),
         (b"P5 20000 20000 255\n", r"20000 × 20000 pixels; it takes up to 250 million"),
         (png(RGB)[:-12], "it ends too early"),
+        (short_png(RGB), "fewer rows than it tells of"),
+        (
+            tiff(np.zeros((16, 16, 16), np.uint8), photometric="minisblack", volumetric=True, tile=(16, 16, 16)),
+            "a volume",
+        ),
+        (tiff(GREY, photometric="palette", colormap=np.full((3, 256), 255, np.uint16)), "its palette has 8 bits"),
         (tiff(np.moveaxis(DEEP, 2, 0), photometric="rgb", planarconfig="separate"), "its channels one after the other"),
         (tiff(DEEP[:, :, 0], photometric="miniswhite"), "photometric interpretation is 0; for uint16 samples"),
         (tiff(RGBA16, photometric="separated", extrasamples=[]), "photometric interpretation is 5"),

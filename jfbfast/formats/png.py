@@ -17,6 +17,10 @@ from jfbfast.formats.metadata import Decoded, ImageError, Metadata, check_size, 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # of so many channels
 _PALETTE = 3
+_SAMPLES = {0: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}  # a pixel, by colour type
+# Where each pass of an interlaced image starts, x and y, and its steps.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_LONGEST_PROFILE = 1 << 20  # bytes, which Pillow reads at most
 _METRE = 100 / 2.54  # in inches
 _ABOVE = 2  # the filter that stores each row less the one above
 _LONGEST = 1 << 30  # bytes of a chunk
@@ -36,6 +40,21 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = end
 
 
+def _check_rows(content: bytes, size: tuple[int, int], bits: int) -> None:
+    """Refuse an image of fewer rows than the file tells of, which Pillow would fill with black."""
+    interlaced = content[28] == 1
+    width, height = size
+    passes = [((width - x + i - 1) // i, (height - y + j - 1) // j) for x, y, i, j in _ADAM7]
+    expected = sum(h * (1 + (w * bits + 7) // 8) for w, h in (passes if interlaced else [size]) if w > 0)
+    unpack, found = zlib.decompressobj(), 0
+    for kind, data in _chunks(content):
+        while kind == b"IDAT" and data and found < expected:
+            found += len(unpack.decompress(data, 1 << 20))
+            data = unpack.unconsumed_tail
+    if found < expected:
+        raise ImageError("broken PNG file (it has fewer rows than it tells of)")
+
+
 def decode(content: bytes) -> Decoded:
     """Decode a PNG, palettes and transparent colours too; Pillow cuts 16 bits to 8, so OpenCV decodes those."""
     chunks = dict(_chunks(content))
@@ -45,6 +64,7 @@ def decode(content: bytes) -> Decoded:
         raise ImageError("is an animation; it takes one image a file")
     if b"tRNS" in chunks and depth != 8 and colour_type != _PALETTE:
         raise ImageError(f"has a transparent colour and {depth} bits a sample; it takes an alpha channel")
+    _check_rows(content, (width, height), depth * _SAMPLES.get(colour_type, 1))
     image = PngImageFile(BytesIO(content))
     least_exact = (b"sRGB",) if b"sRGB" in chunks else (b"gAMA", b"cHRM")  # of which each overrides the next
     told_by = (b"cICP", *(() if b"iCCP" in chunks else least_exact))
@@ -74,6 +94,8 @@ def encode(array: np.ndarray, metadata: Metadata) -> bytes:
     packed = zlib.compress(filtered.tobytes())
     header = struct.pack(">2I5B", width, height, 8 * array.itemsize, _COLOUR_TYPES[channels], 0, 0, 0)
     parts = [(b"IHDR", header), *metadata.colour.items()]
+    if len(metadata.icc) > _LONGEST_PROFILE:
+        raise ImageError(f"its colour profile of {len(metadata.icc)} bytes is too long for .png; .tiff can hold it")
     if metadata.icc:
         parts.append((b"iCCP", b"ICC\0\0" + zlib.compress(metadata.icc)))
     if metadata.dpi is not None:

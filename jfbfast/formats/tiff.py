@@ -30,6 +30,7 @@ _CHANNELS = {_GREY: 1, _RGB: 3}
 _EIGHT_BIT_CHANNELS = {**_CHANNELS, _WHITE_IS_ZERO: 1, _PALETTE: 1, _YCBCR: 3}
 _DEFLATE = (8, 32946)
 _STRAIGHT_ALPHA = 2
+_IMAGE_DEPTH = 32997  # a tag
 _STRIP = 1 << 20  # bytes of a strip that is written, before it is packed
 
 
@@ -76,6 +77,10 @@ def _check_layout(tags: Directory, dtype: np.dtype) -> None:
         raise ImageError(f"has {samples} samples a pixel, and no tag says what each is; it takes grey, RGB, and alpha")
     if samples > 1 and tags.number(Tag.PlanarConfiguration, 1) != 1:
         raise ImageError("stores its channels one after the other; it takes them pixel by pixel")
+    if tags.number(_IMAGE_DEPTH, 1) != 1:
+        raise ImageError(f"is a volume of {tags.number(_IMAGE_DEPTH)} images; it takes one image a file")
+    if photometric == _PALETTE and max(tags.numbers(Tag.ColorMap, 0)) < 256:
+        raise ImageError("its palette has 8 bits, where TIFF has 16")
     if tags.number(Tag.NewSubfileType, 0) & 1:
         raise ImageError("holds a preview of another image, as raw files of cameras do")
 
