@@ -259,8 +259,8 @@ def fixed_point(
         ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
             captured and that is not finite; a layer that depends on a tensor that requires a gradient
             and is neither its module's parameter nor in ``inputs``, with ``parameters`` None, or on one that was
-            computed from such a tensor, whatever ``parameters`` is; a layer that cuts its graph by ``detach``, and a
-            gradient that takes the derivative in x; a SyncBatchNorm in train() among several processes; a gradient
+            computed before from a tensor that ``parameters`` does not name; a layer that detaches x, and a gradient
+            that needs ∂T/∂x; a SyncBatchNorm in train() among several processes; a gradient
             from the solver's estimate of the inverse, and a solver that makes none; what `FixedPointSolver.solve`
             raises.
         RuntimeError: within a transform of torch.func; in a second backward through the same output, unless the

@@ -107,7 +107,7 @@ class _FixedPointFunction(torch.autograd.Function):
         return (None, None, *found)
 
 
-def _strangers(out: Tensor, known: Iterable[Tensor], since: int) -> dict[Tensor, bool]:
+def _unlisted_leaves(out: Tensor, known: Iterable[Tensor], since: int) -> dict[Tensor, bool]:
     """The leaves that a trace reaches and that get no gradient, as they are not ``known``.
 
     Args:
@@ -172,9 +172,9 @@ class TracedLayer:
         since = _sequence_number() if differentiable else 0
         out = method.trace(applications, x)
         if differentiable:
-            strangers = _strangers(out, (x, *copies, *self.parameters), since)
-            if strangers:
-                self._check(strangers, x, copies)
+            unlisted = _unlisted_leaves(out, (x, *copies, *self.parameters), since)
+            if unlisted:
+                self._check(unlisted, x, copies)
             trace = _Trace(out, Jacobian(x, out, inverse), copies, self.parameters, applications)
             out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
         return out, applications.ends
@@ -182,14 +182,14 @@ class TracedLayer:
     def _applications(self, x: Tensor, inputs: tuple[Tensor, ...], noted: int | None) -> _Applications:
         return _Applications(self.layer, self.module, inputs, noted, self.tol, x.device)
 
-    def _check(self, strangers: dict[Tensor, bool], x: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    def _check(self, unlisted: dict[Tensor, bool], x: Tensor, inputs: tuple[Tensor, ...]) -> None:
         """Raise ValueError for a leaf that would silently get no gradient.
 
         A leaf that was there before the layer was called is one, unless ``parameters`` was given and it is used as it
         is, which leaves it out on purpose. A leaf that the layer made by ``detach`` is none for a method that takes
         no derivative in x.
         """
-        for leaf, before in strangers.items():
+        for leaf, before in unlisted.items():
             if before:
                 raise ValueError(
                     "layer uses a tensor that was computed before the solve, from one of shape "
@@ -200,14 +200,14 @@ class TracedLayer:
             return
         some = slice(None) if self.whole_batch or not inputs else slice(1)  # else the layer may hold the whole batch's
         x, inputs = x[some].detach().requires_grad_(x.requires_grad), tuple(i[some].detach() for i in inputs)
-        again = _strangers(self._applications(x, inputs, None)(x), (x, *inputs, *self.parameters), 0)
-        for leaf in strangers:
+        again = _unlisted_leaves(self._applications(x, inputs, None)(x), (x, *inputs, *self.parameters), 0)
+        for leaf in unlisted:
             if leaf in again and not self.named:
                 raise ValueError(
                     f"layer uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and would get none; "
                     "name such tensors in parameters=, or pass a module or a module's method as layer"
                 )
-        if self.method.differentiates_in_x and not all(leaf in again for leaf in strangers):
+        if self.method.differentiates_in_x and not all(leaf in again for leaf in unlisted):
             raise ValueError(
                 f"layer detaches x, and gradient is {self.method}, which needs ∂T/∂x; it takes 'jfb', or a layer "
                 "that does not detach"
