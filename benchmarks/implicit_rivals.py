@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jfbfast import Anderson, Implicit, backend, fixed_point, inverse, reference
-from jfbfast.denoisers import log_parameter
-from jfbfast.lipschitz import NormalisedConv2d
-from jfbfast.operators import GaussianBlur
-from jfbfast.tables import Taps
+from jfbfast import Anderson, Implicit, backend, fixed_point
+from jfbfast.backends import reference
+from jfbfast.models.denoisers import log_parameter
+from jfbfast.models.lipschitz import NormalisedConv2d
+from jfbfast.operators import inverse
+from jfbfast.operators.blur import GaussianBlur
+from jfbfast.operators.tables import Taps
 
 from . import rivals
 from .problem import Problem, has_batch_statistics, model

@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jfbfast import backend, reference, winograd
-from jfbfast.operators import GaussianBlur
+from jfbfast import backend
+from jfbfast.backends import conv3x3 as winograd
+from jfbfast.backends import reference
+from jfbfast.operators.blur import GaussianBlur
+from jfbfast.operators.tables import bands
 from jfbfast.solvers import Anderson
-from jfbfast.tables import bands
 
 from . import machine, rivals
 from .report import OURS, OURS_BF16, Row, make_row, plot, tables, write_csv

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import jfbfast
-from jfbfast import native
+from jfbfast.backends import native
 
 from .timing import spread, timed
 

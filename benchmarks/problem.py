@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, Status
-from jfbfast.lipschitz import SpectralNormConv2d
-from jfbfast.quality import measure
+from jfbfast.imaging.quality import measure
+from jfbfast.models.lipschitz import SpectralNormConv2d
 
 LAYERS = ("preconditioned", "filtered", "paper")
 
@@ -100,7 +100,7 @@ def trained(checkpoint: str) -> Weights:
     Raises:
         ValueError: neither, or one of another form than a `DEGrad` with `RED`, or for a range of measurements.
     """
-    from jfbfast.pretrained import load_model
+    from jfbfast.models.pretrained import load_model
 
     model, config = load_model(checkpoint)
     if not (isinstance(model, DEGrad) and isinstance(model.regularizer, RED)):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jfbfast.reference import gaussian_taps
+from jfbfast.backends.reference import gaussian_taps
 
 Blur = Callable[[Tensor], Tensor]
 Layer = Callable[[Tensor], Tensor]

@@ -1,5 +1,5 @@
 // The kernels' interface. Images are contiguous [planes, height, width]; bands are the tables of
-// jfbfast/reference.py, in float64 for float64 images and in float32 otherwise.
+// jfbfast/backends/reference.py, in float64 for float64 images and in float32 otherwise.
 #pragma once
 
 #include <cstdint>

@@ -3,27 +3,19 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from jfbfast import diagnostics, spectrum
-from jfbfast.backends import backend
-from jfbfast.classical import direct_inverse, gradient_descent, tikhonov, tv
-from jfbfast.conditional import ConditionalDEGrad, MeasurementRanges
+from jfbfast.backends.dispatch import backend
 from jfbfast.config import keep_freed_memory, show_config
-from jfbfast.degrad import DEGrad
-from jfbfast.denoisers import RED, DnCNN, NonexpansiveDenoiser
-from jfbfast.gradients import (
-    JFB,
-    GradientMethod,
-    Implicit,
-    Neumann,
-    Phantom,
-    Shine,
-    Unrolled,
-    fixed_point,
-    solve_fixed_point,
-)
-from jfbfast.iterative import IterativeOperator
-from jfbfast.operators import GaussianBlur, SeparableBlur
-from jfbfast.penalty import jacobian_penalty
-from jfbfast.pretrained import pretrained_names
+from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov, tv
+from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
+from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
+from jfbfast.models.conditional import ConditionalDEGrad, MeasurementRanges
+from jfbfast.models.degrad import DEGrad
+from jfbfast.models.denoisers import RED, DnCNN, NonexpansiveDenoiser
+from jfbfast.models.penalty import jacobian_penalty
+from jfbfast.models.pretrained import pretrained_names
+from jfbfast.models.unet import UNet
+from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.iterative import IterativeOperator
 from jfbfast.solvers import (
     Anderson,
     Broyden,
@@ -34,8 +26,7 @@ from jfbfast.solvers import (
     Picard,
     Status,
 )
-from jfbfast.unet import UNet
-from jfbfast.warm_start import WarmStart
+from jfbfast.solvers.warm_start import WarmStart
 
 try:
     __version__ = version("jfbfast")

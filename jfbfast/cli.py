@@ -21,9 +21,9 @@ try:
     from rich.console import Console
     from typer.core import TyperCommand
 
-    from jfbfast.processes import rank
-    from jfbfast.stopping import Interrupted, signals_interrupt
-    from jfbfast.train_flags import train_parameters
+    from jfbfast.experiments.flags import train_parameters
+    from jfbfast.experiments.processes import rank
+    from jfbfast.experiments.stopping import Interrupted, signals_interrupt
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
@@ -150,8 +150,8 @@ def restore(
     output file does or cannot be written. If an IMAGE cannot be restored, it says why and goes on with the others.
     """
     with _one_sentence():
-        from jfbfast.batch import choose_targets, restore_files
-        from jfbfast.restoration import LEAST_TILE, choose_restorer
+        from jfbfast.imaging.batch import choose_targets, restore_files
+        from jfbfast.imaging.restoration import LEAST_TILE, choose_restorer
 
         if tile < LEAST_TILE:
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
@@ -189,8 +189,8 @@ def train(
     Ctrl-C, or a scheduler's signal, ends it with the step that it is at saved for --resume; the status is 128 + signal.
     """
     with _one_sentence(), signals_interrupt():
-        from jfbfast.runs import Run
-        from jfbfast.settings import read_settings
+        from jfbfast.experiments.runs import Run
+        from jfbfast.experiments.settings import read_settings
 
         values = {} if config is None else read_settings(config)
         values |= {name: value for name, value in flags.items() if value is not None}
@@ -274,7 +274,7 @@ def evaluate(
 ) -> None:
     """Compare networks and classical methods on the same measurements, in one table."""
     with _one_sentence():
-        from jfbfast.comparison import compare
+        from jfbfast.experiments.comparison import compare
 
         compare(
             checkpoints[:-1],
@@ -314,11 +314,11 @@ def diagnose(
     with _one_sentence():
         from torch.utils.data import default_collate
 
-        from jfbfast.datasets import Photographs, RandomCrops
-        from jfbfast.degrad import DEGrad
         from jfbfast.diagnostics import report
-        from jfbfast.pretrained import load_model, network_name, set_measurement
-        from jfbfast.quality import measure
+        from jfbfast.imaging.datasets import Photographs, RandomCrops
+        from jfbfast.imaging.quality import measure
+        from jfbfast.models.degrad import DEGrad
+        from jfbfast.models.pretrained import load_model, network_name, set_measurement
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:

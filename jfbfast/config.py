@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
-from jfbfast import backends, cuda, native
+from jfbfast.backends import cuda, native
+from jfbfast.backends import dispatch as backends
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 1 << 30

@@ -15,15 +15,15 @@ from rich.table import Table
 from skimage import data as photographs
 from torch import Tensor
 
-from jfbfast.checkpoint import ModelConfig, save_checkpoint
-from jfbfast.classical import direct_inverse, gradient_descent, tikhonov
-from jfbfast.datasets import RandomCrops
-from jfbfast.degrad import DEGrad
-from jfbfast.optimization import Optimization
-from jfbfast.plots import side_by_side
-from jfbfast.quality import measure, psnr, ssim
+from jfbfast.experiments.optimization import Optimization
+from jfbfast.experiments.trainer import DeblurTask, DenoiserTask, fit
+from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov
+from jfbfast.imaging.datasets import RandomCrops
+from jfbfast.imaging.plots import side_by_side
+from jfbfast.imaging.quality import measure, psnr, ssim
+from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
+from jfbfast.models.degrad import DEGrad
 from jfbfast.solvers import Anderson, ConvergenceWarning
-from jfbfast.training import DeblurTask, DenoiserTask, fit
 
 CONFIG = ModelConfig(
     denoiser={

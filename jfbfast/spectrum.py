@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.fixed_map import fixed_map, materialised_weights, owner
-from jfbfast.linearisation import Linearisation
-from jfbfast.reference import band_dtype, flat
+from jfbfast.backends.reference import band_dtype, flat
+from jfbfast.implicit.frozen import fixed_map, materialised_weights, owner
+from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.solvers import Layer
 
 __all__ = ["contraction_factor", "operator_norm", "optimal_averaging", "ritz_values"]

@@ -1,4 +1,4 @@
-"""Triton kernels: the twins of `jfbfast.reference` on a CUDA device."""
+"""Triton kernels: the twins of `jfbfast.backends.reference` on a CUDA device."""
 
 from .launch import FUSED_RADIUS, MAX_RADIUS, blur, gradient, gradient_step
 

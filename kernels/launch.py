@@ -1,4 +1,4 @@
-"""The Triton twins of `jfbfast.reference`: the same functions, for tensors on a CUDA device.
+"""The Triton twins of `jfbfast.backends.reference`: the same functions, for tensors on a CUDA device.
 
 Every launch is shaped by the tensors' shapes and dtype alone, nothing is read back, and only outputs
 (beyond radius 7 also Ax − d) are allocated, so each twin can be captured into a CUDA graph.

@@ -11,7 +11,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 import torch  # noqa: E402
 
-from jfbfast import native  # noqa: E402
+from jfbfast.backends import native  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

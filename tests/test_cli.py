@@ -11,14 +11,15 @@ import pytest
 import torch
 import yaml
 from skimage import data as photographs
-from small_runs import write_photographs
 from typer.testing import CliRunner
 
-from jfbfast import demo, pretrained
-from jfbfast.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from jfbfast.cli import app
-from jfbfast.data import read_photograph
-from jfbfast.settings import make_settings, write_settings
+from helpers.command_line import run
+from helpers.small_runs import write_photographs
+from jfbfast import demo
+from jfbfast.experiments.settings import make_settings, write_settings
+from jfbfast.imaging.photographs import read_photograph
+from jfbfast.models import pretrained
+from jfbfast.models.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 
 runner = CliRunner()
 
@@ -32,10 +33,6 @@ def blurred(tmp_path):
     path = tmp_path / "blurred.png"
     cv2.imwrite(str(path), (d[:, :, ::-1].clip(0, 1) * 65535).round().astype(np.uint16))
     return torch.from_numpy(truth).permute(2, 0, 1), path
-
-
-def run(*arguments):
-    return runner.invoke(app, [str(a) for a in arguments])
 
 
 def test_info_names_the_backends(tmp_path):
@@ -282,7 +279,7 @@ def test_a_missing_package_is_told_of_with_its_extra(monkeypatch):
     def refuse(*arguments):
         raise ModuleNotFoundError("refused", name="safetensors")
 
-    monkeypatch.setattr("jfbfast.restoration.choose_restorer", refuse)
+    monkeypatch.setattr("jfbfast.imaging.restoration.choose_restorer", refuse)
     result = run("restore", "missing.png")
     told = " ".join(result.stderr.split())
     assert result.exit_code == 1 and "safetensors is not installed" in told and "'jfbfast[train]'" in told
@@ -307,7 +304,7 @@ def test_a_bad_image_does_not_keep_the_others_from_being_restored(blurred, tmp_p
     [("x.xyz", r"x.xyz: .xyz is no format to write"), ("nodir/x.png", "there is no directory"), ("x.jpg", "uint16")],
 )
 def test_a_file_that_cannot_be_written_is_told_of_before_the_restoration(blurred, tmp_path, monkeypatch, out, message):
-    monkeypatch.setattr("jfbfast.restoration.restore_tiled", None)
+    monkeypatch.setattr("jfbfast.imaging.restoration.restore_tiled", None)
     result = run("restore", blurred[1], "--out", tmp_path / out)
     assert result.exit_code == 1 and message in " ".join(result.output.split())
 

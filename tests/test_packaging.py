@@ -110,7 +110,7 @@ def test_a_compiler_of_two_words_is_probed_for_openmp(source: Path, tmp_path: Pa
 WITHOUT_THE_MODULE = """
 import torch
 import jfbfast
-from jfbfast import native
+from jfbfast.backends import native
 assert jfbfast.__file__.startswith({target!r}), jfbfast.__file__
 assert not native.AVAILABLE and "jfbfast._native" in native.WHY_NOT
 assert native.describe().startswith("unavailable")

@@ -5,24 +5,13 @@ import warnings
 
 import pytest
 import torch
-from models import Cell, networks
 from torch import nn
 
+from helpers.maps import dense_jacobian
+from helpers.models import Cell, networks
 from jfbfast import RED, ConvergenceWarning, DEGrad, DnCNN, GaussianBlur, Picard, UNet
-from jfbfast.linearisation import Linearisation
+from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.spectrum import contraction_factor, operator_norm, optimal_averaging, ritz_values
-
-
-def dense_jacobian(layer, x, d):
-    """(B, N, N): each sample is copied N times, once a row."""
-    n = x[0].numel()
-    unit = torch.eye(n, dtype=x.dtype).view(n, *x.shape[1:])
-    found = []
-    for sample, measurement in zip(x, d, strict=True):
-        copies = sample.detach().expand(n, *sample.shape).clone().requires_grad_()
-        out = layer(copies, measurement.expand(n, *measurement.shape))
-        found.append(torch.autograd.grad(out, copies, unit)[0].reshape(n, n))
-    return torch.stack(found)
 
 
 def image_models():

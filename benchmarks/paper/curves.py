@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jfbfast.data import ImageError, image_files
-from jfbfast.datasets import split
-from jfbfast.settings import make_settings, read_settings
-from jfbfast.training_settings import TrainingSettings
+from jfbfast.experiments.settings import make_settings, read_settings
+from jfbfast.experiments.training_settings import TrainingSettings
+from jfbfast.imaging.datasets import split
+from jfbfast.imaging.photographs import ImageError, image_files
 
 
 @dataclass(frozen=True)

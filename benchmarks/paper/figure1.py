@@ -11,9 +11,9 @@ from typing import Any
 import matplotlib
 from rich.console import Console
 
-from jfbfast.data import image_files
-from jfbfast.pretrained import SETTING
-from jfbfast.runs import Run
+from jfbfast.experiments.runs import Run
+from jfbfast.imaging.photographs import image_files
+from jfbfast.models.pretrained import SETTING
 
 from ..display import logarithmic
 from . import published

@@ -20,9 +20,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jfbfast import DEGrad
-from jfbfast.optimization import Optimization
-from jfbfast.runs import Run
-from jfbfast.training import DeblurTask
+from jfbfast.experiments.optimization import Optimization
+from jfbfast.experiments.runs import Run
+from jfbfast.experiments.trainer import DeblurTask
 
 from .. import rivals
 

@@ -13,11 +13,11 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from jfbfast.checkpoint import DEGRAD_FORMS, ModelConfig
-from jfbfast.comparison import unseen_photographs
-from jfbfast.datasets import Images, Photographs
-from jfbfast.evaluation import Choice, baseline_methods, choose, network_method
-from jfbfast.pretrained import SETTING, load_model, measurement_setting, set_network
+from jfbfast.experiments.comparison import unseen_photographs
+from jfbfast.experiments.evaluation import Choice, baseline_methods, choose, network_method
+from jfbfast.imaging.datasets import Images, Photographs
+from jfbfast.models.checkpoint import DEGRAD_FORMS, ModelConfig
+from jfbfast.models.pretrained import SETTING, load_model, measurement_setting, set_network
 
 from .plan import Plan
 
@@ -139,14 +139,14 @@ class Study:
 
     @property
     def options(self) -> dict[str, Any]:
-        """batch_size and device of `jfbfast.evaluation.evaluate`."""
+        """batch_size and device of `jfbfast.experiments.evaluation.evaluate`."""
         return {"batch_size": self.plan.batch_size, "device": self.device}
 
     def choice(self, name: str) -> Choice:
         """The parameter of a method, which the validation images choose once.
 
         Raises:
-            ValueError: as `jfbfast.evaluation.choose`.
+            ValueError: as `jfbfast.experiments.evaluation.choose`.
         """
         if name not in self._choices:
             with self.console.status(f"choosing the parameter of {LABELS[name]}"):

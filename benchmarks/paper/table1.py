@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jfbfast.evaluation import measurements
-from jfbfast.quality import PAPER_OFFSET, psnr, ssim
+from jfbfast.experiments.evaluation import measurements
+from jfbfast.imaging.quality import PAPER_OFFSET, psnr, ssim
 from jfbfast.solvers import ConvergenceWarning, Status
 
 from .page import Section, markdown_table

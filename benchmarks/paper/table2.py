@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib
 from rich.console import Console
 
-from jfbfast.comparison import evaluate_all, results_table, score_cells, tuning
-from jfbfast.evaluation import Scores, write_tuning
+from jfbfast.experiments.comparison import evaluate_all, results_table, score_cells, tuning
+from jfbfast.experiments.evaluation import Scores, write_tuning
 
 from .page import Section, markdown_table
 from .study import LABELS, Study

@@ -1,5 +1,5 @@
 // What the kernels share: launches, 128-bit loads, bfloat16, sums. Compiled by nvcc for a GPU, and
-// by a C++ compiler over tests/cuda/emulate.h, which runs each thread as a fiber.
+// by a C++ compiler over tests/backends/cuda/emulate.h, which runs each thread as a fiber.
 #pragma once
 
 #include <cstdint>

@@ -79,7 +79,7 @@ __device__ void gram_of_pairs(const double* differences, const double* products,
     for (int k = 1; k < pairs && t < pairs; ++k) gram[k * pairs + t] += gram[(k - 1) * pairs + t];
 }
 
-// The solution of anderson_weights in jfbfast/reference.py, not yet divided by its sum, in `alpha`:
+// The solution of anderson_weights in jfbfast/backends/reference.py, not yet divided by its sum, in `alpha`:
 // elimination without pivoting, since the system is symmetric and positive definite. One thread an entry.
 __device__ void solve(const double* gram, int pairs, double regularization, double* system, double* alpha) {
     const int columns = pairs + 1;  // the last one is the right-hand side

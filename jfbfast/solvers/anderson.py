@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jfbfast import checks, cuda, native, reference
-from jfbfast.backends import kernels_for, selected_backend
+from jfbfast import checks
+from jfbfast.backends import cuda, native, reference
+from jfbfast.backends.dispatch import kernels_for, selected_backend
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration, Phase, Stall

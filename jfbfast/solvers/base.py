@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.reference import band_dtype
+from jfbfast.backends.reference import band_dtype
 from jfbfast.solvers.loop import Iteration, Layer, Phase, iterate
 from jfbfast.solvers.solution import FixedPointSolution, Status
 

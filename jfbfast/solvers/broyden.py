@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jfbfast import checks, native, reference
-from jfbfast.backends import kernels_for
+from jfbfast import checks
+from jfbfast.backends import native, reference
+from jfbfast.backends.dispatch import kernels_for
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jfbfast.reference import band_dtype, flat
+from jfbfast.backends.reference import band_dtype, flat
 
 
 class LowRank(NamedTuple):

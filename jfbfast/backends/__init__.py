@@ -1,0 +1,1 @@
+"""Who computes the kernels: PyTorch, C++, Triton or CUDA."""

@@ -1,0 +1,224 @@
+"""The 3 × 3 convolution as torch.library ops, and where a layer's convolutions are Winograd's.
+
+``jfbfast::conv3x3``                  weight ∗ x + bias, and a ReLU
+``jfbfast::conv3x3_weight_gradient``  what backward through it gives the weight and the bias
+
+The ops take (B, C, H, W) and return a channels-last tensor; `winograd_serves` decides at each call whether Winograd's
+convolution computes it or torch's. A layer uses them in a solve (jfbfast/implicit/prepared.py) and in the trace
+that carries the gradient (`winograd_convolutions`), where the tolerance allows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import register_flop_formula
+
+from jfbfast.backends import native, reference
+from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, selected_backend
+
+_CHANNELS_PER_TILE = 12  # at most, where the weight is transformed too: about where torch is as fast
+_LEAST_TOL = 1e-4  # the rounding of Winograd's convolution is about 1e-6, and what asks for less must not see it
+
+
+def winograd_allowed(tol: float) -> bool:
+    """Whether what is to reach the relative residual ``tol`` may use Winograd's convolution."""
+    return tol >= _LEAST_TOL
+
+
+def transformed_weight(weight: Tensor) -> Tensor | None:
+    """What `conv3x3` can be given as ``transformed``, to be made once for a weight; None where it would not be used."""
+    return native.winograd_weights(weight) if _winograd_takes(weight, *weight.shape[:2]) else None
+
+
+def winograd_serves(x: Tensor, out_channels: int, transformed: bool = False) -> bool:
+    """Winograd's convolution is there for such an x (B, C, H, W), and faster.
+
+    With few channels its transforms cost too much, and with small images most of its 4 × 4 tiles are empty. The
+    transform of a weight, where it is not made beforehand, takes tiles enough to be worth it.
+    """
+    batch, channels, height, width = x.shape
+    tiles = -(-height // 4) * -(-width // 4)
+    enough = transformed or not x.numel() or _CHANNELS_PER_TILE * batch * tiles >= max(channels, out_channels)
+    return enough and 2 * height * width >= 16 * tiles and _winograd_takes(x, channels, out_channels)
+
+
+def _winograd_takes(tensor: Tensor, *channels: int) -> bool:
+    available = selected_backend() in ("auto", "native") and native.AVAILABLE
+    return available and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and min(channels) >= 16
+
+
+for _name, _signature in (
+    ("conv3x3", "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None) -> Tensor"),
+    ("conv3x3_weight_gradient", "(Tensor x, Tensor gradient) -> (Tensor, Tensor)"),
+):
+    torch.library.define(f"jfbfast::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
+
+conv3x3 = torch.ops.jfbfast.conv3x3
+conv3x3_weight_gradient = torch.ops.jfbfast.conv3x3_weight_gradient
+
+
+def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_reverse_mode()
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
+        )
+    for name, given, shape in (("weight", weight, (len(weight), x.shape[1], 3, 3)), ("bias", bias, (len(weight),))):
+        if given is not None and (given.shape != shape or given.dtype != x.dtype or given.device != x.device):
+            raise ValueError(
+                f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}; "
+                f"it takes {x.dtype} of shape {shape} on {x.device}"
+            )
+
+
+@torch.library.impl("jfbfast::conv3x3", "default")
+def _conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+) -> Tensor:
+    _check_conv3x3(x, weight, bias)
+    if winograd_serves(x, len(weight), transformed is not None):
+        return native.conv3x3(x, weight, bias, relu, transformed)
+    return reference.conv3x3(x, weight, bias, relu).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("jfbfast::conv3x3")
+def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.impl("jfbfast::conv3x3_weight_gradient", "default")
+def _conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    check_reverse_mode()
+    shape = (x.shape[0], gradient.shape[1], *x.shape[2:])
+    if gradient.shape != shape or gradient.dtype != x.dtype or gradient.device != x.device:
+        raise ValueError(
+            f"gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on {gradient.device}; "
+            f"it takes {x.dtype} of shape {shape} on {x.device}"
+        )
+    kernels = native if winograd_serves(x, gradient.shape[1]) else reference
+    weight, bias = kernels.conv3x3_weight_gradient(x, gradient)
+    return weight.contiguous(), bias
+
+
+@torch.library.register_fake("jfbfast::conv3x3_weight_gradient")
+def _conv3x3_weight_gradient_like(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    outputs, inputs = gradient.shape[1], x.shape[1]
+    return x.new_empty(outputs, inputs, 3, 3), x.new_empty(outputs)
+
+
+def _adjoint(weight: Tensor) -> Tensor:
+    """The weight of the adjoint convolution."""
+    return weight.transpose(0, 1).flip(2, 3)
+
+
+def _keep_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.relu, _ = inputs
+    ctx.save_for_backward(x, weight, output if ctx.relu else None)
+
+
+def _conv3x3_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, output = ctx.saved_tensors
+    if ctx.relu:
+        g = torch.ops.aten.threshold_backward(g, output, 0)
+    to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # which ends with the last argument that was given
+    by_weight, by_bias = conv3x3_weight_gradient(x, g) if to_weight or to_bias else (None, None)
+    return (
+        conv3x3(g, _adjoint(weight)) if to_x else None,
+        by_weight if to_weight else None,
+        by_bias if to_bias else None,
+        *(None, None),
+    )
+
+
+def _keep_conv3x3_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv3x3_weight_gradient_backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+    x, gradient = ctx.saved_tensors
+    to_x, to_gradient = ctx.needs_input_grad
+    return conv3x3(gradient, _adjoint(weight)) if to_x else None, conv3x3(x, weight, bias) if to_gradient else None
+
+
+torch.library.register_autograd("jfbfast::conv3x3", _conv3x3_backward, setup_context=_keep_conv3x3)
+torch.library.register_autograd(
+    "jfbfast::conv3x3_weight_gradient", _conv3x3_weight_gradient_backward, setup_context=_keep_conv3x3_weight_gradient
+)
+
+
+def _conv3x3_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the direct convolution, as torch counts its own."""
+    return 2 * x[0] * math.prod(x[2:]) * math.prod(weight)
+
+
+def _conv3x3_weight_gradient_flops(x: Sequence[int], gradient: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * 9 * math.prod(x) * gradient[1]
+
+
+register_flop_formula(conv3x3)(_conv3x3_flops)
+register_flop_formula(conv3x3_weight_gradient)(_conv3x3_weight_gradient_flops)
+
+
+def is_conv3x3(
+    kernel_size: tuple[int, ...],
+    stride: int | tuple[int, ...],
+    padding: str | int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Whether a zero-padded convolution with these arguments of torch's conv2d is `conv3x3`."""
+    one = (1, (1, 1), [1, 1])
+    return kernel_size == (3, 3) and stride in one and dilation in one and groups == 1 and padding in (*one, "same")
+
+
+class WinogradConvolutions(TorchFunctionMode):
+    """Within, torch's conv2d is `conv3x3` where that is Winograd's convolution; under autocast it stays torch's."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d:
+            return _conv2d(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    taken = (
+        is_conv3x3(tuple(weight.shape[2:]), stride, padding, dilation, groups)
+        and input.dim() == 4
+        and winograd_serves(input, len(weight))
+        and not torch.is_autocast_enabled("cpu")
+        and not _transformed()
+    )
+    if taken:
+        out: Tensor = conv3x3(input, weight, bias)
+        return out
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _transformed() -> bool:
+    """Within torch.func's transforms or forward-mode differentiation, which our op has no rules for."""
+    functorch, forward = torch._C._functorch.peek_interpreter_stack(), torch.autograd.forward_ad._current_level
+    return functorch is not None or forward >= 0
+
+
+def winograd_convolutions(tol: float) -> AbstractContextManager[object]:
+    """`WinogradConvolutions` where ``tol`` allows it."""
+    return WinogradConvolutions() if winograd_allowed(tol) else nullcontext()

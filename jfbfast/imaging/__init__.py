@@ -1,0 +1,1 @@
+"""Photographs: files, data sets, quality, restoration."""

@@ -1,0 +1,298 @@
+"""What training and evaluation see: images held in memory, and samples that are functions of a seed and an index.
+
+Sample i of a dataset is the same whoever asks for it and whenever, its noise included. So the order of
+the data needs no state: a resumed run goes on at its step, and N processes share out one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision.transforms import v2
+
+from jfbfast import checks
+from jfbfast.imaging.photographs import ImageError, read_photograph
+
+_ORDER, _CROP, _MEASUREMENT = range(3)  # streams of random numbers, which must not meet
+
+
+class Sample(NamedTuple):
+    """An image and the random numbers of its measurement.
+
+    Attributes:
+        x: (3, h, w) in [−1, 1].
+        noise: white noise of standard deviation 1, as x.
+        level: uniform in [0, 1), of shape ().
+    """
+
+    x: Tensor
+    noise: Tensor
+    level: Tensor
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng((seed, *key))
+
+
+def _sample(x: Tensor, generator: np.random.Generator) -> Sample:
+    noise = torch.from_numpy(generator.standard_normal(tuple(x.shape), np.float32))
+    return Sample(x, noise, torch.tensor(generator.random(), dtype=torch.float32))
+
+
+def _count(name: str, value: float, total: int) -> int:
+    if not (0 <= value < math.inf) or (value >= 1 and value != int(value)):
+        raise ValueError(f"{name} is {value}; it takes a share in [0, 1), or a count")
+    return int(value) if value >= 1 else round(value * total)
+
+
+def split(files: Sequence[Path], train: float | None, validation: float) -> tuple[list[Path], list[Path], list[Path]]:
+    """Files, in their order, for training, for validation, and the rest, for tests.
+
+    Args:
+        files: sorted by name.
+        train, validation: each a share in [0, 1), or a count; None trains on all but the validation's.
+
+    Raises:
+        ValueError: neither a share nor a count; more than there are.
+    """
+    held_out = _count("validation", validation, len(files))
+    kept = len(files) - held_out if train is None else _count("train", train, len(files))
+    if train is not None and max(train, validation) < 1 and train + validation <= 1 + 1e-9:
+        kept = min(kept, len(files) - held_out)  # both can have been rounded up
+    if kept < 0 or kept + held_out > len(files):
+        raise ValueError(f"train is {train} and validation {validation}, which is more than the {len(files)} there are")
+    return list(files[:kept]), list(files[kept : kept + held_out]), list(files[kept + held_out :])
+
+
+class Photographs(Sequence[Tensor]):
+    """Image files as uint8 tensors (3, H, W), decoded once into one block of memory where they fit.
+
+    Args:
+        files: 8-bit, or deeper and rounded to it; grey ones get three equal channels.
+        resize: side in pixels to resize to; None keeps the size.
+        squash: resize both sides to exactly that, as the paper's code does, and not the shorter side
+            with the centre square kept.
+        cache: bytes of memory at most; files that need more are decoded at each use, after a first time here.
+        least: pixels of the shortest side, after resizing.
+        purpose: what smaller ones are too small for.
+        leave_out: is told why of each file that cannot be used, which is left out; None raises.
+
+    Attributes:
+        files: those that are used.
+        sizes: (H, W) of each.
+
+    Raises:
+        ImageError: a file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        resize: int | None = None,
+        squash: bool = False,
+        cache: int = 2 << 30,
+        *,
+        least: int = 1,
+        purpose: str = "",
+        leave_out: Callable[[ImageError], object] | None = None,
+    ) -> None:
+        if resize is not None:
+            checks.integer("resize", resize, 1)
+        self.resize, self.squash, self.least, self.purpose = resize, squash, least, purpose
+        self.files: list[Path] = []
+        self.sizes: list[tuple[int, int]] = []
+        self._starts = [0]
+        block = np.empty(0, np.uint8)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for file, image in zip(files, pool.map(self._try, files), strict=True):
+                if isinstance(image, ImageError):
+                    if leave_out is None:
+                        raise image
+                    leave_out(image)
+                    continue
+                start, end = self._starts[-1], self._starts[-1] + image.numel()
+                self.files.append(file)
+                self.sizes.append((image.shape[-2], image.shape[-1]))
+                self._starts.append(end)
+                if end <= cache:
+                    if end > len(block):
+                        block.resize(min(cache, end + end // 4), refcheck=False)
+                    block[start:end] = image.numpy().ravel()
+        self._block: Tensor | None = None
+        if self._starts[-1] <= cache:
+            block.resize(self._starts[-1], refcheck=False)
+            self._block = torch.from_numpy(block)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the images are in memory."""
+        return self._block is not None
+
+    def _read(self, file: Path) -> Tensor:
+        image = (read_photograph(file).pixels.clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
+        if self.resize is not None:
+            size = [self.resize, self.resize] if self.squash else [self.resize]
+            image = v2.functional.resize(image, size, antialias=True)
+            image = v2.functional.center_crop(image, [self.resize, self.resize])
+        if min(image.shape[-2:]) < self.least:
+            found = f"{image.shape[-1]} × {image.shape[-2]}"
+            raise ImageError(f"{file}: too small for {self.purpose}: {found} pixels; it takes {self.least} a side")
+        return image
+
+    def _try(self, file: Path) -> Tensor | ImageError:
+        try:
+            return self._read(file)
+        except ImageError as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        if self._block is None:
+            return self._read(self.files[index])
+        return self._block[self._starts[index] : self._starts[index + 1]].view(3, *self.sizes[index])
+
+
+def usable_photographs(
+    files: Sequence[Path], say: Callable[[str], object], *, needed: bool = True, **options: Any
+) -> Photographs:
+    """`Photographs`, with its options, of the files that can be used.
+
+    Args:
+        say: is told which cannot, why, and how many they are.
+        needed: one at least must be left.
+
+    Raises:
+        ImageError: none can, though one is needed.
+    """
+    errors: list[ImageError] = []
+    photographs = Photographs(files, **options, leave_out=errors.append)
+    if needed and errors and not photographs:
+        raise ImageError(f"none of the {len(files)} photographs can be used, such as {errors[0]}")
+    for error in errors:
+        say(f"left out: {error}")
+    if errors:
+        say(f"{len(errors)} of {len(files)} photographs cannot be used, and are left out.")
+    return photographs
+
+
+def _name(photographs: Sequence[Tensor], index: int) -> str:
+    return str(photographs.files[index]) if isinstance(photographs, Photographs) else f"photograph {index}"
+
+
+def least_side(crop: int) -> int:
+    """Of photographs for `RandomCrops`: reflection adds less than the side itself at both its ends."""
+    return -(-(crop + 2) // 3)
+
+
+def _to_floats(image: Tensor) -> Tensor:
+    """[−1, 1] from uint8, or from floats in [0, 1]."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else 2 * image - 1
+
+
+class RandomCrops(Dataset[Sample]):
+    """Random square crops, flipped at random, of photographs taken in a random order, each once an epoch.
+
+    Args:
+        photographs: (3, H, W) each, uint8, or floats in [0, 1].
+        crop: side in pixels; photographs down to just over a third of it are padded by reflection.
+        length: crops in all, over as many epochs as it takes; None for one epoch.
+        flips: mirror every other crop, left to right.
+        seed: of the order, the crops, and the measurements' random numbers; at least 0.
+
+    Raises:
+        ValueError: a crop below 1, a negative seed, or no photograph.
+        ImageError: a photograph that is too small.
+    """
+
+    def __init__(
+        self, photographs: Sequence[Tensor], crop: int, length: int | None = None, flips: bool = True, seed: int = 0
+    ) -> None:
+        for name, value, least in (("crop", crop, 1), ("seed", seed, 0), ("photographs", len(photographs), 1)):
+            checks.integer(name, value, least)
+        sizes = photographs.sizes if isinstance(photographs, Photographs) else [p.shape[-2:] for p in photographs]
+        for which, size in enumerate(sizes):
+            if min(size) < least_side(crop):
+                raise ImageError(
+                    f"{_name(photographs, which)}: too small for crops of {crop} pixels; "
+                    "resize it, or take smaller crops"
+                )
+        self.photographs = photographs
+        self.crop, self.flips, self.seed = crop, flips, seed
+        self.length = len(photographs) if length is None else length
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _photograph(self, index: int) -> int:
+        epoch, position = divmod(index, len(self.photographs))
+        if epoch != self._epoch:
+            self._order = _generator(self.seed, _ORDER, epoch).permutation(len(self.photographs))
+            self._epoch = epoch
+        return int(self._order[position])
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        image = self.photographs[self._photograph(index)]
+        short = [max(0, self.crop - side) for side in image.shape[-2:]]
+        if any(short):
+            top, left = (s // 2 for s in short)
+            around = [left, top, short[1] - left, short[0] - top]
+            image = v2.functional.pad(image, around, padding_mode="reflect")
+        generator = _generator(self.seed, _CROP, index)
+        top, left = (int(generator.integers(side - self.crop + 1)) for side in image.shape[-2:])
+        x = _to_floats(image[:, top : top + self.crop, left : left + self.crop])
+        if self.flips and generator.random() < 0.5:
+            x = x.flip(-1)
+        return _sample(x.contiguous(), generator)
+
+
+class Images(Dataset[Sample]):
+    """Whole photographs, or their centre squares, each with the random numbers of one fixed measurement.
+
+    Args:
+        photographs: (3, H, W) each, uint8, or floats in [0, 1].
+        crop: side of the centre square at most; None for the whole.
+        seed: of the measurements' random numbers, which depend on it and on the index alone; at least 0.
+    """
+
+    def __init__(self, photographs: Sequence[Tensor], crop: int | None = None, seed: int = 0) -> None:
+        checks.integer("seed", seed, 0)
+        self.photographs = photographs
+        self.crop, self.seed = crop, seed
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self.photographs):
+            raise IndexError(index)
+        x = _to_floats(self.photographs[index])
+        if self.crop is not None:
+            top, left = (max(0, (side - self.crop) // 2) for side in x.shape[-2:])
+            x = x[:, top : top + self.crop, left : left + self.crop]
+        return _sample(x.contiguous(), _generator(self.seed, _MEASUREMENT, index))
+
+
+def batches(samples: Dataset[Sample], batch_size: int) -> Iterator[Sample]:
+    """All samples in their order, at most ``batch_size`` at once; neighbours of one size share a batch."""
+    batch: list[Sample] = []
+    for index in range(len(samples)):  # type: ignore[arg-type]
+        sample = samples[index]
+        if batch and (len(batch) == batch_size or sample.x.shape != batch[0].x.shape):
+            yield default_collate(batch)
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield default_collate(batch)

@@ -1,0 +1,1 @@
+"""Read and write each image format; use `jfbfast.imaging.photographs`, which picks the format."""

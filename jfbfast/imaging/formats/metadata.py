@@ -1,0 +1,121 @@
+"""What an image file holds beside its pixels: the colour profile, EXIF, the resolution."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jfbfast.imaging.formats.tags import EXIF, LONG, SHORT, Directory, read_directory
+
+MOST_PIXELS = 250_000_000  # of an image; each takes 12 bytes or more, several times over
+ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 274, 282, 283, 296  # tags
+_WIDTH, _HEIGHT = 40962, 40963  # tags
+_PER_INCH = {2: 1.0, 3: 2.54}  # of resolutions by their unit, an inch or a centimetre
+_LARGEST_DPI = 65_000  # of what JPEG can tell
+_HEADER = b"Exif\0\0"
+
+# Tags of TIFF that describe how a file lays its pixels out, or hold what is not EXIF; whoever writes sets its own.
+_LAYOUT = frozenset().union(
+    range(254, 267), (273, 274), range(277, 282), (284,), range(288, 294), (297, 317), range(320, 348)
+)
+_LAYOUT |= frozenset(range(512, 533)).union((700, 33723, 34377, 34675, 37724))
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read, written, or used as it is."""
+
+
+class Metadata(NamedTuple):
+    """What a restored photograph keeps of its file.
+
+    Attributes:
+        icc: the colour profile; empty for none.
+        exif: of an upright image, a directory of tags with TIFF's header; empty for none.
+        dpi: pixels per inch, across and down.
+        colour: chunks of PNG that tell the colour space: gAMA, cHRM, sRGB, cICP.
+    """
+
+    icc: bytes = b""
+    exif: bytes = b""
+    dpi: tuple[float, float] | None = None
+    colour: Mapping[bytes, bytes] = {}
+
+
+class Decoded(NamedTuple):
+    """An image as its file stores it, before it is turned upright.
+
+    Attributes:
+        array: (H, W, channels): grey or RGB, and alpha if there are 2 or 4; uint8, uint16 or float32.
+        white: the sample that stands for 1.
+        icc: of `Metadata`.
+        exif: tags of the file.
+        dpi: pixels per inch, along the array's rows and columns; None for those of the tags, if there are any.
+        colour: of `Metadata`.
+    """
+
+    array: np.ndarray
+    white: float
+    icc: bytes = b""
+    exif: Directory = Directory()
+    dpi: Sequence[float] | None = None
+    colour: Mapping[bytes, bytes] = {}
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse, before it is decoded, an image that would not fit into memory."""
+    if width < 1 or height < 1 or width * height > MOST_PIXELS:
+        raise ImageError(f"has {width} × {height} pixels; it takes up to {MOST_PIXELS // 10**6} million")
+
+
+def read_exif(content: bytes) -> Directory:
+    """The tags of EXIF data, with or without the header that JPEG has."""
+    content = content.removeprefix(_HEADER)
+    if not content:
+        return Directory()
+    try:
+        return read_directory(content)
+    except struct.error as error:
+        raise ImageError("its EXIF data is damaged") from error
+
+
+def orientation(exif: Directory) -> int:
+    """EXIF's orientation, 1 to 8; 1, upright, for what is none."""
+    found = exif.number(ORIENTATION)
+    return found if 1 <= found <= 8 else 1
+
+
+def kept_exif(exif: Directory, width: int, height: int, dpi: tuple[float, float] | None) -> bytes:
+    """What stays true of an upright image of that size and resolution."""
+    kept, details = Directory(exif.order), exif.get(EXIF)
+    kept.update({tag: value for tag, value in exif.items() if tag not in _LAYOUT})
+    if isinstance(details, Directory):
+        for tag, side in ((_WIDTH, width), (_HEIGHT, height)):
+            if tag in details:
+                details.put(tag, LONG, side)
+    if dpi is not None and X_RESOLUTION in kept:
+        put_dpi(kept, dpi)
+    if not kept:
+        return b""
+    start = struct.pack(f"{kept.order}HL", 42, 8)
+    return (b"II" if kept.order == "<" else b"MM") + start + kept.tobytes(8)
+
+
+def put_dpi(tags: Directory, dpi: tuple[float, float]) -> None:
+    """Set the tags of the resolution."""
+    tags.put_ratio(X_RESOLUTION, dpi[0])
+    tags.put_ratio(Y_RESOLUTION, dpi[1])
+    tags.put(RESOLUTION_UNIT, SHORT, 2)
+
+
+def kept_dpi(dpi: Sequence[float] | None, exif: Directory) -> tuple[float, float] | None:
+    """Pixels per inch across and down; None where the file has none that a camera or scanner has."""
+    if dpi is None:
+        scale = _PER_INCH.get(exif.number(RESOLUTION_UNIT, 2), math.nan)
+        dpi = [scale * number for tag in (X_RESOLUTION, Y_RESOLUTION) for number in exif.numbers(tag)]
+    if len(dpi) != 2 or not all(1 <= number <= _LARGEST_DPI for number in dpi):
+        return None
+    return float(dpi[0]), float(dpi[1])

@@ -1,0 +1,251 @@
+"""Photographs as files: reading and writing them without loss."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jfbfast import checks
+from jfbfast.files import check_writable, write_whole
+from jfbfast.imaging.formats import eight_bit, netpbm, png, tiff
+from jfbfast.imaging.formats.metadata import Decoded, ImageError, Metadata, kept_dpi, kept_exif, orientation
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageError",
+    "Metadata",
+    "Photograph",
+    "check_place",
+    "check_target",
+    "check_unused",
+    "file_identity",
+    "image_files",
+    "read_photograph",
+    "write_photograph",
+]
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by how a file begins
+    png.SIGNATURE: png.decode,
+    b"\xff\xd8\xff": eight_bit.decode_jpeg,
+    b"II*\0": tiff.decode,
+    b"MM\0*": tiff.decode,
+    b"RIFF": eight_bit.decode_webp,
+    b"BM": eight_bit.decode_bmp,
+    b"P5": netpbm.decode,
+    b"P6": netpbm.decode,
+}
+_ENCODERS: dict[str, Callable[[np.ndarray, Metadata], bytes]] = {
+    ".png": png.encode,
+    ".tif": tiff.encode,
+    ".tiff": tiff.encode,
+    ".jpg": eight_bit.encode_jpeg,
+    ".jpeg": eight_bit.encode_jpeg,
+}
+_LEAST, _MOST = -0.5, 1.5  # of float32 samples, which noise can take somewhat beyond [0, 1]
+_LONGEST_JPEG = 65_500  # pixels of a side
+
+# What undoes each orientation that EXIF knows.
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+class Photograph(NamedTuple):
+    """An image file's content.
+
+    Attributes:
+        pixels: (1 or 3, H, W) in float32, in [0, 1].
+        alpha: (1, H, W) in [0, 1], or None.
+        dtype: of the file's samples: uint8, uint16 or float32.
+        metadata: what a restoration of it keeps.
+    """
+
+    pixels: Tensor
+    alpha: Tensor | None
+    dtype: np.dtype
+    metadata: Metadata = Metadata()
+
+
+def _decode(content: bytes) -> Decoded:
+    if not content:
+        raise ImageError("the file is empty")
+    decoder = next((decoder for start, decoder in _DECODERS.items() if content.startswith(start)), None)
+    if decoder is None:
+        raise ImageError(f"begins with {content[:12]!r}; it takes JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM")
+    return decoder(content)
+
+
+def _photograph(decoded: Decoded) -> Photograph:
+    turn = orientation(decoded.exif)
+    array, dpi = _UPRIGHT[turn](decoded.array), kept_dpi(decoded.dpi, decoded.exif)
+    if dpi is not None and turn >= 5:
+        dpi = dpi[::-1]
+    values = torch.from_numpy(array.astype(np.float32, order="C") / np.float32(decoded.white)).permute(2, 0, 1)
+    if not values.isfinite().all():
+        raise ImageError(f"{int((~values.isfinite()).sum())} of its values are not finite")
+    least, most = float(values.min()), float(values.max())
+    if not _LEAST <= least <= most <= _MOST:
+        raise ImageError(f"its float32 samples go from {least:g} to {most:g}; it takes [0, 1]")
+    exif = kept_exif(decoded.exif, values.shape[2], values.shape[1], dpi)
+    colours = len(values) - (len(values) in (2, 4))
+    return Photograph(
+        values[:colours],
+        values[colours:] if colours < len(values) else None,
+        decoded.array.dtype,
+        Metadata(decoded.icc, exif, dpi, decoded.colour),
+    )
+
+
+def read_photograph(path: str | Path) -> Photograph:
+    """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha, upright.
+
+    JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM are read, whatever the file's name; of those, what would not be
+    read right is refused, such as CMYK or several images in one file.
+
+    Raises:
+        ImageError: not such an image, a damaged one, one of more than 250 megapixels, a pixel that is not finite, or
+            float32 samples far from [0, 1].
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise ImageError("there is no such file")
+        if not path.is_file():
+            raise ImageError("is a directory" if path.is_dir() else "is no regular file")
+        return _photograph(_decode(path.read_bytes()))
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except struct.error as error:
+        raise ImageError(f"{path}: ends too early, or is damaged") from error
+    except Exception as error:  # a broken file makes a decoder raise nearly anything
+        raise ImageError(f"{path}: cannot be read ({checks.one_line(error)})") from error
+
+
+def check_place(path: str | Path) -> None:
+    """Tell whether `write_photograph` could write some photograph there.
+
+    Raises:
+        ImageError: another format than those that are written, no such directory, or one that cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _ENCODERS:
+        suffix = path.suffix or "a name without a suffix"
+        raise ImageError(f"{path}: {suffix} is no format to write; .png, .tiff and .jpg are")
+    if not path.parent.is_dir():
+        raise ImageError(f"{path}: there is no directory {path.parent}")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    """What a file has in common with its links alone."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def check_unused(path: Path, sources: Collection[tuple[int, int]], overwrite: bool = False) -> None:
+    """Tell whether a file can be written without the loss of another.
+
+    Args:
+        path: of the file.
+        sources: `file_identity` of each photograph that is to be read.
+        overwrite: replace what is there.
+
+    Raises:
+        ImageError: it is one of the photographs, or is there and is not to be overwritten.
+    """
+    if path.exists() and file_identity(path) in sources:
+        raise ImageError(f"{path}: is the photograph itself, or another to restore; choose another file")
+    if os.path.lexists(path) and not overwrite:
+        raise ImageError(f"{path}: is there already; --overwrite replaces it")
+
+
+def check_target(path: str | Path, photograph: Photograph) -> None:
+    """Tell, before there is anything to write, whether `write_photograph` could.
+
+    Raises:
+        ImageError: as `check_place`; or a format that cannot hold the samples' depth, the alpha channel, or the
+            metadata.
+    """
+    check_place(path)
+    path, suffix = Path(path), Path(path).suffix.lower()
+    pixels, alpha, dtype, metadata = photograph
+    tiff_file, jpeg = suffix in (".tif", ".tiff"), suffix in (".jpg", ".jpeg")
+    if jpeg and dtype != np.uint8:
+        raise ImageError(f"{path}: {suffix} cannot hold {dtype} samples; .png and .tiff can")
+    if suffix == ".png" and dtype == np.float32:
+        raise ImageError(f"{path}: .png cannot hold float32 samples; .tiff can")
+    if jpeg and alpha is not None:
+        raise ImageError(f"{path}: {suffix} cannot hold an alpha channel; .png and .tiff can")
+    if jpeg and max(pixels.shape[1:]) > _LONGEST_JPEG:
+        raise ImageError(f"{path}: {suffix} cannot hold a side of {max(pixels.shape[1:])} pixels; .png and .tiff can")
+    if tiff_file and alpha is not None and len(pixels) == 1 and metadata.icc:
+        raise ImageError(f"{path}: grey with alpha becomes colour, which its profile is not for; .png can hold it")
+    if suffix != ".png" and (named := metadata.colour.keys() - {b"sRGB"}):  # sRGB is what an untagged file is taken for
+        told = ", ".join(sorted(kind.decode() for kind in named))
+        raise ImageError(f"{path}: {suffix} cannot hold what tells its colours ({told}); .png can")
+    corner = Photograph(pixels[:, :1, :1], None if alpha is None else alpha[:, :1, :1], dtype, metadata)
+    _encode(path, corner)  # which tells what of the metadata cannot be written
+
+
+def _encode(path: Path, photograph: Photograph) -> bytes:
+    pixels, alpha, dtype, metadata = photograph
+    suffix = path.suffix.lower()
+    if alpha is not None and len(pixels) == 1 and suffix != ".png":
+        pixels = pixels.expand(3, -1, -1)
+    values = pixels if alpha is None else torch.cat((pixels, alpha))
+    array = values.clamp(0, 1).permute(1, 2, 0).numpy()
+    if np.issubdtype(dtype, np.integer):
+        array = np.rint(array * np.iinfo(dtype).max)
+    try:
+        return _ENCODERS[suffix](np.ascontiguousarray(array.astype(dtype)), metadata)
+    except Exception as error:  # an encoder raises nearly anything at metadata that it cannot hold
+        raise ImageError(f"{path}: cannot be written ({checks.one_line(error)})") from error
+
+
+def write_photograph(path: str | Path, photograph: Photograph, *, overwrite: bool = True) -> None:
+    """Write an image file of the photograph's own sample type and metadata; values outside [0, 1] are clipped.
+
+    A reader sees the old file or the whole new one.
+
+    Raises:
+        ImageError: as `check_target`, or a failed write; without ``overwrite``, a file that is there.
+    """
+    check_target(path, photograph)
+    path = Path(path)
+    content = _encode(path, photograph)
+    try:
+        write_whole(path, lambda partial: partial.write_bytes(content), overwrite=overwrite)
+    except FileExistsError as error:
+        raise ImageError(f"{path}: is there already; --overwrite replaces it") from error
+    except OSError as error:
+        raise ImageError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def image_files(directory: str | Path) -> list[Path]:
+    """The image files below a directory, by their names alone, sorted by name.
+
+    Raises:
+        ImageError: no such directory, or no image in it.
+    """
+    files = sorted(p for p in Path(directory).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(p))
+    if not files:
+        raise ImageError(f"{directory}: no image files there")
+    return files

@@ -1,0 +1,1 @@
+"""Solve for a fixed point, and differentiate it."""

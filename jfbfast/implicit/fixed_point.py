@@ -1,0 +1,282 @@
+"""The fixed point as a differentiable function: the solve, then the layer at x* with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from jfbfast.backends.reference import per_sample
+from jfbfast.convergence import warn_unconverged
+from jfbfast.implicit.autograd import TracedLayer
+from jfbfast.implicit.frozen import TrainingState, step_spectral_norms
+from jfbfast.implicit.methods import GradientMethod, Unrolled, gradient_method
+from jfbfast.implicit.prepared import checked_solve_dtype
+from jfbfast.implicit.solve import Solve, autocast_dtype
+from jfbfast.implicit.unroll import unroll
+from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
+from jfbfast.solvers.base import check_batch, checked_solver
+from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
+
+
+def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: Tensor) -> None:
+    status = solution.status
+    diverged, late = (int((status == s).sum()) for s in (Status.DIVERGED, Status.MAX_ITER))
+    told = int(contradicted.sum())
+    if diverged or (late and solver.tol > 0) or told:
+        dtype = solution.value.dtype
+        beyond = late and 0 < solver.tol < torch.finfo(dtype).eps
+        warn_unconverged(
+            f"{diverged + late} of {len(status)} samples did not converge to tol={solver.tol:g} in "
+            f"{int(solution.iterations.max())} evaluations ({diverged} diverged; "
+            f"largest residual {float(solution.residual.max()):.1e})"
+            + (f"; tol is below the rounding of {dtype}" if beyond else "")
+            + (
+                f"; for {told} of them the layer, applied to the whole batch after the solve, leaves a larger residual "
+                "than the solve measured: the layer couples the samples of a batch, or changes between evaluations"
+                if told
+                else ""
+            )
+        )
+
+
+def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """w ↦ (I − ∂T/∂x)⁻ᵀ w by the solver's estimate, for the batch of these rows of the solve's."""
+    estimate = solution.inverse
+    assert estimate is not None
+
+    def of_rows(w: Tensor) -> Tensor:
+        whole = w.new_zeros(solution.value.shape)
+        whole[rows] = w
+        return estimate.transpose(whole)[rows]
+
+    return estimate.transpose if len(rows) == len(solution.value) else of_rows
+
+
+def _without(samples: Tensor, value: Tensor) -> Tensor:
+    """Zero for these samples, bool (B,), in a tensor (B, …); they get no gradient."""
+    return value.masked_fill(per_sample(samples, value), 0)
+
+
+def _apply(
+    traced: TracedLayer, solution: FixedPointSolution, points: Tensor, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The output at these points, but the value of a sample that diverged, which takes no part in the gradient.
+
+    Returns:
+        The output (B, …), the rows of the batch that the layer was applied to, and its (x, T(x)) there.
+    """
+    usable = solution.status != Status.DIVERGED
+    if inputs and not usable.any():  # nor is the layer called, which may not take an empty batch
+        none = usable.nonzero()[:, 0]
+        value = solution.value
+        return value.index_put((none,), traced.nothing(value, inputs)), none, (value[none], value[none])
+    rows, everything = torch.arange(len(usable), device=usable.device), bool(usable.all())
+    whole = everything or traced.whole_batch or not inputs
+    if not whole:
+        rows = rows[usable]
+        points, inputs = points[rows], tuple(i[rows] for i in inputs)
+    elif not everything:
+        points, inputs = points.nan_to_num(), tuple(_without(~usable, i) for i in inputs)
+    inverse = None if solution.inverse is None else _inverse(solution, rows)
+    out, ends = traced(points, inputs, inverse)
+    if everything:
+        return out, rows, ends[0]
+    if whole:
+        if out.requires_grad and not out[~usable].isfinite().all():
+            holder = "layer holds data" if inputs else "inputs is empty, and the layer captured data"
+            raise ValueError(
+                f"{holder} of which {int((~usable).sum())} samples are not finite; "
+                "what each sample owns must be in inputs for it to be kept out of the gradient"
+            )
+        out = out[usable]
+    return solution.value.index_put((usable.nonzero()[:, 0],), out), rows, ends[0]
+
+
+def _measured(
+    solution: FixedPointSolution, rows: Tensor, pair: tuple[Tensor, Tensor], solver: FixedPointSolver
+) -> tuple[FixedPointSolution, Tensor]:
+    """The solution one step on, where (x, T(x)) of these rows measures it; and who stays behind, (B,).
+
+    Those are samples that the solve had converged and that this finds above the tolerance, and samples
+    whose residual has grown.
+    """
+    assert solution.following is not None
+    residual, size = norms(*pair)
+    relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
+    value, known, status = solution.value[rows], solution.residual[rows], solution.status[rows]
+    held = residual <= solver.tol * size + solver.atol
+    sound = torch.where(status == Status.CONVERGED, held, relative <= SAFEGUARD_GROWTH * known)
+    usable = status != Status.DIVERGED
+    moved = usable & sound
+    rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), usable & ~sound)
+    return solution.replaced(
+        rows,
+        value=torch.where(per_sample(moved, value), pair[0], value),
+        residual=torch.where(moved, relative, known),
+        status=status.masked_fill(moved & held, Status.CONVERGED),
+    ), rejected
+
+
+def _checked(
+    solution: FixedPointSolution, rows: Tensor, pair: tuple[Tensor, Tensor], solver: FixedPointSolver
+) -> tuple[FixedPointSolution, Tensor]:
+    """Hold what the solve claims of these rows against (x, T(x)) at their values; also return who fails, (B,).
+
+    The residual of those is the one found here. Twice the claim and some rounding are allowed, since the solve
+    evaluates a prepared form of the layer.
+    """
+    residual, size = norms(*pair)
+    relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
+    claimed, status = solution.residual[rows], solution.status[rows]
+    rounding = 4 * torch.finfo(autocast_dtype(pair[0]) or pair[0].dtype).eps
+    allowed = 2 * claimed.clamp_min(solver.tol) + rounding + (2 * solver.atol / size.clamp_min(TINY)).to(relative.dtype)
+    contradicted = (status != Status.DIVERGED) & ~(relative <= allowed)
+    return solution.replaced(
+        rows,
+        residual=torch.where(contradicted, relative, claimed),
+        status=status.masked_fill(contradicted, Status.MAX_ITER),
+    ), torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), contradicted)
+
+
+@torch.compiler.disable
+def solve_fixed_point(
+    layer: Layer,
+    x0: Tensor,
+    *,
+    inputs: Sequence[Tensor] = (),
+    parameters: Iterable[Tensor] | None = None,
+    solver: FixedPointSolver | None = None,
+    gradient: str | GradientMethod = "jfb",
+    solve_dtype: torch.dtype | None = None,
+    compile_solve: bool = False,
+) -> tuple[Tensor, FixedPointSolution]:
+    """What `fixed_point` returns, and the `FixedPointSolution` that it rests on.
+
+    The arguments, and what raises and warns, are those of `fixed_point`.
+
+    Returns:
+        T(x*), of x0's shape and dtype, with its gradient; and the solution, which tells each sample's
+        residual, evaluations and `Status`, without ``inverse`` and ``following``.
+    """
+    solver = checked_solver(solver) or Anderson()
+    method = gradient_method(gradient)
+    checked_solve_dtype(solve_dtype)
+    estimating = method.needs == "inverse" and torch.is_grad_enabled()
+    if estimating and not getattr(solver, "estimates_inverse", True):
+        raise ValueError(
+            f"gradient is {method}; it takes a solver with a history, Anderson or Broyden, and solver is {solver}"
+        )
+    check_batch(x0, inputs)
+    traced = TracedLayer(layer, parameters, method, solver.tol)
+    inputs = tuple(inputs)
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x0, *inputs, *traced.parameters)):
+        raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
+    if traced.module is not None:
+        step_spectral_norms(traced.module)
+    if isinstance(method, Unrolled):
+        out, solution = unroll(traced, method, x0, inputs, solver)
+        if (solution.status == Status.DIVERGED).any():
+            out = _apply(traced, solution, x0, inputs)[0]
+        return out, solution
+    before = TrainingState(traced.module)
+    solve = Solve(traced, solver, solve_dtype, compile_solve)
+    solution = solve(x0, inputs, estimating)
+    if solution.following is None and solve_dtype is not None:
+        solution = solution._replace(following=solution.value)
+    following = None if autocast_dtype(x0) is not None else solution.following
+    out, rows, pair = _apply(traced, solution, solution.value if following is None else following, inputs)
+    rejected = None
+    if following is not None:
+        solution, rejected = _measured(solution, rows, pair, solver)
+        if rejected.any():
+            before.restore()
+            solution = solve.finish(solution, rejected, inputs)
+            out, rows, pair = _apply(traced, solution, solution.value, inputs)
+    contradicted = torch.zeros_like(solution.status, dtype=torch.bool)
+    if rejected is None or rejected.any():
+        solution, contradicted = _checked(solution, rows, pair, solver)
+    _warn(solution, solver, contradicted)
+    return out, solution._replace(inverse=None, following=None)  # the backward alone holds the estimate
+
+
+@torch.compiler.disable
+def fixed_point(
+    layer: Layer,
+    x0: Tensor,
+    *,
+    inputs: Sequence[Tensor] = (),
+    parameters: Iterable[Tensor] | None = None,
+    solver: FixedPointSolver | None = None,
+    gradient: str | GradientMethod = "jfb",
+    solve_dtype: torch.dtype | None = None,
+    compile_solve: bool = False,
+) -> Tensor:
+    """T(x*; inputs) at the fixed point x* = T(x*; inputs), with the gradient of an implicit network.
+
+    `solve_fixed_point` returns the residuals and statuses of the solve with it.
+
+    Forward solves without gradients and applies the layer once more, one step beyond the solve's last
+    iterate: that application is the output, measures the solution's residual, and is what backward
+    differentiates, so memory does not depend on the number of iterations (but see `Phantom` and
+    `Unrolled`, which apply it more often). During all of it the layer is one fixed map, as if its
+    module were in eval(); in train(), spectral norms take one power iteration before, and batch
+    norms, and others with running statistics, update those once, at x*; an instance norm goes on
+    normalising by each sample. A batch norm with track_running_stats=False has no statistics: it
+    normalises by the batch at every evaluation, so that one sample's solve depends on the others'. The last
+    application is made on the whole batch: a sample that it finds unconverged ends as MAX_ITER.
+
+    With a linear operator other than a `SeparableBlur` in the layer's module (a deepinv physics, anything with an
+    ``adjoint``), which may hold something of each sample, the whole batch is evaluated until its last sample is done.
+    Threads may evaluate a module in eval() together, without gradients; training is for one thread at a time.
+
+    A sample whose solve diverged comes back as its best finite iterate (NaN where it had none) and
+    takes no part in the gradient.
+
+    Args:
+        layer: T(x, *inputs), (B, …) to the same shape, sample by sample, which leaves its arguments as
+            they are: a module, a module's method or any callable. What holds for "its module" below
+            holds for the former two; modules that a lambda calls stay in the mode they are in.
+        x0: the start, (B, …); it gets no gradient.
+        inputs: tensors (B, …) on which T depends, differentiable.
+        parameters: the tensors Θ that get a gradient; None for all of the layer's module's.
+        solver: `Anderson()` where None.
+        gradient: a gradient method, or one's name for its defaults: "jfb" (`JFB`), "neumann" (`Neumann`),
+            "phantom" (`Phantom`), "implicit" (`Implicit`), "shine" (`Shine`) or "unrolled" (`Unrolled`).
+        solve_dtype: torch.bfloat16 or torch.float16: the solve iterates with the layer in that dtype first, and
+            in full with the samples that this leaves above ``tol``; a residual is one measured in full. None
+            for the dtype of the caller's autocast in its place, or for none.
+        compile_solve: pass the layer through torch.compile for the solve, where it is a module or a method of
+            one.
+
+    Returns:
+        T(x*), of x0's shape and dtype.
+
+    Raises:
+        TypeError: ``parameters`` or ``inputs`` is a tensor, or has what is none; ``gradient`` neither a name nor a
+            method; ``solver`` is none.
+        ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
+            captured and that is not finite; a layer that depends on a tensor that requires a gradient
+            and is neither its module's parameter nor in ``inputs``, with ``parameters`` None, or on one that was
+            computed before from a tensor that ``parameters`` does not name; a layer that detaches x, and a gradient
+            that needs ∂T/∂x; a SyncBatchNorm in train() among several processes; a gradient
+            from the solver's estimate of the inverse, and a solver that makes none; what `FixedPointSolver.solve`
+            raises.
+        RuntimeError: within a transform of torch.func; in a second backward through the same output, unless the
+            first has ``retain_graph=True``; in a backward with ``create_graph=True``.
+
+    Warns:
+        ConvergenceWarning: some samples did not converge (with tol = 0: diverged); the last application contradicts
+            the solve, which the message explains.
+    """
+    return solve_fixed_point(
+        layer,
+        x0,
+        inputs=inputs,
+        parameters=parameters,
+        solver=solver,
+        gradient=gradient,
+        solve_dtype=solve_dtype,
+        compile_solve=compile_solve,
+    )[0]

@@ -1,0 +1,44 @@
+"""The layer applied a fixed number of times in place of a solve."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jfbfast.backends.reference import band_dtype, per_sample
+from jfbfast.convergence import warn_unconverged
+from jfbfast.implicit.autograd import TracedLayer
+from jfbfast.implicit.frozen import TrainingState
+from jfbfast.implicit.methods import Unrolled
+from jfbfast.solvers import FixedPointSolution, FixedPointSolver, Status
+from jfbfast.solvers.loop import DIVERGED_GROWTH, TINY, norms
+
+
+def unroll(
+    traced: TracedLayer, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
+) -> tuple[Tensor, FixedPointSolution]:
+    """The method's applications from x0, and the solution that they amount to; x0 for a diverged sample.
+
+    Where one diverged, the running statistics are as they were before.
+    """
+    before = TrainingState(traced.module)
+    out, ends = traced(x0, inputs)
+    first_residual, first_size = norms(*ends[0])
+    bound = DIVERGED_GROWTH * (first_residual + first_size)
+    x, image = ends[-1]
+    residual, size = norms(x, image)
+    diverged = ~(residual.isfinite() & size.isfinite()) | (residual > bound) | (size > bound)
+    converged = ~diverged & (residual <= solver.tol * size + solver.atol)
+    count = int(diverged.sum())
+    relative = torch.where(diverged, first_residual, residual) / torch.where(diverged, first_size, size).clamp_min(TINY)
+    if count:
+        before.restore()
+        warn_unconverged(f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer")
+    return out, FixedPointSolution(
+        value=torch.where(per_sample(diverged, x), x0, x),
+        residual=relative.to(band_dtype(x0.dtype)),
+        iterations=torch.full_like(diverged, method.steps, dtype=torch.long),
+        status=torch.full_like(diverged, Status.MAX_ITER, dtype=torch.long)
+        .masked_fill(converged, Status.CONVERGED)
+        .masked_fill(diverged, Status.DIVERGED),
+    )

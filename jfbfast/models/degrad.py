@@ -1,0 +1,348 @@
+"""DE-GRAD: the implicit network whose layer is a gradient step on data and regulariser."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from jfbfast import checks
+from jfbfast.implicit.autograd import TracedLayer
+from jfbfast.implicit.fixed_point import solve_fixed_point
+from jfbfast.implicit.frozen import has_running_statistics
+from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
+from jfbfast.implicit.prepared import checked_solve_dtype
+from jfbfast.implicit.solve import Solve
+from jfbfast.models.denoisers import RED, DnCNN, NonexpansiveDenoiser, log_parameter
+from jfbfast.models.unet import UNet
+from jfbfast.operators.blur import SeparableBlur
+from jfbfast.operators.iterative import (
+    IterativeOperator,
+    LinearOperator,
+    PhysicsOperator,
+    gradient,
+    gradient_step,
+    linear_operator,
+)
+from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
+from jfbfast.solvers.base import checked_solver
+from jfbfast.spectrum import optimal_averaging, ritz_values
+
+
+class DEGrad(nn.Module):
+    """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), trained through it (Gilton, Ongie, Willett, 2021).
+
+    Three forms of one layer:
+
+    - the paper's: ``DEGrad(blur, DnCNN())``, R the network itself, or ``RED(denoiser)``;
+    - preconditioned: ``preconditioner="exact"``, T(x) = x − P(Aᵀ(A x − d) + R(x)) with
+      P = (AᵀA + λI)⁻¹, of the same fixed points;
+    - filtered, the recommended one: ``preconditioner="exact"`` with ``RED(denoiser, filter_damping="weight")``,
+      R(x) = λ(x − D(W x)) with the same λ, W = AᵀA(AᵀA + δI)⁻¹ and δ = λ, so that the denoiser D sees only
+      what A keeps of x; with ``UNet(injection=True)`` as denoiser R(x; d) = λ(x − D(W x, P Aᵀd)).
+
+    Args:
+        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (its ``A`` and
+            ``A_adjoint``). It may hold a mask or a kernel of each sample: with an operator other than a
+            `SeparableBlur`, converged samples stay in the batch. One without the ``solve`` (preconditioner,
+            injection) or ``filter`` that the layer uses gets both of an `IterativeOperator`. Its buffers are not
+            in the model's ``state_dict``, which tells what A is: loading it into a model with another A warns.
+        regularizer: R, images to images of the same shape; a denoiser D goes in a `RED`.
+        step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
+        preconditioner: None, or "exact".
+        damping: λ > 0 of the preconditioner, the start of a learnable parameter; None for the
+            weight of a `RED` regulariser.
+        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points; "auto" to
+            estimate it at the first forward, and whenever `update_averaging` is called. Then it is a
+            buffer, NaN before the first estimate, which every forward tries anew until it succeeds.
+        solver: `Anderson()` where None.
+        gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
+            `fixed_point`).
+        solve_dtype, compile_solve: as in `fixed_point`.
+
+    Attributes:
+        solution: the `FixedPointSolution` of the last forward.
+
+    Raises:
+        ValueError: a value out of its range, options that contradict each other, or a denoiser of this package as R.
+        TypeError: an operator or a regulariser that cannot be called, or the former without ``adjoint``; a solver that
+            is none.
+    """
+
+    solution: FixedPointSolution | None
+
+    def __init__(
+        self,
+        blur: LinearOperator,
+        regularizer: nn.Module,
+        *,
+        step_size: float = 1.0,
+        preconditioner: Literal["exact"] | None = None,
+        damping: float | None = None,
+        averaging: float | Literal["auto"] = 1.0,
+        solver: FixedPointSolver | None = None,
+        gradient: str | GradientMethod = "jfb",
+        solve_dtype: torch.dtype | None = None,
+        compile_solve: bool = False,
+    ) -> None:
+        super().__init__()
+        blur = linear_operator("blur", blur)
+        if not callable(regularizer) or isinstance(regularizer, type):
+            raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
+        residual = isinstance(regularizer, DnCNN) and regularizer.residual
+        if residual or isinstance(regularizer, (UNet, NonexpansiveDenoiser)):
+            kind = type(regularizer).__name__
+            raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, which RED makes of one: RED({kind}(…))")
+        if preconditioner not in (None, "exact"):
+            raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
+        if preconditioner is None and damping is not None:
+            raise ValueError(f"damping is {damping}; only preconditioner='exact' takes one")
+        if preconditioner and step_size != 1.0:
+            raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
+        if preconditioner and damping is None and not isinstance(regularizer, RED):
+            raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
+        if averaging != "auto":
+            checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
+        needed = {"solve"} if preconditioner else set()
+        if isinstance(regularizer, RED):
+            needed.update(regularizer.needs)
+        if not all(callable(getattr(blur, method, None)) for method in needed):
+            blur = IterativeOperator(blur)
+        self.blur: Any = blur
+        self.regularizer: Any = regularizer
+        self.preconditioner = preconditioner
+        self.averaging: float | Tensor
+        if averaging == "auto":
+            self.register_buffer("averaging", torch.tensor(torch.nan))
+        else:
+            self.averaging = averaging
+        self.solver = checked_solver(solver) or Anderson()
+        self.gradient = gradient_method(gradient)
+        self.solve_dtype = checked_solve_dtype(solve_dtype)
+        self.compile_solve = compile_solve
+        self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
+        self.log_damping = None if damping is None else log_parameter("damping", damping)
+        self.solution = None
+        self.register_state_dict_post_hook(_record_operator)
+        self.register_load_state_dict_pre_hook(_keep_operator)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
+        """A model that ships with the package, or that `jfbfast train` wrote, in eval().
+
+        The shipped ones, which `jfbfast.pretrained_names` lists, restore colour images (B, 3, H, W) in [−1, 1] of
+        any size, blurred with zeros beyond the edge, which are mid-grey there; their cards have the rest.
+
+        Args:
+            name: of a shipped model, or a file.
+            sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1], which a model for
+                a range of them takes (a `ConditionalDEGrad`); one for a single setting has its own.
+
+        Raises:
+            ValueError: neither, and the message lists the names; another network than a DE-GRAD; σ or noise missing,
+                out of the model's range, or another than its own.
+        """
+        from jfbfast.models.pretrained import load_model, set_measurement
+
+        model, config = load_model(name)
+        if not isinstance(model, cls):
+            taken = "a DE-GRAD" if cls is DEGrad else f"a {cls.__name__}"
+            raise ValueError(f"name is {str(name)!r}, a {config.form} network; it takes {taken}")
+        set_measurement(str(name), model, config, sigma, noise)
+        return model
+
+    @property
+    def step_size(self) -> Tensor | None:
+        """η, a tensor of shape (); None where the layer is preconditioned."""
+        return None if self.log_step_size is None else self.log_step_size.exp()
+
+    @property
+    def damping(self) -> Tensor | None:
+        """λ of the preconditioner, a tensor of shape (); None where there is none."""
+        if self.preconditioner is None:
+            return None
+        if self.log_damping is not None:
+            return self.log_damping.exp()
+        return self.regularizer.weight
+
+    def layer(self, x: Tensor, d: Tensor) -> Tensor:
+        """T_α(x; d) for the images x and the measurements d of one batch."""
+        r = self.regularizer(x, self.blur, d) if isinstance(self.regularizer, RED) else self.regularizer(x)
+        if r.shape != x.shape:
+            raise ValueError(
+                f"regularizer maps shape {tuple(x.shape)} to {tuple(r.shape)}; it takes one that keeps the shape"
+            )
+        r = r.to(x.dtype)
+        if self.step_size is not None:
+            image = gradient_step(self.blur, x, d, r, self.step_size)
+        else:
+            image = x - self.blur.solve(gradient(self.blur, x, d, r), self.damping)
+        if isinstance(self.averaging, Tensor):
+            return torch.lerp(x, image, self.averaging.nan_to_num(1.0).to(x.dtype))
+        return image if self.averaging == 1 else torch.lerp(x, image, self.averaging)
+
+    @property
+    def averaging_is_due(self) -> bool:
+        """Whether ``averaging="auto"`` has no estimate yet."""
+        return isinstance(self.averaging, Tensor) and bool(self.averaging.isnan())
+
+    @torch.no_grad()
+    def update_averaging(self, d: Tensor, x0: Tensor | None = None) -> None:
+        """Estimate the α of ``averaging="auto"``: the `optimal_averaging` of the spectra at the fixed points for d.
+
+        It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
+        one that is best for the worst of them. A sample that diverged counts with the spectrum at its best iterate.
+        It becomes NaN, and the layer T, where no sample has an eigenvalue that an α contracts at a finite iterate,
+        and stays what it is for an empty batch, of which nothing is computed.
+
+        Args:
+            d, x0: as in `forward`.
+
+        Raises:
+            ValueError: a model whose ``averaging`` is a number.
+        """
+        if not isinstance(self.averaging, Tensor):
+            raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
+        if not len(d):
+            return
+        before = self.averaging
+        try:
+            self._set_averaging(torch.nan)  # of T itself
+            solve = Solve(TracedLayer(self.layer, (), JFB(), self.solver.tol), self.solver, None, compiled=False)
+            found = solve(self.start(d) if x0 is None else x0, (d,), estimate=False)
+            estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
+        except BaseException:
+            self.averaging = before
+            raise
+        self._set_averaging(float(estimate))
+
+    @torch.inference_mode(False)
+    def _set_averaging(self, value: float) -> None:
+        """In a new tensor, since the graph of an earlier forward may hold the old one."""
+        self.averaging = torch.full_like(self.averaging, value)  # type: ignore[arg-type]
+
+    @torch.compiler.disable
+    def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
+        """The restored images T(x*) for the measurements d.
+
+        Args:
+            d: (B, C, H, W), in the units that R was trained in.
+            x0: the start; ``start(d)`` where None.
+
+        Raises:
+            TypeError: d is no tensor.
+            ValueError: d of another shape, or of another dtype than the parameters of a network of this package,
+                outside autocast; x0 of another shape, dtype or device than d (Aᵀd, where A is no `SeparableBlur`).
+
+        Warns:
+            ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
+        """
+        if not isinstance(d, Tensor):
+            raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
+        if not isinstance(x0, (Tensor, NoneType)):
+            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
+        self.solution = None
+        separable = isinstance(self.blur, SeparableBlur)
+        name, like = "d" if separable else "Aᵀd", d
+        if not separable:
+            if x0 is not None:
+                with torch.no_grad():
+                    like = self.blur.adjoint(d)
+        elif d.dim() != 4:
+            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
+        if x0 is None:
+            x0 = self.start(d)
+        elif x0.shape != like.shape:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
+        elif (x0.dtype, x0.device) != (like.dtype, like.device):
+            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
+        network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
+        own = type(network) in (DnCNN, NonexpansiveDenoiser, UNet)
+        surely = own and not network._forward_pre_hooks  # which another may cast for
+        if surely and not torch.is_autocast_enabled(x0.device.type):
+            dtypes = {p.dtype for p in network.parameters()}
+            if x0.dtype not in dtypes:  # which torch would say after the solve, whose convolutions cast
+                taken = " or ".join(sorted(map(str, dtypes)))
+                raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {taken}")
+        if self.averaging_is_due:
+            self.update_averaging(d, x0)
+        restored, self.solution = solve_fixed_point(
+            self.layer,
+            x0,
+            inputs=(d,),
+            solver=self.solver,
+            gradient=self.gradient,
+            solve_dtype=self.solve_dtype,
+            compile_solve=self.compile_solve,
+        )
+        return restored
+
+    @torch.no_grad()
+    def start(self, d: Tensor) -> Tensor:
+        """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
+        start = self.blur.adjoint(d)
+        return start if self.damping is None else self.blur.solve(start, self.damping)
+
+    @torch.no_grad()
+    def extra_repr(self) -> str:
+        values = {"step_size": self.step_size, "damping": self.damping, "averaging": self.averaging}
+        told = [f"{name}={float(value):.4g}" for name, value in values.items() if value is not None]
+        told += [f"{name}={getattr(self, name)!r}" for name in ("preconditioner", "solver", "gradient")]
+        return ", ".join(told)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "solution": None}
+
+    def _trained_for(self) -> str:
+        """The operator that the weights are for."""
+        return _described(self.blur)
+
+
+def _described(operator: Any) -> str:
+    """What A is, as text that differs where A does: its class with its settings, or with a digest of its buffers."""
+    if isinstance(operator, SeparableBlur):
+        return repr(operator)
+    if isinstance(operator, IterativeOperator):
+        return _described(operator.operator)
+    if isinstance(operator, PhysicsOperator):
+        operator = operator.physics
+    told, sha = type(operator).__name__, hashlib.sha256()
+    for name, buffer in _fixed_buffers(operator).items():
+        if "noise_model" not in name.split("."):  # A is without its noise
+            sha.update(f"{name} {tuple(buffer.shape)}".encode())
+            sha.update(buffer.detach().cpu().to(torch.complex64).contiguous().numpy().tobytes())
+    return f"{told} with buffers {sha.hexdigest()[:8]}"
+
+
+def _fixed_buffers(operator: Any) -> dict[str, Tensor]:
+    """The buffers that a state_dict of A has, but running statistics, which are learnt."""
+    if not isinstance(operator, nn.Module):
+        return {}
+    saved = operator.state_dict()
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in operator.named_modules()
+        if not has_running_statistics(module)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (f"{path}.{name}" if path else name) in saved
+    }
+
+
+def _record_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Keep the buffers of A out of a state_dict, since they are no weights, and tell in its metadata what A is."""
+    for name in _fixed_buffers(model.blur):
+        state.pop(f"{prefix}blur.{name}", None)
+    metadata["operator"] = model._trained_for()
+
+
+def _keep_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Have A keep its buffers whatever the state_dict has, and warn where the weights were trained for another A."""
+    state.update({f"{prefix}blur.{name}": buffer for name, buffer in _fixed_buffers(model.blur).items()})
+    own, theirs = model._trained_for(), metadata.get("operator")
+    if theirs not in (None, own):
+        warnings.warn(f"the weights are of a model for {theirs}; they go into one for {own}", stacklevel=2)

@@ -1,0 +1,6 @@
+"""The measurement operator A, its adjoint, and functions of AᵀA."""
+
+from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.iterative import IterativeOperator
+
+__all__ = ["GaussianBlur", "IterativeOperator", "SeparableBlur"]

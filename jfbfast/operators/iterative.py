@@ -1,0 +1,212 @@
+"""Any linear operator A: what DE-GRAD needs of it, its data step, and functions of AᵀA by conjugate gradients."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jfbfast import checks
+from jfbfast.backends import reference
+from jfbfast.backends.precision import full_precision
+from jfbfast.buffers import buffers_of, used
+from jfbfast.convergence import warn_unconverged
+from jfbfast.operators.blur import SeparableBlur
+from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
+
+
+class LinearOperator(Protocol):
+    """What DE-GRAD needs of A."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def adjoint(self, y: Tensor) -> Tensor: ...
+
+
+def linear_operator(name: str, given: Any) -> Any:
+    """What is given as A: an operator itself, or a linear physics of deepinv in a `PhysicsOperator`.
+
+    Raises:
+        TypeError: what cannot be called or has no adjoint, naming the argument.
+    """
+    if not hasattr(given, "adjoint") and hasattr(given, "A_adjoint"):
+        return PhysicsOperator(given)
+    for told, found in (("cannot be called", given), ("has no adjoint", getattr(given, "adjoint", None))):
+        if not callable(found):
+            raise TypeError(f"{name} is {type(given).__name__}, which {told}; it takes a module with an adjoint")
+    return given
+
+
+def holds_samples(module: nn.Module | None) -> bool:
+    """Whether a module has a linear operator that may hold something of each sample, such as a mask or a kernel.
+
+    Only a `SeparableBlur` is known to hold nothing. A layer with another operator is always evaluated on whole batches.
+    """
+    if module is None:
+        return False
+    for m in module.modules():
+        plain = (value for name, value in vars(m).items() if name[0] != "_")  # an operator need not be a module
+        if _may_hold_samples(m) or any(map(_may_hold_samples, plain)):
+            return True
+    return False
+
+
+def _may_hold_samples(value: object) -> bool:
+    if isinstance(value, (Tensor, SeparableBlur, IterativeOperator)):
+        return False
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_may_hold_samples, value.values() if isinstance(value, dict) else value))
+    return hasattr(value, "adjoint") or hasattr(value, "A_adjoint")
+
+
+def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
+    """Aᵀ(A x − d) + r, in one pass over the images where A is a `SeparableBlur`."""
+    if isinstance(operator, SeparableBlur):
+        return operator.gradient(x, d, r)
+    return operator.adjoint(operator(x) - d) + r
+
+
+def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor, step_size: Tensor) -> Tensor:
+    """x − η(Aᵀ(A x − d) + r), in one pass over the images where A is a `SeparableBlur`."""
+    if isinstance(operator, SeparableBlur):
+        return operator.gradient_step(x, d, r, step_size)
+    return x - step_size * gradient(operator, x, d, r)
+
+
+class PhysicsOperator(nn.Module):
+    """A linear physics of deepinv, without its noise, as an operator with ``forward`` and ``adjoint``."""
+
+    def __init__(self, physics: Any) -> None:
+        super().__init__()
+        self.physics = physics
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x."""
+        return self.physics.A(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
+        return self.physics.A_adjoint(y)
+
+
+class IterativeOperator(nn.Module):
+    """A linear operator with ``solve`` and ``filter``, both by conjugate gradients on AᵀA + λI.
+
+    `DEGrad` wraps an operator in it by itself; wrap one by hand to choose the tolerance. The layer
+    x − P(g) has the same fixed points however roughly P = (AᵀA + λI)⁻¹ is solved, so that 1e-2 does
+    for a preconditioned layer without a filter or an injection; the filter is off by at most tol·‖x‖, and
+    what an injection gives the denoiser by as much as the solve.
+
+    Everything is differentiable in the images and the damping, twice too: the derivatives of a solve
+    are solves. Learnable parameters of A get their gradient through A and Aᵀ, and none through
+    ``solve`` and ``filter`` (at a fixed point of x − P(g), where g = 0, that through P is zero; that through the
+    filter and through an injection is not, and is left out).
+
+    Args:
+        operator: A, a module (B, …) to (B, …) with ``adjoint``, sample by sample, or a linear physics of deepinv.
+            Half-precision images are solved for in float32, so it must take those.
+        tol: a sample is done where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖; None for 1e-6, in float64 1e-12. That residual is
+            the recurrence's own: in float32 the true one comes no further down than about 1e-7 ‖AᵀA‖/λ.
+        max_iter: applications of AᵀA a solve at most.
+
+    Raises:
+        ValueError: ``tol`` not in (0, 1); ``max_iter`` below 1.
+        TypeError: an operator that cannot be called, or without ``adjoint``.
+    """
+
+    def __init__(self, operator: LinearOperator, tol: float | None = None, max_iter: int = 1000) -> None:
+        super().__init__()
+        if tol is not None:
+            checks.number("tol", tol, lambda t: 0 < t < 1, "None or a number in (0, 1)")
+        checks.integer("max_iter", max_iter, 1)
+        self.operator: Any = linear_operator("operator", operator)
+        self.tol: float | None = tol
+        self.max_iter: int = max_iter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x."""
+        return self.operator(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
+        return self.operator.adjoint(y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """AᵀA x."""
+        return self.adjoint(self(x))
+
+    def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
+        """(AᵀA + λI)⁻¹ b; NaN for a sample whose b is not finite.
+
+        Args:
+            b: (B, …).
+            damping: λ > 0, a number or a tensor of shape () or (B, 1, …, 1).
+
+        Raises:
+            ValueError: b without a batch dimension; a number λ ≤ 0; a tensor of another shape.
+
+        Warns:
+            ConvergenceWarning: some samples did not reach ``tol``; usually ``adjoint`` is not the adjoint.
+        """
+        if b.dim() < 2:
+            raise ValueError(f"b has shape {tuple(b.shape)}; it takes a batch (B, …)")
+        if not isinstance(damping, Tensor):
+            checks.positive("damping", damping)
+            damping = torch.tensor(damping, dtype=torch.float64, device=b.device)
+        if damping.dim() and damping.shape != (len(b), *[1] * (b.dim() - 1)):
+            raise ValueError(
+                f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (B, 1, …, 1)"
+            )
+        return _Solve.apply(b, damping, self)
+
+    def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
+        """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: what A keeps of x."""
+        return (x - damping * self.solve(x, damping)).to(x.dtype)
+
+    def _solve(self, b: Tensor, damping: Tensor) -> Tensor:
+        wide = reference.band_dtype(b.dtype)
+        tol = TOLERANCE[wide] if self.tol is None else self.tol
+        with full_precision(b.device):
+            x, unfinished = conjugate_gradients(
+                self.normal,
+                b.to(wide),
+                damping.to(wide),
+                tol=tol,
+                max_iter=self.max_iter,
+                dims=tuple(range(1, b.dim())),
+            )
+        if unfinished.any():
+            warn_unconverged(
+                f"{int(unfinished.sum())} of {len(b)} samples did not reach tol={tol:g} in {self.max_iter} "
+                "iterations of conjugate gradients"
+            )
+        return x.to(b.dtype)
+
+    def extra_repr(self) -> str:
+        return f"tol={self.tol}, max_iter={self.max_iter}"
+
+
+class _Solve(torch.autograd.Function):
+    """x = P b with P = (AᵀA + λI)⁻¹: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −⟨P g, x⟩."""
+
+    @staticmethod
+    def forward(b: Tensor, damping: Tensor, operator: IterativeOperator) -> Tensor:
+        return operator._solve(b, damping)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, damping, ctx.operator = inputs
+        ctx.buffers = buffers_of(ctx.operator.modules())  # a mask may be another when backward comes
+        ctx.save_for_backward(damping, output if ctx.needs_input_grad[1] else None)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        damping, x = ctx.saved_tensors
+        with used(ctx.buffers):
+            u = _Solve.apply(g, damping, ctx.operator)
+        to_damping = None
+        if ctx.needs_input_grad[1]:
+            wide = reference.band_dtype(g.dtype)
+            to_damping = -(u.to(wide) * x.to(wide)).sum_to_size(damping.shape).to(damping.dtype)
+        return u, to_damping, None

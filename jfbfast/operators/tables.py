@@ -1,0 +1,49 @@
+"""The band tables of a separable operator, made once for each image size and kept."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jfbfast.backends import reference
+from jfbfast.backends.reference import Bands
+
+
+class Taps(NamedTuple):
+    """What defines a separable operator at every image size: its two filters and the padding mode."""
+
+    y: tuple[float, ...]
+    x: tuple[float, ...]
+    padding_mode: str
+
+
+@lru_cache(maxsize=64)
+def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
+    """The float64 table of one axis of n pixels; made once, and kept."""
+    radius = len(taps) // 2
+    limit = {"reflect": radius + 1, "circular": radius}.get(padding_mode, 1)
+    if n < limit:
+        raise ValueError(
+            f"x has a side of {n} pixels; {len(taps)} taps with padding_mode={padding_mode!r} take at least {limit}"
+        )
+    with torch.inference_mode(False):
+        return reference.band_table(taps, n, padding_mode)
+
+
+@lru_cache(maxsize=256)
+def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
+    """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``; made once, and kept.
+
+    Raises:
+        ValueError: the image is too small for the padding mode (reflect takes more than r pixels a
+            side, circular at least r).
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        y, x = (axis_table(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True))
+        tables = Bands(y, x, taps.padding_mode == "circular")
+        tables = reference.transpose(tables) if adjoint else tables
+        kind = reference.band_dtype(dtype)
+        return Bands(tables.y.to(device, kind), tables.x.to(device, kind), tables.circular)

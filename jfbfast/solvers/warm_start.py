@@ -1,0 +1,127 @@
+"""The last fixed points of a training set, as starts for the next epoch's solves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jfbfast import checks
+from jfbfast.backends.reference import flat
+from jfbfast.solvers import FixedPointSolution, Status
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class WarmStart:
+    """A cache of fixed points by sample index, for training on measurements that stay the same.
+
+    Between two visits of a sample the weights move little, and so does its fixed point:
+
+        x0 = cache.get(indices, model.start(d))
+        loss = criterion(model(d, x0), x)
+        cache.put(indices, model.solution)
+
+    It is worth nothing where the measurement behind an index changes (fresh noise, random crops).
+
+    Args:
+        max_entries: samples kept at most; None for all. A sample beyond is not stored: each comes once
+            an epoch, so the first ones serve as often as any others would.
+        dtype: of what is stored. float16's rounding, 5e-4 of a value, is below the usual tolerance; None
+            keeps the solution's dtype.
+        device: where it is stored; None for the solution's device.
+
+    Raises:
+        ValueError: ``max_entries`` negative; a dtype that is not floating point.
+    """
+
+    def __init__(
+        self,
+        max_entries: int | None = None,
+        dtype: torch.dtype | None = torch.float16,
+        device: torch.device | str | None = "cpu",
+    ) -> None:
+        if max_entries is not None:
+            checks.integer("max_entries", max_entries, 0)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; it takes None or a floating-point dtype")
+        self.max_entries = max_entries
+        self.dtype = dtype
+        self.device = device
+        self._values: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Samples stored."""
+        return len(self._values)
+
+    def get(self, indices: Tensor | Sequence[int], default: Tensor) -> Tensor:
+        """The stored fixed point of each sample, and its row of ``default`` where there is none.
+
+        Args:
+            indices: B integers, one a sample.
+            default: (B, …), the starts of samples that are not stored; unchanged.
+
+        Returns:
+            (B, …), of the dtype and on the device of ``default``.
+
+        Raises:
+            ValueError: indices that are not B integers; a stored sample of another shape.
+        """
+        keys = _keys(indices, default)
+        start = default.detach().clone()
+        found = [(row, self._values[key]) for row, key in enumerate(keys) if key in self._values]
+        if found:
+            rows, values = zip(*found, strict=True)
+            for row, value in found:
+                if value.shape != default.shape[1:]:
+                    raise ValueError(
+                        f"default has samples of shape {tuple(default.shape[1:])}; "
+                        f"that stored for index {keys[row]} has {tuple(value.shape)}"
+                    )
+            start[list(rows)] = torch.stack(values).to(start)
+        return start
+
+    @torch.no_grad()
+    def put(self, indices: Tensor | Sequence[int], solution: FixedPointSolution) -> None:
+        """Store the fixed points of a solve; what was stored of a sample that diverged stays.
+
+        Samples with a value that is not finite in the stored dtype are left out, too.
+
+        Raises:
+            ValueError: indices that are not one integer for each sample.
+        """
+        keys = _keys(indices, solution.value)
+        values = solution.value.to(device=self.device, dtype=self.dtype)
+        finite = flat(values).isfinite().all(1)
+        usable = (finite & (solution.status != Status.DIVERGED).to(finite.device)).tolist()
+        for key, value, stored in zip(keys, values, usable, strict=True):
+            if stored and (key in self._values or self.max_entries is None or len(self) < self.max_entries):
+                self._values[key] = value.clone()  # of its own, so that no batch is kept for one sample
+
+    def clear(self) -> None:
+        """Forget every sample."""
+        self._values.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stored samples, {"values": {index: tensor}}, for torch.save."""
+        return {"values": dict(self._values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Store what ``state_dict`` returned in place of what is stored, in this cache's dtype and device."""
+        kept = list(state["values"].items())[: self.max_entries]
+        self._values = {int(key): value.to(device=self.device, dtype=self.dtype) for key, value in kept}
+
+
+def _keys(indices: Tensor | Sequence[int], samples: Tensor) -> list[int]:
+    if isinstance(indices, Tensor) and (indices.dim() != 1 or indices.dtype not in _INTEGERS):
+        raise ValueError(f"indices is {indices.dtype} of shape {tuple(indices.shape)}; it takes integers of shape (B,)")
+    try:
+        keys = indices.tolist() if isinstance(indices, Tensor) else [index(i) for i in indices]
+    except TypeError as error:
+        raise ValueError(f"indices is {indices!r}; it takes one integer for each sample") from error
+    if len(keys) != len(samples):
+        raise ValueError(f"indices has {len(keys)} entries; it takes one for each of the {len(samples)} samples")
+    return keys

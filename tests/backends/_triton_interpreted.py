@@ -1,0 +1,274 @@
+"""The Triton kernels in the interpreter; run by test_triton_interpreted.py with TRITON_INTERPRET=1.
+
+A process of its own, since a kernel decorated under the interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jfbfast import kernels
+from jfbfast.backends import reference
+from jfbfast.backends.reference import Bands
+from jfbfast.kernels import launch, rows, stream
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton_interpreted.py"
+
+MODES = reference.PADDING_MODES
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MARGIN = 300  # more than a tile's width, so that a stray access of a whole row lands in it
+SENTINEL = -77.0
+
+
+def operator(height: int, width: int, ry: int, rx: int, mode: str) -> tuple[Bands, Bands]:
+    """Float64 tables of an asymmetric blur, and its adjoint's."""
+    generator = torch.Generator().manual_seed(ry + 10 * rx)
+    taps = [(torch.rand(2 * r + 1, generator=generator, dtype=torch.float64) / (r + 1)).tolist() for r in (ry, rx)]
+    tables = (reference.band_table(t, n, mode) for t, n in zip(taps, (height, width), strict=True))
+    bands = Bands(*tables, mode == "circular")
+    return bands, reference.transpose(bands)
+
+
+def cast(bands: Bands, dtype: torch.dtype) -> Bands:
+    wide = reference.band_dtype(dtype)
+    return Bands(bands.y.to(wide).contiguous(), bands.x.to(wide).contiguous(), bands.circular)
+
+
+def guarded(values: Tensor, fill: float) -> Tensor:
+    """A contiguous copy of ``values`` inside a larger buffer of ``fill``."""
+    buffer = torch.full((values.numel() + 2 * MARGIN,), fill, dtype=values.dtype)
+    inner = buffer[MARGIN : MARGIN + values.numel()].view(values.shape)
+    inner.copy_(values)
+    return inner
+
+
+def margins_intact(inner: Tensor) -> bool:
+    whole = inner.as_strided((inner.numel() + 2 * MARGIN,), (1,), inner.storage_offset() - MARGIN)
+    return bool((whole[:MARGIN] == SENTINEL).all() and (whole[-MARGIN:] == SENTINEL).all())
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every tensor the launcher allocates, each NaN inside margins of SENTINEL."""
+    tensors: list[Tensor] = []
+
+    def empty(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        values = torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
+        tensors.append(guarded(values, SENTINEL))
+        return tensors[-1]
+
+    monkeypatch.setattr(launch.torch, "empty", empty)
+    return tensors
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    return float((out.double() - exact).abs().max() / exact.abs().max())
+
+
+def check(shape: tuple[int, ...], ry: int, rx: int, mode: str, dtype: torch.dtype, allocated: list[Tensor]) -> None:
+    """blur and gradient_step against float64, with NaN around the inputs and guards around outputs."""
+    exact_bands = operator(*shape[-2:], ry, rx, mode)
+    bands, adjoint = (cast(b, dtype) for b in exact_bands)
+    torch.manual_seed(0)
+    x, d, r = (guarded(torch.randn(shape).to(dtype), float("nan")) for _ in range(3))
+    bands, adjoint = (
+        Bands(guarded(b.y, float("nan")), guarded(b.x, float("nan")), b.circular) for b in (bands, adjoint)
+    )
+    eta = torch.tensor(0.7)
+    ulp = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)  # float64 is its own yardstick
+
+    exact = reference.blur(x.double(), exact_bands[0])
+    plain = error(reference.blur(x, bands), exact)
+    assert error(kernels.blur(x, bands), exact) <= 2 * plain + ulp
+
+    arguments = (x.double(), d.double(), r.double(), eta.double())
+    exact = reference.gradient_step(*arguments, *exact_bands)
+    plain = error(reference.gradient_step(x, d, r, eta, bands, adjoint), exact)
+    assert error(kernels.gradient_step(x, d, r, eta, bands, adjoint), exact) <= 2 * plain + ulp
+    assert allocated and all(margins_intact(t) for t in allocated)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "ry", "rx"),
+    [((2, 7, 13), 2, 1), ((1, 1, 5, 68), 1, 3), ((1, 5, 3), 0, 2), ((1, 8, 8), 7, 5), ((4, 1), 0, 0)],
+)
+def test_against_float64(shape, ry, rx, mode, allocated):
+    check(shape, ry, rx, mode, torch.float32, allocated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mode", "shape"), [("circular", (2, 9, 12)), ("zeros", (1, 5, 66))])
+def test_dtypes(shape, mode, dtype, allocated):
+    check(shape, 2, 3, mode, dtype, allocated)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_radius_beyond_the_image(mode, allocated):
+    check((1, 2, 3), 5, 7, mode, torch.float32, allocated)
+
+
+def test_circular_radius_of_the_whole_image(allocated):
+    check((1, 5, 4), 5, 4, "circular", torch.float32, allocated)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wide_radius(mode, allocated):
+    check((1, 10, 9), 9, 1, mode, torch.float32, allocated)
+    check((1, 2, 9), 1, 8, mode, torch.float32, allocated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_wide_radius_dtypes(dtype, allocated):
+    check((1, 3, 7), 12, 31, "zeros", dtype, allocated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "dtype"), list(zip(MODES, DTYPES, strict=True)))
+@pytest.mark.parametrize(
+    ("shape", "ry", "rx"),
+    [((2, 3, 33, 65), 2, 2), ((1, 70, 131), 3, 4), ((1, 40, 132), 7, 6), ((3, 34, 129), 1, 0), ((1, 35, 133), 31, 17)],
+)
+def test_larger_grid(shape, ry, rx, mode, dtype, allocated):
+    check(shape, ry, rx, mode, dtype, allocated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+def test_every_tile(mode, allocated, monkeypatch):
+    """Each size class, forced on one image."""
+    for table in (launch.GRADIENT_TILES, launch.BLUR_TILES):
+        for radius, tiles in list(table.items()):
+            for tile in tiles:
+                monkeypatch.setitem(table, radius, (tile,))
+                check((1, 67, 140), radius, radius, mode, torch.float32, allocated)
+
+
+@pytest.mark.parametrize("radius", [1, 8])
+def test_missing_terms_and_plain_gradient(radius):
+    bands, adjoint = operator(3, 4, radius, 1, "zeros")
+    x, d, r = torch.randn(3, 1, 3, 4, dtype=torch.float64).unbind()
+    for data in (d, None):
+        for added in (r, None):
+            exact = reference.gradient(x, data, added, bands, adjoint)
+            torch.testing.assert_close(kernels.gradient(x, data, added, bands, adjoint), exact)
+    eta = torch.tensor(0.3, dtype=torch.bfloat16)
+    exact = reference.gradient_step(x, None, None, eta, bands, adjoint)
+    torch.testing.assert_close(kernels.gradient_step(x, None, None, eta, bands, adjoint), exact)
+
+
+def test_strided_inputs():
+    bands, adjoint = operator(6, 7, 2, 1, "replicate")
+    base = torch.randn(2, 6, 7, 3, dtype=torch.float64)
+    x = base.permute(0, 3, 1, 2)
+    d = torch.randn(1, 1, 6, 7, dtype=torch.float64).expand(2, 3, 6, 7)
+    r = torch.randn(2, 3, 7, 12, dtype=torch.float64)[..., ::2].transpose(-1, -2)
+    eta = torch.tensor(0.3)
+    out = kernels.gradient_step(x, d, r, eta, bands, adjoint)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, reference.gradient_step(x, d, r, eta, bands, adjoint))
+    torch.testing.assert_close(kernels.blur(x, bands), reference.blur(x, bands))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 5), (2, 0, 5, 5)])
+def test_empty_batch(shape):
+    bands, adjoint = operator(5, 5, 1, 1, "zeros")
+    x = torch.empty(shape, dtype=torch.float64)
+    assert kernels.blur(x, bands).shape == shape
+    assert kernels.gradient(x, x, None, bands, adjoint).shape == shape
+
+
+@pytest.mark.parametrize(("ry", "rx"), [(2, 1), (3, 8)])
+@pytest.mark.parametrize("mode", MODES)
+def test_adjointness(mode, ry, rx):
+    """⟨Ax, y⟩ = ⟨x, Aᵀy⟩ in float64."""
+    bands, adjoint = operator(9, 11, ry, rx, mode)
+    x, y = torch.randn(2, 1, 9, 11, dtype=torch.float64).unbind()
+    left, right = (kernels.blur(x, bands) * y).sum(), (x * kernels.blur(y, adjoint)).sum()
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_nan_stays_in_its_plane():
+    bands, adjoint = operator(6, 9, 2, 2, "zeros")
+    x = torch.randn(3, 6, 9, dtype=torch.float64)
+    x[1] = float("nan")
+    out = kernels.gradient_step(x, x, x, torch.tensor(0.5), bands, adjoint)
+    assert out[[0, 2]].isfinite().all() and out[1].isnan().all()
+
+
+def test_radius_beyond_the_largest_raises():
+    bands, _ = operator(4, 4, kernels.MAX_RADIUS + 1, 1, "zeros")
+    with pytest.raises(ValueError, match="radius 32"):
+        kernels.blur(torch.randn(1, 4, 4, dtype=torch.float64), bands)
+
+
+def issued_loads(monkeypatch: pytest.MonkeyPatch, columns: int, strips: int) -> float:
+    """Image elements that gradient_step asks for, over the least: x, d and r once each. Circular: all is interior."""
+    bands, adjoint = operator(24 * strips, columns, 2, 2, "circular")
+    count = 0
+
+    def counting(image, plane, y, at, mask, height, width, ACC, CIRCULAR):
+        nonlocal count
+        count += int(mask.handle.data.sum())
+        return rows.load_row(image, plane, y, at, mask, height, width, ACC, CIRCULAR)
+
+    monkeypatch.setattr(stream, "load_row", counting)
+    x = torch.randn(1, 24 * strips, columns, dtype=torch.float64).float()
+    bands, adjoint = cast(bands, torch.float32), cast(adjoint, torch.float32)
+    out = kernels.gradient_step(x, x, x, torch.tensor(0.5), bands, adjoint)
+    torch.testing.assert_close(out, reference.gradient_step(x, x, x, torch.tensor(0.5), bands, adjoint))
+    return count / (3 * x.numel())
+
+
+def test_issued_loads(monkeypatch):
+    """The smallest tile, so the one with the most halo."""
+    assert issued_loads(monkeypatch, columns=2 * 56, strips=1) <= 1.35
+
+
+# Each check above, shown a kernel that it must catch.
+
+
+def test_counting_catches_a_small_tile(monkeypatch):
+    monkeypatch.setitem(launch.GRADIENT_TILES, 2, (launch.Tile(32, 32, 4),))
+    assert issued_loads(monkeypatch, columns=2 * 24, strips=1) > 1.35
+
+
+@triton.jit
+def store_one_column_more(image, plane, y, columns, row, mask, height, width):
+    start = rows.row_start(image, plane, y, height, width)
+    tl.store(start + columns, row.to(image.dtype.element_ty), mask=mask)
+    tl.store(start + columns + 1, row.to(image.dtype.element_ty), mask=mask & (columns == width - 1))
+
+
+def test_guards_catch_a_store_past_the_end(monkeypatch, allocated):
+    monkeypatch.setattr(stream, "store_row", store_one_column_more)
+    bands, _ = operator(5, 6, 1, 1, "zeros")
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(kernels.blur(x, bands), reference.blur(x, bands))  # the values alone do not show it
+    assert not all(margins_intact(t) for t in allocated)
+
+
+@triton.jit
+def load_below_the_image(image, plane, y, columns, mask, height, width, ACC: tl.constexpr, CIRCULAR: tl.constexpr):
+    start = rows.row_start(image, plane, y, height, width)
+    return tl.load(start + columns, mask=mask & (y >= 0) & (y <= height), other=0.0).to(ACC)
+
+
+def test_margins_catch_a_read_past_the_end(monkeypatch):
+    monkeypatch.setattr(stream, "load_row", load_below_the_image)
+    bands, _ = operator(5, 6, 1, 1, "zeros")
+    assert not kernels.blur(guarded(torch.randn(1, 5, 6, dtype=torch.float64), float("nan")), bands).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_comparison_catches_an_adjoint_not_transposed(mode):
+    bands, adjoint = operator(9, 8, 2, 1, mode)
+    x = torch.randn(1, 9, 8, dtype=torch.float64)
+    exact = reference.gradient(x, None, None, bands, adjoint)
+    assert error(kernels.gradient(x, None, None, bands, bands), exact) > 1e-2

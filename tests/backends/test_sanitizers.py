@@ -1,0 +1,89 @@
+"""The C++ kernels under the address and undefined-behaviour sanitizers, and what those must catch."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BASELINE = ("-DJFBFAST_ISA=baseline",)
+AVX512 = (
+    "-DJFBFAST_ISA=avx512", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+)  # fmt: skip
+
+
+def run(
+    folder: Path, flags: tuple[str, ...], patch: tuple[str, str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Build and run the driver, with one piece of text in one source replaced where a patch asks for it."""
+    sources = shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cuda"))
+    if patch:
+        name, text, replacement = patch
+        source = (sources / name).read_text()
+        assert source.count(text) == 1, f"{name} no longer holds the text to break: {text}"
+        (sources / name).write_text(source.replace(text, replacement))
+    program = folder / "driver"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O0", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+         *flags, f"-I{sources}", str(ROOT / "tests" / "backends" / "sanitizer_driver.cpp"), "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    return subprocess.run([str(program)], capture_output=True, text=True)
+
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with its sanitizers")
+
+
+def test_baseline_kernels_are_sound(tmp_path: Path) -> None:
+    done = run(tmp_path, BASELINE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def has_avx512() -> bool:
+    info = Path("/proc/cpuinfo")
+    return platform.machine() == "x86_64" and info.exists() and "avx512vl" in info.read_text()
+
+
+@pytest.mark.skipif(not has_avx512(), reason="needs a CPU with AVX-512")
+def test_avx512_kernels_are_sound(tmp_path: Path) -> None:
+    done = run(tmp_path, AVX512)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+BROKEN = {
+    "a store past the row's end": (
+        ("simd.h", "std::memcpy(static_cast<void*>(p), &raw, part.count * sizeof(S));",
+         "std::memcpy(static_cast<void*>(p), &raw, (part.count + 1) * sizeof(S));"),
+        "heap-buffer-overflow",
+    ),
+    "a load past the row's end": (
+        ("simd.h", "std::memcpy(&raw, p, part.count * sizeof(S));",
+         "std::memcpy(&raw, p, (part.count + 1) * sizeof(S));"),
+        "heap-buffer-overflow",
+    ),
+    "a table that is not the adjoint's": (
+        ("gradient.cpp", "rows[k] = adjoint_weights + (i + k) * slots;", "rows[k] = weights + (i + k) * slots;"),
+        "gradient_step: got",
+    ),
+    "a tile that reads past the image": (
+        ("winograd.cpp", "y < height && z >= 0", "y <= height && z >= 0"), "heap-buffer-overflow",
+    ),
+    "points that differ from side to side": (
+        ("winograd.h", "y[2] = float(kA2) * sum_a", "y[2] = float(kB2) * sum_a"), "convolution: got",
+    ),
+    "a gradient that reads past the image": (
+        ("winograd.cpp", "inside = y < height && z < width;", "inside = y <= height && z < width;"),
+        "heap-buffer-overflow",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(BROKEN)])
+def test_a_broken_kernel_is_caught(tmp_path: Path, name: str) -> None:
+    patch, complaint = BROKEN[name]
+    done = run(tmp_path, BASELINE, patch)
+    assert done.returncode != 0 and complaint in done.stdout + done.stderr

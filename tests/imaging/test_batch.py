@@ -1,0 +1,229 @@
+"""Many photographs in one call: targets are checked first, files are written whole, a bad one leaves the others."""
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from helpers.photographs import PROFILE, samples, tagged
+from helpers.small_runs import write_photographs
+from jfbfast.cli import app
+from jfbfast.experiments.comparison import unseen_photographs
+from jfbfast.experiments.settings import make_settings, write_settings
+from jfbfast.files import write_whole
+from jfbfast.imaging.photographs import ImageError, Metadata, Photograph, image_files, read_photograph, write_photograph
+
+SMALL = Photograph(torch.rand(3, 40, 30), None, np.dtype("uint16"))
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A photograph in the current directory: its name."""
+    write_photographs(tmp_path / "made", 1)
+    (tmp_path / "made" / "0.png").rename(tmp_path / "x.png")
+    return "x.png"
+
+
+def restore(*arguments):
+    fixed = ("--checkpoint", "tikhonov", "--sigma", "1", "--kernel-size", "5", "--noise", "0.01")
+    result = CliRunner().invoke(app, ["restore", *fixed, *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def refused(tmp_path, message, *arguments):
+    before = contents(tmp_path)
+    result = restore(*arguments)
+    assert result.exit_code == 1 and message in result.stderr, result.output
+    assert contents(tmp_path) == before and "→" not in result.stdout
+
+
+def test_a_photograph_is_restored_with_its_profile(tmp_path, monkeypatch):
+    (tmp_path / "deep.png").write_bytes(tagged("png", samples("uint16", size=(40, 30)), 6))
+    (tmp_path / "eight.jpg").write_bytes(tagged("jpeg", samples("uint8", size=(40, 30)), 6))
+    result = restore("deep.png", "eight.jpg", "--padding-mode", "reflect")
+    assert result.exit_code == 0, result.output
+    for name, dtype in (("deep-restored.png", "uint16"), ("eight-restored.png", "uint8")):
+        found = read_photograph(name)
+        assert found.metadata.icc == PROFILE and found.dtype == dtype and found.pixels.shape == (3, 30, 40)
+
+
+def test_no_photograph_is_ever_a_target(tmp_path, photograph):
+    (tmp_path / "x-restored.png").write_bytes((tmp_path / photograph).read_bytes())
+    refused(tmp_path, "x-restored.png: is the photograph itself, or another", photograph, "x-restored.png")
+    os.link(photograph, "hard.png")
+    os.symlink(photograph, "soft.png")
+    for name in ("x.png", "hard.png", "soft.png"):
+        refused(tmp_path, "is the photograph itself", photograph, "--out", name, "--overwrite")
+
+
+def test_arguments_are_looked_at_before_anything_is_restored(tmp_path, photograph):
+    (tmp_path / "x.jpg").write_bytes((tmp_path / photograph).read_bytes())
+    for message, *arguments in (
+        ("out.png: there is no such file", photograph, "out.png"),
+        ("would both become x-restored.png", photograph, "x.jpg"),
+        ("would both become x-restored.png", photograph, photograph),
+        ("a.gif: .gif is no format to write", photograph, "--out", "a.gif"),
+        ("there is no directory none", photograph, "--out", "none/a.png"),
+        ("name too long", photograph, "--out", f"{'a' * 255}.png"),
+        ("x.jpg: is there already", photograph, "--out", "x.jpg"),
+    ):
+        refused(tmp_path, message, *arguments)
+    (tmp_path / "folder.png").mkdir()
+    assert restore(photograph, "--out", "folder.png").exit_code == 0  # a directory, whatever its name
+    (tmp_path / "x-restored.png").mkdir()
+    refused(tmp_path, "is a directory", photograph, "--overwrite")
+
+
+def test_a_file_is_overwritten_only_where_that_is_asked_for(tmp_path, photograph):
+    (tmp_path / "x-restored.png").write_text("old")
+    refused(tmp_path, "x-restored.png: is there already; --overwrite replaces it", photograph)
+    assert restore(photograph, "--overwrite").exit_code == 0
+    assert read_photograph("x-restored.png").pixels.shape == (3, 24, 30)
+    (tmp_path / "x-restored.png").unlink()
+    os.symlink("nowhere", "x-restored.png")
+    refused(tmp_path, "x-restored.png: is there already", photograph)
+
+
+def test_a_bad_file_leaves_the_others_alone(tmp_path, photograph):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "._x.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "broken.avif").write_bytes(b"\0\0\0\x20ftypavif")
+    Image.fromarray(samples("uint8", size=(1, 20))).save("line.png")
+    os.mkfifo("pipe.png")
+    bad = ["folder.png", "._x.png", "broken.avif", "pipe.png"]
+    result = restore(*bad, "line.png", photograph, "--out", "out", "--padding-mode", "reflect")
+    assert result.exit_code == 1 and sorted(os.listdir("out")) == ["line-restored.png", "x-restored.png"]
+    told = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    assert len(told) == 5 and told[-1] == "error: 4 of 6 photographs could not be restored"
+    assert all(name in line for name, line in zip(bad, told, strict=False))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_and_terminals_of_other_letters(tmp_path, photograph, encoding):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    os.rename(photograph, name)
+    command = [sys.executable, "-m", "jfbfast", "restore", "--noise", "0.02", "--padding-mode", "reflect"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, name, "--out", "out"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "\\u2192" in done.stdout, done.stderr
+    assert os.listdir(b"out") == [b"caf\xe9-restored.png"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ImageError, match=rf"a\.{suffix}: could not be written \(File too large\)"):
+            write_photograph(path, SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == {path.name: b"old"}
+
+
+def test_two_writers_leave_one_whole_file_that_the_umask_allows(tmp_path):
+    path = tmp_path / ("a" * 251 + ".png")
+
+    def write(partial):
+        partial.write_bytes(b"first")
+        write_whole(path, lambda other: other.write_bytes(b"second"))
+        assert path.read_bytes() == b"second"
+
+    before = os.umask(0o027)
+    try:
+        write_whole(path, write)
+    finally:
+        os.umask(before)
+    assert contents(tmp_path) == {path.name: b"first"} and stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def spoil(folder):
+    """Put files that cannot be used first by name, in the middle and last."""
+    (folder / "._0.png").write_bytes(b"\0\5\x16\7")
+    (folder / "1a.avif.png").write_bytes(b"\0\0\0\x20ftypavif")
+    (folder / "folder.png").mkdir()
+    Image.fromarray(samples("uint8", size=(1, 20))).save(folder / "z.png")
+
+
+def test_evaluate_leaves_out_what_cannot_be_used(tmp_path):
+    folder = write_photographs(tmp_path / "photographs", 5)
+    spoil(folder)
+    arguments = ["evaluate", str(folder), "--methods", "blurred", "--out", "table.csv"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for name in ("._0.png", "1a.avif.png", "z.png"):
+        assert f"left out: {folder / name}: " in result.output
+    assert "4 images" in result.output and "chosen on 1 other" in " ".join(result.output.split())
+    for i in range(5):
+        (folder / f"{i}.png").unlink()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and "none of the 2 photographs can be used" in result.output
+
+
+def test_train_leaves_out_what_cannot_be_used(tmp_path):
+    folder = write_photographs(tmp_path / "photographs", 5)
+    spoil(folder)
+    if sys.platform == "linux":
+        os.rename(folder / "0.png", os.fsencode(folder) + b"/0\xe9.png")  # a name that is not UTF-8
+    options = "--form denoiser --features 4 --depth 3 --pretraining-steps 1 --batch-size 2 --crop 16 --validation 2"
+    result = CliRunner().invoke(app, ["train", str(folder), "--out", "run", *options.split()])
+    assert result.exit_code == 0, result.output
+    assert "4 photographs to train on, 1 to validate on" in result.output
+    assert "2 of 6 photographs cannot be used" in result.output and "1 of 2 photographs cannot" in result.output
+    assert "z.png: too small for crops of 16 pixels: 20 × 1 pixels; it takes 6 a side" in result.output
+
+
+def test_a_photograph_that_cannot_be_used_is_not_what_a_run_left_to_score(tmp_path):
+    folder, run = write_photographs(tmp_path / "photographs", 5), tmp_path / "run"
+    spoil(folder)
+    run.mkdir()
+    (run / "model").touch()
+    write_settings(run / "config.yaml", make_settings({"data": str(folder)}))
+    seen = {"training": ["0.png", "1.png", "2.png"], "validation": ["3.png", "4.png"]}
+    (run / "photographs.json").write_text(json.dumps(seen))
+    chosen, scored = unseen_photographs(folder, [str(run / "model")], None, None, print)
+    assert [path.name for path in chosen] == ["3.png"] and "4.png" in [path.name for path in scored]
+
+
+def test_a_file_that_comes_during_a_restoration_is_not_overwritten(tmp_path):
+    path = tmp_path / "late.png"
+    path.write_text("precious")
+    with pytest.raises(ImageError, match="is there already; --overwrite replaces it"):
+        write_photograph(path, SMALL, overwrite=False)
+    assert contents(tmp_path) == {path.name: b"precious"}
+
+
+def test_directories_that_cannot_be_entered_are_passed_over(tmp_path, monkeypatch, photograph):
+    is_dir = Path.is_dir
+
+    def refused(self):
+        if self.suffix:
+            raise PermissionError(13, "Permission denied")
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    assert Path(photograph) in [file.relative_to(Path.cwd()) for file in image_files(Path.cwd())]
+
+
+def test_a_profile_too_long_for_png_is_refused_there(tmp_path):
+    long = SMALL._replace(metadata=Metadata(icc=bytes(1 << 21)))
+    with pytest.raises(ImageError, match=r"of 2097152 bytes is too long for \.png; \.tiff can hold it"):
+        write_photograph(tmp_path / "a.png", long)
+    write_photograph(tmp_path / "a.tiff", long)

@@ -1,0 +1,415 @@
+"""The form of a layer that a solve evaluates: the same function, at every time, whatever the module is."""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import MethodType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import jfbfast
+from helpers.models import networks
+from jfbfast import DnCNN, UNet, solve_fixed_point
+from jfbfast.implicit.frozen import fixed_map
+from jfbfast.implicit.prepared import _Chain, _fuses_relu, _PreparedConv2d, _Twin, prepared
+from jfbfast.models.denoisers import SpectralNormConv2d
+
+
+class Branches(nn.Module):
+    """Convolutions in and out of a Sequential, of several kinds, with what cannot be folded between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"), nn.BatchNorm2d(4))
+        self.normed = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))
+        self.pair = nn.Sequential(SpectralNormConv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.GroupNorm(2, 4))
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.head = nn.Sequential(nn.Conv2d(4, 3, 2, stride=2, bias=False), nn.BatchNorm2d(3, affine=False), nn.ReLU())
+        self.gain = 1.0
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h + torch.relu(self.normed(h)) / self.first[0].in_channels
+        return self.gain * self.head(self.up(self.pair(h)))
+
+
+def module(name):
+    torch.manual_seed(0)
+    net = {
+        "DnCNN": lambda: DnCNN(3, 6, 4),
+        "DnCNN with bias": lambda: DnCNN(3, 6, 4, norm=None, spectral_norm=False, bias=True, residual=True),
+        "UNet": lambda: UNet(3, (6, 4), (1, 1)),
+        "branches": Branches,
+        "convolution": lambda: nn.Conv2d(3, 3, 3, padding=1),
+    }[name]()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+            if m.affine:
+                nn.init.normal_(m.weight)
+                nn.init.normal_(m.bias)
+    return net.double().eval()
+
+
+NAMES = ["DnCNN", "DnCNN with bias", "UNet", "branches", "convolution"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_it_is_the_same_function_after_every_change_of_the_module(name):
+    net, x = module(name), torch.randn(2, 3, 8, 12, dtype=torch.float64)
+
+    def check():
+        torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+
+    check()
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # which torch's version counters do not see
+    check()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean += 1
+        if isinstance(m, SpectralNormConv2d):
+            m.power_iteration()
+    check()
+    if hasattr(net, "gain"):
+        net.gain = 3.0
+        net.first[0] = nn.Conv2d(3, 4, 1).double()
+        check()
+        net.pair[1].register_forward_hook(lambda m, args, out: out + 1)
+        check()
+
+
+def test_every_convolution_of_a_dncnn_is_folded():
+    twin = _Twin(module("DnCNN"), None)
+    twin.refresh()
+    kinds = [type(m) for m in twin.module.layers.forward.modules]
+    assert kinds.count(_PreparedConv2d) == 4 and nn.BatchNorm2d not in kinds and nn.ReLU not in kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_fused_relu_against_float64(dtype, channels_last):
+    net = module("DnCNN with bias")
+    x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    exact = net(x)
+    image = x.float().contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    net.float()
+    out = prepared(net, None if dtype == torch.float32 else dtype)(image)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        theirs = net(image)
+    assert out.dtype == torch.float32
+    assert (out - exact).norm() <= max(2 * (theirs - exact).norm(), 1e-5 * exact.norm())
+
+
+def test_no_relu_is_fused_in_bfloat16_where_onednn_has_none(monkeypatch):
+    monkeypatch.setattr("jfbfast.implicit.prepared.ONEDNN_HAS_BFLOAT16", False)
+    conv, x = nn.Conv2d(2, 2, 3), torch.randn(1, 2, 8, 8)
+    with torch.no_grad():
+        assert _fuses_relu(conv, x) and not _fuses_relu(conv, x.bfloat16())
+
+
+def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
+    twin = _Twin(module("UNet").float(), torch.bfloat16)
+    twin.refresh()
+    weights = [m.prepared_weight for m in twin.convolutions]
+    assert weights[0].dtype == weights[-1].dtype == torch.float32
+    assert {w.dtype for w in weights[1:-1]} == {torch.bfloat16}
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
+class Blur(nn.Module):
+    """An operator made of convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns = nn.Conv2d(3, 3, (3, 1), padding=(1, 0), groups=3, bias=False)
+        self.rows = nn.Conv2d(3, 3, (1, 3), padding=(0, 1), groups=3, bias=False)
+        for conv in (self.columns, self.rows):
+            conv.weight.data = torch.tensor([0.25, 0.5, 0.25]).view(1, 1, *conv.kernel_size).repeat(3, 1, 1, 1)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.rows(self.columns(x))
+
+    def adjoint(self, y):
+        return self.columns(self.rows(y))
+
+
+def test_low_precision_leaves_the_operators_convolutions_wide():
+    model = jfbfast.DEGrad(Blur(), jfbfast.RED(UNet(3, (6, 4), (1, 1)), 0.1, "weight"), preconditioner="exact")
+    twin = _Twin(model, torch.bfloat16)
+    twin.refresh()
+    dtypes = [m.prepared_weight.dtype for m in twin.convolutions]
+    assert dtypes[:3] == [torch.float32] * 3 and dtypes[-1] == torch.float32
+    assert set(dtypes[3:-1]) == {torch.bfloat16}
+
+
+class Unusual(nn.Module):
+    """A forward that looks into its members, as users write them."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.calls = way, 0
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+        self.normed = SpectralNormConv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.way == "index":
+            h = self.body[0](x)
+            return h + self.body[2](self.body[1](h))
+        if self.way == "slice":
+            return self.body[:1](x) - self.body(x)
+        if self.way == "enumerate":
+            for i, layer in enumerate(self.body):
+                x = layer(x)
+                if i == 0:
+                    skip = x
+            return x + skip
+        if self.way == "isinstance":
+            for layer in (*self.body, self.normed):
+                x = layer(x)
+                if isinstance(layer, nn.Conv2d):
+                    x = torch.tanh(x)
+            return x
+        return F.conv_transpose2d(self.normed(x), self.normed.weight, padding=1)
+
+
+@pytest.mark.parametrize("way", ["index", "slice", "enumerate", "isinstance", "weight"])
+@torch.no_grad()
+def test_a_forward_that_looks_into_its_members_is_the_same_function(way):
+    net, x = Unusual(way).double().eval(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+
+
+class Idioms(nn.Module):
+    """What users' forwards ask of their own modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.body = Inner(nn.Conv2d(3, 3, 1), nn.ReLU())
+
+    def forward(self, x):
+        self.seen = x.dtype
+        x = x.to(next(self.conv.parameters()).dtype) * self.conv.state_dict()["bias"].mean()
+        del self.seen
+        return self.body(self.conv(input=x)) + torch.stack([self.conv(image) for image in x])
+
+
+class Inner(nn.Sequential):
+    def __init_subclass__(cls, *, required=None, **rest):
+        super().__init_subclass__(**rest)
+
+    def forward(self, x):
+        return super(self.__class__, self).forward(x)
+
+
+@torch.no_grad()
+def test_idioms_of_users_modules():
+    net, x = Idioms().double().eval(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+    net.body[1].forward = lambda x: x - 1
+    torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
+    conv = nn.Conv2d(3, 3, 1).double()
+    chain = nn.Sequential(conv, nn.ReLU())
+    prepared(chain)(x)
+    chain.append(conv)
+    torch.testing.assert_close(prepared(chain)(x), chain(x), rtol=1e-10, atol=1e-12)
+
+
+def test_a_layer_that_differentiates_within():
+    class GradientStep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return x.detach() - torch.autograd.grad(self.net(x).square().sum(), x)[0]
+
+    net, x = GradientStep(), torch.randn(2, 3, 6, 7)
+    torch.testing.assert_close(prepared(net)(x), net(x))
+
+
+def test_what_a_forward_sets_is_set_on_the_module():
+    net, d = Unusual("index"), torch.rand(2, 3, 6, 7)
+    with torch.no_grad():
+        for p in net.parameters():
+            p *= 0.2
+    _, solution = solve_fixed_point(net, d, solver=jfbfast.Picard(tol=0, max_iter=5))
+    assert net.calls == 6 and (solution.iterations == 5).all()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_solve_in_inference_mode_leaves_a_model_that_trains(dtype):
+    model, d = networks()["filtered"], torch.rand(1, 3, 8, 8)
+    model.solve_dtype = dtype
+    with torch.inference_mode():
+        expected = model.eval()(d)
+    with torch.no_grad():
+        torch.testing.assert_close(model(d), expected)
+    model.train()(d).sum().backward()
+    with torch.inference_mode():
+        model(d)
+
+
+def test_threads_share_a_model():
+    model, d = networks()["filtered"].eval(), torch.rand(4, 1, 3, 8, 8)
+    with torch.no_grad():
+        expected = [model(each) for each in d]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(torch.no_grad()(lambda i: model(d[i % 4])), range(80)))
+    for i, each in enumerate(found):
+        torch.testing.assert_close(each, expected[i % 4])
+
+
+def test_threads_that_solve_at_once_leave_a_model_in_train():
+    """The second begins within the first's solve and ends after it."""
+    net, second_began, first_ended = nn.Conv2d(3, 3, 1), Event(), Event()
+
+    def first():
+        with fixed_map(net):
+            assert second_began.wait(10)
+        first_ended.set()
+        return net.training
+
+    def second():
+        with fixed_map(net):
+            second_began.set()
+            assert first_ended.wait(10)
+            return net.training
+
+    with ThreadPoolExecutor(2) as threads:
+        modes = [thread.result() for thread in (threads.submit(first), threads.submit(second))]
+    assert modes == [False, False] and net.training
+
+
+@pytest.mark.parametrize("name", networks())
+@torch.no_grad()
+def test_a_method_of_a_model(name):
+    model = networks()[name].double().eval()
+    x, d = torch.randn(2, 2, 3, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(prepared(model.layer)(x, d), model.layer(x, d), rtol=1e-10, atol=1e-12)
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def step(self, x):
+        return self.conv(x)
+
+
+def unwrapped(function):
+    return lambda *args: function(*args)
+
+
+class Child(Parent):
+    @unwrapped
+    def decorated(self, x):
+        return 2 * self.conv(x)
+
+    def __private(self, x):
+        return 3 * self.conv(x)
+
+    def step(self, x):
+        return 4 * self.conv(x)
+
+    def layers(self):
+        added = MethodType(lambda self, x: 5 * self.conv(x), self)
+        return super().step, self.decorated, self.__private, self.step, added
+
+
+@torch.no_grad()
+def test_a_method_is_the_function_that_was_given_whatever_its_name():
+    net, x = Child().double(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    for factor, layer in enumerate(net.layers(), 1):
+        torch.testing.assert_close(prepared(layer)(x), factor * net.conv(x))
+    chain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).double()
+    torch.testing.assert_close(prepared(chain.forward)(x), chain(x))
+    twin = _Twin(chain, None)
+    twin.refresh()
+    assert isinstance(twin.method(nn.Sequential.forward, compiled=False), _Chain)
+
+
+def test_what_cannot_be_prepared_is_used_as_it_is():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class OwnNormalised(SpectralNormConv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight / weight.norm(), bias)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
+    for module in (nn.Linear(3, 3), Own(3, 3, 1), OwnNormalised(3, 3, 1), Standardised(3, 3, 1), traced):
+        assert _Twin(module, None).module is module
+    x = torch.randn(3)
+    torch.testing.assert_close(prepared(torch.tanh)(x), x.tanh())
+
+
+def test_the_callers_autocast_does_not_change_its_precision():
+    net, x = module("UNet").float(), torch.randn(1, 3, 8, 8)
+    expected = prepared(net)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prepared(net)(x), expected)
+
+
+@pytest.mark.slow
+def test_through_torch_compile_it_follows_the_weights():
+    model = networks()["filtered"].eval()
+    x, d = torch.randn(2, 2, 3, 9, 8)
+    torch.compiler.reset()
+    graphs = []
+    with torch.no_grad():
+        for _ in range(2):
+            expected = model.layer(x, d)
+            torch.testing.assert_close(prepared(model.layer, compiled=True)(x, d), expected, rtol=1e-4, atol=1e-5)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            for parameter in model.parameters():
+                parameter += 0.05
+    assert graphs[0] == graphs[1]  # new weights compile nothing anew
+
+
+@pytest.mark.parametrize("name", ["DnCNN", "convolution"])
+def test_twins_are_neither_kept_alive_nor_copied_nor_saved(name):
+    net = module(name)
+    prepared(net)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+        torch.nn.init.ones_(next(other.parameters()))
+        torch.testing.assert_close(prepared(other)(x), other(x))
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+
+def test_training_mode_is_left_alone():
+    net = module("DnCNN").train()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    out = prepared(net)(x)
+    assert net.training and all(m.training for m in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(out, net.eval()(x), rtol=1e-10, atol=1e-12)

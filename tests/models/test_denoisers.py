@@ -1,0 +1,166 @@
+"""The denoisers: DnCNN and its spectral normalisation, and the U-Net."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, NonexpansiveDenoiser, UNet
+from jfbfast.models.denoisers import SpectralNormConv2d
+
+
+def test_the_defaults_are_the_papers():
+    network = DnCNN()
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 17
+    assert [c.out_channels for c in convolutions] == [64] * 16 + [3]
+    assert all(isinstance(c, SpectralNormConv2d) and c.bias is None and c.kernel_size == (3, 3) for c in convolutions)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) == 15
+    assert sum(isinstance(m, nn.ReLU) for m in network.modules()) == 16
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+@pytest.mark.parametrize("spectral_norm", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_part_is_an_option(norm, spectral_norm, bias):
+    network = DnCNN(1, 5, 4, norm, spectral_norm, bias).eval()
+    kinds = [type(m) for m in network.modules()]
+    assert (nn.BatchNorm2d in kinds) == (norm == "batch")
+    assert (SpectralNormConv2d in kinds) == spectral_norm
+    x = torch.randn(2, 1, 7, 9)
+    residual = DnCNN(1, 5, 4, norm, spectral_norm, bias, residual=True).eval()
+    residual.load_state_dict(network.state_dict())
+    torch.testing.assert_close(residual(x), x - network(x))
+
+
+def test_the_normalised_weight_has_norm_one_and_steps_once_a_training_forward():
+    conv = SpectralNormConv2d(4, 6, 3)
+    for _ in range(200):
+        conv.power_iteration()
+    norm = torch.linalg.matrix_norm(conv.normalised_weight().flatten(1), 2)
+    torch.testing.assert_close(norm, torch.tensor(1.0))
+
+    with torch.no_grad():
+        conv.weight += 0.1 * torch.randn_like(conv.weight)
+    twin = copy.deepcopy(conv)
+    x = torch.randn(1, 4, 5, 5)
+    conv.eval()(x)
+    assert torch.equal(conv.u, twin.u)
+    conv.train()(x)
+    twin.power_iteration()
+    assert torch.equal(conv.u, twin.u) and torch.equal(conv.v, twin.v)
+
+
+def test_spectral_norm_agrees_with_torchs():
+    conv = SpectralNormConv2d(3, 5, 3, bias=False).double()
+    theirs = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 5, 3, bias=False).double())
+    parametrization = theirs.parametrizations.weight
+    with torch.no_grad():
+        parametrization.original.copy_(conv.weight)
+        parametrization[0]._u.copy_(conv.u)
+        parametrization[0]._v.copy_(conv.v)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    ours_out, their_out = conv(x), theirs(x)
+    torch.testing.assert_close(ours_out, their_out)
+    ours_out.square().sum().backward()
+    their_out.square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad, parametrization.original.grad)
+
+
+def test_two_training_forwards_before_one_backward():
+    network = DnCNN(1, 4, 3)
+    x = torch.randn(2, 1, 6, 6)
+    twin = copy.deepcopy(network)
+    (network(x).square().sum() + network(x).square().sum()).backward()
+    for _ in range(2):
+        twin(x).square().sum().backward()
+    for mine, other in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_deepcopy_and_pickle():
+    network = DnCNN(1, 4, 3).eval()
+    x = torch.randn(1, 1, 5, 5)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        torch.testing.assert_close(twin(x), network(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (1, 3, 13, 7), (2, 3, 1, 1), (0, 3, 8, 8), (1, 3, 0, 5)])
+def test_unet_keeps_any_shape(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    out = UNet(3, (8, 6, 4), (1, 2, 1)).double()(x)
+    assert out.shape == x.shape and out.is_contiguous()
+
+
+def test_an_odd_side_of_a_unet_mixes_what_it_gives_without_either_end():
+    net = UNet(3, (8, 6, 4), (1, 2, 1), conditions=1, injection=True).double()
+    x, z = torch.randn(2, 2, 3, 11, 5, dtype=torch.float64)
+
+    def network(rows, columns):
+        return net(x[..., rows, columns], z[..., rows, columns], [0.3]) - x[..., rows, columns]
+
+    out = torch.zeros_like(x)
+    for rows, down in ((slice(0, 10), torch.arange(10, 0, -1)), (slice(1, 11), torch.arange(1, 11))):
+        for columns, across in ((slice(0, 4), torch.arange(4, 0, -1)), (slice(1, 5), torch.arange(1, 5))):
+            out[..., rows, columns] += down.double()[:, None] / 10 * across / 4 * network(rows, columns)
+    torch.testing.assert_close(net(x, z, [0.3]), x + out, rtol=1e-12, atol=1e-12)
+
+
+def test_a_scale_of_an_odd_side_is_halved_with_zeros_beyond_its_edge():
+    net = UNet(3, (8, 6), (1, 1)).double()
+    seen = []
+    net.down[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    net(torch.randn(1, 3, 10, 6, dtype=torch.float64))
+    assert seen[0].shape == (1, 8, 6, 4) and not seen[0][..., 5, :].any() and not seen[0][..., 3].any()
+    assert seen[0][..., :5, :3].all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": (8, 0)}, "features is"),
+        ({"features": ()}, "features is"),
+        ({"features": 64}, "features is 64"),
+        ({"features": (8, 8), "blocks": (1,)}, "blocks is"),
+        ({"channels": 0}, "channels is"),
+    ],
+)
+def test_unet_names_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DnCNN(depth="3"), "depth is '3'; it takes an integer of at least 2"),
+        (lambda: DnCNN(features=8.0), r"features is 8\.0; it takes an integer"),
+        (lambda: DnCNN(channels=True), "channels is True"),
+        (lambda: DnCNN(spectral_norm=[1]), r"spectral_norm is \[1\]; it takes True, False or 'conv'"),
+        (lambda: RED(nn.Identity(), "a"), "weight is 'a'; it takes a positive number"),
+        (lambda: RED(nn.Identity(), filter_damping=True), "filter_damping is True; it takes a positive number"),
+        (lambda: DEGrad(GaussianBlur(), nn.Identity(), step_size="a"), "step_size is 'a'; it takes a positive number"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)])
+def test_images_of_other_channels_are_named(shape):
+    x = torch.zeros(shape)
+    for network in (DnCNN(3, 4, 3), NonexpansiveDenoiser(3, 4, 3), UNet(3, (4,), (1,))):
+        with pytest.raises(ValueError, match=r"x has shape .*; it takes images \(B, 3, H, W\)"):
+            network(x)
+    with pytest.raises(ValueError, match=r"z has shape \(1, 3, 8, 9\); it takes that of x"):
+        UNet(3, (4,), (1,), injection=True)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
+
+
+def test_numbers_of_any_kind_are_taken():
+    for value in (np.float32(0.5), torch.tensor(0.5), 1):
+        assert float(RED(nn.Identity(), value).weight.detach()) == pytest.approx(float(value))
+    assert len(DnCNN(1, np.int64(4), np.int32(3)).layers) == 6
