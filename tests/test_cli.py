@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from skimage import data as photographs
-from typer.testing import CliRunner
 
 from helpers.command_line import run
 from helpers.small_runs import write_photographs
@@ -20,8 +19,6 @@ from jfbfast.experiments.settings import make_settings, write_settings
 from jfbfast.imaging.photographs import read_photograph
 from jfbfast.models import pretrained
 from jfbfast.models.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-
-runner = CliRunner()
 
 
 @pytest.fixture
