@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jfbfast import checks
 from jfbfast.backends.reference import band_dtype, flat
-from jfbfast.implicit.frozen import fixed_map, materialised_weights, owner
+from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.solvers import Layer
 
@@ -28,7 +28,7 @@ def linearised(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = ()) -> Iterat
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(x.device.type, enabled=False),
-        fixed_map(module),
+        frozen(module),
         materialised_weights(module),
     ):
         leaf = x.detach().clone().requires_grad_()

@@ -4,24 +4,21 @@
 ``jfbfast::conv3x3_weight_gradient``  what backward through it gives the weight and the bias
 
 The ops take (B, C, H, W) and return a channels-last tensor; `winograd_serves` decides at each call whether Winograd's
-convolution computes it or torch's. A layer uses them in a solve (jfbfast/implicit/prepared.py) and in the trace
-that carries the gradient (`winograd_convolutions`), where the tolerance allows it.
+convolution computes it or torch's. `convolution` computes torch's conv2d by whatever is fastest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from jfbfast.backends import native, reference
-from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, selected_backend
+from jfbfast.backends.dispatch import DTYPES, ONEDNN_HAS_BFLOAT16, check_reverse_mode, selected_backend
 
 _CHANNELS_PER_TILE = 12  # at most, where the weight is transformed too: about where torch is as fast
 _LEAST_TOL = 1e-4  # the rounding of Winograd's convolution is about 1e-6, and what asks for less must not see it
@@ -179,46 +176,66 @@ def is_conv3x3(
     return kernel_size == (3, 3) and stride in one and dilation in one and groups == 1 and padding in (*one, "same")
 
 
-class WinogradConvolutions(TorchFunctionMode):
-    """Within, torch's conv2d is `conv3x3` where that is Winograd's convolution; under autocast it stays torch's."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d:
-            return _conv2d(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _conv2d(
+def convolution(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    relu: bool = False,
+    winograd: bool = True,
+    transformed: Tensor | None = None,
 ) -> Tensor:
-    taken = (
-        is_conv3x3(tuple(weight.shape[2:]), stride, padding, dilation, groups)
+    """torch's conv2d, and a ReLU if asked for, by the fastest implementation.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
+        relu: whether to apply a ReLU.
+        winograd: whether Winograd's convolution may be used.
+        transformed: `transformed_weight` of the weight, if that was made.
+    """
+    if (
+        winograd
         and input.dim() == 4
-        and winograd_serves(input, len(weight))
-        and not torch.is_autocast_enabled("cpu")
-        and not _transformed()
-    )
-    if taken:
-        out: Tensor = conv3x3(input, weight, bias)
+        and is_conv3x3(weight.shape[2:], stride, padding, dilation, groups)
+        and winograd_serves(input, len(weight), transformed is not None)
+        and not torch.is_autocast_enabled(input.device.type)
+        and not _differentiated_by_functorch()
+    ):
+        out: Tensor = conv3x3(input, weight, bias, relu, transformed)
         return out
-    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if relu and _onednn_fuses_relu(input, padding):
+        arguments = (padding, stride, dilation, groups)
+        return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")
+    out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return torch.relu_(out) if relu else out
 
 
-def _transformed() -> bool:
-    """Within torch.func's transforms or forward-mode differentiation, which our op has no rules for."""
+def _differentiated_by_functorch() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active, for which our op has no rules."""
     functorch, forward = torch._C._functorch.peek_interpreter_stack(), torch.autograd.forward_ad._current_level
     return functorch is not None or forward >= 0
 
 
-def winograd_convolutions(tol: float) -> AbstractContextManager[object]:
-    """`WinogradConvolutions` where ``tol`` allows it."""
-    return WinogradConvolutions() if winograd_allowed(tol) else nullcontext()
+def _onednn_fuses_relu(input: Tensor, padding: Any) -> bool:
+    return (
+        input.device.type == "cpu"
+        and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and ONEDNN_HAS_BFLOAT16))
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not isinstance(padding, str)
+        and input.dim() == 4
+        and input.numel() > 0
+        and not (torch.is_grad_enabled() and input.requires_grad)
+    )
+
+
+def _pointwise_flops(x: Any, weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+if _pointwise is not None and _pointwise not in flop_registry:  # torch itself counts nothing for it
+    register_flop_formula(_pointwise)(_pointwise_flops)

@@ -15,7 +15,7 @@ from torch import Tensor
 from jfbfast.diagnostics.history import History, Problem, convergence_history, history_of, problem
 from jfbfast.diagnostics.verdicts import rows
 from jfbfast.implicit.fixed_point import solve_fixed_point
-from jfbfast.implicit.frozen import fixed_map, owner
+from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.implicit.methods import GRADIENTS, GradientMethod, Implicit
 from jfbfast.models.degrad import DEGrad
@@ -145,7 +145,7 @@ def _condition(layer: Layer, x: Tensor, inputs: tuple[Tensor, ...], steps: int =
     bounds = []
     module = owner(layer)
     whole_batch = holds_samples(module)
-    with fixed_map(module):
+    with frozen(module):
         for i in range(len(x)):  # the samples share Θ
             rows = slice(i, i + 1)
             evaluated, own = (slice(None), rows) if whole_batch else (rows, slice(None))
@@ -210,7 +210,7 @@ def _agreement(
     cosine = {name: value.new_full((len(value),), torch.nan) for name in names}
     ratio = {name: column.clone() for name, column in cosine.items()}
     at_value = Picard(tol=0, max_iter=1)  # one evaluation: it stays where it starts
-    with fixed_map(owner(posed.layer)):
+    with frozen(owner(posed.layer)):
         for i in range(len(value)):
             reference = gradient(i, value, at_value, exact)
             for name in names:
@@ -270,7 +270,7 @@ def report(
             module = owner(posed.layer)
             assert module is not None
             module.requires_grad_()
-        with fixed_map(module):
+        with frozen(module):
             return _to_cpu(_measured(posed, x, iterations, steps, seed))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from jfbfast.backends.precision import precision_for
 from jfbfast.backends.reference import flat
 from jfbfast.imaging.quality import psnr
-from jfbfast.implicit.frozen import fixed_map, materialised_weights, owner
+from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.models.degrad import DEGrad
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer
 from jfbfast.solvers.base import check_batch, checked_solver
@@ -125,7 +125,7 @@ def history_of(posed: Problem, x: Tensor | None, iterations: int) -> History:
 
     solver = replace(posed.solver, tol=0.0, atol=0.0, max_iter=iterations)
     module = owner(posed.layer)
-    with fixed_map(module), materialised_weights(module), precision_for(0.0, posed.start.device):
+    with frozen(module), materialised_weights(module), precision_for(0.0, posed.start.device):
         solution = solver.solve(recorded, posed.start)
     empty = [posed.start.new_zeros(0)]  # the solve of an empty batch evaluates nothing
     return History(torch.stack(residuals or empty), None if x is None else torch.stack(qualities or empty), solution)

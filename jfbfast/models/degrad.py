@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.implicit.autograd import TracedLayer
+from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.fixed_point import solve_fixed_point
+from jfbfast.implicit.forward import ForwardSolve
 from jfbfast.implicit.frozen import has_running_statistics
 from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
-from jfbfast.implicit.solve import Solve
 from jfbfast.models.denoisers import RED, DnCNN, NonexpansiveDenoiser, log_parameter
 from jfbfast.models.unet import UNet
 from jfbfast.operators.blur import SeparableBlur
@@ -213,8 +212,8 @@ class DEGrad(nn.Module):
         before = self.averaging
         try:
             self._set_averaging(torch.nan)  # of T itself
-            solve = Solve(TracedLayer(self.layer, (), JFB(), self.solver.tol), self.solver, None, compiled=False)
-            found = solve(self.start(d) if x0 is None else x0, (d,), estimate=False)
+            implicit = ImplicitLayer(self.layer, (), JFB(), self.solver.tol)
+            found = ForwardSolve(implicit, self.solver).find(self.start(d) if x0 is None else x0, (d,))
             estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
         except BaseException:
             self.averaging = before
@@ -242,33 +241,11 @@ class DEGrad(nn.Module):
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
-        if not isinstance(d, Tensor):
-            raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
-        if not isinstance(x0, (Tensor, NoneType)):
-            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
         self.solution = None
-        separable = isinstance(self.blur, SeparableBlur)
-        name, like = "d" if separable else "Aᵀd", d
-        if not separable:
-            if x0 is not None:
-                with torch.no_grad():
-                    like = self.blur.adjoint(d)
-        elif d.dim() != 4:
-            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
+        self._check_arguments(d, x0)
         if x0 is None:
             x0 = self.start(d)
-        elif x0.shape != like.shape:
-            raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
-        elif (x0.dtype, x0.device) != (like.dtype, like.device):
-            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
-        network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
-        own = type(network) in (DnCNN, NonexpansiveDenoiser, UNet)
-        surely = own and not network._forward_pre_hooks  # which another may cast for
-        if surely and not torch.is_autocast_enabled(x0.device.type):
-            dtypes = {p.dtype for p in network.parameters()}
-            if x0.dtype not in dtypes:  # which torch would say after the solve, whose convolutions cast
-                taken = " or ".join(sorted(map(str, dtypes)))
-                raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {taken}")
+        self._check_dtype(x0)
         if self.averaging_is_due:
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
@@ -281,6 +258,39 @@ class DEGrad(nn.Module):
             compile_solve=self.compile_solve,
         )
         return restored
+
+    def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
+        """Raise what `forward` raises about its arguments."""
+        if not isinstance(d, Tensor):
+            raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
+        if x0 is not None and not isinstance(x0, Tensor):
+            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
+        name, like = "d", d
+        if isinstance(self.blur, SeparableBlur):
+            if d.dim() != 4:
+                raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
+        elif x0 is not None:
+            with torch.no_grad():
+                name, like = "Aᵀd", self.blur.adjoint(d)
+        if x0 is None:
+            return
+        if x0.shape != like.shape:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
+        if (x0.dtype, x0.device) != (like.dtype, like.device):
+            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
+
+    def _check_dtype(self, x0: Tensor) -> None:
+        """Raise ValueError if a network of this package takes another dtype than x0's, which torch says less clearly.
+
+        Autocast and a hook on the network may cast.
+        """
+        network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
+        if type(network) not in (DnCNN, NonexpansiveDenoiser, UNet) or network._forward_pre_hooks:
+            return
+        dtype = next(network.parameters()).dtype
+        if x0.dtype != dtype and not torch.is_autocast_enabled(x0.device.type):
+            name = "d" if isinstance(self.blur, SeparableBlur) else "Aᵀd"
+            raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {dtype}")
 
     @torch.no_grad()
     def start(self, d: Tensor) -> Tensor:

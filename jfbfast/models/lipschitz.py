@@ -8,40 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast.implicit.frozen import NormalisedConv2d
+
 _SAMPLES_PER_TAP = 12  # frequencies, along each axis
 _EPSILON = 1e-12  # the least norm divided by, as in torch's normalize
 _GRAM_STEPS = 6  # the bound at one frequency is its Schatten norm of order 2⁷
-
-
-class NormalisedConv2d(nn.Conv2d):
-    """Conv2d whose weight is W divided by a norm of it; `materialise` fixes the quotient for a solve.
-
-    Arguments as in torch.nn.Conv2d. Unlike torch's parametrisations it can be pickled.
-    """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._materialised: Tensor | None = None
-
-    def normalised_weight(self) -> Tensor:
-        """The weight divided by its norm, differentiable in W."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def materialise(self) -> None:
-        """Fix the weight as it is now, without gradients, until `release`."""
-        self._materialised = self.normalised_weight()
-
-    def release(self) -> None:
-        """Undo `materialise`."""
-        self._materialised = None
-
-    def current_weight(self) -> Tensor:
-        """The weight of a forward: what `materialise` fixed, or else the quotient anew."""
-        return self.normalised_weight() if self._materialised is None else self._materialised
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.current_weight(), self.bias)
 
 
 class SpectralNormConv2d(NormalisedConv2d):
@@ -53,6 +24,7 @@ class SpectralNormConv2d(NormalisedConv2d):
 
     u: Tensor
     v: Tensor
+    iterated = ("u", "v")
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -74,11 +46,6 @@ class SpectralNormConv2d(NormalisedConv2d):
         with torch.autocast(self.weight.device.type, enabled=False):
             u, v = self.u.clone(), self.v.clone()  # backward needs them unchanged by a later step
             return self.weight / torch.dot(u, self.weight.flatten(1) @ v)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self._materialised is None:
-            self.power_iteration()
-        return super().forward(x)
 
 
 class NonexpansiveConv2d(NormalisedConv2d):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jfbfast import checks
 from jfbfast.backends.reference import flat, per_sample
-from jfbfast.implicit.frozen import fixed_map, owner
+from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.models.degrad import DEGrad
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.iterative import holds_samples
@@ -83,7 +83,7 @@ def jacobian_penalty(
         x, *inputs_left = (value[usable] for value in (x, *inputs))
         usable = usable.new_ones(len(x))  # all that are left are
 
-    with fixed_map(module), torch.enable_grad():
+    with frozen(module), torch.enable_grad():
         point = x.detach().requires_grad_()
         out = transform(point, *inputs_left).to(point.dtype) + 0 * point  # which depends on x in any case
         v = _unit(torch.randn_like(point))

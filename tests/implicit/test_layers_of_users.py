@@ -23,7 +23,7 @@ from jfbfast import (
 )
 from jfbfast.backends import conv3x3 as winograd
 from jfbfast.backends.precision import ieee
-from jfbfast.implicit import frozen as fixed_map
+from jfbfast.implicit import frozen
 from jfbfast.implicit.methods import GRADIENTS
 from jfbfast.operators import ops
 
@@ -223,7 +223,7 @@ def test_synchronised_batch_norms_are_refused_among_processes(monkeypatch):
     model = de_grad(convolution(3, 6), nn.SyncBatchNorm(6), nn.ReLU(), convolution(6, 3))
     d = torch.rand(2, 3, 12, 12)
     model(d)  # of one process it is a batch norm
-    monkeypatch.setattr(fixed_map, "_processes", lambda: 2)
+    monkeypatch.setattr(frozen, "_processes", lambda: 2)
     with pytest.raises(ValueError, match=r"SyncBatchNorm in train.* it takes BatchNorm2d"):
         model(d)
     model.eval()(d)
