@@ -19,8 +19,9 @@ from jfbfast.experiments.runs import _take_weights
 from jfbfast.experiments.settings import make_settings
 from jfbfast.implicit.prepared import prepared
 from jfbfast.models import pretrained
-from jfbfast.models.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
-from jfbfast.models.conditional import ConditionalDEGrad, MeasurementRanges, condition
+from jfbfast.models.checkpoint import load_checkpoint, read_config, save_checkpoint
+from jfbfast.models.conditional import ConditionalDEGrad, condition
+from jfbfast.models.config import MeasurementRanges, ModelConfig
 from jfbfast.models.pretrained import set_network
 from jfbfast.operators.inverse import _axis_svd, factors
 from jfbfast.spectrum import operator_norm

@@ -14,7 +14,8 @@ from helpers import small_runs
 from helpers.command_line import run
 from helpers.small_runs import write_photographs
 from jfbfast.experiments.settings import make_settings, read_settings
-from jfbfast.models.checkpoint import _FORMAT, CheckpointError, ModelConfig, _digest, load_checkpoint, save_checkpoint
+from jfbfast.models.checkpoint import _FORMAT, CheckpointError, _digest, load_checkpoint, save_checkpoint
+from jfbfast.models.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
