@@ -1,7 +1,7 @@
 """`ModelConfig`: the settings that rebuild a network, and what they may be.
 
-The upper bounds lie far beyond any use. They keep a damaged or foreign file from hanging the program or taking all
-memory; what a class does not take, the class itself refuses.
+The upper bounds lie far beyond any use: they keep a damaged or foreign file from hanging the program or taking all
+memory. Arguments without a bound here are checked by the class that takes them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _check_length(name: str, values: object, least: int, most: int) -> None:
 
 
 def _check_description(name: str, value: object) -> None:
-    """Raise ValueError for a network's, solver's or gradient method's description that no class should be given."""
+    """Raise ValueError unless ``value`` is a kind with arguments, and the flags and counts among them are valid."""
     if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
         raise ValueError(f"{name} is {value!r}; it takes a kind with its arguments")
     for argument, given in value.items():
@@ -189,11 +189,8 @@ class ModelConfig:
             _check_between(name, getattr(self, name), bounds)
         if self.averaging != "auto":
             _check_between("averaging", self.averaging, _AVERAGING)
-        for name, values, bounds in (
-            ("sigma_range", self.sigma_range, _SIGMA),
-            ("noise_range", self.noise_range, _NOISE),
-        ):
-            if values is not None:
+        for name, bounds in (("sigma_range", _SIGMA), ("noise_range", _NOISE)):
+            if (values := getattr(self, name)) is not None:
                 _check_length(name, values, 2, 2)
                 for value in values:
                     _check_between(name, value, bounds)
