@@ -151,8 +151,8 @@ class ModelConfig:
         averaging: of the `DEGrad`.
         solver: ``kind`` ("Anderson", "Broyden", "Inertial" or "Picard") and its arguments.
         gradient: ``kind``, the name of a gradient method, and its arguments.
-        sigma_range, noise_range: least and largest σ and noise of a filtered `ConditionalDEGrad`, whose first
-            setting is ``sigma`` and ``noise``. None for a network for one setting.
+        sigma_range, noise_range: least and largest σ and noise of a filtered `ConditionalDEGrad`, which starts at
+            ``sigma`` and ``noise``; None for a network for one setting.
 
     Raises:
         ValueError: a value of another type, or out of its bounds.

@@ -162,22 +162,17 @@ class DEGrad(nn.Module):
     def from_config(cls, config: ModelConfig, network: nn.Module) -> DEGrad:
         """Make the untrained model around its network, for `ModelConfig.model`."""
         if config.form == "paper":
-            if network.is_denoiser:
+            if getattr(network, "is_denoiser", False):
                 raise ValueError(f"denoiser is {dict(config.denoiser)}; the paper's form takes a DnCNN, not residual")
             return cls(config.blur(), network, step_size=config.step_size, **config.degrad_options())
         red = RED(network, config.weight, "weight" if config.form == "filtered" else None)
         return cls(config.blur(), red, preconditioner="exact", **config.degrad_options())
 
     def adapt_to(self, sigma: float | None, noise: float | None, config: ModelConfig, name: str) -> None:
-        """Set a loaded model for this σ and noise level; None is what it was trained for, if that is one value.
+        """Set a loaded model for this σ (pixels) and noise level (on [−1, 1]); None takes the values of its training.
 
-        Args:
-            sigma: in pixels.
-            noise: standard deviation on [−1, 1].
-            config, name: the model's settings, and its name for messages.
-
-        Raises:
-            ValueError: a value that the model was not trained for, or None for a model for a range.
+        ``config`` has the model's settings; messages call the model ``name``. Raises ValueError for values that the
+        model was not trained for.
         """
         for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
             if value not in (None, own):

@@ -38,13 +38,7 @@ def model(*forms: str) -> Callable[[T], T]:
 def build(name: str, description: Mapping[str, Any], kinds: Mapping[str, type[Any]]) -> Any:
     """Make an instance of the class that ``description["kind"]`` names; the other values are its arguments.
 
-    Args:
-        name: of the description, for messages.
-        description: the kind and the arguments.
-        kinds: classes by kind.
-
-    Raises:
-        ValueError: an unknown kind, or an argument that the class does not have or refuses.
+    Raises ValueError, with the ``name`` of the description, for an unknown kind or an argument that it does not have.
     """
     kind = str(description.get("kind"))
     if kind not in kinds:

@@ -148,15 +148,16 @@ class UNet(nn.Module):
         Raises:
             RuntimeError: the other network takes more images or numbers than this one.
         """
-        parts = other.head.weight.split((other.head.in_channels - other.conditions, other.conditions), 1)
-        images = self.head.in_channels - self.conditions
-        added = (images - parts[0].shape[1], self.conditions - parts[1].shape[1])
-        if min(added) < 0:
+        own, images = self.head.in_channels - self.conditions, other.head.in_channels - other.conditions
+        if images > own or other.conditions > self.conditions:
             raise RuntimeError(
-                f"the network takes {parts[0].shape[1]} channels and {parts[1].shape[1]} numbers; this one takes "
-                f"{images} and {self.conditions} at most"
+                f"the network takes {images} channels and {other.conditions} numbers; this one takes "
+                f"{own} and {self.conditions} at most"
             )
-        return torch.cat([F.pad(part, (0, 0, 0, 0, 0, n)) for part, n in zip(parts, added, strict=True)], 1)
+        given, widened = other.head.weight.detach(), torch.zeros_like(self.head.weight)
+        widened[:, :images] = given[:, :images]
+        widened[:, own : own + other.conditions] = given[:, images:]
+        return widened
 
 
 def _even(h: Tensor) -> Tensor:
