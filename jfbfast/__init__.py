@@ -8,11 +8,14 @@ from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov, tv
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
-from jfbfast.models.conditional import ConditionalDEGrad, MeasurementRanges
+from jfbfast.models import feed_forward  # noqa: F401  # registers what files can name
+from jfbfast.models.conditional import ConditionalDEGrad
+from jfbfast.models.config import MeasurementRanges
 from jfbfast.models.degrad import DEGrad
-from jfbfast.models.denoisers import RED, DnCNN, NonexpansiveDenoiser
+from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
 from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
+from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.iterative import IterativeOperator

@@ -19,7 +19,7 @@ from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.implicit.methods import GRADIENTS, GradientMethod, Implicit
 from jfbfast.models.degrad import DEGrad
-from jfbfast.models.denoisers import RED
+from jfbfast.models.red import RED
 from jfbfast.operators.iterative import holds_samples
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, FixedPointSolver, Layer, Picard
 from jfbfast.spectrum import operator_norm, ritz_values, symmetric_ritz_values

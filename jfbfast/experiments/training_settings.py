@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
-    from jfbfast.models.checkpoint import ModelConfig
+    from jfbfast.models.config import ModelConfig
 
-# The most of a setting that has none by its nature, far beyond any use; `jfbfast.models.limits` has the network's.
+# The most of a setting that has none by its nature, far beyond any use; `jfbfast.models.config` has the network's.
 _MOST: dict[str, float] = {
     **dict.fromkeys(("train", "validation", "steps", "pretraining_steps", "warmup", "interval", "log_every"), 1e9),
     **dict.fromkeys(("jacobian_interval", "jacobian_samples", "jacobian_penalty", "jacobian_bound"), 1e9),
@@ -268,8 +268,8 @@ class TrainingSettings:
 
     def model_config(self) -> ModelConfig:
         """The network's description."""
-        from jfbfast.models.checkpoint import ModelConfig
         from jfbfast.models.conditional import CONDITIONS
+        from jfbfast.models.config import ModelConfig
 
         settings = self.resolved()
         assert settings.features is not None

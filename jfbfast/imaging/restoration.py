@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from jfbfast.imaging.classical import tikhonov
 from jfbfast.imaging.photographs import check_target, check_unused, file_identity, read_photograph, write_photograph
 from jfbfast.imaging.plausibility import PowerSpectrum
-from jfbfast.models.checkpoint import ModelConfig
+from jfbfast.models.config import SETTING, ModelConfig
 from jfbfast.models.pretrained import (
-    SETTING,
     load_model,
     matching_name,
     measurement_setting,
-    set_measurement,
     set_network,
 )
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
@@ -290,7 +288,7 @@ def choose_restorer(
         if config.form == "denoiser":
             raise ValueError(f"checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
         if config.ranges is not None:
-            set_measurement(checkpoint, model, config, given["sigma"], given["noise"])  # raises where one is missing
+            model.adapt_to(given["sigma"], given["noise"], config, checkpoint)  # raises where one is missing
         elif given["noise"] not in (None, config.noise) and not picked:
             raise ValueError(
                 f"noise is {given['noise']}; with a checkpoint, which was trained for its own, it is of no use"
@@ -301,12 +299,10 @@ def choose_restorer(
     return partial(_prepare, network, checkpoint or "", setting, given["padding_mode"], warn)
 
 
-def _network(
-    name: str, model: nn.Module, config: ModelConfig, setting: ModelConfig, cuts: bool, noise: float
-) -> Restorer:
+def _network(name: str, model: Any, config: ModelConfig, setting: ModelConfig, cuts: bool, noise: float) -> Restorer:
     """The network's restorer, set for this noise where it takes a range of them."""
     if config.ranges is not None:
-        set_measurement(name, model, config, setting.sigma, min(noise, config.ranges.noise[1]))
+        model.adapt_to(setting.sigma, min(noise, config.ranges.noise[1]), config, name)
     restorer = network_restorer(model, config.channels)
     return for_cuts(restorer, setting.blur()) if cuts else restorer
 

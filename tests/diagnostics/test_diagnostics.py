@@ -20,7 +20,8 @@ from jfbfast.diagnostics.verdicts import rows
 from jfbfast.imaging.photographs import Photograph, read_photograph, write_photograph
 from jfbfast.imaging.quality import psnr
 from jfbfast.implicit.methods import GRADIENTS
-from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
+from jfbfast.models.checkpoint import save_checkpoint
+from jfbfast.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")

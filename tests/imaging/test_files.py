@@ -15,7 +15,8 @@ from jfbfast.imaging.photographs import ImageError, Photograph, image_files, rea
 from jfbfast.imaging.quality import measure, psnr
 from jfbfast.imaging.restoration import ALIGNMENT, border_reach, restore_tiled, seamless_overlap, tiles, tiling_error
 from jfbfast.models import pretrained
-from jfbfast.models.checkpoint import FORMS, CheckpointError, ModelConfig, load_checkpoint, read_config, save_checkpoint
+from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint
+from jfbfast.models.config import FORMS, ModelConfig
 
 DENOISER = {
     "kind": "DnCNN",
