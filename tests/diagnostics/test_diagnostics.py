@@ -15,7 +15,7 @@ from helpers.command_line import run
 from helpers.maps import dense_jacobian
 from helpers.models import Cell, networks
 from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, Picard, Status, UNet
-from jfbfast.diagnostics.conditioning import convergence_history, jfb_condition, lipschitz_bound, report
+from jfbfast.diagnostics import convergence_history, jfb_condition, lipschitz_bound, report
 from jfbfast.diagnostics.verdicts import rows
 from jfbfast.imaging.photographs import Photograph, read_photograph, write_photograph
 from jfbfast.imaging.quality import psnr
