@@ -39,7 +39,8 @@ def _residuals(axis: Axes, m: Measurements, colours: list[Any]) -> None:
     axis.set_yscale("log")
     if m.tol > 0 and m.history.residual.numel():
         axis.axhline(m.tol, color="grey", linestyle="--", linewidth=1)
-        axis.text(1, m.tol, f"tol = {m.tol:g} ", ha="right", va="bottom", color="dimgrey", **_along(axis))
+        beside = axis.get_yaxis_transform()  # x in shares of the axis' width
+        axis.text(1, m.tol, f"tol = {m.tol:g} ", ha="right", va="bottom", color="dimgrey", transform=beside)
     _label(axis, "Residual of each sample, and where its solve stops", "evaluations of T", "‖T(x) − x‖ / ‖T(x)‖")
 
 
@@ -71,12 +72,13 @@ def _gradients(axis: Axes, m: Measurements) -> None:
     if not m.cosine:
         _note(axis, "the layer has no parameters")
         return _label(axis, "Gradients", "", "")
+    beside = axis.get_yaxis_transform()  # x in shares of the axis' width
     for row, (name, cosine) in enumerate(m.cosine.items()):
         median, ratio = float(cosine.nanmedian()), float(m.norm_ratio[name].nanmedian())
         axis.barh(row, median, height=0.6, color="#a8c8dc")
         axis.scatter(cosine, torch.full_like(cosine, row), s=12, color="black", zorder=3)
-        axis.text(1.03, row, f"{median:.4f}     {ratio:.2f}", va="center", **_along(axis))
-    axis.text(1.03, -0.75, "cosine   norm ratio", fontsize=9, color="dimgrey", **_along(axis))
+        axis.text(1.03, row, f"{median:.4f}     {ratio:.2f}", va="center", transform=beside)
+    axis.text(1.03, -0.75, "cosine   norm ratio", fontsize=9, color="dimgrey", transform=beside)
     axis.set_yticks(range(len(m.cosine)), list(m.cosine))
     axis.set_ylim(len(m.cosine) - 0.5, -0.5)
     _label(axis, "Gradients against the exact one", "cosine (bar: median, dots: samples)", "")
@@ -92,19 +94,13 @@ def _curves(axis: Axes, values: Tensor, m: Measurements, colours: list[Any]) -> 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_title(title, fontsize=11, loc="left")
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
+    axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _note(axis: Axes, text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes, color="dimgrey")
-
-
-def _along(axis: Axes) -> dict[str, Any]:
-    """Place text at a share of the axis' width and a value of its y."""
-    return {"transform": axis.get_yaxis_transform()}
 
 
 def _largest(values: Tensor) -> float:
