@@ -16,11 +16,9 @@ from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
-from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
 from jfbfast.models.operator_record import described, keep_operator, record_operator
 from jfbfast.models.pretrained import load_model
 from jfbfast.models.red import RED, log_parameter
-from jfbfast.models.unet import UNet
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.iterative import (
     IterativeOperator,
@@ -311,7 +309,7 @@ class DEGrad(nn.Module):
         Autocast and a hook on the network may cast.
         """
         network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
-        if type(network) not in (DnCNN, NonexpansiveDenoiser, UNet) or network._forward_pre_hooks:
+        if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:
             return
         dtype = next(network.parameters()).dtype
         if x0.dtype != dtype and not torch.is_autocast_enabled(x0.device.type):

@@ -14,7 +14,7 @@ from helpers import small_runs
 from helpers.small_runs import rows, write_photographs
 from jfbfast import DEGrad, GaussianBlur, UNet
 from jfbfast.cli import app
-from jfbfast.diagnostics.conditioning import lipschitz_bound
+from jfbfast.diagnostics import lipschitz_bound
 from jfbfast.experiments.runs import _take_weights
 from jfbfast.experiments.settings import make_settings
 from jfbfast.implicit.prepared import prepared
