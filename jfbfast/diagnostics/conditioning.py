@@ -84,7 +84,7 @@ class Report:
 
     def plot(self, path: str | Path) -> None:
         """Save the report as a picture: residuals, quality, eigenvalues, cosines."""
-        from jfbfast.imaging.plots import diagnosis
+        from jfbfast.diagnostics.plots import diagnosis
 
         diagnosis(self, path)
 
