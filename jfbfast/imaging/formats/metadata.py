@@ -12,7 +12,8 @@ import numpy as np
 from jfbfast.imaging.formats.tags import EXIF, LONG, SHORT, Directory, read_directory
 
 MOST_PIXELS = 250_000_000  # of an image; each takes 12 bytes or more, several times over
-ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 274, 282, 283, 296  # tags
+ORIENTATION = 274  # a tag
+RESOLUTION = X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296  # tags
 _WIDTH, _HEIGHT = 40962, 40963  # tags
 _PER_INCH = {2: 1.0, 3: 2.54}  # of resolutions by their unit, an inch or a centimetre
 _LARGEST_DPI = 65_000  # of what JPEG can tell
@@ -115,7 +116,7 @@ def kept_dpi(dpi: Sequence[float] | None, exif: Directory) -> tuple[float, float
     """Pixels per inch across and down; None where the file has none that a camera or scanner has."""
     if dpi is None:
         scale = _PER_INCH.get(exif.number(RESOLUTION_UNIT, 2), math.nan)
-        dpi = [scale * number for tag in (X_RESOLUTION, Y_RESOLUTION) for number in exif.numbers(tag)]
-    if len(dpi) != 2 or not all(1 <= number <= _LARGEST_DPI for number in dpi):
+        dpi = [scale * exif.ratio(tag) for tag in (X_RESOLUTION, Y_RESOLUTION)]
+    if not all(1 <= number <= _LARGEST_DPI for number in dpi):
         return None
     return float(dpi[0]), float(dpi[1])
