@@ -124,20 +124,19 @@ def tikhonov(blur: SeparableBlur, d: Tensor, damping: float | Tensor) -> Tensor:
 
 def differences(x: Tensor) -> Tensor:
     """∇x: forward differences of images (…, H, W), as (2, …, H, W): down and to the right, 0 at the far edges."""
-    down, right = torch.zeros_like(x), torch.zeros_like(x)
-    down[..., :-1, :] = x[..., 1:, :] - x[..., :-1, :]
-    right[..., :, :-1] = x[..., :, 1:] - x[..., :, :-1]
-    return torch.stack((down, right))
+    out = x.new_zeros((2, *x.shape))
+    torch.sub(x[..., 1:, :], x[..., :-1, :], out=out[0, ..., :-1, :])
+    torch.sub(x[..., 1:], x[..., :-1], out=out[1, ..., :-1])
+    return out
 
 
 def differences_adjoint(u: Tensor) -> Tensor:
     """∇ᵀu: the adjoint of `differences`, for u (2, …, H, W)."""
-    down, right = u
-    out = torch.zeros_like(down)
-    out[..., :-1, :] -= down[..., :-1, :]
-    out[..., 1:, :] += down[..., :-1, :]
-    out[..., :, :-1] -= right[..., :, :-1]
-    out[..., :, 1:] += right[..., :, :-1]
+    down, right, out = u[0, ..., :-1, :], u[1, ..., :-1], torch.zeros_like(u[0])
+    out[..., :-1, :] -= down
+    out[..., 1:, :] += down
+    out[..., :-1] -= right
+    out[..., 1:] += right
     return out
 
 

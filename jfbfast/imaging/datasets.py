@@ -58,11 +58,6 @@ def split(files: Sequence[Path], train: float | None, validation: float) -> tupl
 
     Raises:
         ValueError: neither a share nor a count; more than there are.
-
-    Example:
-        >>> from jfbfast.imaging.datasets import split
-        >>> split(["a.png", "b.png", "c.png", "d.png"], train=2, validation=0.25)
-        (['a.png', 'b.png'], ['c.png'], ['d.png'])
     """
     held_out = _count("validation", validation, len(files))
     kept = len(files) - held_out if train is None else _count("train", train, len(files))
@@ -277,13 +272,6 @@ class Images(Dataset[Sample]):
         photographs: (3, H, W) each, uint8, or floats in [0, 1].
         crop: the longest side of the centre square; None for the whole.
         seed: of the measurements' random numbers, which depend on it and on the index alone; at least 0.
-
-    Example:
-        >>> import torch
-        >>> from jfbfast.imaging.datasets import Images
-        >>> images = Images([torch.rand(3, 20, 30)], crop=16)
-        >>> images[0].x.shape, torch.equal(images[0].noise, images[0].noise)
-        (torch.Size([3, 16, 16]), True)
     """
 
     def __init__(self, photographs: Sequence[Tensor], crop: int | None = None, seed: int = 0) -> None:

@@ -15,20 +15,9 @@ from torch import Tensor
 from jfbfast import checks
 from jfbfast.files import check_writable, write_whole
 from jfbfast.imaging.formats import eight_bit, netpbm, png, tiff
-from jfbfast.imaging.formats.metadata import Decoded, ImageError, Metadata, kept_dpi, kept_exif, orientation
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "ImageError",
-    "Metadata",
-    "Photograph",
-    "check_place",
-    "check_target",
-    "check_unused",
-    "image_files",
-    "read_photograph",
-    "write_photograph",
-]
+from jfbfast.imaging.formats.metadata import Decoded, kept_dpi, kept_exif, orientation
+from jfbfast.imaging.formats.metadata import ImageError as ImageError  # exported from here
+from jfbfast.imaging.formats.metadata import Metadata as Metadata
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by how a file starts
@@ -180,20 +169,19 @@ def check_target(path: str | Path, photograph: Photograph) -> None:
     check_place(path)
     path, suffix = Path(path), Path(path).suffix.lower()
     pixels, alpha, dtype, metadata = photograph
-    tiff_file, jpeg = suffix in (".tif", ".tiff"), suffix in (".jpg", ".jpeg")
-    if jpeg and dtype != np.uint8:
-        raise ImageError(f"{path}: {suffix} cannot hold {dtype} samples; .png and .tiff can")
-    if suffix == ".png" and dtype == np.float32:
-        raise ImageError(f"{path}: .png cannot hold float32 samples; .tiff can")
-    if jpeg and alpha is not None:
-        raise ImageError(f"{path}: {suffix} cannot hold an alpha channel; .png and .tiff can")
-    if jpeg and max(pixels.shape[1:]) > _LONGEST_JPEG:
-        raise ImageError(f"{path}: {suffix} cannot hold a side of {max(pixels.shape[1:])} pixels; .png and .tiff can")
-    if tiff_file and alpha is not None and len(pixels) == 1 and metadata.icc:
+    jpeg, longest = suffix in (".jpg", ".jpeg"), max(pixels.shape[1:])
+    colours = metadata.colour.keys() - {b"sRGB"} if suffix != ".png" else ()  # without sRGB, readers assume it
+    for refused, what in (
+        (jpeg and dtype != np.uint8, f"{dtype} samples; .png and .tiff can"),
+        (suffix == ".png" and dtype == np.float32, "float32 samples; .tiff can"),
+        (jpeg and alpha is not None, "an alpha channel; .png and .tiff can"),
+        (jpeg and longest > _LONGEST_JPEG, f"a side of {longest} pixels; .png and .tiff can"),
+        (colours, f"what tells its colours ({b', '.join(sorted(colours)).decode()}); .png can"),
+    ):
+        if refused:
+            raise ImageError(f"{path}: {suffix} cannot hold {what}")
+    if suffix in (".tif", ".tiff") and alpha is not None and len(pixels) == 1 and metadata.icc:
         raise ImageError(f"{path}: grey with alpha becomes colour, which its profile is not for; .png can hold it")
-    if suffix != ".png" and (named := metadata.colour.keys() - {b"sRGB"}):  # readers assume sRGB anyway
-        told = ", ".join(sorted(kind.decode() for kind in named))
-        raise ImageError(f"{path}: {suffix} cannot hold what tells its colours ({told}); .png can")
     corner = Photograph(pixels[:, :1, :1], None if alpha is None else alpha[:, :1, :1], dtype, metadata)
     _encode(path, corner)  # raises if the metadata cannot be written
 

@@ -1,4 +1,4 @@
-"""Restorations side by side, as a picture."""
+"""Plot restorations side by side."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def side_by_side(images: Mapping[str, Tensor], path: str | Path, detail: tuple[i
     """Save labelled images in a row, each above an enlarged detail of itself.
 
     Args:
-        images: label to (3, H, W) in [−1, 1].
-        path: of the PNG to write.
+        images: (3, H, W) in [−1, 1], by label.
+        path: the PNG file to write.
         detail: top, left and side of the enlarged square, in pixels.
-        title: above all.
+        title: of the whole figure.
     """
     top, left, side = detail
     figure, axes = plt.subplots(2, len(images), figsize=(2.6 * len(images), 5.9), squeeze=False, layout="constrained")

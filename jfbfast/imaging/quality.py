@@ -21,14 +21,6 @@ def measure(x: Tensor, blur: Callable[[Tensor], Tensor], noise: float, white: Te
         blur: A.
         noise: ν ≥ 0, in x's units.
         white: ε, white noise of standard deviation 1, like x.
-
-    Example:
-        >>> import torch, jfbfast
-        >>> from jfbfast.imaging.quality import measure
-        >>> x = torch.zeros(1, 3, 8, 8)
-        >>> d = measure(x, jfbfast.GaussianBlur(), noise=0.01, white=torch.ones_like(x))
-        >>> bool((d == 0.01).all())
-        True
     """
     return blur(x) + noise * white
 

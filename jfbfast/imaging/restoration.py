@@ -181,15 +181,6 @@ def extend(d: Tensor, margin: int, padding_mode: str) -> Tensor:
     return torch.from_numpy(np.pad(d.numpy(), sides, mode=EXTENSIONS[padding_mode]))
 
 
-def margin_for(blur: GaussianBlur) -> int:
-    """Return how far to extend an image: twice the blur's reach and 24 pixels, rounded up to a multiple of `ALIGNMENT`.
-
-    Wider margins changed a photograph's border by less than 0.05 dB, for the shipped networks and for Tikhonov
-    regularisation at σ = 1 to 3.
-    """
-    return -(-(24 + max(blur.kernel_size)) // ALIGNMENT) * ALIGNMENT
-
-
 def tikhonov_restorer(blur: SeparableBlur, d: Tensor, damping: float) -> Restorer:
     """Return Tikhonov regularisation about a constant c, so that it commutes with an offset of brightness.
 
@@ -310,7 +301,8 @@ def choose_restorer(
         set_network(checkpoint, model, config, setting, say)
         network = network_restorer(model, config.channels, None if zeros else setting.blur())
     blur = GaussianBlur(setting.kernel_size, setting.sigma, "zeros" if zeros else "reflect")
-    margin = 0 if zeros else margin_for(blur)
+    # Twice the blur's reach and 24 pixels, rounded up; wider margins changed the border by less than 0.05 dB.
+    margin = 0 if zeros else -(-(24 + max(blur.kernel_size)) // ALIGNMENT) * ALIGNMENT
 
     def prepare(name: str, d: Tensor) -> Prepared:
         measured = extend(d, margin, given["padding_mode"]) if margin else d

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jfbfast.imaging.formats.tags import EXIF, LONG, SHORT, Directory, read_directory
+from jfbfast.imaging.formats.tags import EXIF, LONG, RATIONAL, SHORT, Directory, read_directory
 
 MOST_PIXELS = 250_000_000  # of an image; each takes 12 bytes or more, several times over
-ORIENTATION = 274  # a tag
 RESOLUTION = X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296  # tags
-_WIDTH, _HEIGHT = 40962, 40963  # tags
-_PER_INCH = {2: 1.0, 3: 2.54}  # scale of a resolution by its unit, an inch or a centimetre
+_ORIENTATION, _WIDTH, _HEIGHT = 274, 40962, 40963  # tags
+_PER_INCH: dict[float, float] = {2: 1.0, 3: 2.54}  # scale of a resolution by its unit, an inch or a centimetre
 _LARGEST_DPI = 65_000  # that JPEG can hold
 _HEADER = b"Exif\0\0"
 
@@ -85,8 +84,8 @@ def read_exif(content: bytes) -> Directory:
 
 def orientation(exif: Directory) -> int:
     """Return EXIF's orientation, 1 to 8; 1, upright, if it is missing or invalid."""
-    found = exif.number(ORIENTATION)
-    return found if 1 <= found <= 8 else 1
+    found = exif.number(_ORIENTATION)
+    return int(found) if 1 <= found <= 8 else 1
 
 
 def kept_exif(exif: Directory, width: int, height: int, dpi: tuple[float, float] | None) -> bytes:
@@ -107,16 +106,16 @@ def kept_exif(exif: Directory, width: int, height: int, dpi: tuple[float, float]
 
 def put_dpi(tags: Directory, dpi: tuple[float, float]) -> None:
     """Set the tags of the resolution."""
-    tags.put_ratio(X_RESOLUTION, dpi[0])
-    tags.put_ratio(Y_RESOLUTION, dpi[1])
+    tags.put(X_RESOLUTION, RATIONAL, dpi[0])
+    tags.put(Y_RESOLUTION, RATIONAL, dpi[1])
     tags.put(RESOLUTION_UNIT, SHORT, 2)
 
 
 def kept_dpi(dpi: Sequence[float] | None, exif: Directory) -> tuple[float, float] | None:
     """Return the pixels per inch across and down; None if the file has none, or none that is plausible."""
     if dpi is None:
-        scale = _PER_INCH.get(exif.number(RESOLUTION_UNIT, 2), math.nan)
-        dpi = [scale * exif.ratio(tag) for tag in (X_RESOLUTION, Y_RESOLUTION)]
+        scale = _PER_INCH.get(exif.number(RESOLUTION_UNIT) if RESOLUTION_UNIT in exif else 2, math.nan)
+        dpi = [scale * exif.number(tag) for tag in (X_RESOLUTION, Y_RESOLUTION)]
     if not all(1 <= number <= _LARGEST_DPI for number in dpi):
         return None
     return float(dpi[0]), float(dpi[1])

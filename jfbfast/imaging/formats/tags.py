@@ -5,6 +5,7 @@ Pillow's own directories would change types and replace letters that are not ASC
 
 from __future__ import annotations
 
+import math
 import struct
 from contextlib import suppress
 from fractions import Fraction
@@ -13,8 +14,7 @@ from typing import Literal, NamedTuple
 EXIF, GPS, INTEROPERABILITY = 0x8769, 0x8825, 0xA005  # tags that hold a directory
 BYTE, SHORT, LONG, RATIONAL, UNDEFINED = 1, 3, 4, 5, 7  # types
 _SIZES = dict(zip(range(1, 14), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), strict=True))  # bytes of each type's value
-_LETTERS = {BYTE: "B", SHORT: "H", LONG: "L"}  # of struct
-
+_FORMATS = {BYTE: "B", SHORT: "H", LONG: "L", RATIONAL: "2L"}  # of struct
 
 Order = Literal["<", ">"]
 
@@ -32,39 +32,25 @@ class Value(NamedTuple):
 
 
 class Directory(dict[int, "Value | Directory"]):
-    """Tags and their values.
-
-    Args:
-        order: byte order of the values.
-    """
+    """Tags and their values, in a byte order."""
 
     def __init__(self, order: Order = "<") -> None:
         super().__init__()
         self.order = order
 
-    def number(self, tag: int, default: int = -1) -> int:
-        """Return the one whole number of a tag; the default if it has none, or several."""
+    def number(self, tag: int) -> float:
+        """Return the one number of a tag; NaN if it has none, or several."""
         value = self.get(tag)
-        if not isinstance(value, Value) or value.kind not in _LETTERS or value.length != 1:
-            return default
-        return int(struct.unpack(self.order + _LETTERS[value.kind], value.data)[0])
+        if not isinstance(value, Value) or value.kind not in _FORMATS or value.length != 1:
+            return math.nan
+        number, *denominator = struct.unpack(self.order + _FORMATS[value.kind], value.data)
+        return number / (denominator[0] or math.nan) if denominator else number
 
-    def ratio(self, tag: int) -> float:
-        """Return the one fraction of a tag; NaN if it has none, or several."""
-        value = self.get(tag)
-        if not isinstance(value, Value) or value.kind != RATIONAL or value.length != 1:
-            return float("nan")
-        numerator, denominator = struct.unpack(f"{self.order}2L", value.data)
-        return numerator / denominator if denominator else float("nan")
-
-    def put(self, tag: int, kind: int, number: int) -> None:
-        """Set a tag to a whole number."""
-        self[tag] = Value(kind, struct.pack(self.order + _LETTERS[kind], number))
-
-    def put_ratio(self, tag: int, number: float) -> None:
-        """Set a tag to a positive fraction."""
-        ratio = Fraction(number).limit_denominator(10_000)
-        self[tag] = Value(RATIONAL, struct.pack(f"{self.order}2L", ratio.numerator, ratio.denominator))
+    def put(self, tag: int, kind: int, number: float) -> None:
+        """Set a tag to a number without a sign."""
+        ratio = Fraction(number).limit_denominator(10_000).as_integer_ratio()
+        numbers = ratio if kind == RATIONAL else (int(number),)
+        self[tag] = Value(kind, struct.pack(self.order + _FORMATS[kind], *numbers))
 
     def tobytes(self, start: int) -> bytes:
         """Return the directory as a file holds it from byte ``start`` on."""

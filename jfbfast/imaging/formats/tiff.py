@@ -13,28 +13,20 @@ import numpy as np
 import tifffile
 from PIL.ExifTags import Base as Tag
 
-from jfbfast.imaging.formats.metadata import (
-    RESOLUTION,
-    Decoded,
-    ImageError,
-    Metadata,
-    check_size,
-    put_dpi,
-    read_exif,
-)
+from jfbfast.imaging.formats.metadata import RESOLUTION, Decoded, ImageError, Metadata, check_size, put_dpi, read_exif
 from jfbfast.imaging.formats.tags import UNDEFINED, Directory, Value, read_directory
 
 _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6  # photometric interpretations
-_CHANNELS = {_GREY: 1, _RGB: 3}
+_CHANNELS: dict[float, int] = {_GREY: 1, _RGB: 3}
 _EIGHT_BIT_CHANNELS = {**_CHANNELS, _WHITE_IS_ZERO: 1, _PALETTE: 1, _YCBCR: 3}
 _JPEG = 7  # the compression that turns YCbCr into RGB when it decodes
 _STRAIGHT_ALPHA = 2
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what matters of a broken file is raised too
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damage raises, and needs no log
 
 
 def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
-    """Refuse layouts whose samples would be misinterpreted."""
+    """Refuse layouts of samples that `decode` would misinterpret."""
     dtype, extra = page.dtype, tuple(map(int, page.extrasamples))
     if dtype not in (np.uint8, np.uint16, np.float32) or page.bitspersample != 8 * dtype.itemsize:
         raise ImageError(f"its samples are neither 8-bit, 16-bit nor float32: {page.bitspersample} bits, {dtype}")
@@ -88,7 +80,7 @@ def decode(content: bytes) -> Decoded:
 def encode(array: np.ndarray, metadata: Metadata) -> bytes:
     """Encode (H, W, channels), uint8, uint16 or float32, as a TIFF.
 
-    tifffile does not write EXIF, so its directory of tags is replaced by one at the end of the file that has them too.
+    tifffile does not write EXIF, so another directory, with these tags too, is appended and takes the place of its own.
     """
     exif, out, channels = read_exif(metadata.exif), BytesIO(), array.shape[2]
     tifffile.imwrite(
@@ -105,7 +97,7 @@ def encode(array: np.ndarray, metadata: Metadata) -> bytes:
     )
     content = out.getvalue()
     tags = read_directory(content)
-    for tag in RESOLUTION:  # tifffile writes 1
+    for tag in RESOLUTION:  # tifffile writes a resolution of 1
         tags.pop(tag, None)
     tags.update(exif)
     if metadata.icc:
