@@ -46,6 +46,15 @@ def short_png(array):
     return whole[:33] + short[33:]  # the header of the one, the data of the other
 
 
+def with_an_empty_strip(array):
+    """A TIFF that gives one of its strips no bytes."""
+    out = io.BytesIO(tiff(array, compression="zlib", rowsperstrip=2))
+    with tifffile.TiffFile(out, mode="r+b") as file:
+        tag = file.pages.first.tags["StripByteCounts"]
+        tag.overwrite((tag.value[0], 0, tag.value[2]))
+    return out.getvalue()
+
+
 def values(photograph):
     """(H, W, channels), alpha last."""
     parts = [photograph.pixels] if photograph.alpha is None else [photograph.pixels, photograph.alpha]
@@ -139,6 +148,7 @@ GREY, RGB, DEEP = samples("uint8", 1), samples("uint8"), samples("uint16")
 PALETTE = Image.fromarray(RGB).quantize(16)
 HALVES = np.array([[512, 0], [1023, 1]])[:, :, None]
 PRIMARIES = np.array([[[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]])
+JPEG_TIFF = cv2.imencode(".tiff", cv2.resize(RGB, (36, 24)), [cv2.IMWRITE_TIFF_COMPRESSION, 7])[1].tobytes()
 BMP_555 = b"BM" + struct.pack("<LHHLLllHHLLllLL", 62, 0, 0, 54, 40, 4, 1, 1, 16, 0, 8, 0, 0, 0, 0)
 
 
@@ -157,6 +167,9 @@ BMP_555 = b"BM" + struct.pack("<LHHLLllHHLLllLL", 62, 0, 0, 54, 40, 4, 1, 1, 16,
         "sBIT": (png(DEEP, (b"sBIT", b"\x0a\x0a\x0a")), to_floats(DEEP)),
         "BMP of 5 bits": (BMP_555 + struct.pack("<4H", 0x7FFF, 0x7C00, 0x03E0, 0x001F), PRIMARIES),
         "white is zero": (tiff(GREY, photometric="miniswhite"), 1 - to_floats(GREY)),
+        "16-bit white is zero": (tiff(DEEP[:, :, :1], photometric="miniswhite"), 1 - to_floats(DEEP[:, :, :1])),
+        "16-bit grey with alpha": (tiff(samples("uint16", 2)), to_floats(samples("uint16", 2))),
+        "YCbCr in JPEG": (JPEG_TIFF, to_floats(cv2.imdecode(np.frombuffer(JPEG_TIFF, np.uint8), 1)[:, :, ::-1])),
         "palette TIFF": (pillow(PALETTE, "TIFF"), to_floats(np.asarray(PALETTE.convert("RGB")))),
         "LZW": (lzw_tiff(DEEP), to_floats(DEEP)),
         "big-endian": (tiff(DEEP, byteorder=">"), to_floats(DEEP)),
@@ -213,12 +226,12 @@ RGBA16 = samples("uint16", 4)
         ),
         (tiff(GREY, photometric="palette", colormap=np.full((3, 256), 255, np.uint16)), "its palette has 8 bits"),
         (tiff(np.moveaxis(DEEP, 2, 0), photometric="rgb", planarconfig="separate"), "its channels one after the other"),
-        (tiff(DEEP[:, :, 0], photometric="miniswhite"), "photometric interpretation is 0; for uint16 samples"),
         (tiff(RGBA16, photometric="separated", extrasamples=[]), "photometric interpretation is 5"),
         (tiff(RGBA16, extrasamples=["assocalpha"]), r"kind \(1,\); .* alpha not multiplied in"),
         (tiff(RGBA16, extrasamples=["unspecified"]), r"kind \(0,\)"),
         (lzw_tiff(RGBA16[:, :, [2, 1, 0, 3]][:, :, ::-1]), "4 samples a pixel, and no tag says what each is"),
-        (tiff(samples("uint16", 2)), "grey with alpha"),
+        (pillow(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), "YCbCr without JPEG compression"),
+        (with_an_empty_strip(DEEP), "some of its pixels are missing"),
         (tiff(np.stack([RGB, RGB]), photometric="rgb"), "2 pages"),
         (tiff(RGB, subfiletype=1), "a preview of another image"),
         *[(tiff(np.zeros((6, 9), kind)), "neither 8-bit") for kind in ("int8", "int16", "uint32", "float16", "double")],

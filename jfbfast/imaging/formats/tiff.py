@@ -17,8 +17,7 @@ from jfbfast.imaging.formats.metadata import RESOLUTION, Decoded, ImageError, Me
 from jfbfast.imaging.formats.tags import UNDEFINED, Directory, Value, read_directory
 
 _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6  # photometric interpretations
-_CHANNELS: dict[float, int] = {_GREY: 1, _RGB: 3}
-_EIGHT_BIT_CHANNELS = {**_CHANNELS, _WHITE_IS_ZERO: 1, _PALETTE: 1, _YCBCR: 3}
+_CHANNELS: dict[float, int] = {_WHITE_IS_ZERO: 1, _GREY: 1, _RGB: 3, _PALETTE: 1, _YCBCR: 3}
 _JPEG = 7  # the compression that turns YCbCr into RGB when it decodes
 _STRAIGHT_ALPHA = 2
 
@@ -30,27 +29,23 @@ def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
     dtype, extra = page.dtype, tuple(map(int, page.extrasamples))
     if dtype not in (np.uint8, np.uint16, np.float32) or page.bitspersample != 8 * dtype.itemsize:
         raise ImageError(f"its samples are neither 8-bit, 16-bit nor float32: {page.bitspersample} bits, {dtype}")
-    channels = _EIGHT_BIT_CHANNELS if dtype == np.uint8 else _CHANNELS
     photometric = tags.number(Tag.PhotometricInterpretation)
-    if photometric not in channels:
-        taken = ", ".join(map(str, sorted(channels)))
-        raise ImageError(f"its photometric interpretation is {photometric}; for {dtype} samples it takes {taken}")
+    if photometric not in _CHANNELS:
+        taken = ", ".join(map(str, _CHANNELS))
+        raise ImageError(f"its photometric interpretation is {photometric}; it takes {taken}")
     if photometric == _YCBCR and page.compression != _JPEG:
         raise ImageError("its colours are YCbCr without JPEG compression; it takes grey and RGB")
-    if extra and (extra != (_STRAIGHT_ALPHA,) or photometric not in _CHANNELS):
+    if extra and (extra != (_STRAIGHT_ALPHA,) or photometric not in (_GREY, _RGB)):
         raise ImageError(f"its extra samples are of kind {extra}; it takes one of kind 2, alpha not multiplied in")
-    if extra and photometric == _GREY and dtype != np.uint8:
-        raise ImageError(f"is grey with alpha, of {dtype} samples; for those it takes alpha beside RGB alone")
-    if page.samplesperpixel != channels[photometric] + len(extra):
-        raise ImageError(
-            f"has {page.samplesperpixel} samples a pixel, and no tag says what each is; it takes grey, RGB, and alpha"
-        )
-    if page.samplesperpixel > 1 and page.planarconfig != 1:
+    samples = page.samplesperpixel
+    if samples != _CHANNELS[photometric] + len(extra):
+        raise ImageError(f"has {samples} samples a pixel, and no tag says what each is; it takes grey, RGB, and alpha")
+    if samples > 1 and page.planarconfig != 1:
         raise ImageError("stores its channels one after the other; it takes them pixel by pixel")
     if page.imagedepth != 1:
         raise ImageError(f"is a volume of {page.imagedepth} images; it takes one image a file")
-    if photometric == _PALETTE and (page.colormap is None or page.colormap.max() < 256):
-        raise ImageError("its palette has 8 bits, where TIFF has 16")
+    if photometric == _PALETTE and (dtype != np.uint8 or page.colormap is None or page.colormap.max() < 256):
+        raise ImageError("its palette has 8 bits, where TIFF has 16, or more than 256 colours")
     if page.is_reduced:
         raise ImageError("holds a preview of another image, as raw files of cameras do")
     if not all(page.databytecounts):  # tifffile would fill these strips with zeros
@@ -67,13 +62,13 @@ def decode(content: bytes) -> Decoded:
             raise ImageError(f"has {len(file.pages)} pages; it takes one image a file")
         _check_layout(page, tags)
         array = page.asarray()
+    white = array.dtype.type(1 if array.dtype == np.float32 else np.iinfo(array.dtype).max)
     if page.photometric == _PALETTE:
         array = (page.colormap[:, array] >> 8).astype(np.uint8).transpose(1, 2, 0)
     elif page.photometric == _WHITE_IS_ZERO:
-        array = 255 - array
+        array = white - array
     profile = tags.get(Tag.InterColorProfile)
     icc = profile.data if isinstance(profile, Value) else b""
-    white = 1.0 if array.dtype == np.float32 else np.iinfo(array.dtype).max
     return Decoded(array.reshape(page.imagelength, page.imagewidth, -1), white, icc, tags)
 
 
