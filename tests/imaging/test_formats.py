@@ -1,4 +1,4 @@
-"""Image files of every kind: what is read is what the file means, what is kept survives, the rest is refused."""
+"""Image files of every kind: samples are read as defined, metadata survives, and the rest is refused."""
 
 import io
 import struct
@@ -43,7 +43,7 @@ def read(path, content):
 def short_png(array):
     """A PNG without its last rows, all checksums right."""
     whole, short = png(array), png(array[:3])
-    return whole[:33] + short[33:]  # the header of the one, the data of the other
+    return whole[:33] + short[33:]  # the header of one, the data of the other
 
 
 def with_an_empty_strip(array):
@@ -101,7 +101,7 @@ def test_photographs_come_back_upright_with_profile_exif_and_resolution(tmp_path
     np.testing.assert_allclose(values(photograph), to_floats(upright), atol=1e-6)
     for suffix in (".png", ".tiff"):
         if (suffix == ".png" and dtype == "float32") or (suffix == ".tiff" and channels == 2):
-            continue  # which it does not hold
+            continue  # the format cannot hold it
         write_photograph(tmp_path / f"out{suffix}", photograph)
         found, profile, dpi, exif = stored(tmp_path / f"out{suffix}")
         np.testing.assert_array_equal(found, upright[:, :, [0, 0, 0, 1]] if channels == 2 else upright)
@@ -133,7 +133,7 @@ def test_a_file_without_metadata_gets_none(tmp_path):
         assert read(tmp_path / name, content).metadata == Metadata()
 
 
-def test_a_png_keeps_what_tells_its_colours_and_other_formats_refuse_it(tmp_path):
+def test_a_png_keeps_its_colour_space_and_other_formats_refuse_it(tmp_path):
     linear = (b"gAMA", struct.pack(">I", 100_000))
     for array in (samples("uint8"), samples("uint16")):
         photograph = read(tmp_path / "linear.png", png(array, linear))
@@ -181,7 +181,7 @@ BMP_555 = b"BM" + struct.pack("<LHHLLllHHLLllLL", 62, 0, 0, 54, 40, 4, 1, 1, 16,
         ),
     }.values(),
 )
-def test_samples_are_what_the_file_means(tmp_path, content, expected):
+def test_samples_are_interpreted_as_the_format_defines(tmp_path, content, expected):
     np.testing.assert_allclose(values(read(tmp_path / "a.png", content)), expected, atol=1e-6)
 
 
@@ -240,14 +240,14 @@ RGBA16 = samples("uint16", 4)
         (pillow(RGB, "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff"), "EXIF data"),
     ],
 )
-def test_what_would_be_misread_is_refused_in_one_sentence(tmp_path, content, message):
+def test_files_that_would_be_misread_are_refused_in_one_sentence(tmp_path, content, message):
     with pytest.raises(ImageError, match=rf"a\.png: .*{message}") as error:
         read(tmp_path / "a.png", content)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("array", [RGB, DEEP])
-def test_damage_that_a_checksum_tells_is_refused(tmp_path, array):
+def test_damage_that_a_checksum_detects_is_refused(tmp_path, array):
     for content, start in ((png(array), 8), (tiff(array, compression="zlib"), None)):
         if start is None:
             start = tifffile.TiffFile(io.BytesIO(content)).pages[0].dataoffsets[0]
@@ -264,7 +264,7 @@ def test_damage_that_a_checksum_tells_is_refused(tmp_path, array):
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("png", "uint8"), ("png", "uint16"), ("tiff", "uint16"), ("jpeg", "uint8"), ("webp", "uint8")]
 )
-def test_a_broken_file_raises_nothing_else(tmp_path, kind, dtype):
+def test_a_broken_file_raises_nothing_but_an_image_error(tmp_path, kind, dtype):
     content, random = tagged(kind, samples(dtype), 6), np.random.default_rng(0)
     for _ in range(150):
         broken = bytearray(content[: random.integers(len(content) // 2, len(content))])
@@ -277,7 +277,7 @@ def test_a_broken_file_raises_nothing_else(tmp_path, kind, dtype):
             assert str(error).startswith(f"{path}: ")
 
 
-def test_a_target_that_cannot_hold_a_photograph_is_told_of_before(tmp_path):
+def test_a_target_that_cannot_hold_a_photograph_is_refused_before_writing(tmp_path):
     small, eight = torch.zeros(3, 4, 4), np.dtype("uint8")
     for name, photograph, message in (
         ("a.webp", Photograph(small, None, eight), r"\.webp is no format to write; \.png, \.tiff and \.jpg are"),
