@@ -23,7 +23,7 @@ def choose_targets(images: Sequence[Path], out: Path | None, overwrite: bool = F
         overwrite: replace existing files.
 
     Raises:
-        ValueError: an image does not exist; a target exists already, cannot be written, or is that of two images.
+        ValueError: an image does not exist; a target exists already, cannot be written, or belongs to two images.
     """
     if out is not None and out.suffix and not out.is_dir():
         if len(images) > 1:

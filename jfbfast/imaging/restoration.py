@@ -137,7 +137,7 @@ def restore_tiled(
 
 
 def border_reach(restore: Restorer, d: Tensor, tile: int = 512, tolerance: float = HALF_A_GREY_LEVEL) -> int:
-    """Measure how far from a cut, in pixels, a restoration differs visibly from that of the uncut image.
+    """Measure how far from a cut, in pixels, a restoration differs visibly from the uncut one.
 
     The image's centre, at most a tile, is restored with and without its upper quarter, and with and without its left
     quarter. This accounts for the network's receptive field, the operator's, and how often the solve applies them.
