@@ -176,7 +176,7 @@ def test_the_core_does_without_the_extras(tmp_path: Path) -> None:
         for module, packages in packages_distributions().items()
         if {package.lower() for package in packages} & optional - {"jfbfast"}
     }
-    assert {"safetensors", "cv2", "yaml"} <= modules
+    assert {"safetensors", "tifffile", "yaml"} <= modules
     subprocess.run([sys.executable, "-c", WITHOUT_THE_EXTRAS.format(modules=modules)], cwd=tmp_path, check=True)
 
 
