@@ -107,11 +107,18 @@ def runs(command: list[str]) -> bool:
         return False
 
 
+def remove_compiled_modules(package: Path) -> None:
+    """Remove those of an earlier build, so that none is used that this build leaves out."""
+    for module in package.glob(f"_*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        module.unlink()
+
+
 class CleanBuild(build):
     """Does not install modules from an earlier build that have since been moved or removed."""
 
     def run(self) -> None:
         shutil.rmtree(Path(self.build_lib, "jfbfast"), ignore_errors=True)
+        remove_compiled_modules(ROOT / "jfbfast")
         super().run()
 
 
@@ -119,10 +126,8 @@ class BuildWithNinja(build_ext):
     """Compiles the sources of an extension in parallel, in a folder below build/ that the next build reuses."""
 
     def run(self) -> None:
-        package = ROOT / "jfbfast"
-        for folder in (Path(self.build_lib, "jfbfast"), package):
-            for old in folder.glob(f"_*{sysconfig.get_config_var('EXT_SUFFIX')}"):
-                old.unlink()  # so that what is not built this time is not used either
+        for package in (Path(self.build_lib, "jfbfast"), ROOT / "jfbfast"):
+            remove_compiled_modules(package)
         super().run()
         # In the root of a clone, Python imports the package from ./jfbfast, also after a plain `pip install .`. So the
         # compiled modules are copied there too, and jfbfast/kernels and jfbfast/benchmarks are links to ../kernels and
