@@ -16,6 +16,7 @@ from torch import Tensor
 import jfbfast
 from jfbfast.backends import cuda
 from jfbfast.backends.cuda import AndersonCuda
+from jfbfast.solvers import loop
 from jfbfast.solvers.loop import Phase
 
 TESTS = Path(__file__).parent
@@ -54,6 +55,14 @@ def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_constants_of_the_kernels_are_those_of_python(emulated_module: ModuleType) -> None:
+    names = ("RUNNING", *(status.name for status in jfbfast.Status))
+    assert [getattr(emulated_module, name) for name in names] == [cuda._RUNNING, *jfbfast.Status]
+    assert emulated_module.MAX_MEMORY == cuda.MAX_MEMORY
+    assert emulated_module.DIVERGED_GROWTH == loop.DIVERGED_GROWTH
+    assert emulated_module.SAFEGUARD_GROWTH == loop.SAFEGUARD_GROWTH
 
 
 class Event:
