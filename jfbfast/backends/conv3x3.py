@@ -1,11 +1,11 @@
-"""The 3 × 3 convolution as torch.library ops, and where a layer's convolutions are Winograd's.
+"""The 3 × 3 convolution as torch.library ops, and the use of Winograd's convolution in a layer.
 
-``jfbfast::conv3x3``                  weight ∗ x + bias, and a ReLU
-``jfbfast::conv3x3_weight_gradient``  what backward through it gives the weight and the bias
+``jfbfast::conv3x3``                  weight ∗ x + bias, optionally with a ReLU
+``jfbfast::conv3x3_weight_gradient``  the gradients of its weight and bias
 
-The ops take (B, C, H, W) and return a channels-last tensor; `winograd_serves` decides at each call whether Winograd's
-convolution computes it or torch's. A layer uses them in a solve (jfbfast/implicit/prepared.py) and in the trace
-that carries the gradient (`winograd_convolutions`), where the tolerance allows it.
+The ops take images (B, C, H, W) and return a channels-last tensor. At each call `dispatch.kernels` decides whether
+Winograd's convolution or torch's computes it. Where the tolerance allows it, a layer uses the ops in a solve
+(jfbfast/implicit/prepared.py) and in the trace that carries the gradient (`winograd_convolutions`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,38 +21,34 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
-from jfbfast.backends import native, reference
-from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, selected_backend
+from jfbfast.backends import dispatch, native
+from jfbfast.backends.dispatch import DTYPES, check_reverse_mode
 
-_CHANNELS_PER_TILE = 12  # at most, where the weight is transformed too: about where torch is as fast
-_LEAST_TOL = 1e-4  # the rounding of Winograd's convolution is about 1e-6, and what asks for less must not see it
+_LEAST_TOL = 1e-4  # far above the rounding of Winograd's convolution, about 1e-6
 
 
 def winograd_allowed(tol: float) -> bool:
-    """Whether what is to reach the relative residual ``tol`` may use Winograd's convolution."""
+    """Whether a computation to the relative residual ``tol`` may use Winograd's convolution."""
     return tol >= _LEAST_TOL
 
 
 def transformed_weight(weight: Tensor) -> Tensor | None:
-    """What `conv3x3` can be given as ``transformed``, to be made once for a weight; None where it would not be used."""
-    return native.winograd_weights(weight) if _winograd_takes(weight, *weight.shape[:2]) else None
+    """The weight as `conv3x3` takes it in ``transformed``; None where Winograd's convolution cannot use it."""
+    kernels = dispatch.kernels(weight.device, "conv3x3", dtype=weight.dtype, channels=weight.shape[:2])
+    return native.winograd_weights(weight) if kernels is native else None
 
 
-def winograd_serves(x: Tensor, out_channels: int, transformed: bool = False) -> bool:
-    """Winograd's convolution is there for such an x (B, C, H, W), and faster.
-
-    With few channels its transforms cost too much, and with small images most of its 4 × 4 tiles are empty. The
-    transform of a weight, where it is not made beforehand, takes tiles enough to be worth it.
-    """
+def _kernels(x: Tensor, out_channels: int, transformed: bool = False) -> ModuleType:
+    """The module that convolves images x (B, C, H, W) to ``out_channels``."""
     batch, channels, height, width = x.shape
-    tiles = -(-height // 4) * -(-width // 4)
-    enough = transformed or not x.numel() or _CHANNELS_PER_TILE * batch * tiles >= max(channels, out_channels)
-    return enough and 2 * height * width >= 16 * tiles and _winograd_takes(x, channels, out_channels)
-
-
-def _winograd_takes(tensor: Tensor, *channels: int) -> bool:
-    available = selected_backend() in ("auto", "native") and native.AVAILABLE
-    return available and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and min(channels) >= 16
+    return dispatch.kernels(
+        x.device,
+        "conv3x3",
+        dtype=x.dtype,
+        channels=(channels, out_channels),
+        image_shape=(batch, height, width),
+        transformed=transformed,
+    )
 
 
 for _name, _signature in (
@@ -83,9 +80,8 @@ def _conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
 ) -> Tensor:
     _check_conv3x3(x, weight, bias)
-    if winograd_serves(x, len(weight), transformed is not None):
-        return native.conv3x3(x, weight, bias, relu, transformed)
-    return reference.conv3x3(x, weight, bias, relu).contiguous(memory_format=torch.channels_last)
+    out: Tensor = _kernels(x, len(weight), transformed is not None).conv3x3(x, weight, bias, relu, transformed)
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("jfbfast::conv3x3")
@@ -103,8 +99,7 @@ def _conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tenso
             f"gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on {gradient.device}; "
             f"it takes {x.dtype} of shape {shape} on {x.device}"
         )
-    kernels = native if winograd_serves(x, gradient.shape[1]) else reference
-    weight, bias = kernels.conv3x3_weight_gradient(x, gradient)
+    weight, bias = _kernels(x, gradient.shape[1]).conv3x3_weight_gradient(x, gradient)
     return weight.contiguous(), bias
 
 
@@ -203,7 +198,7 @@ def _conv2d(
     taken = (
         is_conv3x3(tuple(weight.shape[2:]), stride, padding, dilation, groups)
         and input.dim() == 4
-        and winograd_serves(input, len(weight))
+        and _kernels(input, len(weight)) is native
         and not torch.is_autocast_enabled("cpu")
         and not _transformed()
     )

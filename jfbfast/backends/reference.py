@@ -134,13 +134,16 @@ def gradient_step(
     return (x.to(g.dtype) - step_size * g).to(x.dtype)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+) -> Tensor:
     """Σ weight[o, c, i, j] · x[c, y + i − 1, z + j − 1] + bias[o], and its positive part where ``relu``.
 
     Args:
         x: [B, C, H, W]; zero outside.
         weight: [O, C, 3, 3].
         bias: [O].
+        transformed: another form of the weight, which only the C++ kernel reads.
     """
     out = F.conv2d(x, weight, bias, padding=1)
     return out.relu_() if relu else out

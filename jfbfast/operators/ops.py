@@ -6,7 +6,7 @@
 ``jfbfast::solve``           (AᵀA + λI)⁻¹ b
 
 Each takes images (…, H, W) and the two filters with their padding mode, and returns a contiguous tensor. Which
-twin computes it is decided at each call, by `kernels_for`. The convolution's ops are in jfbfast/backends/conv3x3.py.
+twin computes it is decided at each call, by `kernels`. The convolution's ops are in jfbfast/backends/conv3x3.py.
 """
 
 from __future__ import annotations
@@ -21,17 +21,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from jfbfast.backends import reference
-from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, kernels_for
+from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, kernels
 from jfbfast.operators import inverse
 from jfbfast.operators.tables import Taps, bands
 
 
 def _kernels(x: Tensor, taps: Taps) -> ModuleType:
-    kernels = kernels_for(x.device)
-    limit = getattr(kernels, "MAX_RADIUS", None)
-    if limit is not None and max(len(taps.y), len(taps.x)) // 2 > limit:
-        return reference
-    return kernels
+    return kernels(x.device, "blur", radius=max(len(taps.y), len(taps.x)) // 2)
 
 
 def _check(**images: Tensor | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import jfbfast
-from jfbfast.backends import cuda
+from jfbfast.backends import cuda, dispatch
 from jfbfast.backends.cuda import AndersonCuda
 from jfbfast.solvers.loop import Phase
 
@@ -78,6 +78,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
         monkeypatch.setattr(torch.cuda, "Event", Event)
+        rule, gpu = dispatch.kernels, torch.device("cuda", 0)
+        monkeypatch.setattr(
+            dispatch, "kernels", lambda device, op, **facts: rule(gpu if "solve" in op else device, op, **facts)
+        )
     return str(request.param)
 
 

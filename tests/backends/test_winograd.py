@@ -148,9 +148,9 @@ def test_the_op_passes_opcheck(channels: tuple[int, int], dtype: torch.dtype) ->
 
 def test_few_tiles_are_not_worth_the_transform_of_a_wide_weight() -> None:
     few, many = torch.randn(1, 64, 8, 8), torch.randn(2, 64, 8, 8)
-    assert winograd.winograd_serves(many, 64)
-    assert not winograd.winograd_serves(few, 64) and not winograd.winograd_serves(many, 128)
-    assert winograd.winograd_serves(few, 64, transformed=True)
+    assert winograd._kernels(many, 64) is native
+    assert winograd._kernels(few, 64) is reference and winograd._kernels(many, 128) is reference
+    assert winograd._kernels(few, 64, transformed=True) is native
 
 
 def test_the_op_leaves_to_torch_what_winograd_does_not_serve() -> None:
