@@ -141,15 +141,14 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
     return out
 
 
-def _gradient(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    step_size: Tensor | None,
-    bands: Bands,
-    adjoint: Bands,
+def gradient(
+    x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, step_size: Tensor | None = None
 ) -> Tensor:
-    """Aᵀ(Ax − d) + r where ``step_size`` is None, else x − η times that."""
+    """As `reference.gradient`; the step size is read on the device.
+
+    Raises:
+        ValueError: a radius beyond MAX_RADIUS.
+    """
     fused = _radius(bands) <= FUSED_RADIUS
     x = x.contiguous()
     d = None if d is None else d.contiguous()
@@ -171,18 +170,3 @@ def _gradient(
             _wide(x, d, None, None, None, residual, bands)
             _wide(residual, None, r, None if step_size is None else x, step_size, out, adjoint)
     return out
-
-
-def gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
-    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero. Raises ValueError for a radius beyond MAX_RADIUS."""
-    return _gradient(x, d, r, None, bands, adjoint)
-
-
-def gradient_step(
-    x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
-) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension.
-
-    η is read on the device. Raises ValueError for a radius beyond MAX_RADIUS.
-    """
-    return _gradient(x, d, r, step_size, bands, adjoint)

@@ -115,23 +115,21 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
     return _correlate(wide, bands.x, bands.circular, -1).to(x.dtype)
 
 
-def _gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
+def gradient(
+    x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, step_size: Tensor | None = None
+) -> Tensor:
+    """g = Aᵀ(A x − d) + r for x, d, r (…, H, W), where None stands for zero; x − ηg if there is a step size η ()."""
     g = blur(x.to(bands.y.dtype), bands)
     g = blur(g if d is None else g - d, adjoint)
-    return g if r is None else g + r
-
-
-def gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
-    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero."""
-    return _gradient(x, d, r, bands, adjoint).to(x.dtype)
+    g = g if r is None else g + r
+    return (g if step_size is None else x.to(g.dtype) - step_size * g).to(x.dtype)
 
 
 def gradient_step(
     x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
 ) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension."""
-    g = _gradient(x, d, r, bands, adjoint)
-    return (x.to(g.dtype) - step_size * g).to(x.dtype)
+    """x − η(Aᵀ(A x − d) + r)."""
+    return gradient(x, d, r, bands, adjoint, step_size)
 
 
 def conv3x3(
@@ -172,7 +170,7 @@ def svd(band: Tensor, circular: bool) -> SVD:
     return SVD(u, s, vh.T.contiguous())
 
 
-def solve(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
+def tikhonov(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
     """(AᵀA + λI)⁻¹ b = V₁[(V₁ᵀ b V₂) ⊘ (s₁² s₂²ᵀ + λ)]V₂ᵀ for b (…, H, W)."""
     power = svd_y.s[:, None] ** 2 * svd_x.s**2
     coefficients = svd_y.v.T @ b.to(power.dtype) @ svd_x.v / (power + damping)

@@ -123,11 +123,11 @@ class SeparableBlur(nn.Module):
         if not isinstance(damping, Tensor):
             checks.non_negative("damping", damping)
             if damping == 0:
-                inverse.check_invertible(self.taps, (b.shape[-2], b.shape[-1]), wide)
+                inverse.check_invertible(self.taps, b.shape[-2:], wide)
             damping = torch.tensor(damping, dtype=wide, device=b.device)
         if damping.dim() and damping.shape[-2:] != (1, 1):
             raise ValueError(f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (…, 1, 1)")
-        return ops.solve(b, damping, *self.taps)
+        return ops.tikhonov(b, damping, *self.taps)
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: what A keeps of x."""

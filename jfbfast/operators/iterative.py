@@ -14,6 +14,9 @@ from jfbfast.buffers import buffers_of, used
 from jfbfast.convergence import warn_unconverged
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
+from jfbfast.operators.inverse import damping_gradient
+
+_ADJOINTS = ("adjoint", "A_adjoint")  # of this package's operators, and of deepinv's
 
 
 class LinearOperator(Protocol):
@@ -39,25 +42,36 @@ def linear_operator(name: str, given: Any) -> Any:
 
 
 def holds_samples(module: nn.Module | None) -> bool:
-    """Whether a module has a linear operator that may hold something of each sample, such as a mask or a kernel.
+    """Whether a module contains a linear operator that may hold something of each sample, such as a mask or a kernel.
 
-    Only a `SeparableBlur` is known to hold nothing. A layer with another operator is always evaluated on whole batches.
+    Only a `SeparableBlur` is known to hold nothing. A layer with any other operator is evaluated on whole batches.
     """
-    if module is None:
-        return False
-    for m in module.modules():
-        plain = (value for name, value in vars(m).items() if name[0] != "_")  # an operator need not be a module
-        if _may_hold_samples(m) or any(map(_may_hold_samples, plain)):
+    found: list[Any] = [module]
+    seen: set[int] = set()
+    while found:  # a loop without calls, since every solve asks
+        value = found.pop()
+        if isinstance(value, (nn.Module, list, tuple, dict)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+        if isinstance(value, nn.Module):
+            members, cls = value.__dict__, type(value)
+            found.extend(value._modules.values())
+            for name, member in members.items():  # an operator need not be a module
+                if name[0] != "_":
+                    found.append(member)
+            if isinstance(value, (SeparableBlur, IterativeOperator)):
+                continue
+            for name in _ADJOINTS:  # without hasattr, which calls a module's slow __getattr__
+                if hasattr(cls, name) or name in members or name in value._modules:
+                    return True
+        elif isinstance(value, (list, tuple)):
+            found.extend(value)
+        elif isinstance(value, dict):
+            found.extend(value.values())
+        elif (hasattr(value, "adjoint") or hasattr(value, "A_adjoint")) and not isinstance(value, Tensor):
             return True
     return False
-
-
-def _may_hold_samples(value: object) -> bool:
-    if isinstance(value, (Tensor, SeparableBlur, IterativeOperator)):
-        return False
-    if isinstance(value, (list, tuple, dict)):
-        return any(map(_may_hold_samples, value.values() if isinstance(value, dict) else value))
-    return hasattr(value, "adjoint") or hasattr(value, "A_adjoint")
 
 
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
@@ -158,7 +172,7 @@ class IterativeOperator(nn.Module):
             raise ValueError(
                 f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (B, 1, …, 1)"
             )
-        return _Solve.apply(b, damping, self)
+        return _Tikhonov.apply(b, damping, self)
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: what A keeps of x."""
@@ -187,7 +201,7 @@ class IterativeOperator(nn.Module):
         return f"tol={self.tol}, max_iter={self.max_iter}"
 
 
-class _Solve(torch.autograd.Function):
+class _Tikhonov(torch.autograd.Function):
     """x = P b with P = (AᵀA + λI)⁻¹: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −⟨P g, x⟩."""
 
     @staticmethod
@@ -197,16 +211,12 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, damping, ctx.operator = inputs
-        ctx.buffers = buffers_of(ctx.operator.modules())  # a mask may be another when backward comes
+        ctx.buffers = buffers_of(ctx.operator.modules())  # a mask may have changed by the time of backward
         ctx.save_for_backward(damping, output if ctx.needs_input_grad[1] else None)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         damping, x = ctx.saved_tensors
         with used(ctx.buffers):
-            u = _Solve.apply(g, damping, ctx.operator)
-        to_damping = None
-        if ctx.needs_input_grad[1]:
-            wide = reference.band_dtype(g.dtype)
-            to_damping = -(u.to(wide) * x.to(wide)).sum_to_size(damping.shape).to(damping.dtype)
-        return u, to_damping, None
+            u = _Tikhonov.apply(g, damping, ctx.operator)
+        return u, damping_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None

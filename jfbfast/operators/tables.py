@@ -34,7 +34,7 @@ def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
+def bands(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
     """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``; made once, and kept.
 
     Raises:
@@ -45,5 +45,6 @@ def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.
         y, x = (axis_table(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True))
         tables = Bands(y, x, taps.padding_mode == "circular")
         tables = reference.transpose(tables) if adjoint else tables
-        kind = reference.band_dtype(dtype)
-        return Bands(tables.y.to(device, kind), tables.x.to(device, kind), tables.circular)
+        dtype = reference.band_dtype(dtype)
+        y, x = (table.to(device, dtype).contiguous() for table in tables[:2])
+        return Bands(y, x, tables.circular)

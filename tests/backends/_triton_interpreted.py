@@ -90,7 +90,7 @@ def check(shape: tuple[int, ...], ry: int, rx: int, mode: str, dtype: torch.dtyp
     arguments = (x.double(), d.double(), r.double(), eta.double())
     exact = reference.gradient_step(*arguments, *exact_bands)
     plain = error(reference.gradient_step(x, d, r, eta, bands, adjoint), exact)
-    assert error(kernels.gradient_step(x, d, r, eta, bands, adjoint), exact) <= 2 * plain + ulp
+    assert error(kernels.gradient(x, d, r, bands, adjoint, eta), exact) <= 2 * plain + ulp
     assert allocated and all(margins_intact(t) for t in allocated)
 
 
@@ -160,7 +160,7 @@ def test_missing_terms_and_plain_gradient(radius):
             torch.testing.assert_close(kernels.gradient(x, data, added, bands, adjoint), exact)
     eta = torch.tensor(0.3, dtype=torch.bfloat16)
     exact = reference.gradient_step(x, None, None, eta, bands, adjoint)
-    torch.testing.assert_close(kernels.gradient_step(x, None, None, eta, bands, adjoint), exact)
+    torch.testing.assert_close(kernels.gradient(x, None, None, bands, adjoint, eta), exact)
 
 
 def test_strided_inputs():
@@ -170,7 +170,7 @@ def test_strided_inputs():
     d = torch.randn(1, 1, 6, 7, dtype=torch.float64).expand(2, 3, 6, 7)
     r = torch.randn(2, 3, 7, 12, dtype=torch.float64)[..., ::2].transpose(-1, -2)
     eta = torch.tensor(0.3)
-    out = kernels.gradient_step(x, d, r, eta, bands, adjoint)
+    out = kernels.gradient(x, d, r, bands, adjoint, eta)
     assert out.is_contiguous()
     torch.testing.assert_close(out, reference.gradient_step(x, d, r, eta, bands, adjoint))
     torch.testing.assert_close(kernels.blur(x, bands), reference.blur(x, bands))
@@ -198,7 +198,7 @@ def test_nan_stays_in_its_plane():
     bands, adjoint = operator(6, 9, 2, 2, "zeros")
     x = torch.randn(3, 6, 9, dtype=torch.float64)
     x[1] = float("nan")
-    out = kernels.gradient_step(x, x, x, torch.tensor(0.5), bands, adjoint)
+    out = kernels.gradient(x, x, x, bands, adjoint, torch.tensor(0.5))
     assert out[[0, 2]].isfinite().all() and out[1].isnan().all()
 
 
@@ -221,7 +221,7 @@ def issued_loads(monkeypatch: pytest.MonkeyPatch, columns: int, strips: int) -> 
     monkeypatch.setattr(stream, "load_row", counting)
     x = torch.randn(1, 24 * strips, columns, dtype=torch.float64).float()
     bands, adjoint = cast(bands, torch.float32), cast(adjoint, torch.float32)
-    out = kernels.gradient_step(x, x, x, torch.tensor(0.5), bands, adjoint)
+    out = kernels.gradient(x, x, x, bands, adjoint, torch.tensor(0.5))
     torch.testing.assert_close(out, reference.gradient_step(x, x, x, torch.tensor(0.5), bands, adjoint))
     return count / (3 * x.numel())
 

@@ -58,7 +58,7 @@ def test_against_float64(shape, ry, rx, mode, dtype):
     wide = (x.double(), d.double(), r.double(), eta.double(), exact_bands, reference.transpose(exact_bands))
     exact = reference.gradient_step(*wide)
     plain = reference.gradient_step(x, d, r, eta, bands, adjoint)
-    assert error(kernels.gradient_step(x, d, r, eta, bands, adjoint), exact) <= 2 * error(plain, exact) + floor
+    assert error(kernels.gradient(x, d, r, bands, adjoint, eta), exact) <= 2 * error(plain, exact) + floor
 
 
 @pytest.mark.parametrize("radius", [2, 9])
@@ -67,10 +67,10 @@ def test_cuda_graph(radius):
     bands, adjoint, _ = operator(64, 96, radius, radius, "reflect", torch.float32)
     x, d, r = (torch.randn(2, 3, 64, 96, device="cuda") for _ in range(3))
     eta = torch.tensor(0.5, device="cuda")
-    kernels.gradient_step(x, d, r, eta, bands, adjoint)  # compiles, which a capture may not
+    kernels.gradient(x, d, r, bands, adjoint, eta)  # compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kernels.gradient_step(x, d, r, eta, bands, adjoint)
+        out = kernels.gradient(x, d, r, bands, adjoint, eta)
     x.normal_()
     eta.fill_(0.25)
     graph.replay()

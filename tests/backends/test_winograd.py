@@ -125,7 +125,7 @@ def test_nothing_is_written_or_read_outside(channels: tuple[int, int]) -> None:
     )
     out = guarded(torch.zeros(2, 7, 10, channels[1]), 7.0)
     addresses = (t.data_ptr() + 4 * 64 for t in (images, kernels, biases, out))
-    native._module().convolution(*addresses, False, (2, 7, 10, *channels), 1)
+    native._native.convolution(*addresses, False, (2, 7, 10, *channels), 1)
     assert torch.equal(out[64:-64].view(2, 7, 10, -1).permute(0, 3, 1, 2), expected)
     assert (out[:64] == 7).all() and (out[-64:] == 7).all()
 
@@ -222,7 +222,7 @@ def test_the_weight_gradient_writes_nothing_outside() -> None:
     memory = [torch.full((n + 128,), 7.0) for n in (9 * 17 * 20, 20)]
     x, gradient = (torch.randn(*shape, c) for c in channels)
     addresses = (x.data_ptr(), gradient.data_ptr(), *(t.data_ptr() + 4 * 64 for t in memory))
-    native._module().weight_gradient(*addresses, (*shape, *channels), 1)
+    native._native.weight_gradient(*addresses, (*shape, *channels), 1)
     expected = native.conv3x3_weight_gradient(x.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2))
     for got, e in zip(memory, expected, strict=True):
         assert torch.equal(got[64:-64], e.flatten()) and (got[:64] == 7).all() and (got[-64:] == 7).all()

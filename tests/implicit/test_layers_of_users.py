@@ -69,7 +69,7 @@ def test_no_output_of_an_op_is_a_view(backend, size):
         outputs = [
             *(op for filters in (taps, identity) for op in (ops.blur(x, *filters), ops.gradient(x, x, None, *filters))),
             ops.gradient_step(x, x, x, torch.tensor(0.5), *taps),
-            ops.solve(x, torch.tensor(0.5), *taps),
+            ops.tikhonov(x, torch.tensor(0.5), *taps),
             winograd.conv3x3(x, torch.rand(16, 16, 3, 3)),
             winograd.conv3x3(x, torch.rand(16, 16, 3, 3), None, True),
             *winograd.conv3x3_weight_gradient(x, x),

@@ -192,9 +192,9 @@ def test_opcheck(backend):
             (ops.gradient, (x, d, None, *filters)),
             (ops.gradient_step, (x, None, strided, step, *filters)),
             (ops.gradient_step, (strided, d, None, step, *filters)),
-            (ops.solve, (strided, damping, *filters)),
+            (ops.tikhonov, (strided, damping, *filters)),
             (ops.gradient_step, (x, d, r, step, *filters)),
-            (ops.solve, (x, damping, *filters)),
+            (ops.tikhonov, (x, damping, *filters)),
         ):
             torch.library.opcheck(op.default, arguments)
 
