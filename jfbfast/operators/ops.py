@@ -89,10 +89,18 @@ torch.library.impl("jfbfast::gradient", "default", _gradient)
 
 
 @torch.library.impl("jfbfast::gradient_step", "default")
-def _gradient_step(x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, *filters: Any) -> Tensor:
+def _gradient_step(
+    x: Tensor,
+    d: Tensor | None,
+    r: Tensor | None,
+    step_size: Tensor,
+    taps_y: Filter,
+    taps_x: Filter,
+    padding_mode: str,
+) -> Tensor:
     if step_size.dim():
         raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
-    return _gradient(x, d, r, *filters, step_size=step_size)
+    return _gradient(x, d, r, taps_y, taps_x, padding_mode, step_size)
 
 
 @torch.library.impl("jfbfast::tikhonov", "default")
