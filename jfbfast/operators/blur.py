@@ -83,11 +83,11 @@ class SeparableBlur(nn.Module):
 
     def normal(self, x: Tensor) -> Tensor:
         """AᵀA x."""
-        return ops.gradient(x, None, None, *self.taps)
+        return ops.gradient(x, None, None, None, *self.taps)
 
     def gradient(self, x: Tensor, d: Tensor, r: Tensor | None = None) -> Tensor:
         """Aᵀ(A x − d) + r, in one pass over the images; r is zero where it is None."""
-        return ops.gradient(x, d, r, *self.taps)
+        return ops.gradient(x, d, r, None, *self.taps)
 
     def gradient_step(self, x: Tensor, d: Tensor, r: Tensor | None, step_size: float | Tensor) -> Tensor:
         """x − η(Aᵀ(A x − d) + r), in one pass over the images.
@@ -97,7 +97,7 @@ class SeparableBlur(nn.Module):
             step_size: η, a number or a tensor of shape ().
         """
         wide = reference.band_dtype(x.dtype)
-        return ops.gradient_step(x, d, r, torch.as_tensor(step_size, dtype=wide, device=x.device), *self.taps)
+        return ops.gradient(x, d, r, torch.as_tensor(step_size, dtype=wide, device=x.device), *self.taps)
 
     def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
         """(AᵀA + λI)⁻¹ b, exact up to rounding in every padding mode.

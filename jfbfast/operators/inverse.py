@@ -62,10 +62,10 @@ def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
         return _conjugate_gradients(b.to(wide), damping.to(wide), taps, TOLERANCE[dtype]).to(b.dtype)
 
 
-def damping_gradient(u: Tensor, x: Tensor, damping: Tensor) -> Tensor:
-    """The derivative in λ of ⟨g, x⟩ at x = (AᵀA + λI)⁻¹ b, which is −⟨u, x⟩ with u = (AᵀA + λI)⁻¹ g."""
+def scalar_gradient(u: Tensor, v: Tensor, like: Tensor) -> Tensor:
+    """−⟨u, v⟩ in the shape of ``like``: for u = (AᵀA + λI)⁻¹ g and v = (AᵀA + λI)⁻¹ b the derivative of ⟨g, v⟩ in λ."""
     wide = reference.band_dtype(u.dtype)
-    return -(u.to(wide) * x.to(wide)).sum_to_size(damping.shape).to(damping.dtype)
+    return -(u.to(wide) * v.to(wide)).sum_to_size(like.shape).to(like.dtype)
 
 
 def direct(d: Tensor, taps: Taps) -> Tensor:

@@ -14,7 +14,7 @@ from jfbfast.buffers import buffers_of, used
 from jfbfast.convergence import warn_unconverged
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
-from jfbfast.operators.inverse import damping_gradient
+from jfbfast.operators.inverse import scalar_gradient
 
 _ADJOINTS = ("adjoint", "A_adjoint")  # of this package's operators, and of deepinv's
 
@@ -219,4 +219,4 @@ class _Tikhonov(torch.autograd.Function):
         damping, x = ctx.saved_tensors
         with used(ctx.buffers):
             u = _Tikhonov.apply(g, damping, ctx.operator)
-        return u, damping_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None
+        return u, scalar_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None

@@ -1,9 +1,8 @@
 """The separable blur as torch.library ops: schema, implementation, fake kernel, autograd and vmap of each.
 
-``jfbfast::blur``            A x, or Aᵀ x
-``jfbfast::gradient``        Aᵀ(A x − d) + r
-``jfbfast::gradient_step``   x − η(Aᵀ(A x − d) + r)
-``jfbfast::tikhonov``        (AᵀA + λI)⁻¹ b
+``jfbfast::blur``      A x, or Aᵀ x
+``jfbfast::gradient``  g = Aᵀ(A x − d) + r, or with a step size η the gradient step x − ηg
+``jfbfast::tikhonov``  (AᵀA + λI)⁻¹ b
 
 Each takes images (…, H, W) and the two filters with their padding mode, and returns a contiguous tensor. At each
 call `dispatch.kernels` decides which module computes it. The convolution's ops are in jfbfast/backends/conv3x3.py.
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from jfbfast.backends import reference
 from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, kernels
 from jfbfast.operators import inverse
 from jfbfast.operators.tables import Taps, bands
@@ -31,15 +29,13 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _FILTERS = "float[] taps_y, float[] taps_x, str padding_mode"
 for _name, _arguments in (
     ("blur", f"Tensor x, {_FILTERS}, bool adjoint=False"),
-    ("gradient", f"Tensor x, Tensor? d, Tensor? r, {_FILTERS}"),
-    ("gradient_step", f"Tensor x, Tensor? d, Tensor? r, Tensor step_size, {_FILTERS}"),
+    ("gradient", f"Tensor x, Tensor? d, Tensor? r, Tensor? step_size, {_FILTERS}"),
     ("tikhonov", f"Tensor b, Tensor damping, {_FILTERS}"),
 ):
     torch.library.define(f"jfbfast::{_name}", f"({_arguments}) -> Tensor", tags=_TAGS)
 
 blur = torch.ops.jfbfast.blur
 gradient = torch.ops.jfbfast.gradient
-gradient_step = torch.ops.jfbfast.gradient_step
 tikhonov = torch.ops.jfbfast.tikhonov
 
 
@@ -62,45 +58,31 @@ def _check(name: str, x: Tensor, d: Tensor | None = None, r: Tensor | None = Non
 @torch.library.impl("jfbfast::blur", "default")
 def _blur(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False) -> Tensor:
     _check("x", x)
-    taps, device = Taps(tuple(taps_y), tuple(taps_x), padding_mode), x.device
-    tables = bands(taps, x.shape[-2:], x.dtype, device, adjoint)
-    out: Tensor = kernels(device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables)
+    taps = Taps(tuple(taps_y), tuple(taps_x), padding_mode)
+    tables = bands(taps, x.shape[-2:], x.dtype, x.device, adjoint)
+    out: Tensor = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables)
     return out.contiguous()
 
 
+@torch.library.impl("jfbfast::gradient", "default")
 def _gradient(
     x: Tensor,
     d: Tensor | None,
     r: Tensor | None,
+    step_size: Tensor | None,
     taps_y: Filter,
     taps_x: Filter,
     padding_mode: str,
-    step_size: Tensor | None = None,
 ) -> Tensor:
     _check("x", x, d, r)
-    taps, shape, dtype, device = Taps(tuple(taps_y), tuple(taps_x), padding_mode), x.shape[-2:], x.dtype, x.device
-    forward, adjoint = bands(taps, shape, dtype, device, False), bands(taps, shape, dtype, device, True)
-    module = kernels(device, "blur", radius=max(len(taps_y), len(taps_x)) // 2)
+    if step_size is not None and step_size.dim():
+        raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
+    taps = Taps(tuple(taps_y), tuple(taps_x), padding_mode)
+    forward = bands(taps, x.shape[-2:], x.dtype, x.device, False)
+    adjoint = bands(taps, x.shape[-2:], x.dtype, x.device, True)
+    module = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2)
     out: Tensor = module.gradient(x, d, r, forward, adjoint, step_size)
     return out.contiguous()
-
-
-torch.library.impl("jfbfast::gradient", "default", _gradient)
-
-
-@torch.library.impl("jfbfast::gradient_step", "default")
-def _gradient_step(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    step_size: Tensor,
-    taps_y: Filter,
-    taps_x: Filter,
-    padding_mode: str,
-) -> Tensor:
-    if step_size.dim():
-        raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
-    return _gradient(x, d, r, taps_y, taps_x, padding_mode, step_size)
 
 
 @torch.library.impl("jfbfast::tikhonov", "default")
@@ -111,51 +93,33 @@ def _tikhonov(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, paddin
 
 @torch.library.register_fake("jfbfast::blur")
 @torch.library.register_fake("jfbfast::gradient")
-@torch.library.register_fake("jfbfast::gradient_step")
 @torch.library.register_fake("jfbfast::tikhonov")
 def _like_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_blur(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.filters, ctx.adjoint = inputs[1:4], inputs[4]
+    _, *ctx.filters, ctx.adjoint = inputs
 
 
 def _blur_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return blur(g, *ctx.filters, not ctx.adjoint), None, None, None, None
 
 
-def _keep_filters(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.filters = inputs[-3:]
-
-
-def _gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    to_x, to_d, to_r, *_ = ctx.needs_input_grad
-    return (
-        gradient(g, None, None, *ctx.filters) if to_x else None,
-        -blur(g, *ctx.filters) if to_d else None,
-        g if to_r else None,
-        *(None, None, None),
-    )
-
-
-def _keep_gradient_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, d, r, step_size, *ctx.filters = inputs
     ctx.save_for_backward(*((x, d, r) if ctx.needs_input_grad[3] else (None, None, None)), step_size)
 
 
-def _gradient_step_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, d, r, step_size = ctx.saved_tensors
     to_x, to_d, to_r, to_step_size, *_ = ctx.needs_input_grad
-    to_eta = None
-    if to_step_size:
-        wide = reference.band_dtype(g.dtype)
-        to_eta = -(g.to(wide) * gradient(x, d, r, *ctx.filters).to(wide)).sum().to(step_size.dtype)
+    weight = 1 if step_size is None else -step_size  # of the gradient in the output
     return (
-        gradient_step(g, None, None, step_size, *ctx.filters) if to_x else None,
-        (step_size * blur(g, *ctx.filters)).to(g.dtype) if to_d else None,
-        (-step_size * g).to(g.dtype) if to_r else None,
-        to_eta,
+        gradient(g, None, None, step_size, *ctx.filters) if to_x else None,
+        (-weight * blur(g, *ctx.filters)).to(g.dtype) if to_d else None,
+        (weight * g).to(g.dtype) if to_r else None,
+        inverse.scalar_gradient(g, gradient(x, d, r, None, *ctx.filters), step_size) if to_step_size else None,
         *(None, None, None),
     )
 
@@ -168,12 +132,11 @@ def _keep_tikhonov(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _tikhonov_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     damping, x = ctx.saved_tensors
     u = tikhonov(g, damping, *ctx.filters)
-    return u, inverse.damping_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None, None, None
+    return u, inverse.scalar_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None, None, None
 
 
 torch.library.register_autograd("jfbfast::blur", _blur_backward, setup_context=_keep_blur)
-torch.library.register_autograd("jfbfast::gradient", _gradient_backward, setup_context=_keep_filters)
-torch.library.register_autograd("jfbfast::gradient_step", _gradient_step_backward, setup_context=_keep_gradient_step)
+torch.library.register_autograd("jfbfast::gradient", _gradient_backward, setup_context=_keep_gradient)
 torch.library.register_autograd("jfbfast::tikhonov", _tikhonov_backward, setup_context=_keep_tikhonov)
 
 
@@ -190,20 +153,14 @@ def _blur_vmap(info: Any, dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int
 
 
 @torch.library.register_vmap("jfbfast::gradient")
-def _gradient_vmap(info: Any, dims: Any, x: Tensor, d: Any, r: Any, *filters: Any) -> tuple[Tensor, int]:
-    images = (_to_front(info, image, dim) for image, dim in zip((x, d, r), dims[:3], strict=True))
-    return gradient(*images, *filters), 0
-
-
-@torch.library.register_vmap("jfbfast::gradient_step")
-def _gradient_step_vmap(
-    info: Any, dims: Any, x: Tensor, d: Any, r: Any, step_size: Tensor, *filters: Any
+def _gradient_vmap(
+    info: Any, dims: Any, x: Tensor, d: Any, r: Any, step_size: Any, *filters: Any
 ) -> tuple[Tensor, int]:
     x, d, r = (_to_front(info, image, dim) for image, dim in zip((x, d, r), dims[:3], strict=True))
     if dims[3] is None:
-        return gradient_step(x, d, r, step_size, *filters), 0
+        return gradient(x, d, r, step_size, *filters), 0
     step_size = step_size.reshape(-1, *[1] * (x.dim() - 1))
-    return (x - step_size * gradient(x, d, r, *filters)).to(x.dtype), 0
+    return (x - step_size * gradient(x, d, r, None, *filters)).to(x.dtype), 0
 
 
 @torch.library.register_vmap("jfbfast::tikhonov")
@@ -215,20 +172,18 @@ def _tikhonov_vmap(info: Any, dims: Any, b: Tensor, damping: Tensor, *filters: A
     return tikhonov(b, damping, *filters), 0
 
 
+@register_flop_formula(blur)
 def _blur_flops(x: Sequence[int], taps_y: Filter, taps_x: Filter, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * (len(taps_y) + len(taps_x))
 
 
-def _gradient_flops(x: Sequence[int], d: Any, r: Any, *filters: Any, **__: Any) -> int:
-    """A and Aᵀ; ``filters`` may come behind a step size."""
-    return 2 * _blur_flops(x, *filters[-3:])
+@register_flop_formula(gradient)
+def _gradient_flops(x: Sequence[int], d: Any, r: Any, step_size: Any, *filters: Any, **__: Any) -> int:
+    """A and Aᵀ."""
+    return 2 * math.prod(x) * sum(map(len, filters[:2])) * 2
 
 
+@register_flop_formula(tikhonov)
 def _tikhonov_flops(b: Sequence[int], *_: Any, **__: Any) -> int:
     """The four products with the singular vectors."""
     return 4 * math.prod(b) * (b[-2] + b[-1])
-
-
-register_flop_formula(blur)(_blur_flops)
-register_flop_formula([gradient, gradient_step])(_gradient_flops)
-register_flop_formula(tikhonov)(_tikhonov_flops)
