@@ -110,7 +110,7 @@ def _conv3x3_weight_gradient_like(x: Tensor, gradient: Tensor) -> tuple[Tensor, 
 
 
 def _adjoint(weight: Tensor) -> Tensor:
-    """The weight of the adjoint convolution."""
+    """The weight of the adjoint convolution: channels exchanged, kernels rotated by 180°."""
     return weight.transpose(0, 1).flip(2, 3)
 
 
@@ -123,7 +123,7 @@ def _conv3x3_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, output = ctx.saved_tensors
     if ctx.relu:
         g = torch.ops.aten.threshold_backward(g, output, 0)
-    to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # which ends with the last argument that was given
+    to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # arguments left out at the end are missing
     by_weight, by_bias = conv3x3_weight_gradient(x, g) if to_weight or to_bias else (None, None)
     return (
         conv3x3(g, _adjoint(weight)) if to_x else None,
@@ -150,7 +150,7 @@ torch.library.register_autograd(
 
 
 def _conv3x3_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of the direct convolution, as torch counts its own."""
+    """The direct convolution, as torch counts its own."""
     return 2 * x[0] * math.prod(x[2:]) * math.prod(weight)
 
 
@@ -175,15 +175,12 @@ def is_conv3x3(
 
 
 class WinogradConvolutions(TorchFunctionMode):
-    """Within, torch's conv2d is `conv3x3` where that is Winograd's convolution; under autocast it stays torch's."""
+    """Replace torch's conv2d by `conv3x3` where Winograd's convolution computes it; not under autocast."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d:
-            return _conv2d(*args, **kwargs)
-        return func(*args, **kwargs)
+        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
 
 
 def _conv2d(
@@ -195,25 +192,25 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    taken = (
+    ours = (
         is_conv3x3(tuple(weight.shape[2:]), stride, padding, dilation, groups)
         and input.dim() == 4
         and _kernels(input, len(weight)) is native
         and not torch.is_autocast_enabled("cpu")
         and not _transformed()
     )
-    if taken:
-        out: Tensor = conv3x3(input, weight, bias)
-        return out
-    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    out: Tensor = (
+        conv3x3(input, weight, bias) if ours else torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    )
+    return out
 
 
 def _transformed() -> bool:
-    """Within torch.func's transforms or forward-mode differentiation, which our op has no rules for."""
+    """Whether torch.func's transforms or forward-mode differentiation are active; the ops have no rules for them."""
     functorch, forward = torch._C._functorch.peek_interpreter_stack(), torch.autograd.forward_ad._current_level
     return functorch is not None or forward >= 0
 
 
 def winograd_convolutions(tol: float) -> AbstractContextManager[object]:
-    """`WinogradConvolutions` where ``tol`` allows it."""
+    """`WinogradConvolutions` if ``tol`` allows it."""
     return WinogradConvolutions() if winograd_allowed(tol) else nullcontext()

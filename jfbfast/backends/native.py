@@ -49,7 +49,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 def describe() -> str:
     """The kernels in use, such as "C++ (AVX-512, OpenMP, 2 threads)", or why there are none."""
     if not AVAILABLE:
-        return f"no: {WHY_NOT}"
+        return f"unavailable: {WHY_NOT}"
     threads = f"OpenMP, {_threads()} threads" if _native.openmp else "1 thread"
     return f"C++ ({_ISAS[_native.isa]}, {threads})"
 
@@ -90,10 +90,8 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
     x = x.contiguous()
     out = _empty(x.shape, x.dtype)
     if x.numel():
-        planes = (x.shape[:-2].numel(), *x.shape[-2:])
-        _native.blur(
-            _DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), planes, *_tables(bands), bands.circular, _threads()
-        )
+        planes, tables = (x.shape[:-2].numel(), *x.shape[-2:]), (*_tables(bands), bands.circular)
+        _native.blur(_DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), planes, *tables, _threads())
     return out
 
 
@@ -106,20 +104,11 @@ def gradient(
     r = None if r is None else r.contiguous()
     out = _empty(x.shape, x.dtype)
     if x.numel():
-        _native.gradient(
-            _DTYPES[x.dtype],
-            x.data_ptr(),
-            0 if d is None else d.data_ptr(),
-            0 if r is None else r.data_ptr(),
-            out.data_ptr(),
-            (x.shape[:-2].numel(), *x.shape[-2:]),
-            *_tables(bands),
-            *_tables(adjoint),
-            bands.circular,
-            step_size is not None,
-            0.0 if step_size is None else float(step_size),
-            _threads(),
-        )
+        images = x.data_ptr(), 0 if d is None else d.data_ptr(), 0 if r is None else r.data_ptr(), out.data_ptr()
+        planes = (x.shape[:-2].numel(), *x.shape[-2:])
+        tables = (*_tables(bands), *_tables(adjoint), bands.circular)
+        step = (False, 0.0) if step_size is None else (True, float(step_size))
+        _native.gradient(_DTYPES[x.dtype], *images, planes, *tables, *step, _threads())
     return out
 
 
@@ -137,20 +126,10 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
     x, f = x.contiguous(), f.contiguous()
     norms = torch.zeros(samples, 2, dtype=torch.float64, device="cpu")
     if samples:
-        _native.anderson_append(
-            _DTYPES[x.dtype],
-            _DTYPES[residuals.dtype],
-            x.data_ptr(),
-            f.data_ptr(),
-            [residual.data_ptr() for residual in residuals[:filled].unbind()],
-            slot,
-            gram.data_ptr(),
-            norms.data_ptr(),
-            memory,
-            samples,
-            size,
-            _threads(),
-        )
+        dtypes, history = (_DTYPES[x.dtype], _DTYPES[residuals.dtype]), residuals[:filled].unbind()
+        pair, addresses = (x.data_ptr(), f.data_ptr()), [residual.data_ptr() for residual in history]
+        results = gram.data_ptr(), norms.data_ptr()
+        _native.anderson_append(*dtypes, *pair, addresses, slot, *results, memory, samples, size, _threads())
     return norms
 
 
@@ -185,12 +164,7 @@ def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = N
 
 
 def anderson_mix_differences(
-    alpha: Tensor,
-    f: Tensor,
-    previous: Tensor | None,
-    differences: Tensor,
-    slot: int,
-    out: Tensor | None = None,
+    alpha: Tensor, f: Tensor, previous: Tensor | None, differences: Tensor, slot: int, out: Tensor | None = None
 ) -> Tensor:
     """As `reference.anderson_mix_differences`; ``out`` must be contiguous."""
     memory, filled, dtype = len(differences), alpha.shape[1], f.dtype
@@ -209,17 +183,9 @@ def anderson_mix_differences(
     f, previous = f.contiguous(), previous.contiguous()
     ring = [(slot - age) % memory for age in range(filled)]
     weights = (1 - alpha[:, ring].to(torch.float64).cumsum(1))[:, : filled - 1].contiguous()
-    _native.anderson_mix_differences(
-        _DTYPES[dtype],
-        _DTYPES[differences.dtype],
-        weights.data_ptr(),
-        f.data_ptr(),
-        previous.data_ptr(),
-        [differences[j].data_ptr() for j in ring[:-1]],
-        out.data_ptr(),
-        *f.shape,
-        _threads(),
-    )
+    dtypes, history = (_DTYPES[dtype], _DTYPES[differences.dtype]), [differences[j].data_ptr() for j in ring[:-1]]
+    read = weights.data_ptr(), f.data_ptr(), previous.data_ptr()
+    _native.anderson_mix_differences(*dtypes, *read, history, out.data_ptr(), *f.shape, _threads())
     return out
 
 
@@ -245,15 +211,9 @@ def conv3x3(
     bias = None if bias is None else bias.contiguous()
     out = _empty((batch, out_channels, height, width), x.dtype, torch.channels_last)
     if out.numel():
-        _native.convolution(
-            x.data_ptr(),
-            transformed.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            relu,
-            (batch, height, width, channels, out_channels),
-            _threads(),
-        )
+        read = x.data_ptr(), transformed.data_ptr(), 0 if bias is None else bias.data_ptr()
+        shape = batch, height, width, channels, out_channels
+        _native.convolution(*read, out.data_ptr(), relu, shape, _threads())
     return out
 
 

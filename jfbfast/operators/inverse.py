@@ -1,8 +1,8 @@
-"""Functions of AᵀA for a separable A: the Tikhonov solve, and the direct inverse.
+"""Functions of AᵀA for a separable A: the Tikhonov inverse and the direct inverse.
 
 Up to `SVD_LIMIT` pixels a side they are exact in every padding mode, through the singular value
-decompositions of the two band matrices, which are factored once in float64. Beyond it the
-Tikhonov system is solved by conjugate gradients, preconditioned by its circulant twin.
+decompositions of the two band matrices, computed once in float64. Larger Tikhonov systems are solved by
+conjugate gradients with a circulant preconditioner.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _axis_svd(taps: tuple[float, ...], n: int, padding_mode: str) -> SVD:
 
 @lru_cache(maxsize=64)
 def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[SVD, SVD]:
-    """The SVDs of B₁ and B₂, factored in float64 and rounded to ``dtype``."""
+    """The SVDs of B₁ and B₂, computed in float64 and rounded to ``dtype``."""
     with torch.inference_mode(False), torch.no_grad():
         pair = [_axis_svd(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True)]
         y, x = (SVD(*(factor.to(device, dtype) for factor in svd)) for svd in pair)
@@ -40,7 +40,7 @@ def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torc
 
 
 def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError where A has no numerical inverse in ``dtype`` at this size."""
+    """Raise ValueError if A has no numerical inverse in ``dtype`` for images of this shape."""
     if max(shape) > SVD_LIMIT:
         raise ValueError(f"damping must be positive above {SVD_LIMIT} pixels a side; the image has {tuple(shape)}")
     s_y, s_x = (_axis_svd(t, n, taps.padding_mode).s for t, n in zip((taps.y, taps.x), shape, strict=True))
@@ -79,7 +79,7 @@ def direct(d: Tensor, taps: Taps) -> Tensor:
 
 
 def power_spectrum(taps: tuple[float, ...], n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """|â|² of the taps wrapped into a circle of n pixels, over all n frequencies."""
+    """|â|² of the taps wrapped around a circle of n pixels, at all n frequencies."""
     wrapped = torch.zeros(n, dtype=torch.float64)
     wrapped.index_add_(0, torch.arange(len(taps)) % n, torch.tensor(taps, dtype=torch.float64))
     return torch.fft.fft(wrapped).abs().square().to(device, dtype)

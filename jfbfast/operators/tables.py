@@ -1,4 +1,4 @@
-"""The band tables of a separable operator, made once for each image size and kept."""
+"""The band tables of a separable operator, computed once for each image size and cached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jfbfast.backends.reference import Bands
 
 
 class Taps(NamedTuple):
-    """What defines a separable operator at every image size: its two filters and the padding mode."""
+    """A separable operator for images of any size: its two filters and the padding mode."""
 
     y: tuple[float, ...]
     x: tuple[float, ...]
@@ -22,7 +22,7 @@ class Taps(NamedTuple):
 
 @lru_cache(maxsize=64)
 def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
-    """The float64 table of one axis of n pixels; made once, and kept."""
+    """The float64 table of one axis of n pixels."""
     radius = len(taps) // 2
     limit = {"reflect": radius + 1, "circular": radius}.get(padding_mode, 1)
     if n < limit:
@@ -35,7 +35,7 @@ def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
 
 @lru_cache(maxsize=256)
 def bands(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
-    """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``; made once, and kept.
+    """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``.
 
     Raises:
         ValueError: the image is too small for the padding mode (reflect takes more than r pixels a
