@@ -17,12 +17,11 @@ class ConvergenceWarning(UserWarning):
 
     Example:
         >>> import warnings, torch, jfbfast
-        >>> warnings.simplefilter("error", jfbfast.ConvergenceWarning)  # raise an error instead
-        >>> try:
-        ...     jfbfast.solve_fixed_point(lambda x: 0.9 * x + 1, torch.zeros(1, 2), solver=jfbfast.Picard(max_iter=3))
-        ... except jfbfast.ConvergenceWarning:
-        ...     print("not converged")
-        not converged
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     x = jfbfast.fixed_point(lambda x: 0.9 * x + 1, torch.zeros(1, 2), solver=jfbfast.Picard(max_iter=3))
+        >>> caught[0].category.__name__
+        'ConvergenceWarning'
     """
 
 

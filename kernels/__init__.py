@@ -1,4 +1,4 @@
-"""Triton kernels: the twins of `jfbfast.backends.reference` on a CUDA device."""
+"""Triton kernels for CUDA devices: functions of `jfbfast.backends.reference`."""
 
 from .launch import FUSED_RADIUS, MAX_RADIUS, blur, gradient
 
