@@ -24,23 +24,6 @@ def _triton() -> str:
     return f"Triton {version('triton')} on {torch.cuda.get_device_name()}"
 
 
-def config() -> dict[str, str]:
-    """The versions, and for each backend its description or why it is not in use."""
-    try:
-        own = version("jfbfast")
-    except PackageNotFoundError:
-        own = "not installed"
-    return {
-        "jfbfast": own,
-        "python": platform.python_version(),
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "backend": selected_backend(),
-        "native (CPU)": native.describe(),
-        "triton (CUDA)": _triton(),
-        "native (CUDA)": cuda.describe(),
-    }
-
-
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory instead of returning it to the system.
 
@@ -73,7 +56,19 @@ def show_config() -> None:
         jfbfast ...
         native (CUDA) ...
     """
-    entries = config()
+    try:
+        own = version("jfbfast")
+    except PackageNotFoundError:
+        own = "not installed"
+    entries = {
+        "jfbfast": own,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "backend": selected_backend(),
+        "native (CPU)": native.describe(),
+        "triton (CUDA)": _triton(),
+        "native (CUDA)": cuda.describe(),
+    }
     width = max(map(len, entries))
     for name, text in entries.items():
         print(f"{name:<{width}}  {text}")

@@ -108,16 +108,10 @@ def _launch(kernel: Any, plan: Plan, tensors: tuple[Tensor | None, ...], *sizes:
 
 
 def _wide(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    start: Tensor | None,
-    step_size: Tensor | None,
-    out: Tensor,
-    bands: Bands,
+    bands: Bands, x: Tensor, d: Tensor | None, r: Tensor | None, step: tuple[Tensor | None, Tensor | None], out: Tensor
 ) -> None:
-    """out = B₁ X B₂ᵀ − d + r, or start − η times that."""
-    tensors = (x, d, r, start, step_size, out, bands.y, bands.x)
+    """out = g with g = B₁ X B₂ᵀ − d + r; or start − ηg with ``step`` = (start, η)."""
+    tensors = (x, d, r, *step, out, bands.y, bands.x)
     _launch(wide_kernel, wide_plan(x.shape, bands), tensors, bands.y.shape[1] // 2, bands.x.shape[1] // 2)
 
 
@@ -136,7 +130,7 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
                 launch = plan(x.shape, bands, adjoint=False)
                 _launch(blur_kernel, launch, (x, out, bands.y, bands.x), launch.strip)
             else:
-                _wide(x, None, None, None, None, out, bands)
+                _wide(bands, x, None, None, (None, None), out)
     return out
 
 
@@ -161,6 +155,6 @@ def gradient(
                 _launch(gradient_kernel, launch, tensors, launch.strip, KEEP=step_size is not None)
             else:
                 residual = torch.empty(x.shape, dtype=bands.y.dtype, device=x.device)
-                _wide(x, d, None, None, None, residual, bands)
-                _wide(residual, None, r, None if step_size is None else x, step_size, out, adjoint)
+                _wide(bands, x, d, None, (None, None), residual)
+                _wide(adjoint, residual, None, r, (None if step_size is None else x, step_size), out)
     return out

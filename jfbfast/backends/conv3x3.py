@@ -41,13 +41,9 @@ def transformed_weight(weight: Tensor) -> Tensor | None:
 def _kernels(x: Tensor, out_channels: int, transformed: bool = False) -> ModuleType:
     """The module that convolves images x (B, C, H, W) to ``out_channels``."""
     batch, channels, height, width = x.shape
+    both, shape = (channels, out_channels), (batch, height, width)
     return dispatch.kernels(
-        x.device,
-        "conv3x3",
-        dtype=x.dtype,
-        channels=(channels, out_channels),
-        image_shape=(batch, height, width),
-        transformed=transformed,
+        x.device, "conv3x3", dtype=x.dtype, channels=both, image_shape=shape, transformed=transformed
     )
 
 
@@ -61,25 +57,27 @@ conv3x3 = torch.ops.jfbfast.conv3x3
 conv3x3_weight_gradient = torch.ops.jfbfast.conv3x3_weight_gradient
 
 
-def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_reverse_mode()
-    if x.dim() != 4 or x.dtype not in DTYPES:
+def _check(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise ValueError unless ``given`` has this shape, and the dtype and the device of x."""
+    if given.shape != shape or given.dtype != x.dtype or given.device != x.device:
         raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
+            f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}; "
+            f"it takes {x.dtype} of shape {shape} on {x.device}"
         )
-    for name, given, shape in (("weight", weight, (len(weight), x.shape[1], 3, 3)), ("bias", bias, (len(weight),))):
-        if given is not None and (given.shape != shape or given.dtype != x.dtype or given.device != x.device):
-            raise ValueError(
-                f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}; "
-                f"it takes {x.dtype} of shape {shape} on {x.device}"
-            )
 
 
 @torch.library.impl("jfbfast::conv3x3", "default")
 def _conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
 ) -> Tensor:
-    _check_conv3x3(x, weight, bias)
+    check_reverse_mode()
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
+        )
+    _check("weight", weight, (len(weight), x.shape[1], 3, 3), x)
+    if bias is not None:
+        _check("bias", bias, (len(weight),), x)
     out: Tensor = _kernels(x, len(weight), transformed is not None).conv3x3(x, weight, bias, relu, transformed)
     return out.contiguous(memory_format=torch.channels_last)
 
@@ -93,12 +91,7 @@ def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 @torch.library.impl("jfbfast::conv3x3_weight_gradient", "default")
 def _conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     check_reverse_mode()
-    shape = (x.shape[0], gradient.shape[1], *x.shape[2:])
-    if gradient.shape != shape or gradient.dtype != x.dtype or gradient.device != x.device:
-        raise ValueError(
-            f"gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on {gradient.device}; "
-            f"it takes {x.dtype} of shape {shape} on {x.device}"
-        )
+    _check("gradient", gradient, (x.shape[0], gradient.shape[1], *x.shape[2:]), x)
     weight, bias = _kernels(x, gradient.shape[1]).conv3x3_weight_gradient(x, gradient)
     return weight.contiguous(), bias
 
@@ -149,26 +142,18 @@ torch.library.register_autograd(
 )
 
 
+@register_flop_formula(conv3x3)
 def _conv3x3_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     """The direct convolution, as torch counts its own."""
     return 2 * x[0] * math.prod(x[2:]) * math.prod(weight)
 
 
+@register_flop_formula(conv3x3_weight_gradient)
 def _conv3x3_weight_gradient_flops(x: Sequence[int], gradient: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * 9 * math.prod(x) * gradient[1]
 
 
-register_flop_formula(conv3x3)(_conv3x3_flops)
-register_flop_formula(conv3x3_weight_gradient)(_conv3x3_weight_gradient_flops)
-
-
-def is_conv3x3(
-    kernel_size: tuple[int, ...],
-    stride: int | tuple[int, ...],
-    padding: str | int | tuple[int, ...],
-    dilation: int | tuple[int, ...],
-    groups: int,
-) -> bool:
+def is_conv3x3(kernel_size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether a zero-padded convolution with these arguments of torch's conv2d is `conv3x3`."""
     one = (1, (1, 1), [1, 1])
     return kernel_size == (3, 3) and stride in one and dilation in one and groups == 1 and padding in (*one, "same")
@@ -186,7 +171,7 @@ class WinogradConvolutions(TorchFunctionMode):
 def _conv2d(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
+    bias: Any = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,

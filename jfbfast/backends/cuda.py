@@ -100,15 +100,9 @@ class AndersonCuda:
 
         samples, size = x.shape
         differences = history_dtype == torch.bfloat16 and memory > 1
+        numbers = {"tol": tol, "atol": atol, "regularization": regularization}
         self._state = state = module.Anderson(
-            float64=wide,
-            differences=differences,
-            memory=memory,
-            samples=samples,
-            size=size,
-            tol=tol,
-            atol=atol,
-            regularization=regularization,
+            float64=wide, differences=differences, memory=memory, samples=samples, size=size, **numbers
         )
 
         def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -127,6 +121,8 @@ class AndersonCuda:
         if differences:
             for name in ("residual_differences", "image_differences"):
                 self._buffers[name] = buffer(torch.bfloat16, memory - 1, samples, size)
+        self.iterations = self._buffers["iterations"]  # how many pairs each sample has taken, (B,)
+        self.lowest = self._buffers["lowest"]  # the lowest ‖f − x‖ of each sample so far, (B,)
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
         self._seen = [(torch.empty(samples, dtype=torch.int32, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
@@ -152,16 +148,6 @@ class AndersonCuda:
                 stream = torch.cuda.current_stream().cuda_stream
                 self._state.step(self._device, stream, x.data_ptr(), f.data_ptr(), rows, batch)
         return x
-
-    @property
-    def iterations(self) -> Tensor:
-        """The number of pairs that each sample has taken, (B,), on the device."""
-        return self._buffers["iterations"]
-
-    @property
-    def lowest(self) -> Tensor:
-        """The lowest ‖f − x‖ of each sample so far, (B,), on the device."""
-        return self._buffers["lowest"]
 
     def stop(self, samples: Tensor) -> None:
         """Stop these samples, bool (B,) on the device, where they still run; they take no further step."""

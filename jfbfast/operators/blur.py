@@ -62,10 +62,7 @@ class SeparableBlur(nn.Module):
     """
 
     def __init__(
-        self,
-        taps_y: Sequence[float] | Tensor,
-        taps_x: Sequence[float] | Tensor,
-        padding_mode: str = "zeros",
+        self, taps_y: Sequence[float] | Tensor, taps_x: Sequence[float] | Tensor, padding_mode: str = "zeros"
     ) -> None:
         super().__init__()
         if padding_mode not in PADDING_MODES:
@@ -181,10 +178,7 @@ class GaussianBlur(SeparableBlur):
     """
 
     def __init__(
-        self,
-        kernel_size: int | Sequence[int] = 5,
-        sigma: float | Sequence[float] = 1.0,
-        padding_mode: str = "zeros",
+        self, kernel_size: int | Sequence[int] = 5, sigma: float | Sequence[float] = 1.0, padding_mode: str = "zeros"
     ) -> None:
         sizes = _pair("kernel_size", kernel_size)
         sigmas = _pair("sigma", sigma)

@@ -16,7 +16,6 @@ from jfbfast.backends import reference
 from jfbfast.backends.dispatch import kernels
 from jfbfast.backends.precision import full_precision
 from jfbfast.backends.reference import SVD
-from jfbfast.convergence import warn_unconverged
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.operators.tables import Taps, axis_table, bands
 
@@ -99,12 +98,7 @@ def _conjugate_gradients(b: Tensor, damping: Tensor, taps: Taps, tol: float) -> 
     def precondition(r: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(r) / (power + damping), s=shape)
 
-    x, unfinished = conjugate_gradients(
-        normal, b, damping, tol=tol, max_iter=_CG_MAX_ITER, dims=(-2, -1), precondition=precondition
+    goal = f"images did not reach a relative residual of {tol:g}"
+    return conjugate_gradients(
+        normal, b, damping, tol, _CG_MAX_ITER, dims=(-2, -1), goal=goal, precondition=precondition
     )
-    if unfinished.any():
-        warn_unconverged(
-            f"{int(unfinished.sum())} of {unfinished.numel()} images did not reach a relative residual of {tol:g} in "
-            f"{_CG_MAX_ITER} iterations of conjugate gradients"
-        )
-    return x

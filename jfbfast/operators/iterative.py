@@ -11,12 +11,11 @@ from jfbfast import checks
 from jfbfast.backends import reference
 from jfbfast.backends.precision import full_precision
 from jfbfast.buffers import buffers_of, used
-from jfbfast.convergence import warn_unconverged
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.operators.inverse import scalar_gradient
 
-_ADJOINTS = ("adjoint", "A_adjoint")  # of this package's operators, and of deepinv's
+_ADJOINTS = ("adjoint", "A_adjoint")  # the names here and in deepinv
 
 
 class LinearOperator(Protocol):
@@ -48,22 +47,19 @@ def holds_samples(module: nn.Module | None) -> bool:
     """
     found: list[Any] = [module]
     seen: set[int] = set()
-    while found:  # a loop without calls, since every solve asks
+    while found:  # a loop with few calls, since every solve runs it
         value = found.pop()
-        if isinstance(value, (nn.Module, list, tuple, dict)):
+        if isinstance(value, nn.Module):
             if id(value) in seen:
                 continue
             seen.add(id(value))
-        if isinstance(value, nn.Module):
-            members, cls = value.__dict__, type(value)
             found.extend(value._modules.values())
-            for name, member in members.items():  # an operator need not be a module
+            for name, attribute in value.__dict__.items():  # an operator need not be a module
                 if name[0] != "_":
-                    found.append(member)
-            if isinstance(value, (SeparableBlur, IterativeOperator)):
-                continue
-            for name in _ADJOINTS:  # without hasattr, which calls a module's slow __getattr__
-                if hasattr(cls, name) or name in members or name in value._modules:
+                    found.append(attribute)
+            for name in _ADJOINTS:  # hasattr of a module would call its slow __getattr__
+                has_adjoint = hasattr(type(value), name) or name in value.__dict__ or name in value._modules
+                if has_adjoint and not isinstance(value, (SeparableBlur, IterativeOperator)):
                     return True
         elif isinstance(value, (list, tuple)):
             found.extend(value)
@@ -193,20 +189,9 @@ class IterativeOperator(nn.Module):
     def _solve(self, b: Tensor, damping: Tensor) -> Tensor:
         wide = reference.band_dtype(b.dtype)
         tol = TOLERANCE[wide] if self.tol is None else self.tol
+        dims, goal = tuple(range(1, b.dim())), f"samples did not reach tol={tol:g}"
         with full_precision(b.device):
-            x, unfinished = conjugate_gradients(
-                self.normal,
-                b.to(wide),
-                damping.to(wide),
-                tol=tol,
-                max_iter=self.max_iter,
-                dims=tuple(range(1, b.dim())),
-            )
-        if unfinished.any():
-            warn_unconverged(
-                f"{int(unfinished.sum())} of {len(b)} samples did not reach tol={tol:g} in {self.max_iter} "
-                "iterations of conjugate gradients"
-            )
+            x = conjugate_gradients(self.normal, b.to(wide), damping.to(wide), tol, self.max_iter, dims=dims, goal=goal)
         return x.to(b.dtype)
 
     def extra_repr(self) -> str:

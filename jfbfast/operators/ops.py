@@ -66,18 +66,12 @@ def _blur(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint:
 
 @torch.library.impl("jfbfast::gradient", "default")
 def _gradient(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    step_size: Tensor | None,
-    taps_y: Filter,
-    taps_x: Filter,
-    padding_mode: str,
+    x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor | None, taps_y: Filter, taps_x: Filter, mode: str
 ) -> Tensor:
     _check("x", x, d, r)
     if step_size is not None and step_size.dim():
         raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
-    taps = Taps(tuple(taps_y), tuple(taps_x), padding_mode)
+    taps = Taps(tuple(taps_y), tuple(taps_x), mode)
     forward = bands(taps, x.shape[-2:], x.dtype, x.device, False)
     adjoint = bands(taps, x.shape[-2:], x.dtype, x.device, True)
     module = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2)

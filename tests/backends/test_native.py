@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers import processes
+from helpers.bands import cast, operator
 from jfbfast.backends import native, reference
 from jfbfast.backends.reference import PADDING_MODES, Bands
 
@@ -26,22 +26,6 @@ def fits(size: tuple[int, int], radii: tuple[int, int], mode: str) -> bool:
     if mode == "reflect":
         return all(r < n for r, n in zip(radii, size, strict=True))
     return mode != "circular" or all(r <= n for r, n in zip(radii, size, strict=True))
-
-
-def tables(size: tuple[int, int], radii: tuple[int, int], mode: str, seed: int = 0) -> tuple[Bands, Bands]:
-    """Float64 tables of an asymmetric blur and of its adjoint."""
-    generator = random.Random(seed)
-    y, x = (
-        reference.band_table([generator.uniform(-0.2, 1) for _ in range(2 * r + 1)], n, mode)
-        for n, r in zip(size, radii, strict=True)
-    )
-    bands = Bands(y, x, mode == "circular")
-    return bands, reference.transpose(bands)
-
-
-def rounded(bands: Bands, dtype: torch.dtype) -> Bands:
-    wide = reference.band_dtype(dtype)
-    return Bands(bands.y.to(wide), bands.x.to(wide), bands.circular)
 
 
 def images(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -61,7 +45,7 @@ def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, what: object = "")
 
 def check(dtype: torch.dtype, bands: Bands, adjoint: Bands, x: Tensor, d: Tensor, r: Tensor) -> None:
     """Every twin on the given images, with and without d and r."""
-    low, low_adjoint = rounded(bands, dtype), rounded(adjoint, dtype)
+    low, low_adjoint = cast(bands, dtype), cast(adjoint, dtype)
     assert_as_good(native.blur(x, low), reference.blur(x, low), reference.blur(x.double(), bands), "blur")
     step_size = torch.tensor(0.7)
     for *given, eta in ((x, d, r, step_size), (x, d, None, step_size), (x, None, r, None)):
@@ -84,7 +68,7 @@ def test_the_compiled_module_loaded() -> None:
 def test_agrees_with_the_definition(dtype: torch.dtype, mode: str) -> None:
     for size, radii in itertools.product(SIZES, RADII):
         if fits(size, radii, mode):
-            bands, adjoint = tables(size, radii, mode)
+            bands, adjoint = operator(size, radii, mode)
             check(dtype, bands, adjoint, *images(3, (2, *size), dtype))
 
 
@@ -93,7 +77,7 @@ def test_agrees_with_the_definition(dtype: torch.dtype, mode: str) -> None:
 def test_small_images(mode: str, radius: int) -> None:
     for size in itertools.product((1, 2, 3, 5, 17), repeat=2):
         if fits(size, (radius, radius), mode):
-            check(torch.float32, *tables(size, (radius, radius), mode), *images(3, (2, *size), torch.float32))
+            check(torch.float32, *operator(size, (radius, radius), mode), *images(3, (2, *size), torch.float32))
 
 
 def test_a_table_without_constant_rows() -> None:
@@ -119,7 +103,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_images_are_not_misread(dtype: torch.dtype, layout: str) -> None:
-    bands, adjoint = (rounded(b, dtype) for b in tables((9, 21), (2, 1), "reflect"))
+    bands, adjoint = (cast(b, dtype) for b in operator((9, 21), (2, 1), "reflect"))
     plain = images(3, (2, 3, 9, 21), dtype)
     strided = tuple(LAYOUTS[layout](t) for t in plain)
     step_size = torch.tensor(0.5)
@@ -130,7 +114,7 @@ def test_strided_images_are_not_misread(dtype: torch.dtype, layout: str) -> None
 
 
 def test_expanded_images() -> None:
-    bands, adjoint = (rounded(b, torch.float32) for b in tables((9, 21), (2, 1), "zeros"))
+    bands, adjoint = (cast(b, torch.float32) for b in operator((9, 21), (2, 1), "zeros"))
     x, d, r = (t.expand(4, 3, 9, 21) for t in images(3, (1, 1, 9, 21), torch.float32))
     got = native.gradient(x, d, r, bands, adjoint)
     assert torch.equal(got, native.gradient(x.contiguous(), d.contiguous(), r.contiguous(), bands, adjoint))
@@ -138,7 +122,7 @@ def test_expanded_images() -> None:
 
 @pytest.mark.parametrize("shape", ((0, 3, 8, 8), (2, 0, 8, 8), (0, 5), (5, 0), (2, 3, 0, 0)))
 def test_empty_images(shape: tuple[int, ...]) -> None:
-    bands, adjoint = (rounded(b, torch.float32) for b in tables((shape[-2], shape[-1]), (1, 1), "zeros"))
+    bands, adjoint = (cast(b, torch.float32) for b in operator(shape[-2:], (1, 1), "zeros"))
     x = torch.zeros(shape)
     assert native.blur(x, bands).shape == shape
     assert native.gradient(x, x, None, bands, adjoint).shape == shape
@@ -146,7 +130,7 @@ def test_empty_images(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", ((7, 13), (5, 7, 13), (2, 3, 7, 13), (2, 2, 3, 7, 13)))
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
-    bands, adjoint = tables((7, 13), (2, 2), "replicate")
+    bands, adjoint = operator((7, 13), (2, 2), "replicate")
     check(torch.float32, bands, adjoint, *images(3, shape, torch.float32))
 
 
@@ -166,7 +150,7 @@ def test_halves_are_converted_as_torch_does(dtype: torch.dtype) -> None:
 
 
 def test_nan_stays_in_its_plane_and_within_reach() -> None:
-    bands, adjoint = (rounded(b, torch.float32) for b in tables((40, 50), (2, 3), "zeros"))
+    bands, adjoint = (cast(b, torch.float32) for b in operator((40, 50), (2, 3), "zeros"))
     x, d, r = images(3, (3, 40, 50), torch.float32)
     spoilt = x.clone()
     spoilt[1, 20, 25] = torch.nan
@@ -186,7 +170,7 @@ def all_twins(threads: int) -> list[Tensor]:
     try:
         results = []
         for dtype in (torch.float32, torch.bfloat16):
-            bands, adjoint = (rounded(b, dtype) for b in tables((150, 133), (2, 2), "reflect"))
+            bands, adjoint = (cast(b, dtype) for b in operator((150, 133), (2, 2), "reflect"))
             x, d, r = images(3, (2, 150, 133), dtype)
             results += [native.blur(x, bands), native.gradient(x, d, r, bands, adjoint)]
         x, f = images(2, (3, 30_001), torch.float32)
@@ -204,7 +188,7 @@ def test_results_do_not_depend_on_the_thread_count() -> None:
 
 
 def test_results_do_not_depend_on_the_rest_of_the_batch() -> None:
-    bands, adjoint = (rounded(b, torch.float32) for b in tables((50, 70), (2, 2), "zeros"))
+    bands, adjoint = (cast(b, torch.float32) for b in operator((50, 70), (2, 2), "zeros"))
     x, d, r = images(3, (5, 2, 50, 70), torch.float32)
     out, alone = (native.gradient(*rows, bands, adjoint) for rows in ((x, d, r), (x[3:4], d[3:4], r[3:4])))
     assert torch.equal(out[3:4], alone)
