@@ -1,23 +1,104 @@
-"""The fixed point as a differentiable function: the solve, then the layer at x* with its gradient."""
+"""The fixed point as a differentiable function: solve, apply the layer once with its gradient, verify."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from jfbfast.backends.precision import precision_for
 from jfbfast.backends.reference import per_sample
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
-from jfbfast.implicit.forward import ForwardSolve, autocast_dtype
-from jfbfast.implicit.frozen import TrainingState, step_spectral_norms
+from jfbfast.implicit.frozen import TrainingState, frozen, materialised_weights, step_spectral_norms
 from jfbfast.implicit.methods import GradientMethod, Unrolled, gradient_method
-from jfbfast.implicit.prepared import checked_solve_dtype
+from jfbfast.implicit.prepared import checked_solve_dtype, prepared
 from jfbfast.implicit.unroll import unroll
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
 from jfbfast.solvers.base import check_batch, checked_solver
 from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
+
+
+class ForwardSolve(NamedTuple):
+    """How to find the fixed point of a layer, without gradients.
+
+    Attributes:
+        implicit: the layer.
+        solver: of the fixed point.
+        solve_dtype, compiled: ``solve_dtype`` and ``compile_solve`` of `fixed_point`.
+    """
+
+    implicit: ImplicitLayer
+    solver: FixedPointSolver
+    solve_dtype: torch.dtype | None = None
+    compiled: bool = False
+
+    def find(self, x0: Tensor, inputs: tuple[Tensor, ...], estimate: bool = False) -> FixedPointSolution:
+        """Find it from x0.
+
+        Low-precision results are verified by the application that follows, if that runs in full precision.
+
+        Args:
+            x0, inputs: as in `fixed_point`.
+            estimate: whether the solution must have an ``inverse``.
+        """
+        solver, autocast = self.solver, autocast_dtype(x0)
+        dtype = self.solve_dtype or autocast
+        fine, leaving = self._prepared(None, inputs)
+        with self._held_still(x0.device):
+            if dtype is None:
+                return solver.solve(fine, x0, leaving, estimate=estimate)
+            coarse, _ = self._prepared(dtype, inputs)
+            if solver.tol == 0 and self.solve_dtype is None:
+                return solver.solve(coarse, x0, leaving, estimate=estimate)  # all max_iter evaluations under autocast
+            verify = self.solve_dtype is not None and autocast is not None
+            return solver.solve(fine, x0, leaving, coarse=coarse, verify=verify, estimate=estimate)
+
+    def finish(self, solution: FixedPointSolution, rejected: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
+        """Continue in full precision with those of the rejected samples that only low precision has evaluated."""
+        rows = (rejected & (solution.iterations == solution.coarse_iterations)).nonzero()[:, 0]
+        if not len(rows):
+            return solution
+        assert solution.following is not None
+        start, solver, spent = solution.following, self.solver, solution.iterations[rows]
+        if isinstance(solver, FixedPointSolver):
+            solver = replace(solver, max_iter=solver.max_iter - int(spent.max()))
+        fine, leaving = self._prepared(None, inputs)
+        if leaving:
+            start, leaving = start[rows], tuple([i[rows] for i in leaving])
+        with self._held_still(start.device):
+            found = solver.solve(fine, start, leaving)
+        own = slice(None) if leaving else rows
+        return solution.replaced(
+            rows,
+            value=found.value[own],
+            residual=found.residual[own],
+            iterations=found.iterations[own] + spent,
+            status=found.status[own],
+        )
+
+    def _prepared(self, dtype: torch.dtype | None, inputs: tuple[Tensor, ...]) -> tuple[Layer, tuple[Tensor, ...]]:
+        """The prepared layer, and the inputs to pass to it: none if it captures them because the batch stays whole."""
+        layer = prepared(self.implicit.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
+        inputs = tuple([i.detach() for i in inputs])
+        return ((lambda x: layer(x, *inputs)), ()) if self.implicit.whole_batch else (layer, inputs)
+
+    @contextmanager
+    def _held_still(self, device: torch.device) -> Iterator[None]:
+        module = self.implicit.module
+        with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module):
+            yield
+        torch.clear_autocast_cache()  # up to torch 2.12 it would pass casts without a gradient to the next application
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the caller's autocast on x's device, or None."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: int) -> None:
@@ -143,13 +224,20 @@ def solve_fixed_point(
     solve_dtype: torch.dtype | None = None,
     compile_solve: bool = False,
 ) -> tuple[Tensor, FixedPointSolution]:
-    """What `fixed_point` returns, and the `FixedPointSolution` that it rests on.
+    """Like `fixed_point`, and also return the `FixedPointSolution`.
 
-    The arguments, and what raises and warns, are those of `fixed_point`.
+    The arguments, exceptions and warnings are those of `fixed_point`.
 
     Returns:
-        T(x*), of x0's shape and dtype, with its gradient; and the solution, which tells each sample's
-        residual, evaluations and `Status`, without ``inverse`` and ``following``.
+        T(x*), of x0's shape and dtype, with its gradient; and the solution with each sample's residual,
+        evaluations and `Status`, without ``inverse`` and ``following``.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.rand(4, 3)
+        >>> out, solution = jfbfast.solve_fixed_point(lambda x, d: torch.cos(x) / 2 + d, d, inputs=(d,))
+        >>> bool((solution.residual <= 1e-3).all())
+        True
     """
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
@@ -209,60 +297,69 @@ def fixed_point(
 ) -> Tensor:
     """T(x*; inputs) at the fixed point x* = T(x*; inputs), with the gradient of an implicit network.
 
-    `solve_fixed_point` returns the residuals and statuses of the solve with it.
+    `solve_fixed_point` also returns the residuals and statuses of the solve.
 
-    Forward solves without gradients and applies the layer once more, one step beyond the solve's last
-    iterate: that application is the output, measures the solution's residual, and is what backward
-    differentiates, so memory does not depend on the number of iterations (but see `Phantom` and
-    `Unrolled`, which apply it more often). During all of it the layer is one fixed map, as if its
-    module were in eval(); in train(), spectral norms take one power iteration before, and batch
-    norms, and others with running statistics, update those once, at x*; an instance norm goes on
-    normalising by each sample. A batch norm with track_running_stats=False has no statistics: it
-    normalises by the batch at every evaluation, so that one sample's solve depends on the others'. The last
-    application is made on the whole batch: a sample that it finds unconverged ends as MAX_ITER.
+    Forward solves without gradients. Then it applies the layer once more, one step after the solve's last iterate.
+    This application is the output; it measures the solution's residual; and backward differentiates it. So memory
+    does not depend on the number of iterations (except with `Phantom` and `Unrolled`, which apply the layer more
+    often).
 
-    With a linear operator other than a `SeparableBlur` in the layer's module (a deepinv physics, anything with an
-    ``adjoint``), which may hold something of each sample, the whole batch is evaluated until its last sample is done.
-    Threads may evaluate a module in eval() together, without gradients; training is for one thread at a time.
+    During all of this the layer is one fixed map, as if its module were in eval(). In train(), spectral norms take
+    one power iteration before the solve; batch norms, and other norms with running statistics, update these once, at
+    x*; an instance norm still normalises by each sample. A batch norm with track_running_stats=False has no running
+    statistics and normalises by the batch in every evaluation, so that one sample's solve depends on the others'. The
+    last application is made on the whole batch: a sample that it finds unconverged ends as MAX_ITER.
 
-    A sample whose solve diverged comes back as its best finite iterate (NaN where it had none) and
-    takes no part in the gradient.
+    If the layer's module has a linear operator other than a `SeparableBlur` (a deepinv physics, or anything with an
+    ``adjoint``), which may hold data of each sample, the whole batch is evaluated until its last sample is done.
+    Several threads may evaluate a module in eval() without gradients; training is for one thread at a time.
+
+    A sample whose solve diverged is returned as its best finite iterate (NaN if it had none) and gets no gradient.
 
     Args:
-        layer: T(x, *inputs), (B, …) to the same shape, sample by sample, which leaves its arguments as
-            they are: a module, a module's method or any callable. What holds for "its module" below
-            holds for the former two; modules that a lambda calls stay in the mode they are in.
+        layer: T(x, *inputs), from (B, …) to the same shape, sample by sample, which does not write over its
+            arguments: a module, a module's method or any callable. "Its module" is that of the first two; modules
+            that a lambda calls stay in the mode they are in.
         x0: the start, (B, …); it gets no gradient.
         inputs: tensors (B, …) on which T depends, differentiable.
-        parameters: the tensors Θ that get a gradient; None for all of the layer's module's.
-        solver: `Anderson()` where None.
-        gradient: a gradient method, or one's name for its defaults: "jfb" (`JFB`), "neumann" (`Neumann`),
-            "phantom" (`Phantom`), "implicit" (`Implicit`), "shine" (`Shine`) or "unrolled" (`Unrolled`).
-        solve_dtype: torch.bfloat16 or torch.float16: the solve iterates with the layer in that dtype first, and
-            in full with the samples that this leaves above ``tol``; a residual is one measured in full. None
-            for the dtype of the caller's autocast in its place, or for none.
-        compile_solve: pass the layer through torch.compile for the solve, where it is a module or a method of
-            one.
+        parameters: the tensors Θ that get a gradient; None for all parameters of the layer's module.
+        solver: None for `Anderson()`.
+        gradient: a gradient method, or the name of one with its default arguments: "jfb" (`JFB`), "neumann"
+            (`Neumann`), "phantom" (`Phantom`), "implicit" (`Implicit`), "shine" (`Shine`) or "unrolled" (`Unrolled`).
+        solve_dtype: torch.bfloat16 or torch.float16: iterate with the layer in that dtype first, and in full
+            precision with the samples that this leaves above ``tol``; residuals are measured in full precision. None
+            for the dtype of the caller's autocast, or full precision without one.
+        compile_solve: compile the layer by torch.compile for the solve, if it is a module or a method of one.
 
     Returns:
         T(x*), of x0's shape and dtype.
 
     Raises:
-        TypeError: ``parameters`` or ``inputs`` is a tensor, or has what is none; ``gradient`` neither a name nor a
-            method; ``solver`` is none.
-        ValueError: another gradient's name or ``solve_dtype``; a diverged sample whose data the layer
-            captured and that is not finite; a layer that depends on a tensor that requires a gradient
-            and is neither its module's parameter nor in ``inputs``, with ``parameters`` None, or on one that was
-            computed before from a tensor that ``parameters`` does not name; a layer that detaches x, and a gradient
-            that needs ∂T/∂x; a SyncBatchNorm in train() among several processes; a gradient
-            from the solver's estimate of the inverse, and a solver that makes none; what `FixedPointSolver.solve`
-            raises.
-        RuntimeError: within a transform of torch.func; in a second backward through the same output, unless the
+        TypeError: ``parameters`` or ``inputs`` is a tensor, or contains something else; ``gradient`` is neither a
+            name nor a method; ``solver`` is not a solver.
+        ValueError: an unknown name or ``solve_dtype``; a diverged sample whose data the layer captured and
+            that is not finite; a layer that depends on a tensor that requires a gradient and is neither its module's
+            parameter nor in ``inputs``, with ``parameters`` None, or on one that was computed before from a tensor
+            that ``parameters`` does not name; a layer that detaches x, with a gradient that needs ∂T/∂x; a
+            SyncBatchNorm in train() among several processes; a gradient that needs an estimate of the inverse, with
+            a solver that makes none; what `FixedPointSolver.solve` raises.
+        RuntimeError: inside a transform of torch.func; in a second backward through the same output, unless the
             first has ``retain_graph=True``; in a backward with ``create_graph=True``.
 
     Warns:
-        ConvergenceWarning: some samples did not converge (with tol = 0: diverged); the last application contradicts
-            the solve, which the message explains.
+        ConvergenceWarning: some samples did not converge (with tol = 0: diverged), or the last application
+            contradicts the solve, which the message explains.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> cell = torch.nn.Linear(3, 3)
+        >>> d = torch.rand(4, 3)
+        >>> def layer(x, d):
+        ...     return 0.5 * torch.tanh(cell(x)) + d
+        >>> out = jfbfast.fixed_point(layer, torch.zeros(4, 3), inputs=(d,), parameters=cell.parameters())
+        >>> out.square().mean().backward()
+        >>> cell.weight.grad.shape
+        torch.Size([3, 3])
     """
     return solve_fixed_point(
         layer,

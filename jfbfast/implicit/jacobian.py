@@ -1,4 +1,4 @@
-"""The derivative of a traced function as products with a vector, from either side."""
+"""Products with the derivative of a traced function, from either side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jfbfast.backends.reference import flat
 
 
 class Linearisation:
-    """The derivative J of ``out`` in the ``leaves`` that it was computed from, as products; out's graph is kept.
+    """Products with the derivative J of ``out`` with respect to the ``leaves``; the graph of ``out`` is kept.
 
-    J v is differentiated out of Jᵀ w, which is linear in w, so that an op needs no forward-mode rule. That Jᵀ w
-    is traced at the first J v.
+    J v is the derivative of Jᵀ w, which is linear in w, in the direction v. So an op needs no forward-mode rule. Jᵀ w
+    is traced for this at the first J v.
     """
 
     def __init__(self, out: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -24,11 +24,11 @@ class Linearisation:
 
     @property
     def finite(self) -> Tensor:
-        """Of which samples ``out`` is finite, (B,)."""
+        """A mask of the samples for which ``out`` is finite, (B,)."""
         return flat(self.out.detach()).isfinite().all(1)
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
-        """Jᵀ w for w like ``out``: one tensor a leaf."""
+        """Jᵀ w for w like ``out``: one tensor for each leaf."""
         w = w.to(self.out.dtype)
         return torch.autograd.grad(self.out, self.leaves, w, retain_graph=True, materialize_grads=True)
 
@@ -39,7 +39,7 @@ class Linearisation:
             return w, torch.autograd.grad(self.out, self.leaves, w, create_graph=True, materialize_grads=True)
 
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
-        """J v, like ``out``, for one tensor a leaf."""
+        """J v, like ``out``, for a v of one tensor for each leaf."""
         w, transposed = self._transposed
         pairs = [(t, direction.to(t.dtype)) for t, direction in zip(transposed, v, strict=True) if t.requires_grad]
         if not pairs:

@@ -1,4 +1,4 @@
-"""Linear systems A w = b of a batch, each sample in a Krylov space of its own, one product for all at once."""
+"""Solve the linear systems A w = b of a batch by Krylov methods, with one product for all samples at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Product = Callable[[Tensor], Tensor]
 
 
 class LinearSolution(NamedTuple):
-    """What a linear solve found, in the order of the batch.
+    """What a linear solver found, in the order of the batch.
 
     Attributes:
-        value: w, of b's shape; b itself where b is not finite.
-        residual: ‖A w − b‖ / ‖b‖ by the method's own recurrence, (B,), float64; 0 where b = 0, and NaN
-            where b is not finite.
+        value: w, of b's shape; b itself for a sample whose b is not finite.
+        residual: ‖A w − b‖ / ‖b‖ by the method's own recurrence, (B,), float64; 0 if b = 0, and NaN
+            if b is not finite.
     """
 
     value: Tensor
@@ -36,18 +36,18 @@ def _norm(u: Tensor) -> Tensor:
 
 
 def _over(numerator: Tensor, denominator: Tensor, where: Tensor) -> Tensor:
-    """The quotient in ``where``, and 0 elsewhere, whatever stands there."""
+    """The quotient where ``where`` is true, and 0 elsewhere, even where the operands are not finite."""
     return torch.where(where, numerator / denominator.where(where, 1.0), 0.0)
 
 
 def _scaled(u: Tensor, factor: Tensor) -> Tensor:
-    """The rows of u times their factors; a factor of 0 gives 0, whatever stands in u."""
+    """The rows of u times their factors; a factor of 0 gives 0 even where u is not finite."""
     factor = factor.to(u.dtype)[:, None]
     return torch.where(factor != 0, u * factor, 0.0)
 
 
 def _normalised(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """b as rows of norm 1, their norms, and where a system stands to be solved: b is finite and not 0."""
+    """b as rows of norm 1, the norms, and a mask of the systems to solve: b is finite and not 0."""
     rows = flat(b)
     norm = _norm(rows)
     running = (norm > 0) & norm.isfinite()
@@ -63,21 +63,21 @@ def _finished(b: Tensor, norm: Tensor, w: Tensor, residual: Tensor) -> LinearSol
 def gmres(product: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolution:
     """A w = b by GMRES without restarts (Saad and Schultz, 1986), from w = 0.
 
-    Modified Gram–Schmidt, twice, with inner products and the small least-squares problem in float64. A
-    sample stops at ‖A w − b‖ ≤ tol ‖b‖, or where its product is not finite or its system singular.
+    Modified Gram–Schmidt is applied twice; inner products and the small least-squares problem are in float64. A
+    sample stops at ‖A w − b‖ ≤ tol ‖b‖, or if its product is not finite or its system is singular.
 
     Args:
         product: w ↦ A w, (B, …) to the same shape, sample by sample.
         b: (B, …), float32 or float64.
         tol: of the relative residual, at least 0.
-        max_iter: products at most; memory grows by one w a product.
+        max_iter: the most products; memory grows by one w in each.
     """
     right, norm, running = _normalised(b)
     residual = running.double()
     basis = [right]
-    reflections: list[tuple[Tensor, Tensor]] = []  # that make the Hessenberg matrix triangular
-    columns: list[Tensor] = []  # of the triangle
-    reflected: list[Tensor] = []  # e₁
+    reflections: list[tuple[Tensor, Tensor]] = []  # they make the Hessenberg matrix triangular
+    columns: list[Tensor] = []  # of the triangular matrix
+    reflected: list[Tensor] = []  # the right-hand side e₁ after the reflections
 
     while len(columns) < max_iter and running.any():
         w = product(basis[-1].view(b.shape)).reshape(right.shape)
@@ -116,14 +116,14 @@ def gmres(product: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolut
 def cgls(product: Product, transposed: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolution:
     """A w = b by CGLS (Björck, 1996), the stable form of conjugate gradients on AᵀA w = Aᵀb, from w = 0.
 
-    A sample stops at ‖A w − b‖ ≤ tol ‖b‖, or where its products are not finite.
+    A sample stops at ‖A w − b‖ ≤ tol ‖b‖, or if its products are not finite.
 
     Args:
         product: w ↦ A w, (B, …) to the same shape, sample by sample.
         transposed: r ↦ Aᵀ r.
         b: (B, …), float32 or float64.
         tol: of the relative residual, at least 0.
-        max_iter: iterations at most, of one product with A and one with Aᵀ each.
+        max_iter: the most iterations, each with one product with A and one with Aᵀ.
     """
     r, norm, running = _normalised(b)
     residual = running.double()

@@ -1,7 +1,7 @@
-"""The ways to differentiate a fixed point x* = T(x*; inputs, Θ), one class each.
+"""The methods to differentiate a fixed point x* = T(x*; inputs, Θ), one class each.
 
-With J = ∂T/∂x at x* and g = ∂ℓ/∂x at the output, the gradient by the implicit function theorem is
-(∂T/∂Θ)ᵀ w with (I − Jᵀ) w = g. Most methods are a choice of w.
+With J = ∂T/∂x at x* and g = ∂ℓ/∂x at the output, the implicit function theorem gives the gradient (∂T/∂Θ)ᵀ w with
+(I − Jᵀ) w = g. Most methods are an approximation of w.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jfbfast.solvers import Anderson, Status
 
 
 class Jacobian:
-    """J = ∂T/∂x at the fixed point as products, each with tensors of the batch's shape.
+    """Products with J = ∂T/∂x at the fixed point.
 
     Attributes:
-        inverse: w ↦ (I − J)⁻ᵀ w by the forward solve's estimate; None where it made none.
+        inverse: w ↦ (I − J)⁻ᵀ w by the solver's estimate; None if it made none.
     """
 
     def __init__(self, x: Tensor, image: Tensor, inverse: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -33,54 +33,85 @@ class Jacobian:
         self._products = Linearisation(image, (x,))
 
     def vjp(self, w: Tensor) -> Tensor:
-        """Jᵀ w, by one backward through the layer."""
+        """Jᵀ w for w (B, …), by one backward pass through the layer."""
         return self._products.vjp(w)[0]
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v, by one backward through the backward u ↦ Jᵀ u, which is traced at the first call."""
+        """J v for v (B, …), by one backward pass through u ↦ Jᵀ u, which is traced at the first call."""
         return self._products.jvp((v,))
 
 
 class GradientMethod:
-    """How the gradient g at the output becomes w ≈ (I − J)⁻ᵀ g, to be multiplied by ∂T/∂Θ.
+    """Base class of the gradient methods; a method turns the gradient g at the output into w ≈ (I − J)⁻ᵀ g.
+
+    Autograd then multiplies w by (∂T/∂Θ)ᵀ. A method overrides `cotangent`, or `trace` if it differentiates through
+    more than one application of the layer.
 
     Attributes:
-        needs: what `cotangent` asks of its `Jacobian`: "products", "inverse" (the forward solve's
-            estimate) or None for neither.
+        needs: what `cotangent` uses of its `Jacobian`: "products", "inverse" (the solver's estimate), or None.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> class Halved(jfbfast.GradientMethod):  # half of the JFB gradient
+        ...     needs = None
+        ...     def cotangent(self, gradient, jacobian):
+        ...         return gradient / 2
+        >>> d = torch.ones(1, 2, requires_grad=True)
+        >>> out = jfbfast.fixed_point(lambda x, d: 0.5 * x + d, torch.zeros(1, 2), inputs=(d,), gradient=Halved())
+        >>> out.sum().backward()
+        >>> d.grad
+        tensor([[0.5000, 0.5000]])
     """
 
     needs: ClassVar[Literal["products", "inverse"] | None] = "products"
 
     @property
     def differentiates_in_x(self) -> bool:
-        """Whether the gradient goes through ∂T/∂x, by products or through several applications."""
+        """Whether the gradient uses ∂T/∂x, by products or by several applications of the layer."""
         return self.needs == "products" or type(self).trace is not GradientMethod.trace
 
     def trace(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The output, whose graph backward differentiates; from the fixed point x, T(x)."""
+        """Apply ``layer`` to the fixed point x and return the output, whose graph backward differentiates."""
         return layer(x)
 
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
-        """w, given g = ∂ℓ/∂x at the output of `trace`, both (B, …): g itself unless a method says otherwise."""
+        """Return w for g = ∂ℓ/∂x at the output of `trace`, both (B, …). Here it is g itself."""
         return gradient
 
 
 @dataclass(frozen=True)
 class JFB(GradientMethod):
-    """Jacobian-free backpropagation (Fung et al., 2022): (I − J)⁻¹ replaced by I, so w = g."""
+    """Jacobian-free backpropagation (Fung et al., 2022): (I − J)⁻¹ is replaced by I, so w = g.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.ones(1, 2, requires_grad=True)
+        >>> out = jfbfast.fixed_point(lambda x, d: 0.5 * x + d, torch.zeros(1, 2), inputs=(d,), gradient=jfbfast.JFB())
+        >>> out.sum().backward()
+        >>> d.grad  # the exact gradient is 2
+        tensor([[1., 1.]])
+    """
 
     needs = None
 
 
 @dataclass(frozen=True)
 class Neumann(GradientMethod):
-    """The Neumann series cut off: w = Σ_{k < terms} (Jᵀ)ᵏ g, by terms − 1 products.
+    """The truncated Neumann series w = Σ_{k < terms} (Jᵀ)ᵏ g, by terms − 1 products.
 
     Args:
         terms: at least 1; 1 is JFB.
 
     Raises:
         ValueError: ``terms`` below 1.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.ones(1, 2, requires_grad=True)
+        >>> method = jfbfast.Neumann(terms=3)
+        >>> jfbfast.fixed_point(lambda x, d: 0.5 * x + d, d.detach(), inputs=(d,), gradient=method).sum().backward()
+        >>> d.grad  # 1 + 1/2 + 1/4
+        tensor([[1.7500, 1.7500]])
     """
 
     terms: int = 5
@@ -97,11 +128,11 @@ class Neumann(GradientMethod):
 
 @dataclass(frozen=True)
 class Phantom(GradientMethod):
-    """The phantom gradient (Geng et al., 2021, "On Training Implicit Models"), in its unrolling form.
+    """The phantom gradient (Geng et al., 2021, "On Training Implicit Models"), in its unrolled form.
 
-    x ← (1 − τ)x + τT(x), ``steps`` times from x*, with the gradient through all of them: at x* that is
-    w = τ Σ_{k < steps} ((1 − τ)I + τJᵀ)ᵏ g. The output is the last of these iterates. Memory grows
-    linearly with ``steps``, not with the solver's iterations.
+    It takes ``steps`` steps x ← (1 − τ)x + τT(x) from x* and differentiates through all of them. At x* that is
+    w = τ Σ_{k < steps} ((1 − τ)I + τJᵀ)ᵏ g. The output is the last iterate. Memory grows linearly with ``steps``,
+    not with the solver's iterations.
 
     Args:
         steps: at least 1.
@@ -109,6 +140,14 @@ class Phantom(GradientMethod):
 
     Raises:
         ValueError: a value out of its range.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.ones(1, 2, requires_grad=True)
+        >>> method = jfbfast.Phantom(steps=2, damping=1.0)
+        >>> jfbfast.fixed_point(lambda x, d: 0.5 * x + d, d.detach(), inputs=(d,), gradient=method).sum().backward()
+        >>> d.grad
+        tensor([[1.5000, 1.5000]])
     """
 
     needs = None
@@ -128,21 +167,29 @@ class Phantom(GradientMethod):
 
 @dataclass(frozen=True)
 class Implicit(GradientMethod):
-    """The exact gradient: (I − Jᵀ) w = g solved for each sample, with one product of the batch at a time.
+    """The exact gradient: solves (I − Jᵀ) w = g for each sample, with one product for the whole batch at a time.
 
     Args:
-        solver: "gmres", without restarts; its memory grows by one w a product. "cg": conjugate gradients
-            on (I − J)(I − Jᵀ) w = (I − J) g, as in Liu, Tong and Zhao (2024), which need no more than
-            five w but two products an iteration and the square of the condition; the layer must be
-            differentiable twice. "anderson": the fixed point w = Jᵀ w + g by `Anderson`.
-        tol: ‖(I − Jᵀ) w − g‖ ≤ tol ‖g‖ ("anderson": ≤ tol ‖Jᵀ w + g‖); 0 runs to ``max_iter``.
-        max_iter: iterations at most.
+        solver: "gmres": GMRES without restarts; its memory grows by one w in each iteration. "cg": conjugate
+            gradients on (I − J)(I − Jᵀ) w = (I − J) g, as in Liu, Tong and Zhao (2024). It keeps only five vectors,
+            but takes two products in each iteration and squares the condition number, and the layer must be twice
+            differentiable. "anderson": the fixed point w = Jᵀ w + g by `Anderson`.
+        tol: ‖(I − Jᵀ) w − g‖ ≤ tol ‖g‖ ("anderson": ≤ tol ‖Jᵀ w + g‖); 0 takes ``max_iter`` iterations.
+        max_iter: the most iterations.
 
     Raises:
         ValueError: another solver, or a value out of its range.
 
     Warns:
-        ConvergenceWarning: in backward, for samples that did not reach ``tol``; they keep what they have.
+        ConvergenceWarning: in backward, if samples did not reach ``tol``; they keep their last w.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.ones(1, 2, requires_grad=True)
+        >>> method = jfbfast.Implicit("gmres", tol=1e-6)
+        >>> jfbfast.fixed_point(lambda x, d: 0.5 * x + d, d.detach(), inputs=(d,), gradient=method).sum().backward()
+        >>> d.grad
+        tensor([[2.0000, 2.0000]])
     """
 
     solver: Literal["gmres", "cg", "anderson"] = "gmres"
@@ -180,16 +227,25 @@ class Implicit(GradientMethod):
 
 @dataclass(frozen=True)
 class Shine(GradientMethod):
-    """SHINE (Ramzi et al., 2022): w = B⁻ᵀ g, B⁻¹ ≈ (I − J)⁻¹ the estimate that the forward solve built.
+    """SHINE (Ramzi et al., 2022): w = B⁻ᵀ g with the estimate B⁻¹ ≈ (I − J)⁻¹ that the forward solve has built.
 
-    No product with J. The solver must make the estimate. A sample whose w is not finite takes JFB's, w = g.
+    It needs no product with J, but a solver that makes the estimate: `Anderson` or `Broyden`. A sample whose w is not
+    finite falls back to JFB, w = g.
 
     Args:
-        fallback: take JFB's also for a sample whose ‖w‖ exceeds ``ratio`` ‖g‖.
-        ratio: the safeguard's bound, positive; the authors' code takes 1.8.
+        fallback: also fall back to JFB for a sample with ‖w‖ > ``ratio`` ‖g‖.
+        ratio: positive; the authors' code takes 1.8.
 
     Raises:
         ValueError: ``ratio`` not positive.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.ones(1, 2, requires_grad=True)
+        >>> method = jfbfast.Shine(fallback=False)
+        >>> jfbfast.fixed_point(lambda x, d: 0.5 * x + d, d.detach(), inputs=(d,), gradient=method).sum().backward()
+        >>> d.grad
+        tensor([[2., 2.]])
     """
 
     needs = "inverse"
@@ -209,17 +265,23 @@ class Shine(GradientMethod):
 
 @dataclass(frozen=True)
 class Unrolled(GradientMethod):
-    """Deep unrolling: T applied ``steps`` times from x0, with the gradient through all of them, and no solve.
+    """Deep unrolling: apply T ``steps`` times from x0 and differentiate through all applications, without a solve.
 
-    Memory grows linearly with ``steps``. The solver's tolerances alone are used, to tell a sample's
-    status. The `FixedPointSolution` has the last but one iterate as its value, so that the output is
-    T(value), and ``steps`` iterations.
+    Memory grows linearly with ``steps``. Only the tolerances of the solver are used, for the samples' status. The
+    value of the `FixedPointSolution` is the last but one iterate, so that the output is T(value).
 
     Args:
         steps: at least 1.
 
     Raises:
         ValueError: ``steps`` below 1.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.ones(1, 2, requires_grad=True)
+        >>> method = jfbfast.Unrolled(steps=3)
+        >>> jfbfast.fixed_point(lambda x, d: 0.5 * x + d, 0 * d.detach(), inputs=(d,), gradient=method)
+        tensor([[1.7500, 1.7500]], grad_fn=<_FixedPointFunctionBackward>)
     """
 
     needs = None

@@ -1,4 +1,4 @@
-"""The layer applied a fixed number of times in place of a solve."""
+"""Apply the layer a fixed number of times instead of solving."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jfbfast.solvers.loop import DIVERGED_GROWTH, TINY, norms
 def unroll(
     implicit: ImplicitLayer, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
 ) -> tuple[Tensor, FixedPointSolution]:
-    """The method's applications from x0, and the solution that they amount to; x0 for a diverged sample.
+    """Apply the layer from x0 as the method does, and report the result like a solve.
 
-    Where one diverged, the running statistics are as they were before.
+    A diverged sample has the value x0. If any sample diverged, the running statistics are restored.
     """
     before = TrainingState(implicit.module)
     out, first, last = implicit.apply(x0, inputs)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from jfbfast import checks
 from jfbfast.implicit.autograd import ImplicitLayer
-from jfbfast.implicit.fixed_point import solve_fixed_point
-from jfbfast.implicit.forward import ForwardSolve
+from jfbfast.implicit.fixed_point import ForwardSolve, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.models import registry

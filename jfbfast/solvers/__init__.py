@@ -1,4 +1,4 @@
-"""Fixed-point solvers: x = T(x; inputs), sample by sample, without gradients."""
+"""Solvers of x = T(x; inputs), sample by sample, without gradients."""
 
 from jfbfast.convergence import ConvergenceWarning
 from jfbfast.solvers.anderson import Anderson

@@ -1,4 +1,4 @@
-"""Anderson acceleration: on any device by the shared loop, on CUDA with every decision on the GPU."""
+"""Anderson acceleration: by the shared loop on any device, and with all decisions on the GPU on CUDA."""
 
 from __future__ import annotations
 
@@ -21,20 +21,27 @@ from jfbfast.solvers.solution import FixedPointSolution
 class Anderson(FixedPointSolver):
     """Anderson acceleration, type II: x ← Σ αᵢ T(xᵢ), α = argmin ‖Σ αᵢ (T(xᵢ) − xᵢ)‖ with Σ αᵢ = 1.
 
-    Over the last ``memory`` pairs of each sample (Walker and Ni, 2011, without damping). Where a
-    sample's residual grows to four times its lowest, its history is dropped and it takes the damped
-    step x + ½(T(x) − x).
+    The sums run over the last ``memory`` pairs of each sample (Walker and Ni, 2011, without damping). Safeguard: if
+    a sample's residual grows to four times its lowest, its history is dropped and it takes the damped step
+    x + ½(T(x) − x).
 
     Args:
         tol, max_iter, atol: as in `FixedPointSolver`.
-        memory: pairs (x, T(x)) kept, at least 1; 1 is the plain iteration.
-        regularization: ε of the weights' penalty ε Σ αᵢ²‖T(xᵢ) − xᵢ‖², relative to the residuals.
-        history_dtype: torch.bfloat16 keeps the history of float32 iterates in half the memory: residuals, and
-            differences of images, beside the newest images in float32; None keeps it in the iterates' dtype.
+        memory: number of pairs (x, T(x)) to keep, at least 1; 1 is the plain iteration.
+        regularization: ε in the penalty ε Σ αᵢ²‖T(xᵢ) − xᵢ‖² on the weights, relative to the residuals.
+        history_dtype: torch.bfloat16 stores the history of float32 iterates in half the memory (residuals, and
+            differences of successive T(x), with the newest T(x) in float32); None stores it in the iterates' dtype.
 
     Raises:
         ValueError: as in `FixedPointSolver`; ``memory`` below 1; ``regularization`` not positive; another
-            ``history_dtype``, or one in bfloat16 for iterates that are not float32.
+            ``history_dtype``, or torch.bfloat16 for iterates that are not float32.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> d = torch.ones(2, 3)
+        >>> solution = jfbfast.Anderson(tol=1e-5).solve(lambda x, d: 0.5 * x + d, torch.zeros(2, 3), (d,))
+        >>> solution.value[0], solution.iterations
+        (tensor([2., 2., 2.]), tensor([3, 3]))
     """
 
     estimates_inverse: ClassVar[bool] = True
@@ -65,7 +72,7 @@ class Anderson(FixedPointSolver):
         return super()._run(phase)
 
     def _run_on_device(self, phase: Phase, kernels: ModuleType) -> FixedPointSolution:
-        """The same loop with the decisions of an iteration taken on the GPU; the host follows one step behind."""
+        """The same loop with the decisions of each iteration on the GPU; the host follows one step behind."""
         x, inputs = phase.flat_start(), phase.inputs
         state = kernels.AndersonCuda(
             x,
@@ -93,10 +100,10 @@ class Anderson(FixedPointSolver):
 
 
 class _AndersonIteration(Iteration):
-    """The residuals gᵢ = T(xᵢ) − xᵢ, the images T(xᵢ) and the Gram matrix ⟨gᵢ, gⱼ⟩, in a ring.
+    """The residuals gᵢ = T(xᵢ) − xᵢ, the images T(xᵢ) and the Gram matrix ⟨gᵢ, gⱼ⟩, in ring buffers.
 
-    The images are the layer's own outputs. A history in bfloat16 keeps the differences of successive
-    images in their place, and only the newest image.
+    The images are the layer's own outputs. A history in bfloat16 stores the differences of successive
+    images instead, and only the newest image.
     """
 
     def __init__(self, x: Tensor, memory: int, regularization: float, history_dtype: torch.dtype | None) -> None:
@@ -105,7 +112,7 @@ class _AndersonIteration(Iteration):
         self.regularization = regularization
         self.residuals = torch.zeros(memory, *x.shape, dtype=history_dtype or x.dtype, device=x.device)
         self.differences = None if history_dtype is None else torch.zeros_like(self.residuals)
-        self.images: list[Tensor] = []  # by slot; with differences the newest alone
+        self.images: list[Tensor] = []  # by slot; only the newest if there are differences
         self.gram = torch.zeros(batch, memory, memory, dtype=torch.float64, device=x.device)
         self.valid = torch.zeros(batch, memory, dtype=torch.bool, device=x.device)
         self.pairs = 0
@@ -113,7 +120,7 @@ class _AndersonIteration(Iteration):
 
     @property
     def slot(self) -> int:
-        """Of the newest pair."""
+        """The slot of the newest pair."""
         return (self.pairs - 1) % len(self.residuals)
 
     @property
@@ -150,11 +157,11 @@ class _AndersonIteration(Iteration):
         return following
 
     def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
-        """I − ΔF (ΔGᵀΔG)⁻¹ ΔGᵀ, which maps each ΔG = (∂T/∂x − I) ΔX to −ΔX, as ΔF = ΔX + ΔG.
+        """I − ΔF (ΔGᵀΔG)⁻¹ ΔGᵀ, which maps each ΔG = (∂T/∂x − I) ΔX to −ΔX because ΔF = ΔX + ΔG.
 
-        ΔF and ΔG are the older images' and residuals' differences to the newest. ΔGᵀΔG is
-        regularised like the weights, no finer than the history is rounded, and enters by its Cholesky
-        factor: with LLᵀ = ΔGᵀΔG, U = ΔF L⁻ᵀ and V = ΔG L⁻ᵀ.
+        ΔF and ΔG are the differences of the older images and residuals to the newest. ΔGᵀΔG is regularised like the
+        weights, by at least the rounding of the history. It is used through its Cholesky factor: with
+        LLᵀ = ΔGᵀΔG, U = ΔF L⁻ᵀ and V = ΔG L⁻ᵀ.
         """
         wide = reference.band_dtype(f.dtype)
         memory = len(self.residuals)

@@ -1,4 +1,4 @@
-"""What every fixed-point solver takes and how a solve goes: on one layer, or down a ladder of two."""
+"""The interface of a fixed-point solver, and the course of a solve: with one layer, or with a coarse one first."""
 
 from __future__ import annotations
 
@@ -18,19 +18,28 @@ from jfbfast.solvers.solution import FixedPointSolution, Status
 
 @dataclass(frozen=True)
 class FixedPointSolver(ABC):
-    """What every method shares: stopping, freezing, statuses, compaction.
+    """Base class of the solvers of x = T(x): `Anderson`, `Broyden`, `Inertial` and `Picard`.
 
-    A sample stops as CONVERGED when ‖T(x) − x‖ ≤ tol·‖T(x)‖ + atol, and as DIVERGED when either
-    norm is not finite or exceeds 10⁴ times the sum of the two at the first evaluation. It is frozen from there
-    on, and leaves the batch once half of the batch has. No sample's values touch another's.
+    Every sample of a batch is solved by itself. It stops as CONVERGED when ‖T(x) − x‖ ≤ tol·‖T(x)‖ + atol, and as
+    DIVERGED when either norm is not finite or exceeds 10⁴ times the sum of the two at the first evaluation. Its
+    values do not change after that. Finished samples leave the batch once half of the batch has finished.
+
+    A subclass implements `start`, which returns the method's `Iteration`.
 
     Args:
-        tol: relative tolerance; 0 runs to ``max_iter``.
-        max_iter: evaluations of T for each sample at most; kept exactly.
+        tol: relative tolerance; with 0 every sample takes ``max_iter`` evaluations.
+        max_iter: the most evaluations of T for each sample.
         atol: absolute tolerance, in units of ‖x‖ over a sample.
 
     Raises:
         ValueError: a negative or non-finite tolerance; ``max_iter`` below 1.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> solver: jfbfast.FixedPointSolver = jfbfast.Anderson(tol=1e-6)
+        >>> solution = solver.solve(torch.cos, torch.zeros(1, 1, dtype=torch.float64))
+        >>> round(float(solution.value), 4), jfbfast.Status(int(solution.status)).name
+        (0.7391, 'CONVERGED')
     """
 
     estimates_inverse: ClassVar[bool] = False
@@ -46,7 +55,7 @@ class FixedPointSolver(ABC):
 
     @abstractmethod
     def start(self, x: Tensor) -> Iteration:
-        """A fresh iteration for flat iterates like ``x`` (B, N)."""
+        """Start an iteration of the method, for flat iterates like ``x`` (B, N)."""
 
     @torch.compiler.disable
     def solve(
@@ -61,32 +70,31 @@ class FixedPointSolver(ABC):
     ) -> FixedPointSolution:
         """Solve x = layer(x, *inputs) for each sample of the batch.
 
-        With ``coarse`` the solve goes down a ladder of two: it iterates with ``coarse`` until each
-        sample has converged, diverged or stalled there, and then with ``layer``, with a fresh history,
-        from the iterate that follows each sample's best. What is claimed of a sample is measured with
-        ``layer``, which keeps at least one of the ``max_iter`` evaluations of each sample.
+        With ``coarse`` the solve has two phases. It iterates with ``coarse`` until each sample has converged,
+        diverged or stalled. Then it iterates with ``layer``, with a new history, from the iterate after each sample's
+        best. Residuals and statuses are measured with ``layer``, for which at least one of the ``max_iter``
+        evaluations of each sample is reserved.
 
-        A sample has stalled when in 5 evaluations its lowest ‖T(x) − x‖ has not fallen by 30%: at the
-        rounding floor of T, or where the solve converges at a rate above 0.93. Half-precision iterates with a
-        ``tol`` below their eps (8e-3 in bfloat16) end as MAX_ITER where they have stalled within it: ``tol`` is
-        beyond their rounding.
+        A sample has stalled if its lowest ‖T(x) − x‖ has not fallen by 30% in 5 evaluations. That happens at the
+        rounding floor of T, or if the solve converges at a rate above 0.93. Half-precision iterates cannot reach a
+        ``tol`` below their eps (8e-3 in bfloat16): they end as MAX_ITER once they have stalled below that eps.
 
         Args:
-            layer: T, a map of (B, …) to the same shape that treats each sample by itself.
+            layer: T, a map from (B, …) to the same shape that treats each sample by itself.
             x0: the start, (B, …), floating point; the iterates have its dtype.
-            inputs: tensors (B, …) of which each sample owns a slice. Samples leave the batch only
-                where there are inputs, since a layer that captured its data could not follow.
-            coarse: a cheaper twin of ``layer``, such as the same map in lower precision.
-            verify: False takes the word of ``coarse`` for the samples that converged there, which go on no
-                further; samples that a ``layer`` without ``inputs`` cannot leave out do.
-            estimate: gives the solution an ``inverse``, (I − ∂T/∂x)⁻¹ from the history of the
-                evaluations of ``layer`` (Ramzi et al., 2022).
+            inputs: tensors (B, …), one slice for each sample. Finished samples leave the batch only if there are
+                inputs, because a layer that captured its data could not follow.
+            coarse: a cheaper version of ``layer``, such as the same map in lower precision.
+            verify: False accepts the samples that converged with ``coarse``, without an evaluation of ``layer``.
+                (Without ``inputs`` they are evaluated all the same if any sample needs it.)
+            estimate: give the solution an ``inverse``, the estimate of (I − ∂T/∂x)⁻¹ from the history of the
+                evaluations of ``layer`` (Ramzi et al., 2022, "SHINE").
 
         Raises:
-            TypeError: x0, an input or what the layer returns is no tensor.
-            ValueError: x0 without a batch dimension or not floating point, an input of another batch
-                size, a layer that changes the shape or writes over its arguments, or ``estimate`` of a
-                method that has no history.
+            TypeError: x0, an input or what the layer returns is not a tensor.
+            ValueError: x0 without a batch dimension or not floating point; an input of another batch
+                size; a layer that changes the shape or writes over its arguments; ``estimate`` with a
+                method that keeps no history.
         """
         check_batch(x0, inputs)
         if estimate and not self.estimates_inverse:
@@ -137,7 +145,7 @@ class FixedPointSolver(ABC):
         return found.replaced(rows, **{name: getattr(fine, name) for name in names})
 
     def _run(self, phase: Phase) -> FixedPointSolution:
-        """One phase of the solve; value and residual as `iterate` has them."""
+        """Run one phase of the solve; value and residual have the form that `iterate` returns."""
         return iterate(phase, self.start, self.tol, self.atol)
 
 
@@ -161,10 +169,7 @@ def check_batch(x0: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:
-    """The solver, or another object with its ``solve``, ``tol``, ``atol`` and ``max_iter``.
-
-    Raises TypeError for what is none, such as its class.
-    """
+    """Return a solver, or any object with ``solve``, ``tol``, ``atol`` and ``max_iter``; raise TypeError for others."""
     needed = ("solve", "tol", "atol", "max_iter")
     if solver is not None and (isinstance(solver, type) or not all(hasattr(solver, name) for name in needed)):
         raise TypeError(f"solver is {solver!r}; it takes an instance, such as Anderson()")
@@ -172,7 +177,7 @@ def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:
 
 
 def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
-    """A phase's solution in the shape of its start; a sample without any finite iterate is NaN throughout."""
+    """Reshape a phase's solution like its start; a sample that never had a finite iterate becomes NaN."""
     unusable = found.residual.isnan() & ~start.reshape(found.value.shape).isfinite().all(1)
     return found._replace(
         value=torch.where(unusable[:, None], torch.nan, found.value).view(start.shape),

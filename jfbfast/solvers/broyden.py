@@ -21,23 +21,28 @@ _MAX_MEMORY = 30  # what the kernels' 64 pointers hold: two vectors a pair, two 
 class Broyden(FixedPointSolver):
     """Broyden's "good" method (1965) on g(x) = T(x) − x, as in deep equilibrium models (Bai et al., 2019).
 
-    x ← x − H g, where H ≈ (∂g/∂x)⁻¹ is −I, so that the first step is to T(x), updated by
-    H ← H + (s − H y) sᵀH / (sᵀH y) with each of the last ``memory`` steps s = Δx, y = Δg, oldest first.
-    No line search. With the pairs as columns of S and Y, and L the strictly lower triangle of SᵀS, this is
+    x ← x − H g with H ≈ (∂g/∂x)⁻¹. H starts as −I, so that the first step leads to T(x). The update
+    H ← H + (s − H y) sᵀH / (sᵀH y) is applied for each of the last ``memory`` steps s = Δx, y = Δg, oldest first.
+    There is no line search. With the pairs as columns of S and Y, and L the strictly lower triangle of SᵀS,
 
         H = −I + (S + Y) (L + SᵀY)⁻¹ Sᵀ        (Byrd, Nocedal and Schnabel, 1994, theorem 6.2)
 
-    A full memory is a ring: the oldest pair gives way, and H is exactly that of the others, as in
-    L-BFGS. An update is skipped where |sᵀH y| ≤ √ε ‖s‖², ε the rounding of the iterates. Where a
-    sample's residual grows to four times its lowest, its history is dropped and it takes the damped
-    step x + ½(T(x) − x).
+    When the memory is full, the oldest pair is dropped, and H is exactly that of the others, as in L-BFGS. An update
+    is skipped if |sᵀH y| ≤ √ε ‖s‖², ε the machine epsilon of the iterates. Safeguard: if a sample's residual grows
+    to four times its lowest, its history is dropped and it takes the damped step x + ½(T(x) − x).
 
     Args:
         tol, max_iter, atol: as in `FixedPointSolver`.
-        memory: pairs (s, y) kept, 1 to 30; each takes the memory of two iterates.
+        memory: number of pairs (s, y) to keep, 1 to 30; each takes the memory of two iterates.
 
     Raises:
         ValueError: as in `FixedPointSolver`; ``memory`` out of its range.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> solution = jfbfast.Broyden(tol=1e-6, memory=5).solve(torch.cos, torch.zeros(1, 1, dtype=torch.float64))
+        >>> round(float(solution.value), 4)
+        0.7391
     """
 
     estimates_inverse: ClassVar[bool] = True
@@ -53,10 +58,10 @@ class Broyden(FixedPointSolver):
 
 
 def _eliminate(system: Tensor, right: Tensor, order: list[int], smallest: float) -> Tensor:
-    """system⁻¹ right by Gauss–Jordan elimination without exchanges, in the order of the updates.
+    """system⁻¹ right by Gauss–Jordan elimination without pivoting, in the order of the updates.
 
-    Its pivots are then −sᵀH y of each update, H from the updates before: a pair whose pivot is not
-    above ``smallest`` is left out of the system, and is zero in the result.
+    The pivots are −sᵀH y of each update, with H of the updates before it. A pair whose pivot is at most ``smallest``
+    is left out of the system and is zero in the result.
 
     Args:
         system: (B, M, M); right: (B, M, r).
@@ -71,9 +76,9 @@ def _eliminate(system: Tensor, right: Tensor, order: list[int], smallest: float)
 
 
 class _BroydenIteration(Iteration):
-    """The last residuals g and steps s in one ring, g₀ s₀ g₁ s₁ …, with the Gram matrix of all of them.
+    """The last residuals g and steps s in one ring buffer, g₀ s₀ g₁ s₁ …, with the Gram matrix of all of them.
 
-    Pair k is sₖ and yₖ = gₖ − gₖ₋₁, the ring's neighbour; so a memory of m pairs takes m + 1 slots.
+    Pair k is sₖ and yₖ = gₖ − gₖ₋₁, so that a memory of m pairs takes m + 1 slots.
     """
 
     def __init__(self, x: Tensor, memory: int) -> None:
@@ -88,7 +93,7 @@ class _BroydenIteration(Iteration):
 
     @property
     def slot(self) -> int:
-        """Of the newest pair."""
+        """The slot of the newest pair."""
         return (self.evaluations - 1) % self.valid.shape[1]
 
     @property
@@ -120,7 +125,7 @@ class _BroydenIteration(Iteration):
         return following
 
     def _core(self, gram: Tensor, valid: Tensor, right: Tensor) -> Tensor:
-        """(L + SᵀY)⁻¹ right, with every s scaled to 1 meanwhile, and to 0 where not valid."""
+        """(L + SᵀY)⁻¹ right, solved with every s scaled to norm 1, or to 0 if the pair is not valid."""
         slots = valid.shape[1]
         newest = self.evaluations - 1
         order = [pair % slots for pair in range(max(1, newest - slots + 2), newest + 1)]

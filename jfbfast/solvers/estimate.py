@@ -1,4 +1,4 @@
-"""(I − ∂T/∂x)⁻¹ from the history of a solve (Ramzi et al., 2022, "SHINE")."""
+"""Estimates of (I − ∂T/∂x)⁻¹ from the history of a solve (Ramzi et al., 2022, "SHINE")."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jfbfast.backends.reference import band_dtype, flat
 
 
 class LowRank(NamedTuple):
-    """(I − ∂T/∂x)⁻¹ ≈ I − U Vᵀ for b samples: u and v hold the columns, (k, b, N)."""
+    """(I − ∂T/∂x)⁻¹ ≈ I − U Vᵀ for b samples; u and v are the columns of U and V, (k, b, N)."""
 
     u: Tensor
     v: Tensor
@@ -24,9 +24,9 @@ class LowRank(NamedTuple):
 
 
 class InverseEstimate:
-    """(I − ∂T/∂x)⁻¹ at the solution of each sample, as low-rank updates of the identity.
+    """An estimate of (I − ∂T/∂x)⁻¹ at each sample's solution: the identity with a low-rank update.
 
-    A sample without a history (one evaluation, or a solve that diverged) has the identity.
+    For a sample without a history (one evaluation, or a solve that diverged) it is the identity.
     """
 
     def __init__(self, shape: torch.Size) -> None:

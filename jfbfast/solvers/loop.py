@@ -1,4 +1,4 @@
-"""The loop that every method shares: one layer, evaluated until each sample of a batch has ended."""
+"""The loop that all methods share: evaluate one layer until every sample of a batch has finished."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from jfbfast.solvers.solution import FixedPointSolution, Status
 
 Layer = Callable[..., Tensor]
 
-DIVERGED_GROWTH = 1e4  # of ‖T(x) − x‖ or ‖T(x)‖ over their first values' sum
-SAFEGUARD_GROWTH = 4  # of ‖T(x) − x‖ over its lowest value since the safeguard last acted
-_STALL_FALL = 0.7  # what a residual that has not stalled falls to …
-_STALL_WINDOW = 5  # … over so many evaluations
-_COMPACTION = 0.5  # the share of a batch, still running, at which the others leave it
+DIVERGED_GROWTH = 1e4  # ‖T(x) − x‖ or ‖T(x)‖ over the sum of their first values: the sample has diverged
+SAFEGUARD_GROWTH = 4  # ‖T(x) − x‖ over its lowest value since the safeguard last acted: it acts again
+_STALL_FALL = 0.7  # a residual that has not stalled falls to this share …
+_STALL_WINDOW = 5  # … in this many evaluations
+_COMPACTION = 0.5  # the share of running samples at which the finished ones leave the batch
 TINY = torch.finfo(torch.float64).tiny
 
 
 class Iteration(ABC):
-    """What one solve of one method keeps between evaluations, on flat iterates (B, N)."""
+    """The state of one method during one solve, on flat iterates (B, N)."""
 
     @abstractmethod
     def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the pair (x, f = T(x)); return ‖f − x‖ and ‖f‖, each (B,)."""
+        """Record the pair (x, f = T(x)); return ‖f − x‖ and ‖f‖, each (B,)."""
 
     @abstractmethod
     def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
-        """The next iterate, in ``out`` or not; ``grown`` (B,) marks samples to safeguard.
+        """Return the next iterate, which may be written to ``out``; ``grown`` (B,) marks the samples to safeguard.
 
         ``x`` keeps its values until the next pair has been measured.
         """
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Keep these samples alone, bool (B,)."""
+        """Keep only these samples, bool (B,)."""
 
     def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
-        """(I − ∂T/∂x)⁻¹ of these samples, (b,) indices, from the pairs measured so far; f is the newest T(x)."""
+        """Estimate (I − ∂T/∂x)⁻¹ of these samples, (b,) indices, from the pairs so far; f is the newest T(x)."""
         raise NotImplementedError
 
 
@@ -76,16 +76,16 @@ def evaluate(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> 
 
 @dataclass(frozen=True)
 class Phase:
-    """One layer to iterate: the whole of a solve, or its coarse or its fine part.
+    """The iteration of one layer: a whole solve, or its coarse or fine phase.
 
     Attributes:
-        layer: T, and ``name``, what an error calls it.
+        layer: T; errors call it ``name``.
         start: the first iterate, (B, …).
-        inputs: tensors (B, …), passed on to the layer.
-        budget: evaluations that each sample may take, at least 1, (B,), from ``shortest`` to ``longest``.
-        stop_when_stalled: whether a sample ends where `Stall` says so.
-        floor: the relative residual at which one that has stalled ends in any case.
-        estimate: whether to keep each sample's history for an `InverseEstimate`.
+        inputs: tensors (B, …) for the layer.
+        budget: the most evaluations of each sample, at least 1, (B,); from ``shortest`` to ``longest``.
+        stop_when_stalled: whether a sample stops when it has stalled (`Stall`).
+        floor: a stalled sample stops in any case if its relative residual is at most this.
+        estimate: whether to return an `InverseEstimate`.
     """
 
     layer: Layer
@@ -110,14 +110,14 @@ class Phase:
 
 
 class Stall:
-    """Which samples have stalled: in 5 evaluations the lowest ‖T(x) − x‖ has not fallen by 30%."""
+    """Finds stalled samples: their lowest ‖T(x) − x‖ has not fallen by 30% in 5 evaluations."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.mark = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
         self.since = torch.zeros(batch, dtype=torch.long, device=device)
 
     def update(self, lowest: Tensor) -> Tensor:
-        """Take the lowest residuals after one more evaluation; return the mask, (B,)."""
+        """Take the lowest residuals after another evaluation; return the mask of stalled samples, (B,)."""
         fell = lowest <= _STALL_FALL * self.mark
         self.mark = torch.where(fell, lowest, self.mark)
         self.since = torch.where(fell, 0, self.since + 1)
@@ -128,7 +128,7 @@ class Stall:
 
 
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The rows of a where the mask holds and of b elsewhere; on the CPU no copy where all rows agree."""
+    """The rows of ``a`` where the mask is true and of ``b`` elsewhere; no copy on the CPU if all rows agree."""
     if mask.device.type == "cpu":
         if mask.all():
             return a
@@ -138,11 +138,11 @@ def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Samples:
-    """What is known of each sample that is still in the batch."""
+    """The state of each sample that is still in the batch."""
 
     def __init__(self, x: Tensor, budget: Tensor) -> None:
         batch, device = len(x), x.device
-        self.rows = torch.arange(batch, device=device)  # in the batch at the start
+        self.rows = torch.arange(batch, device=device)  # their rows in the original batch
         self.budget = budget
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self.value = self.following = x
@@ -150,14 +150,14 @@ class _Samples:
         self.iterations = torch.zeros(batch, dtype=torch.long, device=device)
         self.status = torch.full((batch,), Status.MAX_ITER, dtype=torch.long, device=device)
         self.lowest = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
-        self.guarded = self.lowest  # the lowest since the safeguard last acted
-        self.bound = self.lowest
+        self.guarded = self.lowest  # the lowest residual since the safeguard last acted
+        self.bound = self.lowest  # above it a norm means divergence
 
     def judge(self, x: Tensor, residual: Tensor, image: Tensor, tol: float, atol: float) -> Tensor:
-        """Take ‖T(x) − x‖ and ‖T(x)‖ of the newest iterates: who has converged, diverged or spent its budget?
+        """Find who has converged, diverged or spent its budget, by ‖T(x) − x‖ and ‖T(x)‖ of the newest iterates.
 
         Returns:
-            Whose newest iterate is its value, (B,).
+            A mask of the samples whose value is now their newest iterate, (B,).
         """
         finite = residual.isfinite() & image.isfinite()
         converged = self.active & finite & (residual <= tol * image + atol)
@@ -173,9 +173,9 @@ class _Samples:
         return improved
 
     def step(self, following: Tensor, before: Tensor, improved: Tensor) -> Tensor:
-        """Take the iterates that follow, for those that were active ``before``; return the next to evaluate.
+        """Move to the next iterates and return them; ``before`` is the mask of active samples before this evaluation.
 
-        A sample that ended rests one step beyond its value, or at its value where that is older.
+        A sample that has just finished stays at the iterate after its value, or at its value if that is older.
         """
         ended = before & ~self.active
         self.following = _where(ended & ~improved, self.value, self.following)
@@ -183,7 +183,7 @@ class _Samples:
         return _where(self.active, following, self.following)
 
     def grown(self, residual: Tensor) -> Tensor:
-        """The samples whose residual has grown so far that the safeguard acts on them, (B,)."""
+        """A mask of the samples whose residual has grown so much that the safeguard acts, (B,)."""
         grown = residual > SAFEGUARD_GROWTH * self.guarded
         self.guarded = torch.where(grown, residual, torch.minimum(self.guarded, residual))
         return grown
@@ -193,7 +193,7 @@ class _Samples:
         return self.value, self.residual, self.iterations, self.status, self.following
 
     def put(self, solution: tuple[Tensor, ...], which: Tensor | slice) -> None:
-        """Write what was found of these rows in the order of the batch at the start."""
+        """Write the results of these rows to their places in the original batch."""
         for target, source in zip(solution, self.found(), strict=True):
             target[self.rows[which]] = source[which]
 
@@ -203,7 +203,7 @@ class _Samples:
 
 
 def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol: float) -> FixedPointSolution:
-    """Run one phase; the value comes flat, (B, N), and the residual in float64."""
+    """Run one phase. The value is returned flat, (B, N), and the residual in float64."""
     x, inputs, device = phase.flat_start(), phase.inputs, phase.start.device
     iteration = start(x)
     samples = _Samples(x, phase.budget)

@@ -14,7 +14,17 @@ from jfbfast.solvers.loop import Iteration, norms
 
 @dataclass(frozen=True)
 class Picard(FixedPointSolver):
-    """The plain iteration x ← T(x). Arguments as in `FixedPointSolver`."""
+    """The plain iteration x ← T(x).
+
+    Args:
+        tol, max_iter, atol: as in `FixedPointSolver`.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> solution = jfbfast.Picard(tol=1e-6).solve(lambda x: 0.5 * x + 1, torch.zeros(1, 2))
+        >>> solution.value, solution.iterations
+        (tensor([[2.0000, 2.0000]]), tensor([20]))
+    """
 
     def start(self, x: Tensor) -> Iteration:
         return _PicardIteration()
@@ -25,7 +35,7 @@ class _PicardIteration(Iteration):
         return norms(x, f)
 
     def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
-        return out.copy_(f)  # not f itself: a layer may write its next output over it
+        return out.copy_(f)  # not f itself, which the layer may overwrite with its next output
 
     def select(self, rows: Tensor) -> None:
         pass
@@ -35,12 +45,11 @@ class _PicardIteration(Iteration):
 class Inertial(FixedPointSolver):
     """Momentum: xₖ₊₁ = T(yₖ), yₖ = xₖ + β(xₖ − xₖ₋₁) (Nesterov, 1983; for fixed points Maingé, 2008).
 
-    The layer is evaluated at the y, which are the iterates that the solution speaks of. Each
-    eigenvalue λ of ∂T/∂x decays like the larger root of r² = λ((1 + β)r − β): for λ in [0, ρ] the
-    best β is (1 − √(1 − ρ)) / (1 + √(1 − ρ)) and its rate 1 − √(1 − ρ), where the plain iteration
-    has ρ. Momentum suits maps of such a spectrum, as a gradient step has; it is stable for real λ in
-    (−1 / (1 + 2β), 1). A residual that rises tells of too much of it (O'Donoghue and Candès, 2015): a
-    sample whose residual does not fall drops its momentum and goes on by the plain iteration.
+    The layer is evaluated at the y, and the solution reports these. The error along an eigenvalue λ of ∂T/∂x decays
+    like the larger root of r² = λ((1 + β)r − β). For λ in [0, ρ] the best β is (1 − √(1 − ρ)) / (1 + √(1 − ρ)) with
+    the rate 1 − √(1 − ρ); the plain iteration has the rate ρ. Momentum suits maps with such a spectrum, for example
+    a gradient step. It is stable for real λ in (−1 / (1 + 2β), 1). A rising residual is a sign of too much momentum
+    (O'Donoghue and Candès, 2015): a sample whose residual does not fall continues by the plain iteration.
 
     Args:
         tol, max_iter, atol: as in `FixedPointSolver`.
@@ -48,6 +57,12 @@ class Inertial(FixedPointSolver):
 
     Raises:
         ValueError: an argument out of its range.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> solution = jfbfast.Inertial(momentum=0.5).solve(lambda x: 0.8 * x + 1, torch.zeros(1, 2))
+        >>> bool((solution.value - 5).abs().max() < 0.05)
+        True
     """
 
     momentum: float = 0.5

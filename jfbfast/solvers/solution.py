@@ -1,4 +1,4 @@
-"""What a solve reports of each sample."""
+"""The result of a solve."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from jfbfast.solvers.estimate import InverseEstimate
 
 
 class Status(IntEnum):
-    """How the solve of one sample ended."""
+    """How the solve of one sample ended.
+
+    Example:
+        >>> import jfbfast
+        >>> [status.name for status in jfbfast.Status]
+        ['CONVERGED', 'MAX_ITER', 'DIVERGED']
+    """
 
     CONVERGED = 0
     MAX_ITER = 1
@@ -20,20 +26,27 @@ class Status(IntEnum):
 
 
 class FixedPointSolution(NamedTuple):
-    """What a solve found, in the order of the batch.
+    """What a solve found for each sample, in the order of the batch.
 
     Attributes:
-        value: the iterate x, (B, …); for a sample that did not converge, the one of the lowest
-            ‖T(x) − x‖ (after `fixed_point` or a `DEGrad`'s forward, the one that follows it);
-            NaN for a sample that never had a finite one.
-        residual: ‖T(x) − x‖ / ‖T(x)‖ at ``value``, (B,), measured in float32 or wider; under autocast alone,
-            without a ``solve_dtype``, of the T that autocast computes, and so is what ``status`` claims.
-        iterations: evaluations of T, those of its coarse twin among them, (B,).
+        value: the iterate x, (B, …). For a sample that did not converge it is the one with the lowest ‖T(x) − x‖
+            (after `fixed_point` or a `DEGrad`'s forward the one after that), or NaN if none was finite.
+        residual: ‖T(x) − x‖ / ‖T(x)‖ at ``value``, (B,), measured in float32 or wider. Under autocast without a
+            ``solve_dtype``, residual and status are those of the T that autocast computes.
+        iterations: evaluations of T, (B,), including those in low precision.
         status: a `Status` as an int64 tensor, (B,).
-        coarse_iterations: those of ``iterations`` that the coarse twin served, (B,).
-        inverse: (I − ∂T/∂x)⁻¹ as the solve's history has it, where it was asked for.
-        following: the iterate one step beyond ``value``, which has not been evaluated, (B, …); ``value`` itself
-            of a sample that diverged or whose last residual was not its lowest; None where the solve made none.
+        coarse_iterations: the evaluations in low precision, (B,).
+        inverse: the estimate of (I − ∂T/∂x)⁻¹ from the solve's history, if it was asked for.
+        following: the iterate one step after ``value``, which has not been evaluated, (B, …). It is ``value`` itself
+            for a sample that diverged or whose last residual was not its lowest, and None if the solver makes none.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> solution = jfbfast.Picard(tol=0.1).solve(lambda x: 0.5 * x + 1, torch.zeros(2, 1))
+        >>> solution.iterations, bool((solution.residual <= 0.1).all())
+        (tensor([4, 4]), True)
+        >>> (solution.status == jfbfast.Status.CONVERGED).all()
+        tensor(True)
     """
 
     value: Tensor
@@ -45,5 +58,5 @@ class FixedPointSolution(NamedTuple):
     following: Tensor | None = None
 
     def replaced(self, rows: Tensor, **fields: Tensor) -> FixedPointSolution:
-        """The solution with these fields' values for these samples, (b,) indices."""
+        """A copy of the solution with new values of these fields for these samples, (b,) indices."""
         return self._replace(**{name: getattr(self, name).index_put((rows,), new) for name, new in fields.items()})

@@ -1,4 +1,4 @@
-"""The last fixed points of a training set, as starts for the next epoch's solves."""
+"""Start each solve of a training set from the sample's last fixed point."""
 
 from __future__ import annotations
 
@@ -19,23 +19,28 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class WarmStart:
     """A cache of fixed points by sample index, for training on measurements that stay the same.
 
-    Between two visits of a sample the weights move little, and so does its fixed point:
-
-        x0 = cache.get(indices, model.start(d))
-        loss = criterion(model(d, x0), x)
-        cache.put(indices, model.solution)
-
-    It is worth nothing where the measurement behind an index changes (fresh noise, random crops).
+    Between two visits of a sample the weights change little, and so does its fixed point. The cache is useless if
+    the measurement behind an index changes (fresh noise, random crops).
 
     Args:
-        max_entries: samples kept at most; None for all. A sample beyond is not stored: each comes once
-            an epoch, so the first ones serve as often as any others would.
-        dtype: of what is stored. float16's rounding, 5e-4 of a value, is below the usual tolerance; None
-            keeps the solution's dtype.
-        device: where it is stored; None for the solution's device.
+        max_entries: the most samples to store; None for all. Further samples are not stored. (Each sample comes once
+            an epoch, so the first ones are as useful as any others.)
+        dtype: to store in. The rounding of float16, 5e-4 of a value, is below the usual tolerance; None
+            takes the solution's dtype.
+        device: to store on; None for the solution's device.
 
     Raises:
         ValueError: ``max_entries`` negative; a dtype that is not floating point.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> model = jfbfast.DEGrad(jfbfast.GaussianBlur(), jfbfast.RED(torch.nn.Identity()), step_size=0.5)
+        >>> cache, indices, d = jfbfast.WarmStart(), [7, 2], torch.rand(2, 3, 8, 8)
+        >>> for epoch in range(2):
+        ...     restored = model(d, cache.get(indices, model.start(d)))
+        ...     cache.put(indices, model.solution)
+        >>> len(cache)
+        2
     """
 
     def __init__(
@@ -58,11 +63,11 @@ class WarmStart:
         return len(self._values)
 
     def get(self, indices: Tensor | Sequence[int], default: Tensor) -> Tensor:
-        """The stored fixed point of each sample, and its row of ``default`` where there is none.
+        """The stored fixed point of each sample, or its row of ``default`` if none is stored.
 
         Args:
-            indices: B integers, one a sample.
-            default: (B, …), the starts of samples that are not stored; unchanged.
+            indices: B integers, one for each sample.
+            default: (B, …), the starts of samples that are not stored; it is not changed.
 
         Returns:
             (B, …), of the dtype and on the device of ``default``.
@@ -86,9 +91,9 @@ class WarmStart:
 
     @torch.no_grad()
     def put(self, indices: Tensor | Sequence[int], solution: FixedPointSolution) -> None:
-        """Store the fixed points of a solve; what was stored of a sample that diverged stays.
+        """Store the fixed points of a solve, except for samples that diverged: they keep what was stored before.
 
-        Samples with a value that is not finite in the stored dtype are left out, too.
+        So do samples with a value that is not finite in the stored dtype.
 
         Raises:
             ValueError: indices that are not one integer for each sample.
@@ -99,7 +104,7 @@ class WarmStart:
         usable = (finite & (solution.status != Status.DIVERGED).to(finite.device)).tolist()
         for key, value, stored in zip(keys, values, usable, strict=True):
             if stored and (key in self._values or self.max_entries is None or len(self) < self.max_entries):
-                self._values[key] = value.clone()  # of its own, so that no batch is kept for one sample
+                self._values[key] = value.clone()  # a view would keep the whole batch alive
 
     def clear(self) -> None:
         """Forget every sample."""
@@ -110,7 +115,7 @@ class WarmStart:
         return {"values": dict(self._values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Store what ``state_dict`` returned in place of what is stored, in this cache's dtype and device."""
+        """Replace the stored samples by those of ``state_dict``, in this cache's dtype and on its device."""
         kept = list(state["values"].items())[: self.max_entries]
         self._values = {int(key): value.to(device=self.device, dtype=self.dtype) for key, value in kept}
 

@@ -130,7 +130,7 @@ def test_what_low_precision_claims_in_error_goes_on_in_full(monkeypatch, max_ite
     d = torch.rand(3, 4, dtype=torch.float64) + 1
     fine, coarse = Counted(lambda x, d: 0.5 * x + d), Counted(lambda x, d: 0.2 * x + d)
     monkeypatch.setattr(
-        "jfbfast.implicit.forward.prepared",
+        "jfbfast.implicit.fixed_point.prepared",
         lambda layer, dtype=None, **_: fine if dtype is None else coarse,
     )
     with warnings.catch_warnings():
