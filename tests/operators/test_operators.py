@@ -285,8 +285,8 @@ def test_deepcopy_pickle_state_dict_and_inference_mode():
     x = torch.randn(2, 8, 8)
     with torch.inference_mode():
         expected = blur(x)
-    for twin in (copy.deepcopy(blur), pickle.loads(pickle.dumps(blur))):
-        torch.testing.assert_close(twin(x), expected)
+    for copied in (copy.deepcopy(blur), pickle.loads(pickle.dumps(blur))):
+        torch.testing.assert_close(copied(x), expected)
     assert blur.state_dict() == {}
     assert blur.sigma == (0.5, 1.5)
     leaf = x.clone().requires_grad_()
