@@ -106,15 +106,14 @@ def kernels(
     """The module that computes ``op`` for tensors on ``device``.
 
     Args:
-        op: "blur" is A x and its gradient steps; "anderson" is the steps of Anderson's and Broyden's methods;
-            "anderson_solve" is a whole solve by Anderson's method, which the module `cuda` computes where it can;
-            "conv3x3" is the 3 × 3 convolution, which torch computes (`reference`) where Winograd's does not serve.
-        radius: "blur": the larger radius of the two filters.
-        dtype: "anderson_solve" and "conv3x3": of the tensors.
-        memory, estimate: "anderson_solve": the pairs kept, and whether an estimate of the inverse Jacobian is wanted.
-        channels: "conv3x3": the numbers of input and output channels.
-        image_shape: "conv3x3": (B, H, W), or None where the images are not known yet.
-        transformed: "conv3x3": the weight has been transformed for Winograd's convolution already.
+        op: "blur" for A x and its gradient steps; "anderson" for one iteration of Anderson's or Broyden's method;
+            "anderson_solve" for a whole solve by Anderson's method, on the device (`cuda`) where that is possible;
+            "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster.
+        radius: the larger radius of the two filters of a blur.
+        dtype: the dtype of the tensors of an Anderson solve or a convolution.
+        memory, estimate: of an Anderson solve: the pairs kept, and whether to estimate the inverse Jacobian.
+        channels, image_shape, transformed: of a convolution: its numbers of input and output channels; (B, H, W), or
+            None if it is not known yet; and whether the weight is already transformed for Winograd's algorithm.
 
     Raises:
         RuntimeError: the user has chosen a backend (`backend`) that cannot serve ``device``.
@@ -127,7 +126,7 @@ def kernels(
     if (
         op == "anderson_solve"
         and kind == "cuda"
-        and not estimate  # it is made from the history, which the module `cuda` keeps to itself
+        and not estimate  # it needs the history, which stays inside of the module `cuda`
         and dtype in (torch.float32, torch.float64)
         and memory <= cuda.MAX_MEMORY
         and _backend != "reference"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ import torch
 _LEAST_TOL = 1e-3  # TF32 rounds to 5e-4, and so cannot reach a fixed point to a smaller tolerance
 
 _lock = threading.Lock()
-_held: dict[str, tuple[int, Callable[[], None]]] = {}  # by device type: how many contexts are open, and the undo
+_held: dict[str, tuple[int, ExitStack]] = {}  # by device type: how many contexts are open, and what restores
 
 
-def _to_ieee(device_type: str) -> Callable[[], None]:
-    """Set matrix products and convolutions to full precision; return a function that restores the settings.
+def _to_ieee(device_type: str) -> ExitStack:
+    """Set matrix products and convolutions to full precision; closing the result restores the settings.
 
     torch raises an error when its older settings (``allow_tf32``, `torch.set_float32_matmul_precision`) are read or
     changed while they contradict the newer ones (``fp32_precision``), so both are set.
@@ -26,38 +26,23 @@ def _to_ieee(device_type: str) -> Callable[[], None]:
     settings, parent = [(cpu.matmul, cpu), (cpu.conv, cpu)], cpu
     if device_type == "cuda":  # set_float32_matmul_precision changes the CPU's products too
         settings, parent = [(backends.cuda.matmul, cuda), (cuda.conv, cuda), (cuda.rnn, cuda), (cpu.matmul, cpu)], cuda
-    previous = []
+    undo = ExitStack()
     for setting, above in settings:
         inherited = setting.fp32_precision == above.fp32_precision  # "none" lets it go on inheriting
-        previous.append((setting, "none" if inherited else setting.fp32_precision))
-    matmul = "highest" if parent is cpu else _readable(torch.get_float32_matmul_precision)
-    convolutions = parent is cuda and _readable(lambda: cuda.allow_tf32)
-    reduced = matmul not in (None, "highest")
-    if reduced:
-        torch.set_float32_matmul_precision("highest")
-    if convolutions:
-        cuda.allow_tf32 = False
+        undo.callback(setattr, setting, "fp32_precision", "none" if inherited else setting.fp32_precision)
+    if device_type == "cuda":
+        with suppress(RuntimeError):  # the caller's settings may contradict each other already
+            if cuda.allow_tf32:
+                undo.callback(setattr, cuda, "allow_tf32", True)
+                cuda.allow_tf32 = False
+        with suppress(RuntimeError):
+            if (matmul := torch.get_float32_matmul_precision()) != "highest":
+                undo.callback(torch.set_float32_matmul_precision, matmul)
+                torch.set_float32_matmul_precision("highest")
     for setting, above in settings:
         if above is parent and setting.fp32_precision != "ieee":
             setting.fp32_precision = "ieee"
-
-    def undo() -> None:
-        if reduced:
-            torch.set_float32_matmul_precision(matmul)
-        if convolutions:
-            cuda.allow_tf32 = True
-        for setting, precision in previous:
-            setting.fp32_precision = precision
-
     return undo
-
-
-def _readable(read: Callable[[], Any]) -> Any:
-    """Read one of torch's older settings; None if the caller's settings already contradict each other."""
-    try:
-        return read()
-    except RuntimeError:
-        return None
 
 
 class ieee(AbstractContextManager[None]):
@@ -80,7 +65,7 @@ class ieee(AbstractContextManager[None]):
             if count > 1:
                 _held[self.device_type] = count - 1, undo
             else:
-                undo()
+                undo.close()
 
 
 @contextmanager

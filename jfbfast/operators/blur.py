@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from jfbfast import checks
 from jfbfast.backends.reference import PADDING_MODES, band_dtype, gaussian_taps
 from jfbfast.operators import inverse, ops
 from jfbfast.operators.tables import Taps
-
-T = TypeVar("T", int, float)
 
 
 def _check_fixed(name: str, value: object) -> None:
@@ -150,7 +148,7 @@ class SeparableBlur(nn.Module):
         return f"taps_y={self.taps.y}, taps_x={self.taps.x}, padding_mode={self.padding_mode!r}"
 
 
-def _pair(name: str, value: T | Sequence[T]) -> tuple[T, T]:
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if not isinstance(value, Sequence):
         return value, value
     if len(value) != 2:

@@ -80,36 +80,28 @@ def check(shape: tuple[int, ...], ry: int, rx: int, mode: str, dtype: torch.dtyp
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("shape", "ry", "rx"),
-    [((2, 7, 13), 2, 1), ((1, 1, 5, 68), 1, 3), ((1, 5, 3), 0, 2), ((1, 8, 8), 7, 5), ((4, 1), 0, 0)],
+    [
+        *(((2, 7, 13), 2, 1), ((1, 1, 5, 68), 1, 3), ((1, 5, 3), 0, 2), ((1, 8, 8), 7, 5), ((4, 1), 0, 0)),
+        *(((1, 10, 9), 9, 1), ((1, 2, 9), 1, 8)),  # the wide kernel
+    ],
 )
 def test_against_float64(shape, ry, rx, mode, allocated):
     check(shape, ry, rx, mode, torch.float32, allocated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("mode", "shape"), [("circular", (2, 9, 12)), ("zeros", (1, 5, 66))])
-def test_dtypes(shape, mode, dtype, allocated):
-    check(shape, 2, 3, mode, dtype, allocated)
+@pytest.mark.parametrize(
+    ("shape", "ry", "rx", "mode"),
+    [((2, 9, 12), 2, 3, "circular"), ((1, 5, 66), 2, 3, "zeros"), ((1, 3, 7), 12, 31, "zeros")],
+)
+def test_dtypes(shape, ry, rx, mode, dtype, allocated):
+    check(shape, ry, rx, mode, dtype, allocated)
 
 
-@pytest.mark.parametrize("mode", ["zeros", "replicate"])
-def test_radius_beyond_the_image(mode, allocated):
-    check((1, 2, 3), 5, 7, mode, torch.float32, allocated)
-
-
-def test_circular_radius_of_the_whole_image(allocated):
+def test_radii_of_the_whole_image_and_beyond(allocated):
+    check((1, 2, 3), 5, 7, "zeros", torch.float32, allocated)
+    check((1, 2, 3), 5, 7, "replicate", torch.float32, allocated)
     check((1, 5, 4), 5, 4, "circular", torch.float32, allocated)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_wide_radius(mode, allocated):
-    check((1, 10, 9), 9, 1, mode, torch.float32, allocated)
-    check((1, 2, 9), 1, 8, mode, torch.float32, allocated)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_wide_radius_dtypes(dtype, allocated):
-    check((1, 3, 7), 12, 31, "zeros", dtype, allocated)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 import triton
 
+from helpers.sources import Patch, copy_sources
+
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -31,17 +33,9 @@ def demangled(text: str) -> str:
     return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
 
 
-def compile_kernels(
-    folder: Path, names: tuple[str, ...], targets: tuple[str, ...], patch: tuple[str, str, str] | None = None
-) -> str:
-    """What ptxas says of these sources; the objects lie in ``folder``. ``patch``: source, text, replacement."""
-    sources = folder / "csrc"
-    shutil.copytree(SOURCES, sources)
-    if patch:
-        name, text, replacement = patch
-        source = (sources / name).read_text()
-        assert text in source, f"{name} no longer holds {text!r}"
-        (sources / name).write_text(source.replace(text, replacement))
+def compile_kernels(folder: Path, names: tuple[str, ...], targets: tuple[str, ...], patch: Patch | None = None) -> str:
+    """Compile these sources to objects in ``folder``; return the messages of ptxas."""
+    sources = copy_sources(SOURCES, folder, patch)
     codes = [f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in targets]
     command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v", *codes, "-Xcompiler=-Wall,-Wextra,-Werror"]
     files = [str(sources / f"{name}.cu") for name in names]

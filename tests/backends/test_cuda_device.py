@@ -298,18 +298,6 @@ def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
         assert value.shape == shape
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"memory": 17}, "memory is 17; the CUDA kernels take 1 to 16"),
-        ({"history_dtype": torch.float16}, "history_dtype is torch.float16; it takes None, or torch.bfloat16"),
-    ],
-)
-def test_bad_arguments(device: str, change: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AndersonCuda(torch.zeros(2, 3, device=device), tol=1e-3, **change)  # type: ignore[arg-type]
-
-
 def test_bad_pairs(device: str) -> None:
     x = torch.zeros(2, 3, device=device)
     state = AndersonCuda(x, tol=1e-3)

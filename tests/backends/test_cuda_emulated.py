@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.sources import Patch, copy_sources
 from jfbfast.backends import reference
 
 TESTS = Path(__file__).parent
@@ -23,15 +23,9 @@ REGULARIZATION = 1e-10
 FLAGS = ["-std=c++17", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
-def compile_driver(folder: Path, *flags: str, patch: tuple[str, str, str] | None = None) -> Path:
-    """The emulated kernels; ``patch`` is a source, a text in it and what replaces that."""
-    sources = folder / "csrc"
-    shutil.copytree(SOURCES, sources)
-    if patch:
-        name, text, replacement = patch
-        source = (sources / name).read_text()
-        assert text in source, f"{name} no longer holds {text!r}"
-        (sources / name).write_text(source.replace(text, replacement))
+def compile_driver(folder: Path, *flags: str, patch: Patch | None = None) -> Path:
+    """Compile the emulated kernels, with a patch to the sources if one is given."""
+    sources = copy_sources(SOURCES, folder, patch)
     driver = folder / "driver"
     includes = [f"-I{sources}", f"-I{TESTS / 'cuda'}"]
     command = ["g++", *FLAGS, *flags, *includes, str(TESTS / "cuda" / "driver.cpp"), "-o", str(driver)]

@@ -1,4 +1,4 @@
-"""The C++ twins against the float64 definition, at most twice as far from it as PyTorch's own path."""
+"""The C++ kernels against the float64 definition, at most twice as far from it as PyTorch's own path."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, what: object = "")
 
 
 def check(dtype: torch.dtype, bands: Bands, adjoint: Bands, x: Tensor, d: Tensor, r: Tensor) -> None:
-    """Every twin on the given images, with and without d and r."""
+    """Every kernel of the blur on the given images, with and without d and r."""
     low, low_adjoint = cast(bands, dtype), cast(adjoint, dtype)
     assert_as_good(native.blur(x, low), reference.blur(x, low), reference.blur(x.double(), bands), "blur")
     step_size = torch.tensor(0.7)
@@ -164,7 +164,7 @@ def test_nan_stays_in_its_plane_and_within_reach() -> None:
     assert torch.equal(got[~reached], native.gradient(x, d, r, bands, adjoint)[~reached])
 
 
-def all_twins(threads: int) -> list[Tensor]:
+def all_kernels(threads: int) -> list[Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -182,9 +182,9 @@ def all_twins(threads: int) -> list[Tensor]:
 
 
 def test_results_do_not_depend_on_the_thread_count() -> None:
-    one = all_twins(1)
+    one = all_kernels(1)
     for threads in (2, 5):
-        assert all(torch.equal(a, b) for a, b in zip(one, all_twins(threads), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one, all_kernels(threads), strict=True))
 
 
 def test_results_do_not_depend_on_the_rest_of_the_batch() -> None:
@@ -319,7 +319,7 @@ def test_a_slot_beyond_the_history_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "twin, name, wrong",
+    "kernel, name, wrong",
     (
         ("anderson_append", "f", lambda f: f.half()),
         ("anderson_append", "f", lambda f: f[:, :3]),
@@ -343,7 +343,7 @@ def test_a_slot_beyond_the_history_is_refused() -> None:
         ("conv3x3", "transformed", lambda t: t[1:]),
     ),
 )
-def test_what_is_read_or_written_by_address_is_checked(twin: str, name: str, wrong: Callable[[object], object]) -> None:
+def test_what_is_passed_by_address_is_checked(kernel: str, name: str, wrong: Callable[[object], object]) -> None:
     f, history = torch.zeros(2, 4), torch.zeros(2, 2, 4)
     gram, alpha, valid = torch.zeros(2, 2, 2, dtype=torch.float64), torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool)
     x, weight, bias = torch.zeros(1, 16, 4, 4), torch.zeros(16, 16, 3, 3), torch.zeros(16)
@@ -356,7 +356,7 @@ def test_what_is_read_or_written_by_address_is_checked(twin: str, name: str, wro
         },
         "winograd_weights": {"weight": weight},
         "conv3x3": {"x": x, "weight": weight, "bias": bias, "transformed": native.winograd_weights(weight)},
-    }[twin]  # fmt: skip
-    getattr(native, twin)(**given)
+    }[kernel]  # fmt: skip
+    getattr(native, kernel)(**given)
     with pytest.raises(ValueError, match=f"^{name}: got"):
-        getattr(native, twin)(**given | {name: wrong(given[name])})
+        getattr(native, kernel)(**given | {name: wrong(given[name])})

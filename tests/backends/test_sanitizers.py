@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.sources import Patch, copy_sources
+
 ROOT = Path(__file__).parents[2]
 BASELINE = ("-DJFBFAST_ISA=baseline",)
 AVX512 = (
@@ -16,16 +18,9 @@ AVX512 = (
 )  # fmt: skip
 
 
-def run(
-    folder: Path, flags: tuple[str, ...], patch: tuple[str, str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Build and run the driver, with one piece of text in one source replaced where a patch asks for it."""
-    sources = shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cuda"))
-    if patch:
-        name, text, replacement = patch
-        source = (sources / name).read_text()
-        assert source.count(text) == 1, f"{name} no longer holds the text to break: {text}"
-        (sources / name).write_text(source.replace(text, replacement))
+def run(folder: Path, flags: tuple[str, ...], patch: Patch | None = None) -> subprocess.CompletedProcess[str]:
+    """Build and run the driver, with a patch to the sources if one is given."""
+    sources = copy_sources(ROOT / "csrc", folder, patch)
     program = folder / "driver"
     subprocess.run(
         ["g++", "-std=c++17", "-O0", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",

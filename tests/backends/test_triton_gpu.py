@@ -1,4 +1,4 @@
-"""The Triton twins on a real GPU against the reference, eager and replayed from a CUDA graph."""
+"""The Triton kernels on a real GPU against the reference, eager and replayed from a CUDA graph."""
 
 from __future__ import annotations
 

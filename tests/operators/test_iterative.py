@@ -241,8 +241,8 @@ def test_deepcopy_pickle_and_training():
     model(d).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.eval()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(twin(d), model(d), rtol=0, atol=0)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(copied(d), model(d), rtol=0, atol=0)
 
 
 def test_what_is_not_solved_warns():

@@ -244,10 +244,9 @@ def test_compile_without_a_graph_break():
 
 
 def test_solve_ignores_autocast_and_reduced_precision():
-    blur = jfbfast.GaussianBlur()
-    b = torch.randn(1, 3, 32, 32)
+    blur, b = jfbfast.GaussianBlur(), torch.randn(1, 3, 32, 32)
     exact = blur.solve(b, 0.01)
-    previous = torch.get_float32_matmul_precision()
+    products, previous = torch.backends.mkldnn.matmul, torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
@@ -255,15 +254,7 @@ def test_solve_ignores_autocast_and_reduced_precision():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(previous)
-
-
-def test_solve_ignores_the_precision_of_the_newer_setting():
-    blur = jfbfast.GaussianBlur()
-    b = torch.randn(1, 3, 32, 32)
-    exact = blur.solve(b, 0.01)
-    products = torch.backends.mkldnn.matmul
-    previous = products.fp32_precision
-    products.fp32_precision = "bf16"
+    previous, products.fp32_precision = products.fp32_precision, "bf16"  # the newer setting
     try:
         torch.testing.assert_close(blur.solve(b, 0.01), exact, rtol=0, atol=0)
         assert products.fp32_precision == "bf16"
@@ -285,8 +276,8 @@ def test_deepcopy_pickle_state_dict_and_inference_mode():
     x = torch.randn(2, 8, 8)
     with torch.inference_mode():
         expected = blur(x)
-    for twin in (copy.deepcopy(blur), pickle.loads(pickle.dumps(blur))):
-        torch.testing.assert_close(twin(x), expected)
+    for copied in (copy.deepcopy(blur), pickle.loads(pickle.dumps(blur))):
+        torch.testing.assert_close(copied(x), expected)
     assert blur.state_dict() == {}
     assert blur.sigma == (0.5, 1.5)
     leaf = x.clone().requires_grad_()
