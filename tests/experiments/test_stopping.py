@@ -10,9 +10,11 @@ from helpers import small_runs
 from helpers.command_line import run
 from helpers.small_runs import rows, write_photographs
 from jfbfast.experiments import run_files
-from jfbfast.experiments.run_callbacks import Metrics, SoundSteps, TrainingError
+from jfbfast.experiments.callbacks import Metrics
+from jfbfast.experiments.processes import SIGNALS, Interrupted, signals_interrupt
 from jfbfast.experiments.runs import Run
-from jfbfast.experiments.stopping import SIGNALS, Interrupted, signals_interrupt
+from jfbfast.experiments.tasks import DenoiserTask
+from jfbfast.experiments.trainer import SoundSteps, TrainingError
 from jfbfast.models.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,14 +213,14 @@ def test_float16_may_leave_out_a_few_steps():
             def reduce_boolean_decision(decision, all):
                 return decision
 
-    task = torch.nn.Linear(1, 1)
+    task = DenoiserTask(torch.nn.Linear(1, 1))
     for parameter in task.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)
-    steps = SoundSteps("training")
+    steps = SoundSteps(1.0)
     for _ in range(19):
         steps.on_before_optimizer_step(Trainer, task)
     with pytest.raises(TrainingError, match="the gradient's norm inf at step 1"):
         steps.on_before_optimizer_step(Trainer, task)
     Trainer.precision = "32-true"
     with pytest.raises(TrainingError):
-        SoundSteps("training").on_before_optimizer_step(Trainer, task)
+        SoundSteps(1.0).on_before_optimizer_step(Trainer, task)

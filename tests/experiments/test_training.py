@@ -17,9 +17,11 @@ from rich.console import Console
 import jfbfast
 from helpers import processes, small_runs
 from helpers.small_runs import rows, write_photographs
-from jfbfast.experiments.runs import Metrics, Run
+from jfbfast.experiments.callbacks import Metrics
+from jfbfast.experiments.runs import Run
 from jfbfast.experiments.settings import make_settings, read_settings
-from jfbfast.experiments.trainer import DeblurTask, JacobianPenalty, MovingAverage, Optimization, fit
+from jfbfast.experiments.tasks import DeblurTask, JacobianPenalty, Optimization
+from jfbfast.experiments.trainer import MovingAverage, fit, shared_batches
 from jfbfast.imaging.datasets import Images, Photographs, RandomCrops
 from jfbfast.imaging.photographs import ImageError
 from jfbfast.imaging.quality import psnr
@@ -361,7 +363,7 @@ def test_the_penalty_is_taken_at_an_interval_on_some_samples(monkeypatch):
         taken.append((mine.global_step, len(d), len(x), bound))
         return jfbfast.jacobian_penalty(model, d, x=x, bound=bound)
 
-    monkeypatch.setattr("jfbfast.experiments.trainer.jacobian_penalty", counted)
+    monkeypatch.setattr("jfbfast.experiments.tasks.jacobian_penalty", counted)
     mine = task(JacobianPenalty(1e-4, bound=0.5, interval=2, samples=3))
     fit(mine, RandomCrops([torch.rand(3, 20, 20)], 8, length=20), steps=5, batch_size=4, progress=False)
     assert taken == [(step, 3, 3, 0.5) for step in (0, 2, 4)]
@@ -371,9 +373,9 @@ SHARED = """
 import json, sys, torch, jfbfast
 from lightning.pytorch.callbacks import Callback
 from jfbfast.models.conditional import ConditionalDEGrad
-from jfbfast.experiments.conditional_training import ConditionalDeblurTask
+from jfbfast.experiments.tasks import ConditionalDeblurTask, DeblurTask, Optimization
+from jfbfast.experiments.trainer import fit
 from jfbfast.imaging.datasets import RandomCrops
-from jfbfast.experiments.trainer import DeblurTask, Optimization, fit
 torch.manual_seed(0)
 solver = jfbfast.Anderson(tol=1e-10)
 if sys.argv[2] == "one setting":
@@ -413,10 +415,8 @@ def test_processes_share_a_batch(tmp_path, kind):
 
 
 def test_a_batch_that_cannot_be_shared_is_named():
-    from jfbfast.experiments.trainer import _Batches
-
-    assert list(_Batches(3, 2, 4, rank=1, world=2)) == [[13, 15], [17, 19]]
+    assert [list(batch) for batch in shared_batches(3, 2, 4, rank=1, world=2)] == [[13, 15], [17, 19]]
     with pytest.raises(ValueError, match="batch_size is 3; it takes a multiple of the 2 processes"):
-        _Batches(0, 1, 3, 0, 2)
+        shared_batches(0, 1, 3, 0, 2)
     with pytest.raises(ValueError, match="train has 2 samples"):
         fit(task(), RandomCrops([torch.rand(3, 8, 8)], 8, length=2), steps=2, batch_size=2)
