@@ -21,6 +21,7 @@ try:
     from rich.console import Console
     from typer.core import TyperCommand
 
+    from jfbfast.config import keep_freed_memory, show_config
     from jfbfast.experiments.processes import Interrupted, rank, signals_interrupt
     from jfbfast.experiments.settings import setting_types
     from jfbfast.experiments.training_settings import TrainingSettings
@@ -30,18 +31,12 @@ except ModuleNotFoundError as error:  # pragma: no cover
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(emoji=False, quiet=rank() > 0)  # only one of torchrun's processes prints
 
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="NAME|FILE", help="A shipped model's name, or a file from demo or train.")
-]
-KernelSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Side of the blur kernel in pixels, odd; 6σ + 1 holds a Gaussian. (default: the network's, or 5)"
-    ),
-]
-Sigma = Annotated[
-    float | None, typer.Option(help="Standard deviation of the blur in pixels. (default: the network's, or 1)")
-]
+_SIDE = "Side of the blur kernel in pixels, odd; 6σ + 1 holds a Gaussian. (default: the network's, or 5)"
+_SIGMA = "Standard deviation of the blur in pixels; a network for a range needs it. (default: the network's, or 1)"
+_NOISE = "Standard deviation of the noise, for images in [−1, 1]; needed likewise. (default: the network's, or 0.01)"
+KernelSize = Annotated[int | None, typer.Option(help=_SIDE)]
+Sigma = Annotated[float | None, typer.Option(help=_SIGMA)]
+Noise = Annotated[float | None, typer.Option(help=_NOISE)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
@@ -54,11 +49,8 @@ def _one_sentence() -> Iterator[None]:
     """End the program with one sentence, and not with a traceback, if the user made a mistake."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        _say_error(f"{error.name} is not installed; {_EXTRAS}")
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
-        _say_error(error)
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        _say_error(f"{error.name} is not installed; {_EXTRAS}" if isinstance(error, ModuleNotFoundError) else error)
         raise typer.Exit(1) from error
     except Interrupted as stop:
         if rank() == 0:
@@ -69,16 +61,12 @@ def _one_sentence() -> Iterator[None]:
 @app.callback()
 def start() -> None:
     """Implicit networks that undo image blur."""
-    from jfbfast.config import keep_freed_memory
-
     keep_freed_memory()
 
 
 @app.command()
 def info() -> None:
-    """Print versions, the backends in use, and why another is not."""
-    from jfbfast.config import show_config
-
+    """Print versions, the backends in use, and why the others are not."""
     show_config()
 
 
@@ -101,7 +89,7 @@ def restore(
         list[Path],
         typer.Argument(
             metavar="IMAGE…",
-            readable=False,  # one that cannot be read is told of in its turn
+            readable=False,  # a file that cannot be read is reported in its turn
             help="Blurred photographs, grey or colour, of 8 or 16 bits: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM.",
         ),
     ],
@@ -115,13 +103,7 @@ def restore(
     ] = None,
     kernel_size: KernelSize = None,
     sigma: Sigma = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(
-            help="Standard deviation of the noise, for values in [−1, 1]; give more if the photograph shows more. "
-            "(default: the network's, or 0.01)"
-        ),
-    ] = None,
+    noise: Noise = None,
     padding_mode: Annotated[
         str,
         typer.Option(
@@ -141,6 +123,8 @@ def restore(
     check_tiles: Annotated[bool, typer.Option(help="Also restore in one piece, and print the difference.")] = False,
 ) -> None:
     """Undo a known Gaussian blur in photographs of up to 250 megapixels.
+
+    Give a larger --noise if the photograph shows more noise.
 
     The restored files keep depth, alpha, colour profile, EXIF and resolution. Nothing is restored if an IMAGE is
     missing, or if an output file exists or cannot be written. If one IMAGE cannot be restored, the others still are.
@@ -224,10 +208,7 @@ def evaluate(
     denoiser: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The denoiser of the baseline pnp.")] = None,
     kernel_size: KernelSize = None,
     sigma: Sigma = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(help="Standard deviation of the noise, for images in [−1, 1]. (default: the network's, or 0.01)"),
-    ] = None,
+    noise: Noise = None,
     padding_mode: Annotated[
         str | None,
         typer.Option(
@@ -259,7 +240,7 @@ def evaluate(
 ) -> None:
     """Compare networks and classical methods on the same measurements, in one table.
 
-    Sizes and levels of the measurements default to those of the first network.
+    The blur and the noise are those of the first network by default.
     """
     with _one_sentence():
         from jfbfast.experiments.comparison import compare
@@ -285,18 +266,16 @@ def evaluate(
 
 @app.command()
 def diagnose(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="NAME|FILE", help="A shipped model's name, or a file from demo or train.")
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, which are blurred here.")],
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
     crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
     samples: Annotated[int, typer.Option(help="Number of crops.")] = 4,
     iterations: Annotated[int, typer.Option(help="Evaluations of the layer in the history of a solve.")] = 300,
-    sigma: Annotated[
-        float | None, typer.Option(help="Standard deviation of the blur in pixels; a model for a range needs it.")
-    ] = None,
-    noise: Annotated[
-        float | None, typer.Option(help="Standard deviation of the noise on [−1, 1]; a model for a range needs it.")
-    ] = None,
+    sigma: Sigma = None,
+    noise: Noise = None,
     seed: Seed = 0,
 ) -> None:
     """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
@@ -331,7 +310,7 @@ def diagnose(
 
 
 class _Bench(TyperCommand):
-    """`bench paper` is a command of its own, with other options."""
+    """Passes `bench paper` on to a command with other options, which is imported only then."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         if args[:1] != ["paper"]:
@@ -343,15 +322,12 @@ class _Bench(TyperCommand):
 @app.command(cls=_Bench)
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME…", help="Of kernels, step and paper; by default kernels.")
+        list[str] | None, typer.Argument(metavar="NAME…", help="kernels, step or paper. (default: kernels)")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
     checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Trained weights for step: a shipped model, or a file from demo or train.", metavar="NAME|FILE"
-        ),
+        str | None, typer.Option(metavar="NAME|FILE", help="Weights for step: a shipped model, or a file from train.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
 ) -> None:
@@ -368,7 +344,7 @@ def bench(
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """A thread that cannot write, as TensorBoard's on a full disk, is told of by the main thread alone, which waits."""
+    """Leave a failed write, as TensorBoard's on a full disk, to the main thread, which waits and reports it."""
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
 
@@ -376,9 +352,9 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """The entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal, or a file name, need not know every letter
+        if isinstance(stream, TextIOWrapper):  # for terminals and file names without Unicode
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module="PIL")  # what it warns of is refused, or does not matter
+    warnings.filterwarnings("ignore", module="PIL")  # such files are refused, or the warning does not matter
     threading.excepthook = _thread_failed
     app()
 

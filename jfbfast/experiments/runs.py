@@ -325,10 +325,10 @@ class Run:
         if settings.jacobian_penalty:
             interval, samples = settings.jacobian_interval, settings.jacobian_samples
             contraction = JacobianPenalty(settings.jacobian_penalty, settings.jacobian_bound, interval, samples)
-        options = optimization, settings.seed, in_training, contraction
+        options: dict[str, Any] = {"seed": settings.seed, "in_training": in_training, "contraction": contraction}
         if isinstance(model, ConditionalDEGrad):
-            return ConditionalDeblurTask(model, *options, settings.measurements)
-        return DeblurTask(model, config.blur(), config.noise, *options)
+            return ConditionalDeblurTask(model, optimization, measurements=settings.measurements, **options)
+        return DeblurTask(model, config.blur(), config.noise, optimization, **options)
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:

@@ -73,13 +73,9 @@ class Task(L.LightningModule):
         """The images that the loss compares with ``sample.x``."""
         raise NotImplementedError
 
-    def penalty(self, sample: Sample) -> Tensor | float:
-        """A term to add to the loss, computed after `restore`."""
-        return 0.0
-
-    def balance(self, error: Tensor) -> Tensor | float:
-        """The weight of a batch with this mean squared error."""
-        return 1.0
+    def loss(self, error: Tensor, sample: Sample) -> Tensor:
+        """The loss of a batch that was just restored with this mean squared error."""
+        return error
 
     def report(self, bar: bool = False, batch_size: int | None = None, **values: Tensor) -> None:
         """Report metrics to the `Metrics` callback, and to the progress bar if ``bar`` is set."""
@@ -102,7 +98,7 @@ class Task(L.LightningModule):
         error = F.mse_loss(self.restore(sample).to(sample.x.dtype), sample.x)
         self.report(loss=error.detach())
         self.report(True, psnr=decibels(error.detach()))
-        return error * self.balance(error.detach()) + self.penalty(sample)
+        return self.loss(error, sample)
 
     def validation_step(self, sample: Sample, batch_index: int) -> None:
         restored = self.restore(sample).to(sample.x.dtype)
@@ -118,11 +114,9 @@ class Task(L.LightningModule):
             decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if chosen.schedule == "cosine" else 1
             return min(1, (step + 1) / max(1, chosen.warmup)) * decay
 
-        schedule: torch.optim.lr_scheduler.LRScheduler = (
-            torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-            if chosen.schedule == "onecycle"
-            else torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        )
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        if chosen.schedule == "onecycle":
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -208,17 +202,17 @@ class DeblurTask(Task):
         self.report(False, len(d), **{f"{prefix}diverged": diverged})
         return restored
 
-    def penalty(self, sample: Sample) -> Tensor | float:
+    def loss(self, error: Tensor, sample: Sample) -> Tensor:
         chosen = self.contraction
         if chosen is None or self.global_step % chosen.interval:
-            return 0.0
+            return error
         assert isinstance(self.model, DEGrad) and self.model.solution is not None
         solution = self.model.solution
         kept = torch.nonzero(solution.status != Status.DIVERGED)[: chosen.samples, 0]
         d = self.measure(sample)[kept]
         penalty: Tensor = jacobian_penalty(self.model, d, x=solution.value[kept], bound=chosen.bound)
         self.report(jacobian_penalty=penalty.detach())
-        return chosen.weight * chosen.interval * penalty
+        return error + chosen.weight * chosen.interval * penalty
 
 
 class ConditionalDeblurTask(DeblurTask):
@@ -230,23 +224,16 @@ class ConditionalDeblurTask(DeblurTask):
 
     Args:
         model: the network.
-        optimization, seed, in_training: as in `DeblurTask`.
-        contraction: as in `DeblurTask`, its samples counted in each part.
+        optimization, options: as in `DeblurTask`; the samples of ``contraction`` are counted in each part.
         measurements: the number of pairs in a batch; each gets an equal part of it.
     """
 
     model: ConditionalDEGrad
 
     def __init__(
-        self,
-        model: ConditionalDEGrad,
-        optimization: Optimization,
-        seed: int = 0,
-        in_training: Mapping[str, Any] | None = None,
-        contraction: JacobianPenalty | None = None,
-        measurements: int = 4,
+        self, model: ConditionalDEGrad, optimization: Optimization, *, measurements: int = 4, **options: Any
     ) -> None:
-        super().__init__(model, model.blur, model.measurement[1], optimization, seed, in_training, contraction)
+        super().__init__(model, model.blur, model.measurement[1], optimization, **options)
         self.measurements = measurements
 
     def set_measurement(self, sigma: float, noise: float) -> None:
@@ -266,10 +253,10 @@ class ConditionalDeblurTask(DeblurTask):
             losses.append(super().training_step(Sample(*part), batch_index))
         return torch.stack(losses).mean()
 
-    def balance(self, error: Tensor) -> Tensor:
-        mean = self.all_gather(error)
+    def loss(self, error: Tensor, sample: Sample) -> Tensor:
+        mean = self.all_gather(error.detach())  # of all processes
         assert isinstance(mean, Tensor)
-        return BALANCE / (mean.mean() + ERROR_FLOOR)
+        return super().loss(error * (BALANCE / (mean.mean() + ERROR_FLOOR)), sample)
 
     def validation_step(self, sample: Sample, batch_index: int) -> None:
         for pair in self.model.ranges.grid():

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -113,21 +114,19 @@ def shared_batches(start: int, steps: int, batch_size: int, rank: int, world: in
     return [range(k * batch_size + rank, (k + 1) * batch_size, world) for k in range(start, start + steps)]
 
 
+@dataclass(eq=False)
 class _Data(L.LightningDataModule):
     """The data of one epoch, which goes from the trainer's step to the next multiple of the interval."""
 
-    def __init__(
-        self,
-        train: Dataset[Sample],
-        val: Dataset[Sample] | None,
-        steps: int,
-        interval: int,
-        batch_size: int,
-        workers: int,
-    ) -> None:
+    train: Dataset[Sample]
+    val: Dataset[Sample] | None
+    steps: int
+    interval: int
+    batch_size: int
+    workers: int
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.train, self.val = train, val
-        self.steps, self.interval, self.batch_size, self.workers = steps, interval, batch_size, workers
 
     def train_dataloader(self) -> DataLoader[Sample]:
         trainer = self.trainer

@@ -48,10 +48,11 @@ class TrainingSettings:
     noise: float = _option("Standard deviation of the noise, for images in [−1, 1].", 0.01)
 
     sigma_range: tuple[float, ...] | None = _option(
-        "Train one filtered UNet for blurs from the smaller to the larger σ, as in 0.5,5. Needs --noise-range.", None
+        "Train one filtered UNet for blurs from the smaller to the larger σ, as in 0.5,5. (default: --sigma alone)",
+        None,
     )
     noise_range: tuple[float, ...] | None = _option(
-        "Train it for noise levels from the smaller to the larger, as in 0,0.1, too. Needs --sigma-range.", None
+        "With --sigma-range: the noise levels, from the smaller to the larger, as in 0,0.1.", None
     )
     measurements: int = _option("With --sigma-range: how many pairs of σ and noise share a batch equally.", 4)
 
@@ -192,16 +193,12 @@ class TrainingSettings:
             sigma = min(max(sigma, self.sigma_range[0]), self.sigma_range[-1])
         if self.noise_range is not None and noise == TrainingSettings.noise:
             noise = min(max(noise, self.noise_range[0]), self.noise_range[-1])
+        same = ("form", "kernel_size", "padding_mode", "weight", "step_size", "averaging")
         return ModelConfig(
-            form=self.form,  # type: ignore[arg-type]  # ModelConfig checks it
+            **{name: getattr(self, name) for name in same},
             denoiser=network,
-            kernel_size=self.kernel_size,
             sigma=sigma,
-            padding_mode=self.padding_mode,
             noise=noise,
-            weight=self.weight,
-            step_size=self.step_size,
-            averaging=self.averaging,
             solver={**parse_kind("solver", self.solver), "tol": self.tol, "max_iter": self.max_iter},
             gradient=parse_kind("gradient", self.gradient),
             sigma_range=None if self.sigma_range is None else list(self.sigma_range),
