@@ -25,17 +25,7 @@ from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
 from jfbfast.models.degrad import DEGrad
 from jfbfast.solvers import Anderson, ConvergenceWarning
 
-CONFIG = ModelConfig(
-    denoiser={
-        "kind": "DnCNN",
-        "features": 32,
-        "depth": 8,
-        "norm": None,
-        "spectral_norm": False,
-        "bias": True,
-        "residual": True,
-    }
-)
+CONFIG = ModelConfig(denoiser={**ModelConfig().denoiser, "features": 32, "depth": 8})
 TRAINING, UNSEEN = ("coffee", "chelsea"), "astronaut"
 DETAIL = (60, 170, 110)  # top, left and side of the square that the picture shows
 PRETRAINING_STEPS, JFB_STEPS, CROP = 300, 450, 48
@@ -59,8 +49,7 @@ def train(console: Console, seed: int) -> DEGrad:
     """Train a filtered DE-GRAD: first its denoiser alone, then all of it by JFB."""
     model = CONFIG.model()
     assert isinstance(model, DEGrad)
-    length = 16 * max(PRETRAINING_STEPS, JFB_STEPS)
-    crops = RandomCrops([photograph(name) for name in TRAINING], CROP, length, seed=seed)
+    crops = RandomCrops([photograph(n) for n in TRAINING], CROP, 16 * max(PRETRAINING_STEPS, JFB_STEPS), seed=seed)
     console.print(f"Pretraining the denoiser on crops of {' and '.join(TRAINING)} …")
     denoising = DenoiserTask(model.regularizer.denoiser, optimization=Optimization(2e-3), seed=seed)
     fit(denoising, crops, steps=PRETRAINING_STEPS)

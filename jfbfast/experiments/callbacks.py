@@ -6,7 +6,7 @@ import csv
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,7 @@ _MOST_TEXT = 1 << 30  # characters in a file
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics, without a last one that a kill cut off.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The rows of a run's metrics, without a last one that a kill cut off; ValueError if the file is damaged."""
     try:
         lines = checks.read_text(path, _MOST_TEXT).splitlines(keepends=True)
         table = list(csv.reader(line for line in lines if line.endswith("\n")))
@@ -42,6 +38,14 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]], mode: str = "w") -> None:
+    with path.open(mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 class Metrics(Callback):
     """Writes a row of ``metrics.csv`` every few steps and after each validation, and reports it to the loggers.
 
@@ -51,13 +55,10 @@ class Metrics(Callback):
     time.
 
     Args:
-        path: of the file.
+        path: of the file; ValueError if it exists and does not hold the metrics of a run.
         phase: "pretraining" or "training".
         step: the step that the run starts from.
         every: steps from one row to the next.
-
-    Raises:
-        ValueError: there is a file, and it is not the metrics of a run.
     """
 
     def __init__(self, path: Path, phase: str, step: int, every: int) -> None:
@@ -65,19 +66,9 @@ class Metrics(Callback):
         self.seconds, self.start = 0.0, time.perf_counter()
         if rank() == 0:
             rows = _read_rows(path) if path.exists() else []
-            self._begin([row for row in rows if row["phase"] != phase or int(row["step"]) <= step])
-
-    def _begin(self, rows: list[dict[str, str]]) -> None:
-        if rows:
-            self.seconds = float(rows[-1]["seconds"] or "nan")
-
-        def write(partial: Path) -> None:
-            with partial.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, _COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_whole(self.path, write)
+            rows = [row for row in rows if row["phase"] != phase or int(row["step"]) <= step]
+            self.seconds = float(rows[-1]["seconds"] or "nan") if rows else 0.0
+            write_whole(path, lambda partial: _write_rows(partial, rows))
 
     def _report(self, trainer: L.Trainer, names: Sequence[str]) -> None:
         if not trainer.is_global_zero:
@@ -86,9 +77,8 @@ class Metrics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(found, trainer.global_step)
         row = {name: f"{value:.9g}" for name, value in found.items()}
-        row["seconds"] = f"{self.seconds + time.perf_counter() - self.start:.3f}"
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, _COLUMNS).writerow({"phase": self.phase, "step": trainer.global_step, **row})
+        seconds = f"{self.seconds + time.perf_counter() - self.start:.3f}"
+        _write_rows(self.path, [{"phase": self.phase, "step": trainer.global_step, "seconds": seconds, **row}], "a")
 
     def on_train_start(self, *args: Any) -> None:
         self.start = time.perf_counter()
@@ -132,20 +122,18 @@ class Checkpoints(Callback):
         self.started = True
         handle_signals(self._note)  # replaces Lightning's handlers; Lightning restores the previous ones
 
-    def _asked(self, trainer: L.Trainer) -> bool:
-        """Whether any of the processes was asked to stop; all of them get the same answer."""
-        return bool(trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False))
-
-    def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
-        self.saved(trainer.global_step)
+    def _save(self, trainer: L.Trainer, interval_ends: bool) -> None:
+        # All processes get the same answer: whether any of them was asked to stop.
+        asked = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+        if asked or interval_ends:
+            trainer.save_checkpoint(self.path)
+            self.saved(trainer.global_step)
+        if asked:
+            raise Interrupted(self.signal or signal.SIGTERM)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self._asked(trainer) and not trainer.is_last_batch:
-            self._save(trainer)
-            raise Interrupted(self.signal or signal.SIGTERM)
+        if not trainer.is_last_batch:
+            self._save(trainer, interval_ends=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self._save(trainer)
-        if self._asked(trainer):
-            raise Interrupted(self.signal or signal.SIGTERM)
+        self._save(trainer, interval_ends=True)

@@ -118,14 +118,12 @@ def unseen_photographs(
 
 def _device(name: str) -> torch.device:
     """The device of that name; ValueError if torch cannot use it."""
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name}; it takes cpu or cuda")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the latter
         raise ValueError(f"--device is {name}; it takes cpu or cuda ({str(error).splitlines()[0]})") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name}; it takes cpu or cuda")
-    return device
 
 
 def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
@@ -208,11 +206,8 @@ def evaluate_all(
 ) -> list[Scores]:
     """`evaluate` each method, with a progress bar; a method that fails does not stop the others.
 
-    Args:
-        methods, images, validation, blur, noise: as in `evaluate`.
-        say: called with the name of a method that failed, and the reason.
-        choices: the parameters of methods by name, where they are known.
-        options: batch_size and device of `evaluate`.
+    ``say`` gets the name of such a method and the reason; ``choices`` are parameters by the names of the methods, where
+    they are known; ``options`` are ``batch_size`` and ``device`` of `evaluate`.
     """
     scores = []
     with Progress(console=console, transient=True) as bar:
@@ -248,16 +243,7 @@ def compare(
 ) -> list[Scores]:
     """Score networks and baselines on the photographs of a directory that no network was trained on.
 
-    Args:
-        checkpoints: the networks, as names of shipped models or as files.
-        data: the directory of photographs.
-        methods: names of `baseline_methods`.
-        denoiser: the network of "pnp", likewise.
-        given: kernel_size, sigma, noise and padding_mode of the measurements; None for those of the first network.
-        train, validation: as in `unseen_photographs`.
-        limit: the largest number of photographs to score.
-        resize, squash: as in `Photographs`.
-        out: a .csv or .json file to write the scores to, or None.
+    The arguments are the options of `jfbfast evaluate`; ``given`` has its kernel_size, sigma, noise and padding_mode.
 
     Raises:
         ValueError: no images to score, an unknown name, or options that contradict each other.

@@ -39,14 +39,7 @@ Restore = Callable[[Tensor], Restoration]
 
 @dataclass(frozen=True)
 class Method:
-    """A restoration method, with at most one parameter that is chosen on validation images.
-
-    Attributes:
-        name: of its row in the table.
-        restore: gives the restoration for a value of the parameter.
-        parameter: the name of the parameter; None if there is none.
-        candidates: the values to choose from.
-    """
+    """A restoration method. ``restore(value)`` restores with this value of its parameter, if it has one."""
 
     name: str
     restore: Callable[[float], Restore]
@@ -56,12 +49,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen value of a method's parameter.
-
-    Attributes:
-        value: the candidate with the best mean PSNR on the validation images.
-        trials: this PSNR in dB for every candidate, at the true range 2; empty for a method without a parameter.
-    """
+    """The parameter with the best mean PSNR on the validation images, and this PSNR in dB for every candidate."""
 
     value: float
     trials: Mapping[float, float] = field(default_factory=dict)
@@ -72,13 +60,10 @@ class Scores:
     """How well one method restored each of N images, in their order.
 
     Attributes:
-        method: its name.
         psnr: (N,) in dB, at the true range 2 of images in [−1, 1]; NaN for an image that is not finite.
-        ssim: (N,).
+        ssim, evaluations, status: (N,); the last two are None if the method has none.
         seconds: for all images together.
-        parameter: the name and the value of the parameter, if the method has one.
-        evaluations, status: (N,), or None if the method has none.
-        trials: those of the parameter's `Choice`.
+        parameter, trials: the name and the value of the parameter, and the trials of its `Choice`.
     """
 
     method: str
@@ -175,14 +160,7 @@ def choose(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
 ) -> Choice:
-    """Choose a method's parameter by the best mean PSNR on ``validation``.
-
-    Args:
-        method, validation, blur, noise, batch_size, device: as in `evaluate`.
-
-    Raises:
-        ValueError: there are no validation images for a method with a parameter.
-    """
+    """Choose a method's parameter by the best mean PSNR on ``validation``; the arguments are those of `evaluate`."""
     if len(method.candidates) == 1:
         return Choice(method.candidates[0])
     if not len(validation):
@@ -218,15 +196,6 @@ def evaluate(
 
     Raises:
         ValueError: there are no images, or no validation images for a method with a parameter.
-
-    Example:
-        >>> import torch
-        >>> from jfbfast import GaussianBlur
-        >>> from jfbfast.experiments.evaluation import baseline_methods, evaluate
-        >>> from jfbfast.imaging.datasets import Images
-        >>> blur, images = GaussianBlur(5, 1.0), Images([torch.rand(3, 16, 16)])
-        >>> evaluate(baseline_methods(blur)["tikhonov"], images, images, blur, noise=0.01).psnr.shape
-        torch.Size([1])
     """
     if not len(images):
         raise ValueError("images is empty; it takes at least one to score")
@@ -255,7 +224,14 @@ def _logarithmic(low: float, high: float, count: int) -> list[float]:
 
 
 def baseline_methods(blur: SeparableBlur, denoiser: nn.Module | None = None) -> dict[str, Method]:
-    """The methods that need no training for this blur, by name; "pnp" only if there is a ``denoiser``."""
+    """The methods that need no training for this blur, by name; "pnp" only if there is a ``denoiser``.
+
+    Example:
+        >>> import jfbfast
+        >>> from jfbfast.experiments.evaluation import baseline_methods
+        >>> list(baseline_methods(jfbfast.GaussianBlur(5, 1.0)))
+        ['blurred', 'direct-inverse', 'gradient-descent', 'tikhonov', 'tv']
+    """
 
     def descend(steps: float) -> Restore:
         def restore(d: Tensor) -> Restoration:
@@ -281,15 +257,6 @@ def baseline_methods(blur: SeparableBlur, denoiser: nn.Module | None = None) -> 
     return {method.name: method for method in methods}
 
 
-def _without_nan(value: Any) -> Any:
-    """Replace what JSON has no number for by None."""
-    if isinstance(value, Mapping):
-        return {name: _without_nan(v) for name, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_scores(path: Path, scores: Sequence[Scores], about: Mapping[str, Any]) -> None:
     """Write the table as CSV; or if the suffix is .json as JSON, with each image's scores, all trials and ``about``."""
     rows = [s.summary() for s in scores]
@@ -298,8 +265,9 @@ def write_scores(path: Path, scores: Sequence[Scores], about: Mapping[str, Any])
             columns = {name: getattr(found, name) for name in ("psnr", "ssim", "evaluations", "status")}
             row["tuning"] = [{"value": v, "validation_psnr": quality} for v, quality in found.trials.items()]
             row["per_image"] = {name: values.tolist() for name, values in columns.items() if values is not None}
-        content = _without_nan({**about, "methods": rows})
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps({**about, "methods": rows})
+        content = json.loads(text, parse_constant=lambda _: None)  # null for NaN, which JSON does not have
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

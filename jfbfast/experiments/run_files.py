@@ -25,11 +25,7 @@ _PATIENCE = 10.0  # seconds to wait for the image-loading processes of a killed 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Within this context, no other process trains in the directory. The lock of a killed process does not count.
-
-    Raises:
-        ValueError: another process trains there.
-    """
+    """Within this context, no other process trains in the directory; ValueError if one that is alive does."""
     lock = FileLock(directory / "train.lock")
     try:
         lock.acquire(timeout=_PATIENCE, poll_interval=0.1)
@@ -79,15 +75,10 @@ class CheckpointFiles(TorchCheckpointIO):
         return dict(checkpoint)
 
     def step(self, path: Path, task: nn.Module, steps: int) -> int:
-        """The number of training steps that a checkpoint has behind it.
-
-        Args:
-            path: of the checkpoint.
-            task: the task that resumes.
-            steps: the largest number of steps there can be.
+        """The number of steps, at most ``steps``, after which a checkpoint was written; it must fit this task.
 
         Raises:
-            CheckpointError: damaged, or of another phase, run or network.
+            CheckpointError: it is damaged, or belongs to another phase, run or network.
         """
         checkpoint = self.load_checkpoint(path)
         try:

@@ -71,11 +71,7 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of the same network, of one without injection, or of one for a single blur and noise level.
-
-    Raises:
-        RuntimeError: the networks differ in other ways.
-    """
+    """Copy the weights of the same network, of one without injection, or of one for one setting; else RuntimeError."""
     weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
     if isinstance(inner, UNet) and isinstance(given, UNet):
         head = next(name for name in weights if name.endswith("head.weight"))
@@ -113,8 +109,8 @@ class Run:
         progress: show progress bars.
 
     Raises:
-        ValueError: a setting is not valid; the directory holds a run, and ``resume`` is not set, or holds none, and
-            it is set; a resumed run would change a setting that must stay.
+        ValueError: a setting is not valid, or not the resumed run's; the directory holds a run already, or none to
+            resume.
     """
 
     def __init__(self, values: Mapping[str, Any], out: Path, *, resume: bool = False, progress: bool = True) -> None:
@@ -269,11 +265,10 @@ class Run:
         Raises:
             CheckpointError: a checkpoint of the run, or the one to start from, is damaged or another run's.
             ImageError: none of the photographs can be used.
-            Interrupted: a signal asked the run to end; its last step is saved.
-            TrainingError: the loss or the gradient is not finite, or the gradient stays 0.
+            Interrupted, TrainingError: a signal asked the run to end, or its weights would be spoiled.
             OSError: a file cannot be written, as on a full disk; those written before are whole.
-            ValueError: no photographs to train on, others than the resumed run was started with, a setting that the
-                network does not take, or another process trains in the directory.
+            ValueError: other photographs than a resumed run's, a setting that the network does not take, or another
+                process trains in the directory.
         """
         settings, config = self.settings, self.config
         L.seed_everything(settings.seed, verbose=False)

@@ -105,11 +105,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The names and values in a YAML file.
-
-    Raises:
-        ValueError: the file is missing, longer than a megabyte, or not a mapping in YAML.
-    """
+    """The names and values in a YAML file; ValueError if it is missing, over a megabyte, or not a mapping."""
     try:
         values = yaml.load(checks.read_text(Path(path), _MOST_TEXT), _Loader)
     except (OSError, RecursionError, yaml.YAMLError, *_YAML_ERRORS) as error:
@@ -142,11 +138,7 @@ def write_photographs(path: Path, photographs: Mapping[str, Sequence[str]]) -> N
 
 
 def read_photographs(path: Path) -> dict[str, list[str]]:
-    """The names of the photographs that a run trains on ("training") and validates on ("validation").
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The names of a run's "training" and "validation" photographs; ValueError if the file is damaged."""
     error = ValueError(f"{path}: not the names of a run's photographs")
     try:
         found = json.loads(checks.read_text(path, _MOST_NAMES))

@@ -77,9 +77,11 @@ class Task(L.LightningModule):
         """The loss of a batch that was just restored with this mean squared error."""
         return error
 
-    def report(self, bar: bool = False, batch_size: int | None = None, **values: Tensor) -> None:
-        """Report metrics to the `Metrics` callback, and to the progress bar if ``bar`` is set."""
-        self.log_dict(values, prog_bar=bar, logger=False, batch_size=batch_size, sync_dist=True)
+    def report(self, batch_size: int | None = None, **values: Tensor) -> None:
+        """Report metrics, which the `Metrics` callback writes, and the progress bar shows in part."""
+        for name, value in values.items():
+            shown = name.removeprefix("val_") in ("psnr", "evaluations")
+            self.log(name, value, prog_bar=shown, logger=False, batch_size=batch_size, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         del checkpoint[
@@ -96,14 +98,13 @@ class Task(L.LightningModule):
 
     def training_step(self, sample: Sample, batch_index: int) -> Tensor:
         error = F.mse_loss(self.restore(sample).to(sample.x.dtype), sample.x)
-        self.report(loss=error.detach())
-        self.report(True, psnr=decibels(error.detach()))
+        self.report(loss=error.detach(), psnr=decibels(error.detach()))
         return self.loss(error, sample)
 
     def validation_step(self, sample: Sample, batch_index: int) -> None:
-        restored = self.restore(sample).to(sample.x.dtype)
-        self.report(True, len(sample.x), val_psnr=psnr(restored, sample.x).mean())
-        self.report(False, len(sample.x), val_loss=F.mse_loss(restored, sample.x))
+        x = sample.x
+        restored = self.restore(sample).to(x.dtype)
+        self.report(len(x), val_psnr=psnr(restored, x).mean(), val_loss=F.mse_loss(restored, x))
 
     def configure_optimizers(self) -> Any:
         chosen, steps = self.optimization, self.steps
@@ -121,14 +122,7 @@ class Task(L.LightningModule):
 
 
 class DenoiserTask(Task):
-    """Train a denoiser D: the mean squared error of D(x + ν ε) against x, with ν uniform in ``noise_range``.
-
-    Args:
-        denoiser: D.
-        noise_range: the smallest and the largest ν, for images in [−1, 1].
-        optimization: how to train it.
-        seed: of the random numbers that the samples do not bring.
-    """
+    """Train a denoiser D: the mean squared error of D(x + ν ε) against x in [−1, 1], ν uniform in ``noise_range``."""
 
     phase = "pretraining"
 
@@ -154,11 +148,9 @@ class DeblurTask(Task):
     """Train a network that undoes a blur; a `DEGrad` by its own gradient method.
 
     Args:
-        model: maps measurements d (B, C, H, W) to images x.
-        blur: A.
-        noise: standard deviation of the noise, for images in [−1, 1].
-        optimization: how to train it.
-        seed: of the random numbers that the samples do not bring.
+        model: maps measurements d = A x + ν ε (B, C, H, W) to images x in [−1, 1].
+        blur, noise: A and ν.
+        optimization, seed: of the training; the seed decides what the samples do not.
         in_training: attributes that a `DEGrad` has in training only, such as ``solver`` or ``solve_dtype``.
         contraction: the penalty that trains a `DEGrad` to contract, or None.
     """
@@ -196,10 +188,10 @@ class DeblurTask(Task):
             for name, value in before.items():
                 setattr(model, name, value)
         assert model.solution is not None
-        prefix = "" if self.training else "val_"
+        evaluations = model.solution.iterations.double().mean().float()
         diverged = (model.solution.status == Status.DIVERGED).float().mean()
-        self.report(True, len(d), **{f"{prefix}evaluations": model.solution.iterations.double().mean().float()})
-        self.report(False, len(d), **{f"{prefix}diverged": diverged})
+        prefix = "" if self.training else "val_"
+        self.report(len(d), **{f"{prefix}evaluations": evaluations, f"{prefix}diverged": diverged})
         return restored
 
     def loss(self, error: Tensor, sample: Sample) -> Tensor:

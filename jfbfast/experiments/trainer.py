@@ -41,13 +41,10 @@ class SoundSteps(Callback):
     """Clip the gradient, and end a training before a step that would spoil its weights.
 
     Such a step has a loss or a gradient that is not finite. With float16, whose loss scaling skips such steps, the
-    training ends after 20 in a row; so it does after 20 gradients of 0 in a row.
+    training ends after 20 in a row; so it does after 20 gradients of 0 in a row. It ends with a `TrainingError`.
 
     Args:
         clip: the largest norm of a gradient; 0 for any.
-
-    Raises:
-        TrainingError: the training cannot go on.
     """
 
     def __init__(self, clip: float = 0.0) -> None:
@@ -104,11 +101,7 @@ class MovingAverage(WeightAveraging):
 
 
 def shared_batches(start: int, steps: int, batch_size: int, rank: int, world: int) -> list[range]:
-    """One process's share of the next batches: batch k has the samples k·batch_size … (k + 1)·batch_size − 1.
-
-    Raises:
-        ValueError: the processes cannot share a batch equally.
-    """
+    """One process's share of the next batches: batch k has the samples k·batch_size … (k + 1)·batch_size − 1."""
     if batch_size % world:
         raise ValueError(f"batch_size is {batch_size}; it takes a multiple of the {world} processes")
     return [range(k * batch_size + rank, (k + 1) * batch_size, world) for k in range(start, start + steps)]

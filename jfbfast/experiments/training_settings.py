@@ -29,13 +29,10 @@ class TrainingSettings:
 
     data: str = _option("Directory of photographs; its subdirectories are searched too.")
     train: float | None = _option(
-        "Photographs to train on, the first by name: a share below 1, or a count. (default: all but --validation's)",
-        None,
+        "Photographs to train on, the first by name: a share below 1, or a count. (default: the others)", None
     )
     validation: float = _option("Photographs to validate on, the next by name: a share below 1, or a count.", 0.1)
-    resize: int | None = _option(
-        "Resize photographs to a square of this side in pixels. (default: keep the size)", None
-    )
+    resize: int | None = _option("Resize to a square of this side in pixels. (default: keep the size)", None)
     squash: bool = _option("With --resize: stretch to the square instead of cropping the centre.", False)
     crop: int = _option("Side of the random crops in pixels.", 64)
     flips: bool = _option("Mirror half of the crops, left to right.", True)
