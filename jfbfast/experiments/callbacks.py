@@ -122,18 +122,20 @@ class Checkpoints(Callback):
         self.started = True
         handle_signals(self._note)  # replaces Lightning's handlers; Lightning restores the previous ones
 
-    def _save(self, trainer: L.Trainer, interval_ends: bool) -> None:
-        # All processes get the same answer: whether any of them was asked to stop.
-        asked = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
-        if asked or interval_ends:
-            trainer.save_checkpoint(self.path)
-            self.saved(trainer.global_step)
-        if asked:
-            raise Interrupted(self.signal or signal.SIGTERM)
+    def _asked(self, trainer: L.Trainer) -> bool:
+        """Whether any of the processes was asked to stop; all of them get the same answer."""
+        return bool(trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False))
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self.saved(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if not trainer.is_last_batch:
-            self._save(trainer, interval_ends=False)
+        if self._asked(trainer) and not trainer.is_last_batch:
+            self._save(trainer)
+            raise Interrupted(self.signal or signal.SIGTERM)
 
     def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self._save(trainer, interval_ends=True)
+        self._save(trainer)
+        if self._asked(trainer):
+            raise Interrupted(self.signal or signal.SIGTERM)

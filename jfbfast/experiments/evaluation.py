@@ -39,7 +39,10 @@ Restore = Callable[[Tensor], Restoration]
 
 @dataclass(frozen=True)
 class Method:
-    """A restoration method. ``restore(value)`` restores with this value of its parameter, if it has one."""
+    """A restoration method: ``restore(value)`` restores with a value of its parameter, one of ``candidates``.
+
+    A method without a parameter ignores the value; its ``parameter`` is None.
+    """
 
     name: str
     restore: Callable[[float], Restore]

@@ -163,14 +163,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _processes() -> dict[str, Any]:
-    """Lightning's settings for the processes that torchrun started, or for this one alone."""
-    if not distributed():
-        return {"devices": 1}
-    world, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return {"devices": local, "num_nodes": world // local, "strategy": "ddp"}
-
-
 def fit(
     task: Task,
     train: Dataset[Sample],
@@ -225,8 +217,11 @@ def fit(
     if samples < steps * batch_size:
         raise ValueError(f"train has {samples} samples; {steps} batches of {batch_size} take {steps * batch_size}")
     bar: list[Callback] = [_Bar(refresh_rate=10, leave=True)] if progress else []
-    settings = {"logger": False, "enable_checkpointing": False, **_processes(), **trainer}
-    if not distributed():  # ignore a scheduler's variables, which say nothing about this process
+    settings = {"logger": False, "enable_checkpointing": False, "devices": 1, **trainer}
+    if distributed():
+        world, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        settings |= {"devices": local, "num_nodes": world // local, "strategy": "ddp"}
+    else:  # ignore a scheduler's variables, which say nothing about this process
         settings["plugins"] = [*settings.get("plugins", ()), LightningEnvironment()]
     task.steps = steps
     with _quiet():
