@@ -1,7 +1,10 @@
 """Builds the compiled modules; everything else about the package is in pyproject.toml.
 
-Variables: ``JFBFAST_PURE_PYTHON=1`` installs without compiled modules, and ``CXX`` names the C++ compiler. The
-CUDA module is built where nvcc is found and can build it; ``JFBFAST_CUDA=0`` leaves it out, ``JFBFAST_CUDA=1`` insists.
+Environment variables: ``JFBFAST_PURE_PYTHON=1`` installs without compiled modules, and ``CXX`` names the C++ compiler.
+The CUDA module is built if nvcc is found and can build it; ``JFBFAST_CUDA=0`` skips it, ``JFBFAST_CUDA=1`` makes a
+failure an error.
+
+After a change in csrc/, ``python setup.py build_ext --inplace`` compiles the changed files only.
 """
 
 from __future__ import annotations
@@ -11,15 +14,18 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
+BUILD = ROOT / "build"  # kept between builds, so that ninja compiles only what changed
 PURE_PYTHON = os.environ.get("JFBFAST_PURE_PYTHON") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
 
@@ -35,14 +41,30 @@ GPU_ARCHITECTURES = ("80", "90", "100")
 
 
 class Compilation(NamedTuple):
-    """One source, its object file's stem, and its flags."""
+    """One source file, the stem of its object file, and its compiler flags."""
 
     source: Path
     stem: str
     flags: list[str]
 
 
-def cpu_compilations(pybind_include: str, openmp: list[str]) -> Iterator[Compilation]:
+def binding_includes() -> list[str]:
+    """Include flags for Python and pybind11, the same in every build: if they changed, ninja would recompile.
+
+    An isolated build has pybind11 in a new temporary folder each time, so its headers are copied to build/.
+    """
+    import pybind11
+
+    headers = BUILD / f"pybind11-{pybind11.__version__}"
+    if not headers.is_dir():
+        partial = headers.with_name(f"{headers.name}-partial")
+        shutil.copytree(pybind11.get_include(), partial, dirs_exist_ok=True)
+        partial.rename(headers)
+    python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+    return [f"-I../{headers.name}", *(f"-I{path}" for path in sorted(python))]  # ninja runs in a folder of build/
+
+
+def cpu_compilations(openmp: list[str]) -> Iterator[Compilation]:
     flags = ["-std=c++17", "-O3", "-ffp-contract=fast", "-g0", "-fvisibility=hidden", "-Wno-psabi", *openmp]
     for isa, isa_flags in INSTRUCTION_SETS.items():
         for name in KERNELS:
@@ -51,7 +73,8 @@ def cpu_compilations(pybind_include: str, openmp: list[str]) -> Iterator[Compila
             )
     x86 = ["-DJFBFAST_X86"] if X86 else []
     for name in SHARED:
-        yield Compilation(ROOT / "csrc" / f"{name}.cpp", name, [*flags, *x86, f"-I{pybind_include}"])
+        binding = ["-O1", *binding_includes()] if name == "bindings" else []  # no loops there, and -O3 is slow
+        yield Compilation(ROOT / "csrc" / f"{name}.cpp", name, [*flags, *x86, *binding])
 
 
 def nvcc() -> str | None:
@@ -60,32 +83,58 @@ def nvcc() -> str | None:
 
 
 def gpu_architectures(nvcc: str) -> list[str]:
-    """Those of ours that this nvcc knows, of which an old one may lack the newest."""
+    """The architectures we build for that this nvcc knows; an old nvcc lacks the newest."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     return [a for a in GPU_ARCHITECTURES if f"compute_{a}" in listed]
 
 
-def cuda_compilations(pybind_include: str, cuda_home: Path, architectures: list[str]) -> Iterator[Compilation]:
+def cuda_compilations(cuda_home: Path, architectures: list[str]) -> Iterator[Compilation]:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     newest = architectures[-1]
     flags = ["-std=c++17", "-O3", *targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         yield Compilation(source, f"{source.stem}.gpu", [*flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"])
-    includes = [f"-I{pybind_include}", f"-I{cuda_home / 'include'}"]
+    includes = [*binding_includes(), f"-I{cuda_home / 'include'}"]
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
-        yield Compilation(source, source.stem, ["-std=c++17", "-O2", "-fvisibility=hidden", *includes])
+        yield Compilation(source, source.stem, ["-std=c++17", "-O1", "-g0", "-fvisibility=hidden", *includes])
 
 
 def runs(command: list[str]) -> bool:
-    """Whether a command, whose program may be several words such as "ccache g++", is there and succeeds."""
+    """Whether the command exists and succeeds. (Its program may be several words, such as "ccache g++".)"""
     try:
         return subprocess.run(command, capture_output=True).returncode == 0
     except OSError:
         return False
 
 
+def remove_compiled_modules(package: Path) -> None:
+    """Remove those of an earlier build, so that none is used that this build leaves out."""
+    for module in package.glob(f"_*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        module.unlink()
+
+
+class CleanBuild(build):
+    """Does not install modules from an earlier build that have since been moved or removed."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, "jfbfast"), ignore_errors=True)
+        remove_compiled_modules(ROOT / "jfbfast")
+        super().run()
+
+
 class BuildWithNinja(build_ext):
-    """Compiles the sources of an extension in parallel."""
+    """Compiles the sources of an extension in parallel, in a folder below build/ that the next build reuses."""
+
+    def run(self) -> None:
+        for package in (Path(self.build_lib, "jfbfast"), ROOT / "jfbfast"):
+            remove_compiled_modules(package)
+        super().run()
+        # In the root of a clone, Python imports the package from ./jfbfast, also after a plain `pip install .`. So the
+        # compiled modules are copied there too, and jfbfast/kernels and jfbfast/benchmarks are links to ../kernels and
+        # ../benchmarks: `python -m jfbfast` then does the same in a clone as elsewhere, and mypy and import-linter see
+        # the one package that is installed. (Extending jfbfast.__path__ to the installed copy would mix two versions.)
+        if (ROOT / ".git").exists() and not self.inplace:
+            self.copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type != "unix":
@@ -103,14 +152,10 @@ class BuildWithNinja(build_ext):
             self.build_cpu(ext)
 
     def build_cpu(self, ext: Extension) -> None:
-        import pybind11
-
         openmp = self.openmp_flags()
-        self.ninja(ext, list(cpu_compilations(pybind11.get_include(), openmp)), openmp)
+        self.ninja(ext, list(cpu_compilations(openmp)), openmp)
 
     def build_cuda(self, ext: Extension) -> None:
-        import pybind11
-
         command = nvcc()
         architectures = gpu_architectures(command) if command else []
         if command is None or not architectures:
@@ -123,7 +168,7 @@ class BuildWithNinja(build_ext):
         try:
             self.ninja(
                 ext,
-                list(cuda_compilations(pybind11.get_include(), cuda_home, architectures)),
+                list(cuda_compilations(cuda_home, architectures)),
                 [*libraries, "-lcudart_static", "-lrt", "-ldl", "-lpthread"],
                 command,
             )
@@ -134,7 +179,7 @@ class BuildWithNinja(build_ext):
             ) from None
 
     def openmp_flags(self) -> list[str]:
-        """-fopenmp where a program that uses it compiles and links."""
+        """-fopenmp, if a program that uses it compiles and links."""
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / "openmp.cpp"
@@ -146,28 +191,28 @@ class BuildWithNinja(build_ext):
         from ninja import BIN_DIR
         from ninja.ninja_syntax import Writer
 
-        folder = Path(self.build_temp, ext.name).resolve()
+        folder = BUILD / f"{ext.name}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        includes = " ".join(f"-I{path}" for path in self.compiler.include_dirs)
+        target = Path(self.get_ext_fullpath(ext.name))
         cxx = " ".join(self.compiler.compiler_so_cxx)
         with (folder / "build.ninja").open("w") as file:
             ninja = Writer(file, width=110)
-            depfile = {"depfile": "$out.d", "deps": "gcc"}
-            ninja.rule("cxx", f"{cxx} {includes} $flags -MMD -MF $out.d -c $in -o $out", **depfile)
-            ninja.rule("nvcc", f"{nvcc} {includes} $flags -MD -MF $out.d -c $in -o $out", **depfile)
+            depfile = {"depfile": "$out.d", "deps": "gcc"}  # -MD: system headers too, so a new compiler recompiles
+            ninja.rule("cxx", f"{cxx} $flags -MD -MF $out.d -c $in -o $out", **depfile)
+            ninja.rule("nvcc", f"{nvcc} $flags -MD -MF $out.d -c $in -o $out", **depfile)
             ninja.rule("link", f"{' '.join(self.compiler.linker_so_cxx)} $in -o $out {' '.join(link)}")
             objects: list[str] = []
             for source, stem, flags in compilations:
                 rule = "nvcc" if source.suffix == ".cu" else "cxx"
-                objects += ninja.build(f"{stem}.o", rule, str(source.resolve()), variables={"flags": flags})
-            ninja.build(str(target), "link", objects)
+                objects += ninja.build(f"{stem}.o", rule, str(source), variables={"flags": flags})
+            ninja.build(target.name, "link", objects)
         subprocess.run([str(Path(BIN_DIR, "ninja")), "-C", str(folder)], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / target.name, target)
 
 
 def cuda_root(command: str) -> Path:
-    """The toolkit's folder, asked of nvcc itself, since the command may be a wrapper."""
+    """The toolkit's folder as nvcc reports it, since the nvcc on the PATH may be a wrapper script."""
     listing = subprocess.run([command, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     for line in listing.splitlines():
         if line.startswith("#$ TOP="):
@@ -183,12 +228,12 @@ def extensions() -> list[Extension]:
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.c*"))
     wanted = os.environ.get("JFBFAST_CUDA")
     if cuda_sources and wanted != "0" and (nvcc() or wanted == "1"):
-        found.append(Extension("jfbfast._cuda", cuda_sources, optional=wanted != "1"))  # left out where it fails
+        found.append(Extension("jfbfast._cuda", cuda_sources, optional=wanted != "1"))  # skipped if it fails
     return found
 
 
 def packages() -> dict[str, str]:
-    """Each package and its folder: kernels/ and benchmarks/ are installed below jfbfast, weights/ has data alone."""
+    """Each package and its folder: kernels/ and benchmarks/ are installed inside jfbfast; weights/ holds only data."""
     found = {}
     for top in ("jfbfast", "kernels", "benchmarks"):
         for folder in sorted({path.parent.relative_to(ROOT) for path in (ROOT / top).rglob("*.py")} | {Path(top)}):
@@ -204,5 +249,5 @@ setup(
     package_dir=packages(),
     package_data={"jfbfast": ["py.typed"], "jfbfast.weights": ["*.safetensors", "*.md"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildWithNinja},
+    cmdclass={"build": CleanBuild, "build_ext": BuildWithNinja},
 )

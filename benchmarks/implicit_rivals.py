@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from jfbfast import Anderson, Implicit, backend, fixed_point
 from jfbfast.backends import reference
-from jfbfast.models.denoisers import log_parameter
-from jfbfast.models.lipschitz import NormalisedConv2d
+from jfbfast.implicit.frozen import NormalisedConv2d
+from jfbfast.models.red import log_parameter
 from jfbfast.operators import inverse
 from jfbfast.operators.blur import GaussianBlur
 from jfbfast.operators.tables import Taps

@@ -1,6 +1,6 @@
-// Anderson's history: one pass that enters the newest pair and its inner products, and one that
-// mixes the images. Each sample is cut into chunks of fixed size whose sums are added in order, so a
-// result depends neither on the thread count nor on the rest of the batch.
+// The history of Anderson's method: one pass stores the newest residual and computes its inner products, another one
+// mixes the images. Each sample is split into chunks of fixed size, and their sums are added in order, so a result
+// depends neither on the number of threads nor on the rest of the batch.
 #include "isa.h"
 #include "parallel.h"
 #include "rows.h"
@@ -25,7 +25,7 @@ struct Chunks {
     std::int64_t size, per_sample, count;
 };
 
-// Writes g = f - x in the history's type H, and to squares its |g|^2, then |f - x|^2 and |f|^2.
+// Writes g = f - x in the history's type H. `squares` gets |g|^2 as stored, |f - x|^2 before rounding, and |f|^2.
 template <class S, class H>
 void enter_pair(const S* x, const S* f, H* g, std::int64_t n, double* squares) {
     Doubles gg = {}, dd = {}, ff = {};
@@ -70,7 +70,7 @@ void inner_products(const H* g, const H* const* others, int count, std::int64_t 
 template <class S, class H>
 void append_pair(const Append& a, std::int64_t samples, std::int64_t size, int threads) {
     const Chunks chunks(samples, size);
-    const int sums = a.filled + 2;  // of a chunk, in the order of a.products
+    const int sums = a.filled + 2;  // per chunk, in the order of a.products
     const Buffer<double> partial(chunks.count * sums);
     parallel_for(chunks.count, useful_threads(threads, samples * size), [&](std::int64_t k, int) {
         const Chunk chunk = chunks[k];
@@ -133,13 +133,14 @@ void mix_from_differences(const MixDifferences& m, std::int64_t samples, std::in
             store_as<T, lanes_of>(static_cast<H*>(m.differences[0]) + at + c, newest, lanes);
             Vec<T> correction = weights[0] * newest;
             for (int j = 1; j < m.count; ++j)
-                correction += weights[j] * load_as<T, lanes_of>(static_cast<const H*>(m.differences[j]) + at + c, lanes);
+                correction +=
+                    weights[j] * load_as<T, lanes_of>(static_cast<const H*>(m.differences[j]) + at + c, lanes);
             store(static_cast<S*>(m.out) + at + c, image - correction, lanes);
         });
     });
 }
 
-// Calls body(S{}, H{}) for images stored as S and a history as H: the same, or bfloat16.
+// Calls body(S{}, H{}) with the storage types of the images, S, and of the history, H: S again, or bfloat16.
 template <class Body>
 void with_history(DType dtype, DType history, Body body) {
     with_dtype(dtype, [&](auto s) { history == dtype ? body(s, s) : body(s, bfloat16{}); });
@@ -148,7 +149,8 @@ void with_history(DType dtype, DType history, Body body) {
 }  // namespace
 
 void append(DType dtype, DType history, const Append& a, std::int64_t samples, std::int64_t size, int threads) {
-    with_history(dtype, history, [&](auto s, auto h) { append_pair<decltype(s), decltype(h)>(a, samples, size, threads); });
+    with_history(dtype, history,
+                 [&](auto s, auto h) { append_pair<decltype(s), decltype(h)>(a, samples, size, threads); });
 }
 
 void mix(DType dtype, const Mix& m, std::int64_t samples, std::int64_t size, int threads) {

@@ -1,4 +1,4 @@
-// jfbfast._native: the CPU kernels by address. Shapes and dtypes are the caller's to check.
+// jfbfast._native: the CPU kernels, called with addresses. The caller checks shapes and dtypes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,10 +30,10 @@ Bands bands(const BandAddress& y, const BandAddress& x, bool circular) { return 
 Shape shape_of(const std::vector<std::int64_t>& shape) { return {shape.at(0), shape.at(1), shape.at(2)}; }
 
 void check_memory(std::size_t count) {
-    if (count > kMaxMemory) throw py::value_error("memory: got more than 64 pairs");
+    if (count > kMaxMemory) throw py::value_error("memory: got more than " + std::to_string(kMaxMemory) + " pairs");
 }
 
-// A block of the pool, and the shape and strides that its tensor refers to.
+// A block of the pool, with the shape and strides that its tensor points to.
 struct Block : dlpack::ManagedTensor {
     std::vector<std::int64_t> shape, strides;
     std::size_t bytes;
@@ -45,18 +45,24 @@ void release_block(dlpack::ManagedTensor* tensor) {
     delete block;
 }
 
-// An uninitialised dense tensor of these strides, as a DLPack capsule. Strides given here, and not by a permutation in
-// torch, make it no view: autograd forbids writing in place over a view that a custom function returns.
+// An uninitialised dense tensor with these strides, as a DLPack capsule. (Permuting it in torch instead would make it a
+// view, and autograd forbids writing in place to a view that a custom function returns.)
 py::capsule empty(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides, DType dtype) {
     const int size = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
     const std::uint8_t code = dtype == DType::kBFloat16 ? 4 : 2;
     Block* const block = new Block{{}, shape, strides, std::size_t(size)};
     for (std::int64_t n : shape) block->bytes *= std::size_t(n);
     block->deleter = release_block;
-    block->tensor = {take_memory(block->bytes), {1, 0}, int(shape.size()), {code, std::uint8_t(8 * size), 1},
-                     block->shape.data(), block->strides.data(), 0};
+    dlpack::Tensor& tensor = block->tensor;
+    tensor.data = take_memory(block->bytes);
+    tensor.device = {1, 0};
+    tensor.dimensions = int(shape.size());
+    tensor.dtype = {code, std::uint8_t(8 * size), 1};
+    tensor.shape = block->shape.data();
+    tensor.strides = block->strides.data();
+    tensor.byte_offset = 0;
     return py::capsule(static_cast<dlpack::ManagedTensor*>(block), "dltensor", [](PyObject* capsule) {
-        if (PyCapsule_IsValid(capsule, "dltensor"))  // nobody took it over
+        if (PyCapsule_IsValid(capsule, "dltensor"))  // no tensor took it over
             release_block(static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
     });
 }
@@ -155,8 +161,7 @@ PYBIND11_MODULE(_native, module) {
     module.def(
         "anderson_mix_differences",
         [](DType dtype, DType history, Address weights, Address f, Address previous,
-           const std::vector<Address>& differences, Address out, std::int64_t samples, std::int64_t size,
-           int threads) {
+           const std::vector<Address>& differences, Address out, std::int64_t samples, std::int64_t size, int threads) {
             check_memory(differences.size());
             MixDifferences mix = {};
             mix.f = pointer(f);

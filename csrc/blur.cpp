@@ -1,7 +1,7 @@
-// Y = B1 X B2^T: each output row is a vertical sum of rows of X, then filtered along itself.
+// Y = B1 X B2^T: each output row is a weighted sum of rows of X, which is then filtered horizontally.
 #include "isa.h"
 #include "parallel.h"
-#include "rows.h"
+#include "window.h"
 
 namespace jfbfast {
 namespace JFBFAST_ISA {

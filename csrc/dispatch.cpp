@@ -1,4 +1,4 @@
-// Picks the kernels for this CPU. The build defines JFBFAST_X86 where it compiled all three sets.
+// Picks the kernels for this CPU. The build defines JFBFAST_X86 if it compiled all three sets.
 #include <cstdlib>
 #include <cstring>
 
@@ -23,7 +23,7 @@ namespace {
 
 const Kernels& choose() {
 #ifdef JFBFAST_X86
-    const char* const bound = std::getenv("JFBFAST_ISA");  // jfbfast/backends/native.py has checked that it is a known name
+    const char* const bound = std::getenv("JFBFAST_ISA");  // jfbfast/backends/native.py has checked the name
     const auto bounded_by = [bound](const char* name) { return bound && std::strcmp(bound, name) == 0; };
     const bool avx2_allowed = !bounded_by("baseline"), avx512_allowed = avx2_allowed && !bounded_by("avx2");
     if (avx512_allowed && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,4 +1,4 @@
-// The part of DLPack (dmlc/dlpack, version 0.8) that hands a block of CPU memory to torch.
+// The part of DLPack (dmlc/dlpack, version 0.8) that is needed to hand a block of CPU memory to torch.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
-// x - eta (A^T (A x - d) + r) in one pass: the rows of u = A x - d stream through a ring, out of
-// which A^T makes each output row, so nothing but x, d, r and the result touches main memory.
+// x - eta (A^T (A x - d) + r) in one pass: the rows of u = A x - d go through a ring, from which A^T computes each
+// output row. So only x, d, r and the result pass through main memory.
 #include "isa.h"
 #include "parallel.h"
-#include "rows.h"
+#include "window.h"
 
 namespace jfbfast {
 namespace JFBFAST_ISA {
@@ -70,9 +70,10 @@ void gradient_planes(const Gradient& g, Shape shape, int threads) {
         const T** const lists = pointers.data() + thread * 4 * ring;
         Window<T> u(rings, stride, radius, lists);
         const std::int64_t first = circular ? task.begin - radius : larger(0, task.begin - radius);
-        Input<S> input(x, height, width, radius, circular, first, zeros, rings + ring * stride, stride, lists + 2 * ring);
+        Input<S> input(x, height, width, radius, circular, first, zeros, rings + ring * stride, stride,
+                       lists + 2 * ring);
 
-        // Enters rows j ... j + count - 1 of u.
+        // Computes rows j ... j + count - 1 of u into the ring.
         const auto enter = [&](std::int64_t j, int count) {
             while (count > 0 && !input.exists(j)) {
                 std::memset(u.enter(), 0, width * sizeof(T));

@@ -1,23 +1,27 @@
-// What each instruction set's translation units hand to its table of kernels.
+// The kernels of the instruction set that this translation unit is compiled for.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels.h"
 
 namespace jfbfast {
 namespace JFBFAST_ISA {
 
-void blur(DType, const void* x, void* out, Shape, const Bands&, int threads);
-void gradient(DType, const Gradient&, Shape, int threads);
-void append(DType, DType history, const Append&, std::int64_t samples, std::int64_t size, int threads);
-void mix(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
-void mix_differences(DType, DType history, const MixDifferences&, std::int64_t samples, std::int64_t size,
-                     int threads);
-void winograd_weights(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
-                      int threads);
-void convolution(const Convolution&, const ImageShape&, int threads);
-void weight_gradient(const WeightGradient&, const ImageShape&, int threads);
+// The type of the function that a member of `Kernels` points to.
+template <class Pointer>
+using Function = std::remove_pointer_t<Pointer>;
 
-// Calls body(S{}) with the storage type of a dtype.
+Function<decltype(Kernels::blur)> blur;
+Function<decltype(Kernels::gradient)> gradient;
+Function<decltype(Kernels::append)> append;
+Function<decltype(Kernels::mix)> mix;
+Function<decltype(Kernels::mix_differences)> mix_differences;
+Function<decltype(Kernels::winograd_weights)> winograd_weights;
+Function<decltype(Kernels::convolution)> convolution;
+Function<decltype(Kernels::weight_gradient)> weight_gradient;
+
+// Calls body(S{}) with the storage type S of a dtype.
 template <class Body>
 inline void with_dtype(DType dtype, Body body) {
     switch (dtype) {

@@ -1,4 +1,4 @@
-// The kernels' interface. Images are contiguous [planes, height, width]; bands are the tables of
+// The interface of the kernels. Images are contiguous [planes, height, width]. Band tables are those of
 // jfbfast/backends/reference.py, in float64 for float64 images and in float32 otherwise.
 #pragma once
 
@@ -13,7 +13,7 @@ struct float16 {
     std::uint16_t bits;
 };
 
-// The type in which arithmetic on images stored as S is done.
+// The arithmetic type for images stored as S.
 template <class S>
 struct WideOf {
     typedef float type;
@@ -48,12 +48,12 @@ struct Gradient {
     const void* d;  // null for zero
     const void* r;  // null for zero
     void* out;
-    bool step;      // x - step_size * g, or g itself
+    bool step;  // x - step_size * g, or g itself
     double step_size;
     Bands bands, adjoint;
 };
 
-constexpr int kMaxMemory = 64;  // of Anderson's history
+constexpr int kMaxMemory = 64;  // the longest history of Anderson's method
 
 // The history of Anderson's method for `samples` of `size` elements.
 struct Append {
@@ -82,15 +82,15 @@ struct MixDifferences {
     void* out;
 };
 
-// Images [batch, height, width, channels] with `in` channels, mapped to as many with `out`.
+// A convolution that maps images [batch, height, width, in] to [batch, height, width, out].
 struct ImageShape {
     std::int64_t batch, height, width, in, out;
 };
 
-constexpr int kChannelBlock = 16;  // Winograd's matrices have a multiple of it as columns
+constexpr int kChannelBlock = 16;  // the number of columns of Winograd's matrices is a multiple of this
 
-// Floats from one of Winograd's 36 matrices to the next: a block more than each has, so that they do not all fall
-// on the same sets of the cache. (Static, since each instruction set compiles its own.)
+// The distance in floats between Winograd's 36 matrices: one block more than a matrix needs, so that they do not all
+// map to the same cache sets. (static, because each instruction set compiles its own copy.)
 static inline std::int64_t winograd_plane(std::int64_t rows, std::int64_t columns) {
     return rows * ((columns + kChannelBlock - 1) / kChannelBlock * kChannelBlock) + kChannelBlock;
 }
@@ -104,7 +104,7 @@ struct Convolution {
     bool relu;
 };
 
-// The gradients of its weight and bias, from the one at its output.
+// The gradients of that convolution's weight and bias, given the gradient of its output.
 struct WeightGradient {
     const float* x;
     const float* gradient;
@@ -112,11 +112,11 @@ struct WeightGradient {
     float* bias;    // [out], or null
 };
 
-// alpha of reference.anderson_weights; gram is [samples, m, m], valid and alpha are [samples, m].
-void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha,
-                      std::int64_t samples, int m);
+// Computes alpha as reference.anderson_weights does; gram is [samples, m, m], valid and alpha are [samples, m].
+void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha, std::int64_t samples,
+                      int m);
 
-// One set of kernels for each instruction set.
+// The kernels of one instruction set. isa.h declares the functions, with the signatures written here.
 struct Kernels {
     const char* name;
     void (*blur)(DType, const void* x, void* out, Shape, const Bands&, int threads);
@@ -131,7 +131,7 @@ struct Kernels {
     void (*weight_gradient)(const WeightGradient&, const ImageShape&, int threads);
 };
 
-// The widest set that this CPU runs, and no wider than the one that the variable JFBFAST_ISA names.
+// The widest set that this CPU supports, but no wider than the environment variable JFBFAST_ISA allows.
 const Kernels& kernels();
 
 }  // namespace jfbfast

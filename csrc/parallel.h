@@ -1,4 +1,4 @@
-// Tasks over threads: OpenMP where the compiler has it, else one after another.
+// Runs tasks in parallel with OpenMP, or one after another if the compiler has no OpenMP.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,12 @@ inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
     }
 #endif
     for (std::int64_t k = 0; k < tasks; ++k) body(k, 0);
+}
+
+// The number of threads worth starting for this many elements.
+inline int useful_threads(int threads, std::int64_t elements) {
+    const std::int64_t useful = elements / 8192;
+    return useful < 1 ? 1 : useful < threads ? int(useful) : threads;
 }
 
 }  // namespace JFBFAST_ISA

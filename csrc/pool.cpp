@@ -1,6 +1,6 @@
-// A fresh block of megabytes is mapped and zeroed by the system page by page as it is first written,
-// which takes longer than a kernel; the allocator gives it back as soon as it is freed. So blocks are
-// kept here. Nobody waits for the lock: whoever finds it taken (a forked child for good) goes without.
+// The system maps and zeroes a fresh block of megabytes page by page at the first write, which takes longer than a
+// kernel, and the C library returns such a block to the system as soon as it is freed. So freed blocks are kept here.
+// No caller waits for the lock: if it is taken (in a forked child possibly forever), the call bypasses the pool.
 #include "pool.h"
 
 #include <cstdlib>
@@ -17,7 +17,7 @@ namespace jfbfast {
 namespace {
 
 constexpr std::size_t kPage = 4096, kLargePage = std::size_t(1) << 21;
-constexpr std::size_t kKept = std::size_t(256) << 20;  // bytes at most
+constexpr std::size_t kMaxKept = std::size_t(256) << 20;  // bytes
 
 struct Pool {
     std::mutex mutex;
@@ -58,11 +58,11 @@ void* take_memory(std::size_t bytes) {
 
 void give_memory(void* memory, std::size_t bytes) {
     std::unique_lock<std::mutex> lock(pool().mutex, std::try_to_lock);
-    if (!lock || bytes > kKept) {
+    if (!lock || bytes > kMaxKept) {
         std::free(memory);
         return;
     }
-    if (pool().kept + bytes > kKept) {  // sizes no longer asked for make room
+    if (pool().kept + bytes > kMaxKept) {  // start again: the sizes in use may have changed
         for (auto& [size, blocks] : pool().blocks)
             for (void* block : blocks) std::free(block);
         pool().blocks.clear();

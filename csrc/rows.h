@@ -1,5 +1,5 @@
-// The two passes every kernel is made of: a vertical correlation over rows, and a horizontal one
-// along a row whose margins hold what lies outside the image (zeros, or the wrapped columns).
+// The two passes of every blur: a vertical correlation across rows, and a horizontal one along a row. The margins of
+// a row hold what lies outside the image: zeros, or the wrapped columns.
 #pragma once
 
 #include <cstdlib>
@@ -16,7 +16,7 @@ constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-// i modulo n, without a division for the i near [0, n) that occur.
+// i modulo n, without a division: i is always close to [0, n).
 inline std::int64_t wrap(std::int64_t i, std::int64_t n) {
     while (i < 0) i += n;
     while (i >= n) i -= n;
@@ -44,7 +44,7 @@ private:
     void* memory_;
 };
 
-// How a row of n elements lies in a buffer: [margin | n | margin], each of whole vectors.
+// The layout of a row of n elements in a buffer: [margin | n | margin], each padded to whole vectors.
 template <class T>
 struct RowLayout {
     RowLayout(std::int64_t n, int radius)
@@ -52,18 +52,13 @@ struct RowLayout {
     std::int64_t margin, whole, stride;
 };
 
-// A horizontal table, split into the vectors where its rows are all alike and the others.
+// A horizontal band table, split into whole vectors of columns that all have the same taps, and the others (edges).
 template <class T>
 class RowTable {
 public:
     RowTable(const Band& band, std::int64_t n, bool circular)
-        : radius(band.radius),
-          slots(2 * band.radius + 1),
-          n(n),
-          circular(circular),
-          taps_(slots),
-          split_(make_split(static_cast<const T*>(band.weights))),
-          edges_(slots * edge_columns()) {
+        : radius(band.radius), slots(2 * band.radius + 1), n(n), circular(circular), taps_(slots),
+          split_(make_split(static_cast<const T*>(band.weights))), edges_(slots * edge_columns()) {
         const T* weights = static_cast<const T*>(band.weights);
         for (std::int64_t c = 0; c < n; ++c) {
             if (c >= split_.begin && c < split_.end) continue;
@@ -75,7 +70,7 @@ public:
     std::int64_t begin() const { return split_.begin; }  // columns [begin, end) have constant taps
     std::int64_t end() const { return split_.end; }
     const T* edge_weights(std::int64_t column) const { return edges_.data() + edge(column); }
-    std::int64_t edge_columns() const { return split_.begin + whole() - split_.end; }  // also the slots' stride
+    std::int64_t edge_columns() const { return split_.begin + whole() - split_.end; }  // also the stride between slots
     std::int64_t whole() const { return round_up(n, kLanes<T>); }
 
     const int radius, slots;
@@ -91,7 +86,7 @@ private:
         return column < split_.begin ? column : split_.begin + column - split_.end;
     }
 
-    // The margins hold zeros, so a row counts as constant if it has the taps wherever the input exists.
+    // The margins hold zeros, so a row counts as constant if it equals the taps wherever the input exists.
     bool constant(const T* weights, std::int64_t i) const {
         for (int s = 0; s < slots; ++s) {
             const std::int64_t input = i + s - radius;
@@ -101,7 +96,7 @@ private:
     }
 
     Split make_split(const T* weights) {
-        for (int s = 0; s < slots; ++s) {  // from the row nearest the middle that has an input in this slot
+        for (int s = 0; s < slots; ++s) {  // from the row nearest to the middle that has an input for this slot
             const std::int64_t first = larger(0, radius - s), last = smaller(n, n + radius - s) - 1;
             const std::int64_t row = circular ? n / 2 : larger(first, smaller(n / 2, last));
             if (circular || first <= last) taps_.data()[s] = weights[row * slots + s];
@@ -119,10 +114,10 @@ private:
     Buffer<T> edges_;
 };
 
-// Rows that pass through each stage together: a vertical sum then loads a row once for all of them,
-// and a stage does not read what the one before has only just written.
+// Rows that go through each stage together. A vertical sum then loads each input row once for all of them, and a stage
+// does not read what the previous stage has only just written.
 constexpr int kBatch = 4;
-// Vectors summed together where the number of taps is not known to the compiler.
+// Vectors summed together if the number of taps is not known at compile time.
 constexpr int kBlock = 4;
 
 template <class T>
@@ -140,11 +135,11 @@ void column_sums(const T* const* rows, const T* weights, int slots, std::int64_t
     });
 }
 
-// The same for kBatch rows of equal weights: output k, at out + k * stride, begins at rows[k].
+// The same for kBatch output rows with equal weights: the inputs of output k, at out + k * stride, begin at rows[k].
 template <class T, int Radius>
 void column_sums_batch(const T* const* rows, const T* weights, std::int64_t n, T* out, std::int64_t stride) {
     constexpr int slots = 2 * Radius + 1;
-    const T* row[slots + kBatch - 1];  // copies that stay in registers: no store below can alias them
+    const T* row[slots + kBatch - 1];  // local copies, so that no store below can alias them
     Vec<T> weight[slots];
     for (int s = 0; s < slots + kBatch - 1; ++s) row[s] = rows[s];
     for (int s = 0; s < slots; ++s) weight[s] = broadcast(weights[s]);
@@ -182,7 +177,7 @@ void column_sums_batch_any(const T* const* rows, const T* weights, int slots, st
     });
 }
 
-// Vertical sums for `count` rows, at most kBatch, each with its row of the table.
+// Vertical sums for `count` output rows, at most kBatch, each with its own row of the table.
 template <class T>
 void correlate_columns(const T* const* rows, const T* const* weights, int radius, int count, std::int64_t n, T* out,
                        std::int64_t stride) {
@@ -204,7 +199,7 @@ void correlate_columns(const T* const* rows, const T* const* weights, int radius
 }
 
 #if defined(__AVX512F__)
-// The vector that begins `Shift` lanes into `low`, and ends in `high`.
+// The vector that begins `Shift` lanes into `low` and ends in `high`.
 template <int Shift>
 inline Vec<float> shift_lanes(Vec<float> low, Vec<float> high) {
     return bits_as<Vec<float>>(_mm512_maskz_alignr_epi32(0xffff, bits_as<__m512i>(high), bits_as<__m512i>(low), Shift));
@@ -216,7 +211,7 @@ inline Vec<double> shift_lanes(Vec<double> low, Vec<double> high) {
 }
 #endif
 
-// The vector `Offset` elements after `here`, at p; from its neighbours where that beats another load.
+// The vector `Offset` elements after `here`, which is at p. AVX-512 builds it from the neighbours without a load.
 template <int Offset, class T>
 inline Vec<T> shifted([[maybe_unused]] const T* p, [[maybe_unused]] Vec<T> before, Vec<T> here,
                       [[maybe_unused]] Vec<T> after) {
@@ -229,7 +224,7 @@ inline Vec<T> shifted([[maybe_unused]] const T* p, [[maybe_unused]] Vec<T> befor
 #endif
 }
 
-// finish(c, sum_s table[c, s] * row[c + s - radius], lanes) for the columns [begin, end).
+// Calls finish(c, sum_s table[c, s] * row[c + s - radius], lanes) for each vector of the columns [begin, end).
 template <class T, class Finish>
 void row_edge(const T* row, const RowTable<T>& table, std::int64_t begin, std::int64_t end, const Finish& finish) {
     for_each_vector<kLanes<T>>(begin, end, [&](std::int64_t c, auto lanes) {
@@ -241,7 +236,7 @@ void row_edge(const T* row, const RowTable<T>& table, std::int64_t begin, std::i
     });
 }
 
-// The same where the taps are constant.
+// The same for columns with constant taps.
 template <class T, class Finish, int... Slot>
 void row_sums(const T* row, const RowTable<T>& table, std::int64_t begin, std::int64_t end, const Finish& finish,
               std::integer_sequence<int, Slot...>) {
@@ -278,7 +273,7 @@ void row_sums_any(const T* row, const RowTable<T>& table, std::int64_t begin, st
     });
 }
 
-// Filters a row in a buffer, whose margins are zero, or get the columns wrapped around.
+// Filters a row in a buffer. Its margins are zero, or are filled here with the wrapped columns.
 template <class T, class Finish>
 void correlate_row(T* row, const RowTable<T>& table, const Finish& finish) {
     const std::int64_t n = table.n, begin = smaller(table.begin(), n), end = smaller(table.end(), n);
@@ -297,105 +292,6 @@ void correlate_row(T* row, const RowTable<T>& table, const Finish& finish) {
         default: row_sums_any(row, table, begin, end, finish);
     }
     row_edge(row, table, end, n, finish);
-}
-
-// The rows last entered, as many as a batch of outputs draws on, as pointers in their order.
-template <class T>
-class Window {
-public:
-    static int rows_for(int radius) { return 2 * radius + kBatch; }
-
-    // `memory` holds rows_for(radius) rows of `stride`; `pointers` has room for twice as many.
-    Window(T* memory, std::int64_t stride, int radius, const T** pointers)
-        : memory_(memory), stride_(stride), size_(rows_for(radius)), pointers_(pointers) {
-        for (int k = 0; k < 2 * size_; ++k) pointers[k] = memory + k % size_ * stride;
-    }
-    // Where the next row is to be written.
-    T* enter() {
-        T* row = memory_ + next_ * stride_;
-        next_ = next_ + 1 == size_ ? 0 : next_ + 1;
-        return row;
-    }
-    // The rows that `count` outputs draw on, the newest last.
-    const T* const* rows(int count) const { return pointers_ + next_ + kBatch - count; }
-
-private:
-    T* memory_;
-    std::int64_t stride_;
-    int size_, next_ = 0;
-    const T** pointers_;
-};
-
-// The rows of a plane in arithmetic's type, zeros outside: the plane itself where it is stored so,
-// else converted once each.
-template <class S>
-class Input {
-public:
-    typedef Wide<S> T;
-
-    // `first` is the first row asked for; `zeros` is a row; `memory` and `pointers` are as for a Window.
-    Input(const S* plane, std::int64_t height, std::int64_t width, int radius, bool circular, std::int64_t first,
-          const T* zeros, T* memory, std::int64_t stride, const T** pointers)
-        : plane_(plane), height_(height), width_(width), radius_(radius), circular_(circular), next_(first - radius),
-          zeros_(zeros), pointers_(pointers), window_(memory, stride, radius, pointers) {}
-
-    // Rows i - radius ... i + count - 1 + radius; each call begins where the last one's count ended.
-    const T* const* around(std::int64_t i, int count) {
-        if constexpr (std::is_same_v<S, T>) {
-            for (int k = 0; k < count + 2 * radius_; ++k) {
-                const S* row = stored(i - radius_ + k);
-                pointers_[k] = row ? row : zeros_;
-            }
-            return pointers_;
-        } else {
-            for (; next_ < i + count + radius_; ++next_) convert_row(stored(next_), window_.enter());
-            return window_.rows(count);
-        }
-    }
-    bool exists(std::int64_t i) const { return circular_ || (i >= 0 && i < height_); }
-
-private:
-    const S* stored(std::int64_t i) const { return exists(i) ? plane_ + wrap(i, height_) * width_ : nullptr; }
-
-    void convert_row(const S* from, T* to) {
-        for_each_vector<kLanes<T>>(0, width_, [&](std::int64_t c, auto lanes) {
-            store(to + c, from ? load(from + c, lanes) : Vec<T>{});
-        });
-    }
-
-    const S* plane_;
-    std::int64_t height_, width_;
-    int radius_;
-    bool circular_;
-    std::int64_t next_;
-    const T* zeros_;
-    const T** pointers_;
-    Window<T> window_;
-};
-
-// Rows [begin, end) of one plane.
-struct Task {
-    std::int64_t plane, begin, end;
-};
-
-// The planes cut into bands of rows, enough for every thread, with little recomputed at the cuts.
-struct Tasks {
-    Tasks(const Shape& shape, int radius, int threads) : height(shape.height) {
-        const std::int64_t wanted = threads > 1 ? (4 * threads + shape.planes - 1) / shape.planes : 1;
-        const std::int64_t most = larger(1, height / larger(16, 16 * radius));
-        per_plane = smaller(wanted, most);
-        count = shape.planes * per_plane;
-    }
-    Task operator[](std::int64_t k) const {
-        const std::int64_t part = k % per_plane;
-        return {k / per_plane, height * part / per_plane, height * (part + 1) / per_plane};
-    }
-    std::int64_t height, per_plane, count;
-};
-
-// Threads worth starting for this many elements.
-inline int useful_threads(int threads, std::int64_t elements) {
-    return int(larger(1, smaller(threads, elements / 8192)));
 }
 
 }  // namespace JFBFAST_ISA

@@ -1,7 +1,7 @@
-// Vectors as wide as this translation unit is compiled for, and the types in which images are stored.
+// Vectors of the width that this translation unit is compiled for, and the storage types of images.
 //
-// Each kernel source is compiled once per instruction set, in a namespace of that name, so nothing
-// here may be shared between translation units: no standard-library templates in the kernels.
+// Each kernel source is compiled once per instruction set, in a namespace of that name. Nothing here may be shared
+// between translation units, so the kernels use no function templates of the standard library.
 #pragma once
 
 #include <cstddef>
@@ -60,8 +60,8 @@ inline To bits_as(From v) {
     return out;
 }
 
-// 16-bit lanes to 32-bit ones, and the upper halves of those: by the instruction, where the compiler
-// would not find it. (The masked forms, since GCC's headers warn about the others.)
+// Widens 16-bit lanes to 32 bits, and takes the upper halves of 32-bit lanes. The specialisations use an instruction
+// that the compiler does not find (in its masked form, since GCC's headers warn about the other one).
 template <int N>
 struct Lanes16 {
     typedef typename VectorOf<std::uint16_t, N>::type Narrow;
@@ -92,7 +92,7 @@ struct Lanes16<8> {
 };
 #endif
 
-// N lanes of a storage type S as a vector of the type W that arithmetic is done in, and back.
+// Converts N lanes of the storage type S to a vector of the arithmetic type W, and back.
 template <class S, class W, int N>
 struct Storage;
 
@@ -136,7 +136,7 @@ struct Storage<float16, float, N> {
 
     static Wide widen(Raw v) {
         const Bits half = convert<Bits>(v);
-        // The exponent is rebiased by a product, which is exact and also normalises subnormals.
+        // The product changes the bias of the exponent. It is exact, and it also normalises subnormals.
         const Bits bits = bits_as<Bits>(bits_as<Wide>((half & 0x7fffu) << 13) * 0x1p112f);
         const Bits special = (half & 0x7c00u) == 0x7c00u ? bits | 0x7f800000u : bits;
         return bits_as<Wide>(special | ((half & 0x8000u) << 16));
@@ -221,7 +221,7 @@ inline void store(S* p, Vec<Wide<S>> v, P lanes = {}) {
     store_as<Wide<S>, kLanes<Wide<S>>>(p, v, lanes);
 }
 
-// As many lanes as fit in float64, and the conversion to them.
+// Vectors of float64, and the conversion to them.
 typedef Vec<double> Doubles;
 constexpr int kDoubleLanes = kLanes<double>;
 

@@ -1,4 +1,4 @@
-// This instruction set's kernels.
+// The table of this instruction set's kernels.
 #include "isa.h"
 
 #define JFBFAST_QUOTE(name) #name
@@ -7,9 +7,20 @@
 namespace jfbfast {
 namespace JFBFAST_ISA {
 
-extern const Kernels table;
-const Kernels table = {JFBFAST_NAME(JFBFAST_ISA), blur, gradient, append, mix, mix_differences, winograd_weights,
-                       convolution, weight_gradient};
+extern const Kernels table;  // constexpr: no code of this instruction set may run when the module is loaded
+constexpr Kernels table = [] {
+    Kernels kernels = {};
+    kernels.name = JFBFAST_NAME(JFBFAST_ISA);
+    kernels.blur = blur;
+    kernels.gradient = gradient;
+    kernels.append = append;
+    kernels.mix = mix;
+    kernels.mix_differences = mix_differences;
+    kernels.winograd_weights = winograd_weights;
+    kernels.convolution = convolution;
+    kernels.weight_gradient = weight_gradient;
+    return kernels;
+}();
 
 }  // namespace JFBFAST_ISA
 }  // namespace jfbfast

@@ -1,4 +1,4 @@
-// The small regularised systems of Anderson's method, one per sample, in float64.
+// Solves the small regularised systems of Anderson's method, one per sample, in float64.
 #include <cmath>
 #include <utility>
 
@@ -29,8 +29,8 @@ void solve(double (*system)[kMaxMemory], double* b, int m) {
 
 }  // namespace
 
-void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha,
-                      std::int64_t samples, int m) {
+void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha, std::int64_t samples,
+                      int m) {
     for (; samples > 0; --samples, gram += m * m, valid += m, alpha += m) {
         double system[kMaxMemory][kMaxMemory], inverse[kMaxMemory];
         for (int i = 0; i < m; ++i) {

@@ -1,10 +1,11 @@
-// 3x3 convolution by Winograd's F(4x4, 3x3): a tile of 4 x 4 outputs takes 36 products a pair of channels, not 144.
+// 3x3 convolution by Winograd's F(4x4, 3x3): a tile of 4 x 4 outputs takes 36 products per pair of channels, not 144.
 //
 //   Y = A^T [sum over the channels of (G g G^T) . (B^T d B)] A,   d the 6 x 6 inputs of the tile
 //
 // and the gradient of g is G^T [sum over the tiles of (B^T d B) . (A dY A^T)] G.
 //
-// For each of the 36 places the sum over the channels is a matrix product, V U = M, with a row a tile; dU = V^T dM.
+// At each of the 36 places, the sum over the channels is a matrix product V U = M with one row per tile. Likewise
+// dU = V^T dM.
 #include "winograd.h"
 
 #include "isa.h"
@@ -31,7 +32,7 @@ struct Tiles {
     std::int64_t rows, columns, count;
 };
 
-// B^T d B of one tile, written to one row of each of the places' matrices.
+// B^T d B of one tile, written to one row of each of the 36 matrices.
 JFBFAST_ONCE void transform_tile(const float* x, const Tiles& tiles, std::int64_t tile, std::int64_t channels,
                                  const float* zeros, float* v, std::int64_t plane) {
     const Tiles::Place place = tiles.place(tile);
@@ -64,7 +65,7 @@ JFBFAST_ONCE void transform_tile(const float* x, const Tiles& tiles, std::int64_
     });
 }
 
-// A^T m A of one tile with the bias and the ReLU, written where the image is.
+// A^T m A of one tile, plus the bias and with the ReLU, written to the output image.
 JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::int64_t tile, const float* m,
                               std::int64_t plane) {
     const Tiles::Place place = tiles.place(tile);
@@ -134,18 +135,18 @@ JFBFAST_ONCE void transform_gradient(const float* gradient, const Tiles& tiles, 
     });
 }
 
-// Bytes of V and M together. They are to stay in the second-level cache; but dU is read and written once a block,
-// so that for a weight's gradient they may be as large as dU.
+// Bytes of V and M together. They should stay in the second-level cache. For the gradient of a weight they may be as
+// large as dU, because every block reads and writes all of dU anyway.
 constexpr std::int64_t kWorkspace = 256 << 10, kGradientWorkspace = 896 << 10, kMaxGradientWorkspace = 8 << 20;
 
-// Tiles in a block: what the workspace holds, less where there are too few for all threads.
+// Tiles in a block: as many as the workspace holds, but few enough to give every thread some.
 std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, std::int64_t bytes, int threads) {
     const std::int64_t fit = bytes / (kPlaces * floats * std::int64_t(sizeof(float)));
     const std::int64_t share = (tiles + threads - 1) / threads;
     return round_up(larger(1, smaller(fit - kRows + 1, share)), kRows);
 }
 
-constexpr std::int64_t kParts = 16, kPartTiles = 48;  // of a weight's gradient: at most, and in each at least
+constexpr std::int64_t kParts = 16, kPartTiles = 48;  // the gradient of a weight: most parts, fewest tiles in each
 
 // G^T dU G, [9, in, out].
 JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std::int64_t in, std::int64_t out,
@@ -232,8 +233,8 @@ void convolution(const Convolution& conv, const ImageShape& shape, int threads) 
     });
 }
 
-// The sum over the tiles is made of parts that depend on the shape alone, each in order, so that the result
-// does not depend on the thread count.
+// The sum over the tiles is split into parts that depend only on the shape, and the parts are added in order, so the
+// result does not depend on the number of threads.
 void weight_gradient(const WeightGradient& g, const ImageShape& shape, int threads) {
     const Tiles tiles(shape);
     const Panels panels(padded(shape.out));

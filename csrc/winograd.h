@@ -1,6 +1,6 @@
 // The parts of Winograd's F(4x4, 3x3): its one-dimensional transforms, and matrix products in registers.
 //
-// The points 0, +-5/8, +-3/2 and infinity round less than half as much as the usual 0, +-1, +-2 do.
+// The rounding error with the points 0, +-5/8, +-3/2 and infinity is less than half that with the usual 0, +-1, +-2.
 #pragma once
 
 #include "rows.h"
@@ -12,7 +12,8 @@ typedef Vec<float> Floats;
 constexpr int kFloats = kLanes<float>;
 constexpr int kTile = 4, kSpan = 6, kPlaces = kSpan * kSpan;
 
-// Compiled once: a copy inlined into the loop of several threads may contract other products than that of one.
+// Not inlined: copies in the loops for one and for several threads could fuse different products with additions, and
+// the result would depend on the number of threads.
 #if defined(__GNUC__)
 #define JFBFAST_ONCE __attribute__((noinline))
 #else
@@ -84,8 +85,8 @@ constexpr int kPanel = 4;
 constexpr int kPanel = 2;
 #endif
 
-// c = left right, or with Transposed left^T right, or with Add as much more; a matrix is where its rows begin, and
-// their distance.
+// c = left right, or c = left^T right if Transposed; if Add, the product is added to c. A matrix is given by its address
+// and the distance between its rows.
 template <int Vectors, bool Transposed, bool Add>
 void multiply(const float* left, std::int64_t left_row, const float* right, std::int64_t right_row, std::int64_t depth,
               float* c, std::int64_t c_row) {
@@ -112,7 +113,7 @@ void multiply(const float* left, std::int64_t left_row, const float* right, std:
         for (int v = 0; v < Vectors; ++v) store(c + r * c_row + v * kFloats, sums[r][v]);
 }
 
-// The columns of a product, `vectors` vectors of them, as panels of nearly equal width.
+// Splits the columns of a product (`vectors` vectors) into panels of nearly equal width.
 struct Panels {
     explicit Panels(std::int64_t columns) : vectors(columns / kFloats), count((vectors + kPanel - 1) / kPanel) {}
     std::int64_t begin(std::int64_t panel) const { return panel * vectors / count; }  // in vectors

@@ -1,4 +1,16 @@
-"""jfbfast: implicit networks that undo image blur, trained by Jacobian-free backpropagation."""
+"""Implicit networks that undo image blur, trained by Jacobian-free backpropagation.
+
+Example:
+    >>> import torch, jfbfast
+    >>> blur = jfbfast.GaussianBlur(kernel_size=5, sigma=1.0)
+    >>> denoiser = jfbfast.NonexpansiveDenoiser(channels=3, features=4, depth=2)
+    >>> regularizer = jfbfast.RED(denoiser, filter_damping="weight")
+    >>> model = jfbfast.DEGrad(blur, regularizer, preconditioner="exact")
+    >>> restored = model(blur(torch.rand(1, 3, 16, 16)))  # a solve without gradients, and one layer
+    >>> restored.sum().backward()  # through that one layer
+    >>> model.solution.status  # of each sample: 0 is Status.CONVERGED
+    tensor([0])
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,11 +20,13 @@ from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov, tv
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
-from jfbfast.models.conditional import ConditionalDEGrad, MeasurementRanges
+from jfbfast.models.conditional import ConditionalDEGrad
+from jfbfast.models.config import MeasurementRanges
 from jfbfast.models.degrad import DEGrad
-from jfbfast.models.denoisers import RED, DnCNN, NonexpansiveDenoiser
+from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
 from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
+from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.iterative import IterativeOperator

@@ -1,4 +1,4 @@
-"""The buffers of a module as they were, to be put back: they are replaced, and never written over."""
+"""Keep the buffers of modules and put them back later. Buffers are replaced, never overwritten."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Kept = list[tuple[nn.Module, str, "Tensor | None"]]
 
 
 def buffers_of(modules: Iterable[nn.Module]) -> Kept:
-    """The buffers of these modules, without those of their children."""
+    """The buffers of these modules, excluding their children's."""
     return [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
 
 
@@ -23,7 +23,7 @@ def restore(kept: Kept) -> None:
 
 @contextmanager
 def used(kept: Kept) -> Iterator[None]:
-    """Within, the modules have these buffers; those of now come back after."""
+    """Give the modules these buffers within the context, and the current ones back afterwards."""
     now = [(module, name, module._buffers.get(name)) for module, name, _ in kept]
     restore(kept)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def is_integer(value: object) -> bool:
-    """An integer, of numpy too, which a bool is not."""
+    """Whether ``value`` is an integer, including numpy's but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -21,11 +21,11 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> No
 
 
 def number(name: str, value: object, valid: Callable[[float], bool], takes: str) -> None:
-    """Raise ValueError, saying what it ``takes``, unless ``value`` is a finite number that is ``valid``."""
+    """Raise ValueError with the text ``takes`` unless ``value`` is a finite number for which ``valid`` is true."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     try:
         taken = real and math.isfinite(value) and valid(value)  # type: ignore[arg-type]
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         taken = False
     if not taken:
         raise ValueError(f"{name} is {value!r}; it takes {takes}")
@@ -47,14 +47,14 @@ def share(name: str, value: object) -> None:
 
 
 def images(name: str, shape: Sequence[int], channels: int) -> None:
-    """Raise ValueError unless a shape is that of images (B, channels, H, W)."""
+    """Raise ValueError unless ``shape`` is (B, channels, H, W)."""
     if len(shape) != 4 or shape[1] != channels:
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes images (B, {channels}, H, W)")
 
 
 def read_text(path: Path, most: int) -> str:
-    """A text file in UTF-8, its line ends as they are; ValueError for no file, or more than ``most`` characters."""
-    if not path.is_file():  # a pipe would keep it waiting
+    """Read a UTF-8 text file, keeping its line ends; ValueError if it is no file or over ``most`` characters long."""
+    if not path.is_file():  # reading a pipe would wait
         raise ValueError("it is no file" if path.exists() else "no such file")
     with path.open(encoding="utf-8", newline="") as file:
         text = file.read(most + 1)
@@ -64,6 +64,6 @@ def read_text(path: Path, most: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of 300 characters at most; its name where it says nothing."""
+    """An exception's message on one line of at most 300 characters, or its name if it has none."""
     told = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
     return (told if len(told) <= 300 else f"{told[:299]}…") or type(error).__name__

@@ -286,7 +286,7 @@ def diagnose(
         from jfbfast.imaging.datasets import Photographs, RandomCrops
         from jfbfast.imaging.quality import measure
         from jfbfast.models.degrad import DEGrad
-        from jfbfast.models.pretrained import load_model, network_name, set_measurement
+        from jfbfast.models.pretrained import load_model, network_name
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:
@@ -294,7 +294,7 @@ def diagnose(
         model, config = load_model(checkpoint)
         if not isinstance(model, DEGrad):
             raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
-        set_measurement(str(checkpoint), model, config, sigma, noise)
+        model.adapt_to(sigma, noise, config, str(checkpoint))
         crops = RandomCrops(Photographs(images), crop, samples, flips=False, seed=seed)
         x, white, _ = default_collate([crops[i] for i in range(samples)])
         if config.channels == 1:

@@ -21,7 +21,8 @@ from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.imaging.datasets import RandomCrops
 from jfbfast.imaging.plots import side_by_side
 from jfbfast.imaging.quality import measure, psnr, ssim
-from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
+from jfbfast.models.checkpoint import save_checkpoint
+from jfbfast.models.config import ModelConfig
 from jfbfast.models.degrad import DEGrad
 from jfbfast.solvers import Anderson, ConvergenceWarning
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed."""
+"""Write files atomically: under a temporary name in the same directory, then renamed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same directory that no other process takes, and that is never too long."""
+    """A name in the same directory that no other process uses and that is never too long."""
     return path.with_name(f".{secrets.token_hex(8)}.partial")
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, overwrite: bool = True) -> None:
-    """Have ``write`` write a file beside ``path``, then rename it: a reader sees the old one or the whole new one.
+    """Let ``write`` write a temporary file, then rename it to ``path``: readers see the old file or all of the new.
 
     Raises:
-        FileExistsError: without ``overwrite``, a file that is there, even if it has only just come.
+        FileExistsError: without ``overwrite``, if the file exists, even if another process has only just made it.
     """
     partial = _beside(path)
     try:
@@ -46,12 +46,12 @@ def _rename_to_new(partial: Path, path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Tell whether `write_whole` could write there, by an empty file beside it that is removed again.
+    """Check that `write_whole` can write ``path``, by creating and removing an empty file in the same directory.
 
     Raises:
-        OSError: it could not, and why.
+        OSError: it cannot, and why.
     """
-    with suppress(FileNotFoundError):  # any other error, such as of a name that is too long, is for the caller
+    with suppress(FileNotFoundError):  # any other error, such as for a name that is too long, goes to the caller
         path.lstat()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory")

@@ -1,4 +1,4 @@
-"""The spectrum of a layer's Jacobian ∂T/∂x at a point, sample by sample, from products alone."""
+"""The spectrum of a layer's Jacobian ∂T/∂x at a point, sample by sample, from products with vectors alone."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from jfbfast import checks
 from jfbfast.backends.reference import band_dtype, flat
-from jfbfast.implicit.frozen import fixed_map, materialised_weights, owner
+from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.solvers import Layer
 
 __all__ = ["contraction_factor", "operator_norm", "optimal_averaging", "ritz_values"]
 
-_SEED = 0  # of the start vector, one for every sample: a sample's result does not depend on its batch
+_SEED = 0  # all samples have the same start vector, so that a sample's result does not depend on its batch
 
 
 @contextmanager
 def linearised(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = ()) -> Iterator[Linearisation]:
-    """∂T/∂x at x, within which the layer's module is held still; the arguments as in `ritz_values`."""
+    """The Jacobian ∂T/∂x at x; its module stays in eval() within. Takes the arguments of `ritz_values`."""
     module = owner(layer)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(x.device.type, enabled=False),
-        fixed_map(module),
+        frozen(module),
         materialised_weights(module),
     ):
         leaf = x.detach().clone().requires_grad_()
@@ -41,7 +41,7 @@ def linearised(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = ()) -> Iterat
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(B, N), in a dtype to orthogonalise in."""
+    """x as (B, N), in a dtype wide enough to orthogonalise in."""
     return flat(x.detach()).to(band_dtype(x.dtype))
 
 
@@ -54,17 +54,20 @@ def _unit(w: Tensor) -> Tensor:
 
 
 def arnoldi(operator: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> Tensor:
-    """The compressions QᵀGQ of each sample's linear map G to its Krylov space, (B, k, k), k = min(steps, N).
+    """Arnoldi's method: project each sample's linear map G onto its Krylov space with basis Q.
 
-    Where a Krylov space is invariant before k steps, it goes on with a new random vector.
+    If a Krylov space is invariant before the last step, Arnoldi's method continues from a new random vector.
 
     Args:
         operator: G, (B, N) to (B, N), sample by sample.
-        like: a tensor (B, N) of the vectors' dtype and device.
-        steps: k, at least 1.
+        like: a tensor (B, N) with the dtype and device of the vectors.
+        steps: dimension of the Krylov space, at least 1.
+
+    Returns:
+        QᵀGQ, (B, k, k), with k = min(steps, N).
 
     Raises:
-        ValueError: ``steps`` below 1.
+        ValueError: ``steps`` is below 1.
     """
     checks.integer("steps", steps, 1)
     batch, n = like.shape
@@ -78,7 +81,7 @@ def arnoldi(operator: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> T
 
     def orthogonalised(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         coefficients = torch.zeros_like(q[:, :, 0])
-        for _ in range(2):  # once leaves rounding errors of the size of w
+        for _ in range(2):  # a single pass leaves rounding errors as large as w
             c = torch.einsum("bkn,bn->bk", q, w)
             w, coefficients = w - torch.einsum("bkn,bk->bn", q, c), coefficients + c
         return w, coefficients
@@ -97,22 +100,30 @@ def arnoldi(operator: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> T
 
 
 def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: int = 60) -> Tensor:
-    """Ritz values of ∂T/∂x at x, by Arnoldi's method on its transpose: they approximate the outer eigenvalues.
+    """Ritz values of ∂T/∂x at x, which approximate its outermost eigenvalues.
 
-    Exact from steps = N on, N the numbers of a sample.
+    They come from Arnoldi's method on the transposed Jacobian (Arnoldi, 1951; Saad, Numerical methods for large
+    eigenvalue problems, 2011). They are the eigenvalues themselves once ``steps`` reaches N, the size of a sample.
 
     Args:
         layer: T(x, *inputs), (B, …) to the same shape, sample by sample: a module, a module's method
-            or any callable. Its module is held still, as in a solve.
+            or any callable. Its module is evaluated as in eval(), as during a solve.
         x: the point, (B, …).
         inputs: tensors (B, …) on which T depends.
-        steps: k, vector-Jacobian products, and vectors kept of each sample.
+        steps: number of vector-Jacobian products, and of vectors kept for each sample.
 
     Returns:
-        (B, min(k, N)), complex; NaN for a sample of which T(x) or the Jacobian is not finite.
+        (B, min(steps, N)), complex; NaN for a sample with a T(x) or a Jacobian that is not finite.
 
     Raises:
-        ValueError: ``steps`` below 1, or a layer that changes the shape.
+        ValueError: ``steps`` is below 1, or the layer changes the shape.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> scale = torch.tensor([0.5, -0.25])
+        >>> values = jfbfast.spectrum.ritz_values(lambda x: scale * x, torch.zeros(1, 2))
+        >>> [round(value, 4) for value in sorted(values[0].real.tolist())]
+        [-0.25, 0.5]
     """
     with linearised(layer, x, inputs) as jacobian:
         h = arnoldi(lambda w: flat(jacobian.vjp(_like(x, w))[0]), _flat(x), steps)
@@ -122,17 +133,24 @@ def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: i
 
 
 def contraction_factor(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: int = 60) -> Tensor:
-    """γ, the spectral radius of ∂T/∂x at x, (B,), the rate at which x ← T(x) converges there.
+    """The contraction factor γ, (B,): the spectral radius of ∂T/∂x at x, and the rate at which x ← T(x) converges.
 
-    The largest modulus of the `ritz_values`, whose arguments it takes.
+    It is the largest modulus of the `ritz_values`, and takes the same arguments.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> x = torch.zeros(3, 4)
+        >>> jfbfast.spectrum.contraction_factor(lambda x: 1 - x / 2, x)
+        tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
     return ritz_values(layer, x, inputs, steps).abs().amax(1)
 
 
 def symmetric_ritz_values(operator: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> Tensor:
-    """Ritz values of a symmetric operator (B, N) → (B, N), (B, k) ascending; NaN for a sample that is not finite.
+    """Ritz values of a symmetric operator, which lie between its extreme eigenvalues, by `arnoldi`.
 
-    They lie between its extreme eigenvalues.
+    Returns:
+        (B, k), ascending; NaN for a sample that is not finite.
     """
     h = arnoldi(operator, like, steps)
     finite = h.isfinite().flatten(1).all(1)
@@ -141,9 +159,16 @@ def symmetric_ritz_values(operator: Callable[[Tensor], Tensor], like: Tensor, st
 
 
 def operator_norm(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: int = 20) -> Tensor:
-    """‖∂T/∂x‖₂ at x, (B,), by Lanczos' method on JJᵀ: a lower bound, which converges fast.
+    """The spectral norm ‖J‖₂ of J = ∂T/∂x at x, (B,): a lower bound that converges fast, by Lanczos' method on JJᵀ.
 
-    The arguments are those of `ritz_values`; each step takes two products.
+    It takes the arguments of `ritz_values`; each step needs two products.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> shear = torch.tensor([[0.0, 3.0], [0.0, 0.0]])  # its eigenvalues are 0, but its norm is 3
+        >>> norm = jfbfast.spectrum.operator_norm(lambda x: x @ shear.T, torch.zeros(1, 2))
+        >>> round(norm.item(), 4)
+        3.0
     """
     with linearised(layer, x, inputs) as jacobian:
 
@@ -155,14 +180,22 @@ def operator_norm(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps:
 
 
 def optimal_averaging(eigenvalues: Tensor) -> float:
-    """The α in (0, 1], to three digits, that minimises max |1 − α(1 − μ)| over eigenvalues μ of ∂T/∂x.
+    """The averaging factor α that makes T_α(x) = (1 − α)x + αT(x) contract best, to three digits.
 
-    That maximum is the contraction factor of T_α = (1 − α)x + αT(x). For real μ in [a, b] with b < 1 it
-    is the smaller of 2/(2 − a − b) and 1. Eigenvalues that are not finite, or of a real part of 1 and more,
-    which no α contracts, are left out; NaN where none is left.
+    T_α has the contraction factor max |1 − α(1 − μ)| over the eigenvalues μ of ∂T/∂x; α in (0, 1] minimises it. For
+    real μ that fill [a, b] with b < 1, α is the smaller of 2/(2 − a − b) and 1. Eigenvalues that are not finite are
+    left out, and so are those with a real part of 1 or more, since no α contracts them.
 
     Args:
         eigenvalues: μ, complex, of any shape.
+
+    Returns:
+        α in (0, 1]; NaN if no eigenvalue is left.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> jfbfast.spectrum.optimal_averaging(torch.tensor([-3.0, 0.0]))  # 2 / (2 + 3)
+        0.4
     """
     contracted = eigenvalues[eigenvalues.isfinite() & (eigenvalues.real < 1)]
     if not contracted.numel():

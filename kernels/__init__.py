@@ -1,5 +1,5 @@
-"""Triton kernels: the twins of `jfbfast.backends.reference` on a CUDA device."""
+"""Triton kernels for CUDA devices: functions of `jfbfast.backends.reference`."""
 
-from .launch import FUSED_RADIUS, MAX_RADIUS, blur, gradient, gradient_step
+from .launch import FUSED_RADIUS, MAX_RADIUS, blur, gradient
 
-__all__ = ["FUSED_RADIUS", "MAX_RADIUS", "blur", "gradient", "gradient_step"]
+__all__ = ["FUSED_RADIUS", "MAX_RADIUS", "blur", "gradient"]

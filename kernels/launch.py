@@ -1,39 +1,38 @@
-"""The Triton twins of `jfbfast.backends.reference`: the same functions, for tensors on a CUDA device.
+"""The launchers of the Triton kernels: functions of `jfbfast.backends.reference`, for tensors on a CUDA device.
 
-Every launch is shaped by the tensors' shapes and dtype alone, nothing is read back, and only outputs
-(beyond radius 7 also Ax − d) are allocated, so each twin can be captured into a CUDA graph.
+A launch depends on the shapes and dtypes of the tensors only, the host reads nothing back, and only outputs
+(beyond radius 7 also Ax − d) are allocated. So a CUDA graph can capture every function.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from jfbfast.backends.reference import Bands
+
 from .stream import blur_kernel, gradient_kernel
 from .wide import wide_kernel
 
-if TYPE_CHECKING:
-    from ..reference import Bands
-
 FUSED_RADIUS = 7
 MAX_RADIUS = 31
-ENOUGH_PROGRAMS = 1024  # eight warps for each multiprocessor of the largest devices
+ENOUGH_PROGRAMS = 1024  # eight warps for each multiprocessor of the largest GPUs
 
 
 class Tile(NamedTuple):
-    """What one warp reads of x: columns × rows, halo included, ``unroll`` rows a round."""
+    """The part of x that one warp reads, halo included; ``unroll`` is the number of rows it reads at a time."""
 
     columns: int
     rows: int
     unroll: int
 
 
-# By largest radius. Within a line the first reads the fewest halo bytes; a later one is taken where
-# the image is too small to give an earlier one ENOUGH_PROGRAMS. Wider or more unrolled tiles spill.
+# By largest radius. In each line the first tile reads the fewest halo bytes; a later one is used if the
+# image is too small to give the earlier ones ENOUGH_PROGRAMS. Wider or more unrolled tiles spill registers.
 GRADIENT_TILES = {
     2: (Tile(128, 128, 2), Tile(128, 64, 2), Tile(64, 64, 4), Tile(64, 32, 4)),
     3: (Tile(64, 128, 4), Tile(64, 64, 4)),
@@ -50,7 +49,7 @@ WIDE_UNROLL = {torch.float64: 4, torch.float32: 8}
 
 
 class Plan(NamedTuple):
-    """A launch: its grid, the rows of a strip, the columns of an access, the compile-time arguments."""
+    """A launch: its grid, the rows of a strip, the columns of one memory access, the compile-time arguments."""
 
     programs: int
     strip: int
@@ -59,27 +58,24 @@ class Plan(NamedTuple):
 
 
 def plan(shape: torch.Size, bands: Bands, *, adjoint: bool) -> Plan:
-    """How to launch the stream kernels (gradient where ``adjoint``, else blur) over x (…, H, W)."""
+    """How to launch the stream kernels over x (…, H, W): the gradient if ``adjoint``, else the blur."""
     height, width = shape[-2:]
     passes = 2 if adjoint else 1
     ry, rx = bands.y.shape[1] // 2, bands.x.shape[1] // 2
-    double = bands.y.dtype == torch.float64
-    classes = (
-        (GRADIENT_TILES_64 if double else GRADIENT_TILES) if adjoint else (BLUR_TILES_64 if double else BLUR_TILES)
-    )
-    candidates = next(tiles for radius, tiles in classes.items() if max(ry, rx) <= radius)
-    for tile in candidates:
+    tables = (GRADIENT_TILES, GRADIENT_TILES_64) if adjoint else (BLUR_TILES, BLUR_TILES_64)
+    candidates = tables[bands.y.dtype == torch.float64].items()
+    for tile in next(tiles for radius, tiles in candidates if max(ry, rx) <= radius):
         lane = tile.columns // 32
         if width % lane and tile.columns > 64:
-            continue  # no 128-bit access, and the shuffles of four scattered columns a lane cost more
+            continue  # no 128-bit access, and shuffling four scattered columns a lane costs more
         whole_rows = not bands.circular and width <= tile.columns
         halo = 0 if whole_rows else triton.cdiv(passes * rx, lane) * lane
-        tiles = triton.cdiv(width, tile.columns - 2 * halo)
         strip = min(tile.rows - 2 * passes * ry, height)
-        programs = math.prod(shape[:-2]) * triton.cdiv(height, strip) * tiles
-        vector = math.gcd(width, lane)
+        tiles = triton.cdiv(height, strip) * triton.cdiv(width, tile.columns - 2 * halo)
+        programs = math.prod(shape[:-2]) * tiles
         if programs >= ENOUGH_PROGRAMS:
             break
+    vector = math.gcd(width, lane)
     constants = {"RY": ry, "RX": rx, "CIRCULAR": bands.circular, "TX": tile.columns, "HALO": halo, "U": tile.unroll}
     return Plan(programs, strip, vector, {**constants, "VECTOR": vector})
 
@@ -87,14 +83,13 @@ def plan(shape: torch.Size, bands: Bands, *, adjoint: bool) -> Plan:
 def wide_plan(shape: torch.Size, bands: Bands) -> Plan:
     """How to launch the wide kernel over x (…, H, W)."""
     height, width = shape[-2:]
-    halo = triton.cdiv(bands.x.shape[1] // 2, 4) * 4
-    halo = 0 if not bands.circular and width <= WIDE_COLUMNS else halo
+    whole_rows = not bands.circular and width <= WIDE_COLUMNS
+    halo = 0 if whole_rows else triton.cdiv(bands.x.shape[1] // 2, 4) * 4
     unroll = WIDE_UNROLL[bands.y.dtype]
-    tiles = triton.cdiv(width, WIDE_COLUMNS - 2 * halo)
+    tiles = triton.cdiv(height, unroll) * triton.cdiv(width, WIDE_COLUMNS - 2 * halo)
     vector = math.gcd(width, WIDE_COLUMNS // 32)
-    programs = math.prod(shape[:-2]) * triton.cdiv(height, unroll) * tiles
     constants = {"CIRCULAR": bands.circular, "TX": WIDE_COLUMNS, "HALO": halo, "U": unroll, "VECTOR": vector}
-    return Plan(programs, unroll, vector, constants)
+    return Plan(math.prod(shape[:-2]) * tiles, unroll, vector, constants)
 
 
 def _radius(bands: Bands) -> int:
@@ -104,85 +99,62 @@ def _radius(bands: Bands) -> int:
     return radius
 
 
-def _wide(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    start: Tensor | None,
-    step_size: Tensor | None,
-    out: Tensor,
-    bands: Bands,
-) -> None:
-    """out = B₁ X B₂ᵀ − d + r, or start − η times that."""
-    launch = wide_plan(x.shape, bands)
+def _launch(kernel: Any, plan: Plan, tensors: tuple[Tensor | None, ...], *sizes: int, **constants: bool) -> None:
+    """Run a kernel over the image ``tensors[0]``; ``sizes`` follow the height and width in its arguments."""
+    x = tensors[0]
+    assert x is not None
     height, width = x.shape[-2:]
-    wide_kernel[(launch.programs,)](
-        x, d, r, start, step_size, out, bands.y, bands.x, height, width // launch.vector,
-        bands.y.shape[1] // 2, bands.x.shape[1] // 2, **launch.constants, num_warps=1,
-    )  # fmt: skip
+    kernel[(plan.programs,)](*tensors, height, width // plan.vector, *sizes, **plan.constants, **constants, num_warps=1)
+
+
+def _wide(
+    bands: Bands, x: Tensor, d: Tensor | None, r: Tensor | None, step: tuple[Tensor | None, Tensor | None], out: Tensor
+) -> None:
+    """out = g with g = B₁ X B₂ᵀ − d + r; or start − ηg with ``step`` = (start, η)."""
+    tensors = (x, d, r, *step, out, bands.y, bands.x)
+    _launch(wide_kernel, wide_plan(x.shape, bands), tensors, bands.y.shape[1] // 2, bands.x.shape[1] // 2)
 
 
 def blur(x: Tensor, bands: Bands) -> Tensor:
-    """B₁ X B₂ᵀ for x (…, H, W). Raises ValueError for a radius beyond MAX_RADIUS."""
-    radius = _radius(bands)
+    """As `reference.blur`.
+
+    Raises:
+        ValueError: a radius beyond MAX_RADIUS.
+    """
+    fused = _radius(bands) <= FUSED_RADIUS
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return out
-    with torch.cuda.device_of(x):
-        if radius > FUSED_RADIUS:
-            _wide(x, None, None, None, None, out, bands)
-        else:
-            launch = plan(x.shape, bands, adjoint=False)
-            height, width = x.shape[-2:]
-            blur_kernel[(launch.programs,)](
-                x, out, bands.y, bands.x, height, width // launch.vector, launch.strip, **launch.constants, num_warps=1
-            )
+    if x.numel():
+        with torch.cuda.device_of(x):
+            if fused:
+                launch = plan(x.shape, bands, adjoint=False)
+                _launch(blur_kernel, launch, (x, out, bands.y, bands.x), launch.strip)
+            else:
+                _wide(bands, x, None, None, (None, None), out)
     return out
 
 
-def _gradient(
-    x: Tensor,
-    d: Tensor | None,
-    r: Tensor | None,
-    step_size: Tensor | None,
-    bands: Bands,
-    adjoint: Bands,
+def gradient(
+    x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, step_size: Tensor | None = None
 ) -> Tensor:
-    """Aᵀ(Ax − d) + r where ``step_size`` is None, else x − η times that."""
+    """As `reference.gradient`; the step size is read on the device.
+
+    Raises:
+        ValueError: a radius beyond MAX_RADIUS.
+    """
     fused = _radius(bands) <= FUSED_RADIUS
     x = x.contiguous()
     d = None if d is None else d.contiguous()
     r = None if r is None else r.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return out
-    with torch.cuda.device_of(x):
-        if fused:
-            launch = plan(x.shape, bands, adjoint=True)
-            height, width = x.shape[-2:]
-            gradient_kernel[(launch.programs,)](
-                x, d, r, step_size, out, bands.y, bands.x, adjoint.y, adjoint.x,
-                height, width // launch.vector, launch.strip,
-                KEEP=step_size is not None, **launch.constants, num_warps=1,
-            )  # fmt: skip
-        else:
-            residual = torch.empty(x.shape, dtype=bands.y.dtype, device=x.device)
-            _wide(x, d, None, None, None, residual, bands)
-            _wide(residual, None, r, None if step_size is None else x, step_size, out, adjoint)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            if fused:
+                launch = plan(x.shape, bands, adjoint=True)
+                tensors = (x, d, r, step_size, out, bands.y, bands.x, adjoint.y, adjoint.x)
+                _launch(gradient_kernel, launch, tensors, launch.strip, KEEP=step_size is not None)
+            else:
+                residual = torch.empty(x.shape, dtype=bands.y.dtype, device=x.device)
+                _wide(bands, x, d, None, (None, None), residual)
+                _wide(adjoint, residual, None, r, (None if step_size is None else x, step_size), out)
     return out
-
-
-def gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
-    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero. Raises ValueError for a radius beyond MAX_RADIUS."""
-    return _gradient(x, d, r, None, bands, adjoint)
-
-
-def gradient_step(
-    x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
-) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension.
-
-    η is read on the device. Raises ValueError for a radius beyond MAX_RADIUS.
-    """
-    return _gradient(x, d, r, step_size, bands, adjoint)

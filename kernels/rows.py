@@ -1,12 +1,12 @@
-"""What both kernels are made of: image rows held in registers by one warp.
+"""The building blocks of the kernels: image rows held in the registers of one warp.
 
-A row is a vector of ``TX`` columns of which each lane holds TX/32 neighbours. Filtering along a row
-moves values between lanes by warp shuffles; filtering along a column needs no movement, since rows
-are separate registers. So neither touches shared memory, and no barrier is needed.
+A row is a vector of ``TX`` columns; each lane holds TX/32 neighbouring ones. Filtering along a row
+moves values between lanes by warp shuffles. Filtering along a column moves nothing, since rows
+are separate registers. So neither needs shared memory or a barrier.
 """
 
 # mypy: ignore-errors
-# Triton's language, in Python's syntax.
+# Triton is another language in Python's syntax.
 
 import triton
 import triton.language as tl
@@ -31,7 +31,7 @@ def wrap(index, n, CIRCULAR: tl.constexpr):
 
 @triton.jit
 def tile_columns(x0, TX: tl.constexpr, HALO: tl.constexpr, width, CIRCULAR: tl.constexpr, VECTOR: tl.constexpr):
-    """The image columns of a tile, whether each exists, and whether the program owns it."""
+    """The image columns of a tile, and masks of those inside of the image and of those that the program owns."""
     j = tl.arange(0, TX)
     columns = x0 - HALO + j
     inside = (columns >= 0) & (columns < width)
@@ -46,13 +46,13 @@ def tile_columns(x0, TX: tl.constexpr, HALO: tl.constexpr, width, CIRCULAR: tl.c
 
 @triton.jit
 def row_start(image, plane, y, height, width):
-    """The address of a row, in 64 bits: planes and even rows may lie beyond 2³¹ elements."""
+    """The address of a row, in 64 bits, since an image may have more than 2³¹ elements."""
     return image + plane * height * width + y.to(tl.int64) * width
 
 
 @triton.jit
 def load_row(image, plane, y, columns, mask, height, width, ACC: tl.constexpr, CIRCULAR: tl.constexpr):
-    """Row y of a plane at ``columns``, widened to the accumulator; zero outside, or where image is None."""
+    """Row y of a plane at ``columns``, in the accumulator's dtype; zero outside of the image or if there is none."""
     if image is None:
         row = tl.zeros(columns.shape, ACC)
     else:
@@ -64,7 +64,7 @@ def load_row(image, plane, y, columns, mask, height, width, ACC: tl.constexpr, C
 
 @triton.jit
 def load_weights(band, columns, mask, R: tl.constexpr):
-    """The 2R + 1 slots of a table at ``columns``, zero outside the image."""
+    """The 2R + 1 slots of a table at ``columns``; zero outside of the image."""
     weights = ()
     for slot in tl.static_range(2 * R + 1):
         weights += (tl.load(band + columns.to(tl.int64) * (2 * R + 1) + slot, mask=mask, other=0.0),)
@@ -73,9 +73,9 @@ def load_weights(band, columns, mask, R: tl.constexpr):
 
 @triton.jit
 def across(row, weights, R: tl.constexpr):
-    """Σₛ w[s] · row[j + s]. Columns nearer than R to the tile's border come out wrong: they are halo.
+    """Σₛ w[s] · row[j + s]. Columns closer than R to the border of the tile are wrong; they belong to the halo.
 
-    The index wraps by a power of two, so that the compiler sees which of a lane's registers it means.
+    The index wraps at a power of two, so that the compiler knows which of a lane's registers it refers to.
     """
     column = tl.arange(0, row.shape[0])
     total = weights[R] * row
@@ -87,7 +87,7 @@ def across(row, weights, R: tl.constexpr):
 
 @triton.jit
 def down(rows, FIRST: tl.constexpr, band, y, height, R: tl.constexpr, CIRCULAR: tl.constexpr):
-    """Σₛ band[y, s] · rows[FIRST + s + R], the value at image row y; zero outside the image."""
+    """Σₛ band[y, s] · rows[FIRST + s + R], the value at image row y; zero outside of the image."""
     y = wrap(y, height, CIRCULAR)
     inside = (y >= 0) & (y < height)
     band += y.to(tl.int64) * (2 * R + 1)

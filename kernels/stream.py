@@ -1,12 +1,12 @@
-"""Blur and gradient step for radii up to 7, one launch each, with no temporary in global memory.
+"""The blur and the gradient step for radii up to 7, in one launch each and without temporaries in global memory.
 
-A program is one warp. It owns ``STRIP`` rows of ``SX`` columns of one plane and streams down them,
-``U`` rows at a time. What a later row still needs waits in registers: the last 2R rows blurred
+A program is one warp. It owns ``STRIP`` rows of ``SX`` columns of one plane and moves down them,
+``U`` rows at a time. It keeps what later rows need in registers: the last 2R rows blurred
 across, the last 2R rows of Ax − d adjoint-blurred across, the last 2R rows of x.
 """
 
 # mypy: ignore-errors
-# Triton's language, in Python's syntax.
+# Triton is another language in Python's syntax.
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def blur_kernel(
 ):  # fmt: skip
     """out = B₁ X B₂ᵀ."""
     ACC: tl.constexpr = band_y.dtype.element_ty
-    width = vectors * VECTOR  # so written, its divisor is known to the compiler
+    width = vectors * VECTOR  # this tells the compiler a divisor of the width
     plane, y0, x0 = unflatten(tl.program_id(0), height, width, STRIP, TX - 2 * HALO)
     columns, inside, owned = tile_columns(x0, TX, HALO, width, CIRCULAR, VECTOR)
     weights = load_weights(band_x, columns, inside, RX)
@@ -48,11 +48,10 @@ def gradient_kernel(
     RY: tl.constexpr, RX: tl.constexpr, CIRCULAR: tl.constexpr, KEEP: tl.constexpr,
     TX: tl.constexpr, HALO: tl.constexpr, U: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """g = Aᵀ(Ax − d) + r; out = x − ηg where KEEP, else g."""
+    """g = Aᵀ(Ax − d) + r; out = x − ηg if KEEP, else g."""
     ACC: tl.constexpr = band_y.dtype.element_ty
-    width = vectors * VECTOR  # so written, its divisor is known to the compiler
-    program = tl.program_id(0)
-    plane, y0, x0 = unflatten(program, height, width, STRIP, TX - 2 * HALO)
+    width = vectors * VECTOR  # this tells the compiler a divisor of the width
+    plane, y0, x0 = unflatten(tl.program_id(0), height, width, STRIP, TX - 2 * HALO)
     columns, inside, owned = tile_columns(x0, TX, HALO, width, CIRCULAR, VECTOR)
     weights = load_weights(band_x, columns, inside, RX)
     adjoint_weights = load_weights(adjoint_x, columns, inside, RX)

@@ -1,11 +1,11 @@
-"""B₁ X B₂ᵀ for radii up to 31, read at run time, so that one compilation serves them all.
+"""B₁ X B₂ᵀ for radii up to 31; the radii are run-time arguments, so one compilation serves them all.
 
-A program is one warp and owns ``U`` rows. The windows of these radii do not fit into registers, so
-it accumulates instead: each image row is read once a program and added to all U rows that need it.
+A program is one warp and owns ``U`` rows. The windows of such radii do not fit into registers, so the program
+accumulates: it reads each image row once and adds it to all of the U rows that need it.
 """
 
 # mypy: ignore-errors
-# Triton's language, in Python's syntax.
+# Triton is another language in Python's syntax.
 
 import triton
 import triton.language as tl
@@ -36,7 +36,7 @@ def column_sums(x, plane, y0, columns, inside, band, height, width, radius, U: t
 
 @triton.jit
 def row_sums(rows, columns, inside, band, radius, U: tl.constexpr):
-    """The U rows times B₂ᵀ. Slots go by fours, a lane's share: so each shift's register is known."""
+    """The U rows times B₂ᵀ. Slots go by fours, the columns of a lane, so the register of each shift is known."""
     TX: tl.constexpr = rows[0].shape[0]
     j = tl.arange(0, TX)
     slots = 2 * radius + 1
@@ -59,11 +59,10 @@ def wide_kernel(
     x, d, r, start, step_size, out, band_y, band_x, height, vectors, radius_y, radius_x,
     CIRCULAR: tl.constexpr, TX: tl.constexpr, HALO: tl.constexpr, U: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """g = B₁ X B₂ᵀ − d + r; out = start − ηg, or g where there is no start."""
+    """g = B₁ X B₂ᵀ − d + r; out = start − ηg, or g if there is no start."""
     ACC: tl.constexpr = band_y.dtype.element_ty
-    width = vectors * VECTOR  # so written, its divisor is known to the compiler
-    program = tl.program_id(0)
-    plane, y0, x0 = unflatten(program, height, width, U, TX - 2 * HALO)
+    width = vectors * VECTOR  # this tells the compiler a divisor of the width
+    plane, y0, x0 = unflatten(tl.program_id(0), height, width, U, TX - 2 * HALO)
     columns, inside, owned = tile_columns(x0, TX, HALO, width, CIRCULAR, VECTOR)
     rows = column_sums(x, plane, y0, columns, inside, band_y, height, width, radius_y, U, CIRCULAR)
     rows = row_sums(rows, columns, inside, band_x, radius_x, U)

@@ -18,7 +18,8 @@ from jfbfast import demo
 from jfbfast.experiments.settings import make_settings, write_settings
 from jfbfast.imaging.photographs import read_photograph
 from jfbfast.models import pretrained
-from jfbfast.models.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
+from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
+from jfbfast.models.config import ModelConfig
 
 
 def write_network(path, form="filtered", **values):

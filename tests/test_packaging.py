@@ -1,4 +1,4 @@
-"""What an sdist holds, and how an install fares without a compiler."""
+"""What a build makes, what it repeats, and what an install without a compiler or without extras can do."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ PARTS = ("csrc", "jfbfast", "kernels", "benchmarks", "tests")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of the sources, since a build writes beside them."""
+    """A copy of the sources, because a build writes files next to them."""
     folder = tmp_path / "source"
     folder.mkdir()
     for part in PARTS:
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignored)
     for file in [
         ROOT / "setup.py",
         ROOT / "pyproject.toml",
@@ -36,7 +37,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def install(source: Path, target: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Install into a folder of its own, from what is already on this machine."""
+    """Build the package into the folder ``target``, with the build tools that are already installed."""
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(target)]
     environment = {**os.environ, "JFBFAST_CUDA": "0", **variables}
     return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
@@ -58,12 +59,12 @@ case "$*" in
   *--dryrun*) exit;;
 esac
 {fails}
-while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2";; esac; shift; done
 """
 
 
 def stub(program: Path, fails: str = "") -> Path:
-    """A compiler that makes empty files, or fails at them; in the file beside it, .log, how it was called."""
+    """A fake compiler that writes empty files, or runs ``fails``; it logs its calls in ``program`` + .log."""
     program.parent.mkdir(parents=True, exist_ok=True)
     program.write_text(STUB.format(log=program.with_suffix(".log"), fails=fails))
     program.chmod(0o755)
@@ -105,6 +106,36 @@ def test_a_compiler_of_two_words_is_probed_for_openmp(source: Path, tmp_path: Pa
     assert "-fopenmp" in kernel
     done = install(source, tmp_path / "target", CXX="env no-such-compiler")
     assert "found no C++ compiler ('env no-such-compiler')" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_second_build_compiles_only_what_changed(source: Path, tmp_path: Path) -> None:
+    compiler, target = stub(tmp_path / "g++"), tmp_path / "target"
+    log = compiler.with_suffix(".log")
+    install(source, target, CXX=str(compiler)).check_returncode()
+    log.unlink()
+    shutil.move(target / "jfbfast" / "cli.py", target / "jfbfast" / "moved.py")
+    with (source / "csrc" / "blur.cpp").open("a") as file:
+        file.write("// changed")
+    install(source, target, CXX=str(compiler)).check_returncode()
+    compiled = {match[1] for match in re.finditer(r" -c \S*/(\w+\.cpp) ", log.read_text())}
+    assert compiled == {"blur.cpp"}
+    assert list((target / "jfbfast").glob("_native*.so"))
+    assert not (target / "jfbfast" / "moved.py").exists(), "a module of an earlier build was installed"
+
+
+IN_THE_ROOT = """
+import jfbfast.benchmarks
+assert jfbfast.__file__.startswith({root!r}), jfbfast.__file__
+"""
+
+
+def test_the_root_of_a_clone_holds_the_whole_package(source: Path, tmp_path: Path) -> None:
+    (source / ".git").mkdir()
+    install(source, tmp_path / "target", CXX=str(stub(tmp_path / "g++"))).check_returncode()
+    (built,) = (tmp_path / "target" / "jfbfast").glob("_native*.so")
+    assert (source / "jfbfast" / built.name).is_file()
+    assert (source / "jfbfast" / "kernels" / "launch.py").is_file()
+    subprocess.run([sys.executable, "-c", IN_THE_ROOT.format(root=str(source))], cwd=source, check=True)
 
 
 WITHOUT_THE_MODULE = """
@@ -176,7 +207,7 @@ def test_the_core_does_without_the_extras(tmp_path: Path) -> None:
         for module, packages in packages_distributions().items()
         if {package.lower() for package in packages} & optional - {"jfbfast"}
     }
-    assert {"safetensors", "cv2", "yaml"} <= modules
+    assert {"safetensors", "tifffile", "yaml"} <= modules
     subprocess.run([sys.executable, "-c", WITHOUT_THE_EXTRAS.format(modules=modules)], cwd=tmp_path, check=True)
 
 
@@ -185,12 +216,13 @@ def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)], cwd=source, check=True)
     (archive,) = tmp_path.glob("jfbfast-*.tar.gz")
     with tarfile.open(archive) as tar:
-        names = {name.split("/", 1)[-1] for name in tar.getnames()}
+        members = [name.split("/", 1)[-1] for name in tar.getnames()]
         tar.extractall(tmp_path / "unpacked", filter="data")
     for part in ("csrc", "jfbfast", "kernels", "benchmarks"):
         for file in (source / part).rglob("*"):
             if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed"):
-                assert str(file.relative_to(source)) in names
+                assert members.count(str(file.relative_to(source))) == 1
+    assert not [name for name in members if name.startswith(("jfbfast/kernels", "jfbfast/benchmarks"))]
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     done = install(unpacked, tmp_path / "target")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Spectra from products alone, and what is made of them, against the dense Jacobian in float64."""
+"""Spectra from matrix-vector products, and the averaging chosen from them, against the dense Jacobian in float64."""
 
 import copy
 import warnings
@@ -24,7 +24,7 @@ def image_models():
 
 
 @pytest.mark.parametrize("name", image_models())
-def test_radius_and_norm_of_an_untrained_layer(name):
+def test_radius_and_norm_agree_with_the_dense_jacobian(name):
     model = image_models()[name].double().train()
     before = copy.deepcopy(model.state_dict())
     x, d = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
@@ -52,7 +52,7 @@ def non_normal(n):
     return q @ t @ q.T
 
 
-def test_non_normal_and_complex_spectra():
+def test_non_normal_and_complex_spectra_are_found():
     n = 64
     ginibre = torch.randn(n, n, dtype=torch.float64) / n**0.5
     layer = Linear(non_normal(n), ginibre, non_normal(n))
@@ -69,7 +69,7 @@ def test_non_normal_and_complex_spectra():
     torch.testing.assert_close(values.real.aminmax(), expected[1].real.aminmax())
 
 
-def test_an_invariant_krylov_space_is_left():
+def test_arnoldi_continues_past_an_invariant_krylov_space():
     scaled = 0.3 * torch.eye(20, dtype=torch.float64)
     scaled[3, 3] = -0.9
     layer = Linear(scaled, torch.zeros(20, 20, dtype=torch.float64))
@@ -92,7 +92,7 @@ def test_samples_are_not_coupled():
             assert measure(model.layer, x[:0], (d[:0],)).shape == (0,)
 
 
-def test_any_callable_and_bad_input():
+def test_any_callable_works_and_bad_input_is_named():
     x = torch.randn(2, 5)
     torch.testing.assert_close(contraction_factor(lambda v: 0.5 * v + 1, x), torch.full((2,), 0.5).double())
     with pytest.raises(ValueError, match="steps is 0"):
@@ -101,7 +101,7 @@ def test_any_callable_and_bad_input():
         operator_norm(lambda v: v[:, :3], x)
 
 
-def test_products_in_the_parameters():
+def test_the_products_in_the_parameters_are_adjoint():
     cell = Cell().double()
     x, d = torch.randn(2, 4, 12, dtype=torch.float64)
     parameters = list(cell.parameters())
@@ -111,7 +111,7 @@ def test_products_in_the_parameters():
     torch.testing.assert_close((w * jacobian.jvp(v)).sum(), forward)
 
 
-def test_the_best_averaging():
+def test_the_averaging_is_the_best_one():
     for a, b in ((-3.0, 0.4), (-0.5, 0.9), (0.2, 0.3)):
         alpha = optimal_averaging(torch.linspace(a, b, 7).to(torch.complex128))
         assert abs(alpha - min(1, 2 / (2 - a - b))) <= 1e-3

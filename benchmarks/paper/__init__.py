@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jfbfast.models.pretrained import SETTING
+from jfbfast.models.config import SETTING
 
 from .plan import QUICK, Plan
 

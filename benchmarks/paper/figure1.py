@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jfbfast.experiments.runs import Run
 from jfbfast.imaging.photographs import image_files
-from jfbfast.models.pretrained import SETTING
+from jfbfast.models.config import SETTING
 
 from ..display import logarithmic
 from . import published

@@ -16,8 +16,8 @@ from torch import nn
 from jfbfast.experiments.comparison import unseen_photographs
 from jfbfast.experiments.evaluation import Choice, baseline_methods, choose, network_method
 from jfbfast.imaging.datasets import Images, Photographs
-from jfbfast.models.checkpoint import DEGRAD_FORMS, ModelConfig
-from jfbfast.models.pretrained import SETTING, load_model, measurement_setting, set_network
+from jfbfast.models.config import DEGRAD_FORMS, SETTING, ModelConfig
+from jfbfast.models.pretrained import load_model, measurement_setting, set_network
 
 from .plan import Plan
 

@@ -1,4 +1,4 @@
-// Anderson's method for a batch of samples, all of it on the device: the interface of the kernels.
+// The interface of the CUDA kernels: Anderson's method for a batch of samples, all of it on the device.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +11,24 @@
 
 namespace jfbfast::cuda {
 
+// The module jfbfast._cuda exposes these values, and tests/backends/test_cuda_device.py compares them with Python's.
 constexpr int kMaxMemory = 16;
+constexpr double kDivergedGrowth = 1e4;  // of |g| or |f|, relative to the sum of their first values
+constexpr double kSafeguardGrowth = 4;   // of |g|, relative to its lowest value since the safeguard last acted
 
 enum class DType : int { kFloat64, kFloat32 };
 
 enum Status : int { kRunning = -1, kConverged = 0, kMaxIter = 1, kDiverged = 2 };
 
-// What the update of a sample asks of the pass over its pixels.
+// What `mix` does with a sample, as decided by `update`.
 enum Action : int { kRest, kMix, kDamp, kKeepIterate, kKeepBest };
 
-// The state of one solve. Each step k takes a pair (x, f = T(x)) of each running sample and gives
-// its residual g = f - x. An "age" a counts pairs back from the newest: g_a is that of step k - a.
+// The state of one solve. Each step k takes a pair (x, f = T(x)) of each running sample and computes its residual
+// g = f - x. The "age" a counts pairs back from the newest: g_a is the residual of step k - a.
 //
-// A full history is a ring of `memory` pairs (g, f). A history of differences is a ring of two such
-// pairs and, in bfloat16, rings of the last `memory` - 1 differences g_a - g_(a+1), f_a - f_(a+1).
-// The iterate of a pair is f - g, so the best one needs a copy only when its pair leaves the ring.
+// A full history is a ring of `memory` pairs (g, f). A history of differences is a ring of two such pairs and, in
+// bfloat16, rings of the last `memory` - 1 differences g_a - g_(a+1), f_a - f_(a+1). The iterate of a pair is f - g, so
+// the best iterate is copied only when its pair leaves the ring.
 struct Anderson {
     DType dtype;
     bool differences;
@@ -33,11 +36,11 @@ struct Anderson {
     std::int64_t samples, size;
     double tol, atol, regularization;
 
-    void *residuals, *images;                          // [ring, samples, size]
-    void *residual_differences, *image_differences;    // [memory - 1, samples, size] or null
-    void* value;                                       // [samples, size], the answer
-    int *status, *action;                              // [samples] each, as are the next two lines
-    int *iterations, *pairs, *best;                    // best: the step of the lowest residual, or -1
+    void *residuals, *images;                                  // [ring, samples, size]
+    void *residual_differences, *image_differences;            // [memory - 1, samples, size] or null
+    void* value;                                               // [samples, size], the answer
+    int *status, *action;                                      // [samples] each, as are the next two lines
+    int *iterations, *pairs, *best;                            // best: the step of the lowest residual, or -1
     double *residual, *lowest, *first_residual, *first_image;  // residual: relative, at `value`
     double* guarded;   // [samples]: the lowest |g| since the safeguard last acted
     double* gram;      // [samples, memory, memory], by age: of g, or of its differences
@@ -50,24 +53,26 @@ struct Anderson {
     JFB_HOST_DEVICE constexpr int ring() const { return differences ? 2 : memory; }
 };
 
-// Blocks a sample. It depends on the size alone, so a sample's sums do not depend on its batch:
-// two 128-bit loads a thread, up to 1024 blocks, which fill the device from one sample on.
+// Blocks per sample: two 128-bit loads per thread, up to 1024 blocks, so that even one sample fills the device. The
+// number depends only on the size, so a sample's sums do not depend on the batch.
 JFB_HOST_DEVICE constexpr int chunks(std::int64_t size) {
     const std::int64_t blocks = (size + 2047) / 2048;
     return blocks < 1 ? 1 : blocks > 1024 ? 1024 : static_cast<int>(blocks);
 }
 
-// Each launches on `stream` and returns the CUDA error, or null. x and f are [batch, size]; row i
-// is sample rows[i], or i where rows is null. They are called in this order; `mix` writes x.
+// The three parts of a step, in the order in which they are called. Each launches on `stream` and returns the CUDA
+// error, or null. x and f are [batch, size]; row i is sample rows[i], or sample i if rows is null. `mix` writes x.
 const char* append(const Anderson&, const void* x, const void* f, const int* rows, int batch, void* stream);
 const char* update(const Anderson&, const int* rows, int batch, void* stream);
 const char* mix(const Anderson&, void* x, const void* f, const int* rows, int batch, void* stream);
 
-// Gives every sample that still runs its best iterate as `value`, with the status kMaxIter.
+// Ends every sample that still runs: `value` gets its best iterate, and its status becomes kMaxIter.
 const char* finish(const Anderson&, void* stream);
 
-// Selects the device of the calls that follow; says why these kernels cannot run there, or null.
+// Selects the device for the calls that follow; returns the CUDA error, or null.
 const char* use_device(int device);
+
+// Why these kernels cannot run on the device, or null if they can.
 const char* why_unusable(int device);
 
 }  // namespace jfbfast::cuda

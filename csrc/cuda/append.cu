@@ -1,13 +1,13 @@
-// The first pass over the pixels: the newest residual enters the history, with its products.
+// The first pass over the pixels: stores the newest residual in the history and computes its products.
 #include "device.cuh"
 
 namespace jfbfast::cuda {
 namespace {
 
-// Blocks on a multiprocessor: a longer history takes more registers, and has more loads in flight.
+// Blocks per multiprocessor: a longer history takes more registers, but also has more loads in flight.
 constexpr int blocks_for(int memory) { return memory <= 5 ? 3 : memory <= 8 ? 2 : 1; }
 
-// One partial sum a block and product; `update` adds them in a fixed order.
+// Writes one partial sum per block and product; `update` adds them in a fixed order.
 template <int Count>
 __device__ void write_partials(const Anderson& a, const Block& block, const double (&products)[Count]) {
     JFB_SHARED(double, sums, kWarps * Count);
@@ -27,7 +27,7 @@ __device__ void write_partials(const Anderson& a, const Block& block, const doub
     }
 }
 
-// The slot that step k is about to overwrite holds the best iterate: it is saved as the value.
+// Whether this step overwrites the pair of the best iterate, which must then be saved as the value.
 __device__ bool evicts_best(const Anderson& a, const Block& block) {
     const int step = a.iterations[block.sample], best = a.best[block.sample];
     return best >= 0 && best == step - a.ring();
@@ -52,8 +52,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(M))
         Pack<T, V> old[M];
 #pragma unroll
         for (int age = 1; age < M; ++age)
-            if (age <= older)
-                old[age] = load<V>(at<T>(a, a.residuals, slot_of(slot, age, a.memory), block.sample) + i);
+            if (age <= older) old[age] = load<V>(at<T>(a, a.residuals, slot_of(slot, age, a.memory), block.sample) + i);
         if (evicts) {
             const Pack<T, V> leaving = load<V>(at<T>(a, a.images, slot, block.sample) + i);
             store(at<T>(a, a.value, 0, block.sample) + i, subtract(leaving, load<V>(newest + i)));
@@ -68,8 +67,8 @@ __global__ void __launch_bounds__(kThreads, blocks_for(M))
     write_partials(a, block, products);
 }
 
-// The same with a history of differences d_a, rounded before they enter any product, so that the
-// products are those of what is stored.
+// The same for a history of differences d_a. They are rounded before they enter any product, so that the products are
+// those of the stored values.
 template <int V, int M>
 __global__ void __launch_bounds__(kThreads, blocks_for(M))
     append_differences(Anderson a, const float* x, const float* f, const int* rows) {
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(M))
     if (a.status[block.sample] != kRunning) return;
     const int step = a.iterations[block.sample], slots = a.memory - 1, slot = step % slots;
     const int pairs = a.pairs[block.sample];
-    const int differences = pairs < slots ? pairs : slots;  // with the newest
+    const int differences = pairs < slots ? pairs : slots;  // including the newest
     const bool evicts = evicts_best(a, block);
     float* const newest = at<float>(a, a.residuals, step % 2, block.sample);
     const float* const previous = at<float>(a, a.residuals, (step + 1) % 2, block.sample);
@@ -118,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(M))
 }
 
 template <class T, int V, int M>
-void launch_append(const Anderson& a, const void* x, const void* f, const int* rows, int batch,
-                   void* stream) {
+void launch_append(const Anderson& a, const void* x, const void* f, const int* rows, int batch, void* stream) {
     const std::int64_t blocks = static_cast<std::int64_t>(batch) * chunks(a.size);
     const T *iterate = static_cast<const T*>(x), *image = static_cast<const T*>(f);
     if constexpr (std::is_same_v<T, float>) {
@@ -134,8 +132,7 @@ void launch_append(const Anderson& a, const void* x, const void* f, const int* r
 }
 
 template <class T>
-void dispatch_append(const Anderson& a, const void* x, const void* f, const int* rows, int batch,
-                     void* stream) {
+void dispatch_append(const Anderson& a, const void* x, const void* f, const int* rows, int batch, void* stream) {
     const int width = vector_width<T>(a, x, f, a.residuals, a.images, a.value, a.residual_differences);
     if (width == 1) return launch_append<T, 1, kMaxMemory>(a, x, f, rows, batch, stream);
     if (a.memory <= 5) return launch_append<T, 16 / sizeof(T), 5>(a, x, f, rows, batch, stream);
@@ -145,8 +142,7 @@ void dispatch_append(const Anderson& a, const void* x, const void* f, const int*
 
 }  // namespace
 
-const char* append(const Anderson& a, const void* x, const void* f, const int* rows, int batch,
-                   void* stream) {
+const char* append(const Anderson& a, const void* x, const void* f, const int* rows, int batch, void* stream) {
     if (a.dtype == DType::kFloat64) {
         dispatch_append<double>(a, x, f, rows, batch, stream);
     } else {

@@ -6,7 +6,7 @@ namespace {
 
 __global__ void probe() {}
 
-// Clears the error that it names, which the next launch would report as its own.
+// The text of the error, or null. Also clears the error, which the next launch would report as its own.
 const char* named(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();
@@ -22,7 +22,7 @@ const char* why_unusable(int device) {
     cudaGetDevice(&before);
     if (const char* error = use_device(device)) return error;
     cudaFuncAttributes attributes;
-    // Fails where the module holds no code for the device.
+    // Fails if the module holds no code for the device.
     const char* error = named(cudaFuncGetAttributes(&attributes, probe));
     if (before != device) cudaSetDevice(before);
     return error;

@@ -1,5 +1,5 @@
-// What the kernels share: launches, 128-bit loads, bfloat16, sums. Compiled by nvcc for a GPU, and
-// by a C++ compiler over tests/backends/cuda/emulate.h, which runs each thread as a fiber.
+// What the kernels share: launches, 128-bit loads, bfloat16, sums. nvcc compiles it for a GPU, and a C++ compiler
+// compiles it with tests/backends/cuda/emulate.h, which runs each thread as a fiber.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ struct bfloat16 {
     }
 };
 
-// V neighbours, moved as one load or store.
+// V neighbouring elements, moved by one load or store.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
     T lane[V];
@@ -57,7 +57,7 @@ struct alignas(sizeof(T) * V) Pack {
     __device__ T operator[](int i) const { return lane[i]; }
 };
 
-// What a pack is moved as.
+// The type that moves a pack of this many bytes.
 template <int Bytes>
 struct WordOf;
 template <>
@@ -86,7 +86,7 @@ __device__ __forceinline__ Pack<T, V> load(const T* address) {
     return pack;
 }
 
-// By an intrinsic, since the compiler splits most plain stores of a pack into one for each lane.
+// Uses an intrinsic, since the compiler splits most plain stores of a pack into one store per lane.
 template <class T, int V>
 __device__ __forceinline__ void store(T* address, const Pack<T, V>& pack) {
     using Word = typename WordOf<sizeof(T) * V>::type;
@@ -112,7 +112,7 @@ __device__ __forceinline__ double dot(const Pack<T, V>& a, const Pack<U, V>& b) 
     return sum;
 }
 
-// The part of one sample that one block works on, and where the sample stands in the history.
+// The part of one sample that one block works on: `row` is its row in x and f, `sample` its row in the history.
 struct Block {
     std::int64_t row, sample, begin, stride;
     int chunk;
@@ -133,10 +133,8 @@ __device__ __forceinline__ T* at(const Anderson& a, void* ring, std::int64_t slo
     return static_cast<T*>(ring) + (slot * a.samples + sample) * a.size;
 }
 
-// The slot of the pair of this age, where the newest is in `slot`; age is below `slots`.
-__device__ __forceinline__ int slot_of(int slot, int age, int slots) {
-    return slot - age + (slot < age ? slots : 0);
-}
+// The slot of the pair of this age (below `slots`), if the newest pair is in `slot`.
+__device__ __forceinline__ int slot_of(int slot, int age, int slots) { return slot - age + (slot < age ? slots : 0); }
 
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll
@@ -144,7 +142,7 @@ __device__ __forceinline__ double warp_sum(double value) {
     return value;
 }
 
-// Elements a thread moves at once: 128 bits, or one where the size or an address does not allow it.
+// Elements that a thread moves at once: 128 bits of them, or one if the size or an address is not aligned.
 template <class T, class... Pointers>
 int vector_width(const Anderson& a, Pointers... pointers) {
     constexpr int width = 16 / sizeof(T);

@@ -1,10 +1,10 @@
-// The second pass over the pixels: the newest image enters the history, and the iterate moves on.
+// The second pass over the pixels: stores the newest image in the history and computes the next iterate.
 #include "device.cuh"
 
 namespace jfbfast::cuda {
 namespace {
 
-// value = the best iterate, unless its pair has left the ring and it was saved then.
+// value = the best iterate, unless its pair has left the ring: then `append` has saved it already.
 template <class T, int V>
 __device__ void keep_best(const Anderson& a, const Block& block) {
     const int best = a.best[block.sample], oldest = a.iterations[block.sample] - a.ring();
@@ -32,7 +32,7 @@ __device__ Pack<T, V> damped(const Pack<T, V>& x, const Pack<T, V>& f) {
     return out;
 }
 
-// True where the sample's iterate moves on; the other actions are carried out here.
+// Whether the sample's iterate moves on. The other actions are carried out here.
 template <class T, int V>
 __device__ bool moves(const Anderson& a, const Block& block, const T* x) {
     const int action = a.action[block.sample];
@@ -42,8 +42,7 @@ __device__ bool moves(const Anderson& a, const Block& block, const T* x) {
 }
 
 template <class T, int V, int M>
-__global__ void __launch_bounds__(kThreads)
-    mix_full(Anderson a, T* x, const T* f, const int* rows) {
+__global__ void __launch_bounds__(kThreads) mix_full(Anderson a, T* x, const T* f, const int* rows) {
     const Block block(a, rows, V);
     if (!moves<T, V>(a, block, x)) return;
     const bool damp = a.action[block.sample] == kDamp;
@@ -74,8 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int V, int M>
-__global__ void __launch_bounds__(kThreads)
-    mix_differences(Anderson a, float* x, const float* f, const int* rows) {
+__global__ void __launch_bounds__(kThreads) mix_differences(Anderson a, float* x, const float* f, const int* rows) {
     const Block block(a, rows, V);
     if (!moves<float, V>(a, block, x)) return;
     const bool damp = a.action[block.sample] == kDamp;
@@ -106,8 +104,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int age = 1; age < M - 1; ++age) {
             if (age >= differences) break;
             const int old_slot = slot_of(slot, age, slots);
-            const Pack<bfloat16, V> old =
-                load<V>(at<bfloat16>(a, a.image_differences, old_slot, block.sample) + i);
+            const Pack<bfloat16, V> old = load<V>(at<bfloat16>(a, a.image_differences, old_slot, block.sample) + i);
 #pragma unroll
             for (int v = 0; v < V; ++v) next[v] += weight[age] * static_cast<float>(old[v]);
         }

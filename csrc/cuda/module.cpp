@@ -1,4 +1,4 @@
-// jfbfast._cuda: Anderson's kernels by address. Shapes, dtypes and lifetimes are the caller's to check.
+// jfbfast._cuda: Anderson's kernels, called with addresses. The caller checks shapes, dtypes and lifetimes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,9 +24,9 @@ void check(const char* error) {
     if (error) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-// Lets Python write a pointer of the state as an address.
+// Gives Python access to a pointer of the state, as an integer address.
 template <class T>
-void address(py::class_<Anderson>& anderson, const char* name, T* Anderson::*field) {
+void address(py::class_<Anderson>& anderson, const char* name, T* Anderson::* field) {
     anderson.def_property(
         name, [field](const Anderson& a) { return reinterpret_cast<Address>(a.*field); },
         [field](Anderson& a, Address value) { a.*field = pointer<T>(value); });
@@ -43,6 +43,12 @@ void step(const Anderson& a, int device, Address stream, Address x, Address f, A
 
 PYBIND11_MODULE(_cuda, module) {
     module.attr("MAX_MEMORY") = kMaxMemory;
+    module.attr("DIVERGED_GROWTH") = kDivergedGrowth;
+    module.attr("SAFEGUARD_GROWTH") = kSafeguardGrowth;
+    module.attr("RUNNING") = int(kRunning);
+    module.attr("CONVERGED") = int(kConverged);
+    module.attr("MAX_ITER") = int(kMaxIter);
+    module.attr("DIVERGED") = int(kDiverged);
     module.def("why_unusable", [](int device) {
         const char* why = why_unusable(device);
         return why ? std::optional<std::string>(why) : std::nullopt;
@@ -70,12 +76,13 @@ PYBIND11_MODULE(_cuda, module) {
         .def_property_readonly("chunks", [](const Anderson& a) { return chunks(a.size); })
         .def("step", &step, py::arg("device"), py::arg("stream"), py::arg("x"), py::arg("f"), py::arg("rows"),
              py::arg("batch"), py::call_guard<py::gil_scoped_release>())
-        .def("finish",
-             [](const Anderson& a, int device, Address stream) {
-                 check(use_device(device));
-                 check(finish(a, pointer(stream)));
-             },
-             py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+        .def(
+            "finish",
+            [](const Anderson& a, int device, Address stream) {
+                check(use_device(device));
+                check(finish(a, pointer(stream)));
+            },
+            py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
     address(anderson, "residuals", &Anderson::residuals);
     address(anderson, "images", &Anderson::images);
     address(anderson, "residual_differences", &Anderson::residual_differences);

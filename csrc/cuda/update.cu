@@ -1,12 +1,10 @@
-// Between the passes, one block a sample: is it done, and with which weights does it go on?
+// Between the two passes, one block per sample decides whether the sample has ended, and computes its mixing weights.
+#include <cfloat>
+
 #include "device.cuh"
 
 namespace jfbfast::cuda {
 namespace {
-
-constexpr double kDivergedGrowth = 1e4;   // of |g| or |f| over their first values' sum
-constexpr double kSafeguardGrowth = 4;    // of |g| over its lowest value since the safeguard last acted
-constexpr double kTiny = 2.2250738585072014e-308;
 
 __device__ void sum_partials(const Anderson& a, std::int64_t sample, double* products) {
     const int count = chunks(a.size), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -19,7 +17,7 @@ __device__ void sum_partials(const Anderson& a, std::int64_t sample, double* pro
     }
 }
 
-// The bookkeeping of one evaluation, by one thread.
+// Records one evaluation and decides what follows; run by one thread.
 __device__ void judge(const Anderson& a, std::int64_t sample, double image, double residual) {
     const int step = a.iterations[sample]++;
     if (step == 0) {
@@ -38,7 +36,7 @@ __device__ void judge(const Anderson& a, std::int64_t sample, double image, doub
     if (converged || residual < a.lowest[sample]) {
         a.lowest[sample] = residual;
         a.best[sample] = step;
-        a.residual[sample] = residual / (image > kTiny ? image : kTiny);
+        a.residual[sample] = residual / (image > DBL_MIN ? image : DBL_MIN);
     }
     if (converged) {
         a.status[sample] = kConverged;
@@ -52,7 +50,7 @@ __device__ void judge(const Anderson& a, std::int64_t sample, double image, doub
     a.action[sample] = grown ? kDamp : kMix;
 }
 
-// Enters the products of the newest vector into the matrix kept by age: [n, n], all else one older.
+// Adds the products of the newest vector to the Gram matrix [n, n], whose entries are ordered by age and so move by one.
 __device__ void shift_gram(double* stored, double* gram, const double* row, int row_stride, int n) {
     const int t = threadIdx.x, i = t / n, j = t % n;
     if (i < n) gram[t] = i > 0 && j > 0 ? stored[t - n - 1] : row[(i + j) * row_stride];
@@ -60,10 +58,9 @@ __device__ void shift_gram(double* stored, double* gram, const double* row, int 
     if (i < n) stored[t] = gram[t];
 }
 
-// The matrix <g_i, g_j> from a history of differences. With v_0 = g and v_i = g_i - g_(i-1), each g_i
-// is a running sum of the v: so is its Gram matrix that of the v, along the rows, then the columns.
-__device__ void gram_of_pairs(const double* differences, const double* products, int n, int pairs,
-                              double* gram) {
+// The matrix <g_i, g_j> from a history of differences. With v_0 = g and v_i = g_i - g_(i-1), each g_i is a running sum
+// of the v. So the matrix is the Gram matrix of the v, summed up along the rows and then along the columns.
+__device__ void gram_of_pairs(const double* differences, const double* products, int n, int pairs, double* gram) {
     for (int t = threadIdx.x; t < pairs * pairs; t += kThreads) {
         const int i = t / pairs, j = t % pairs;
         if (i > 0 && j > 0) {
@@ -79,8 +76,8 @@ __device__ void gram_of_pairs(const double* differences, const double* products,
     for (int k = 1; k < pairs && t < pairs; ++k) gram[k * pairs + t] += gram[(k - 1) * pairs + t];
 }
 
-// The solution of anderson_weights in jfbfast/backends/reference.py, not yet divided by its sum, in `alpha`:
-// elimination without pivoting, since the system is symmetric and positive definite. One thread an entry.
+// Computes `alpha` as anderson_weights in jfbfast/backends/reference.py does, but does not divide it by its sum.
+// Elimination without pivoting, since the system is symmetric and positive definite; one thread per entry.
 __device__ void solve(const double* gram, int pairs, double regularization, double* system, double* alpha) {
     const int columns = pairs + 1;  // the last one is the right-hand side
     const auto inverse = [&](int i) { return gram[i * pairs + i] > 0 ? 1 / sqrt(gram[i * pairs + i]) : 0; };

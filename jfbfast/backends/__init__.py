@@ -1,1 +1,1 @@
-"""Who computes the kernels: PyTorch, C++, Triton or CUDA."""
+"""The kernels, in PyTorch, C++, Triton and CUDA, and the choice among them."""

@@ -1,7 +1,7 @@
-"""Anderson's iteration on a GPU (csrc/cuda/): every step on the device, without the host.
+"""Anderson's method on a GPU (csrc/cuda/): every decision of an iteration is taken on the device, without the host.
 
-The compiled module is looked for at the first use, not at import: asking CUDA for its devices would
-break a later fork. ``AVAILABLE`` says whether it serves the current device, ``WHY_NOT`` why it does not.
+The compiled module is loaded at the first use, not at import, since a process that has asked CUDA for its devices
+cannot be forked.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 MAX_MEMORY = 16
 
 _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
-_STOPPED = -2  # rests like a sample that is done, until `finish` ends it like one that runs
+_STOPPED = -2  # rests like a sample that is done; `finish` ends it like a running one
 
-# What each sample's state starts from; the fields of the same names are explained in csrc/cuda/anderson.h.
+# What each sample's state starts from; csrc/cuda/anderson.h explains the fields of the same names.
 _INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}
 _REALS = {
     "residual": torch.nan,
@@ -31,6 +31,7 @@ _REALS = {
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and the reason."""
     if not torch.cuda.is_available():
         return None, "torch sees no CUDA device"
     try:
@@ -41,27 +42,14 @@ def _load() -> tuple[ModuleType | None, str]:
 
 @cache
 def why_not(device: int) -> str:
-    """Why the kernels do not run on CUDA device number ``device``; empty where they do."""
+    """Why the kernels do not run on the CUDA device of this number; empty where they do."""
     module, why = _load()
     return why if module is None else module.why_unusable(device) or ""
 
 
-def _why_not() -> str:
-    module, why = _load()
-    return why if module is None else why_not(torch.cuda.current_device())
-
-
-def __getattr__(name: str) -> object:
-    if name == "AVAILABLE":
-        return not _why_not()
-    if name == "WHY_NOT":
-        return _why_not()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def describe() -> str:
-    """The kernels in use, such as "CUDA (NVIDIA H100, sm_90)"."""
-    if why := _why_not():
+    """The kernels in use, such as "CUDA (NVIDIA H100, sm_90)", or why there are none."""
+    if why := why_not(torch.cuda.current_device() if torch.cuda.is_available() else 0):
         return f"unavailable: {why}"
     major, minor = torch.cuda.get_device_capability()
     return f"CUDA ({torch.cuda.get_device_name()}, sm_{major}{minor})"
@@ -70,19 +58,19 @@ def describe() -> str:
 class AndersonCuda:
     """The device memory of one Anderson solve of a batch, and its step.
 
-    A step is three launches on the current stream. It neither waits for the device nor allocates,
-    so a CUDA graph can capture it and replay it as long as x and f stay where they are. A sample
-    counts its own iterations and stops by itself; from then on its row of x is not touched.
+    A step is three launches on the current stream. It neither waits for the device nor allocates memory,
+    so a CUDA graph can capture it, and replay it as long as x and f stay at their addresses. Each sample
+    counts its own iterations and stops by itself; from then on its row of x does not change.
 
     Args:
         x: the start, (B, N), float32 or float64, contiguous, on a CUDA device.
         tol, atol, memory, regularization: as in `jfbfast.Anderson`; ``memory`` from 1 to 16.
         history_dtype: ``torch.bfloat16`` keeps the history of a float32 solve as differences in bfloat16,
-            beside the newest two pairs in float32; None keeps it in the dtype of x.
+            in addition to the newest two pairs in float32; None keeps it in the dtype of x.
 
     Raises:
         RuntimeError: the kernels do not run on this device, or CUDA refused a launch.
-        ValueError: x, memory or history_dtype is none of these.
+        ValueError: another x, memory or history_dtype.
     """
 
     def __init__(
@@ -106,57 +94,44 @@ class AndersonCuda:
         if history_dtype not in (None, x.dtype) and (wide or history_dtype != torch.bfloat16):
             raise ValueError(f"history_dtype is {history_dtype}; it takes None, or torch.bfloat16 for a float32 x")
         self._device = x.get_device()
-        if why := why_not(self._device):
-            raise RuntimeError(f"no CUDA kernels: {why}")
         module, _ = _load()
-        assert module is not None
+        if module is None or why_not(self._device):
+            raise RuntimeError(f"no CUDA kernels: {why_not(self._device)}")
 
         samples, size = x.shape
         differences = history_dtype == torch.bfloat16 and memory > 1
+        numbers = {"tol": tol, "atol": atol, "regularization": regularization}
         self._state = state = module.Anderson(
-            float64=wide,
-            differences=differences,
-            memory=memory,
-            samples=samples,
-            size=size,
-            tol=tol,
-            atol=atol,
-            regularization=regularization,
+            float64=wide, differences=differences, memory=memory, samples=samples, size=size, **numbers
         )
 
         def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
 
         self._buffers = {
-            **{name: buffer(torch.int32, samples) for name in _INTEGERS},
-            **{name: buffer(torch.float64, samples) for name in _REALS},
-            "gram": buffer(torch.float64, samples, memory, memory),
+            **{name: buffer(torch.int32, samples).fill_(start) for name, start in _INTEGERS.items()},
+            **{name: buffer(torch.float64, samples).fill_(start) for name, start in _REALS.items()},
+            "gram": buffer(torch.float64, samples, memory, memory).zero_(),
             "weights": buffer(torch.float64, samples, memory),
             "partials": buffer(torch.float64, samples, state.products, state.chunks),
-            "value": buffer(x.dtype, samples, size),
+            "value": buffer(x.dtype, samples, size).copy_(x),
             "residuals": buffer(x.dtype, state.ring, samples, size),
             "images": buffer(x.dtype, state.ring, samples, size),
         }
         if differences:
             for name in ("residual_differences", "image_differences"):
                 self._buffers[name] = buffer(torch.bfloat16, memory - 1, samples, size)
+        self.iterations = self._buffers["iterations"]  # how many pairs each sample has taken, (B,)
+        self.lowest = self._buffers["lowest"]  # the lowest ‖f − x‖ of each sample so far, (B,)
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
         self._seen = [(torch.empty(samples, dtype=torch.int32, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
-        self.restart(x)
-
-    def restart(self, x: Tensor) -> None:
-        """Begin another solve, from ``x``, in the same memory: a graph that was captured stays valid."""
-        for name, start in (_INTEGERS | _REALS).items():
-            self._buffers[name].fill_(start)
-        self._buffers["gram"].zero_()
-        self._buffers["value"].copy_(x)
-        self._rows: Tensor | None = None  # the sample of each row of x, where some have left
-        self._kept: Tensor | None = None  # the same on the host
         self._looks = 0
+        self._rows: Tensor | None = None  # the sample of each row of x, once some have left
+        self._kept: Tensor | None = None  # the same on the host
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
-        """Take the pairs (x, f = T(x)) and write the next iterates over x, which is returned."""
+        """Take the pairs (x, f = T(x)), write the next iterates over x, and return x."""
         value = self._buffers["value"]
         batch = len(value) if self._rows is None else len(self._rows)
         want = (batch, value.shape[1]), value.dtype, value.device
@@ -174,25 +149,15 @@ class AndersonCuda:
                 self._state.step(self._device, stream, x.data_ptr(), f.data_ptr(), rows, batch)
         return x
 
-    @property
-    def iterations(self) -> Tensor:
-        """Pairs that each sample has taken, (B,), on the device."""
-        return self._buffers["iterations"]
-
-    @property
-    def lowest(self) -> Tensor:
-        """The lowest ‖f − x‖ of each sample so far, (B,), on the device."""
-        return self._buffers["lowest"]
-
     def stop(self, samples: Tensor) -> None:
-        """End those of these samples that still run, bool (B,) on the device, as if no further step came."""
+        """Stop these samples, bool (B,) on the device, where they still run; they take no further step."""
         status = self._buffers["status"]
         status.masked_fill_(samples & (status == _RUNNING), _STOPPED)
 
     def running(self) -> Tensor:
-        """Which rows of x may still run, bool (rows,) on the CPU: those that did at the call before.
+        """Which rows of x may still run, bool (rows,) on the CPU: those that ran at the previous call.
 
-        It waits until the device has come to that call, so that what was launched since stays queued.
+        It waits until the device has reached the previous call only, so that the launches since stay queued.
         """
         status, copied = self._seen[self._looks % 2]
         status.copy_(self._buffers["status"], non_blocking=True)
@@ -206,9 +171,10 @@ class AndersonCuda:
         return running if self._kept is None else running[self._kept]
 
     def select(self, keep: Tensor) -> Tensor:
-        """Go on with these rows of x alone, bool (rows,) on the CPU; no history is moved.
+        """Go on with these rows of x alone, bool (rows,) on the CPU, without moving the history.
 
-        Returns their indices on the device, by which to take the same rows of x and of the inputs.
+        Returns:
+            Their indices on the device, for selecting the same rows of x and of the inputs.
         """
         kept = torch.arange(len(self._buffers["value"])) if self._kept is None else self._kept
         self._kept = kept[keep]
@@ -217,15 +183,14 @@ class AndersonCuda:
         return keep.nonzero()[:, 0].to(device, non_blocking=True)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """End the solve: value (B, N), and ‖f − x‖ / ‖f‖ there, iterations and status, (B,) each.
+        """End the solve: the value (B, N), and ‖f − x‖ / ‖f‖ there, the iterations and the status, (B,) each.
 
-        They are what `jfbfast.FixedPointSolution` says, in the order of the batch at the start, but
-        that a sample that never had a finite residual keeps its start as its value.
+        They are as in `jfbfast.FixedPointSolution`, in the order of the batch at the start, except that a
+        sample that never had a finite residual keeps its start as its value.
         """
-        status = self._buffers["status"]
+        buffers, status = self._buffers, self._buffers["status"]
         status.masked_fill_(status == _STOPPED, _RUNNING)
-        with torch.cuda.device(self._device):
-            if self._buffers["value"].numel():
+        if buffers["value"].numel():
+            with torch.cuda.device(self._device):
                 self._state.finish(self._device, torch.cuda.current_stream().cuda_stream)
-        buffers = self._buffers
         return buffers["value"], buffers["residual"], buffers["iterations"].long(), buffers["status"].long()

@@ -1,23 +1,37 @@
-"""What computes the kernels: C++, Triton or PyTorch."""
+"""Which implementation computes what: `kernels` is the one rule, and `backend` lets the user choose.
+
+The implementations are modules with functions of the same names and arguments:
+
+- `jfbfast.backends.reference`: the definition of every kernel, in PyTorch, on any device;
+- `jfbfast.backends.native`: C++, on the CPU;
+- `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur alone;
+- `jfbfast.backends.cuda`: CUDA, for Anderson's method alone; it keeps the state of a whole solve on the device.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch.autograd import forward_ad
 
-from jfbfast.backends import native, reference
+from jfbfast.backends import cuda, native, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower.
 ONEDNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 BACKENDS = ("auto", "reference", "native", "triton")
+# Winograd's convolution is faster than torch's from so many channels on, and, where it has to transform the
+# weight first, up to so many channels for each tile of 4 × 4 pixels.
+_LEAST_CHANNELS = 16
+_CHANNELS_PER_TILE = 12
 
 
 def _checked(name: str, source: str) -> str:
@@ -31,16 +45,24 @@ _backend = _checked(os.environ.get("JFBFAST_BACKEND", "auto"), "JFBFAST_BACKEND"
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose, within the context, what computes the kernels; the choice holds for the whole process.
+    """Choose which kernels compute within the context. The choice holds for the whole process, all threads included.
 
     Args:
-        name: "auto" (C++ on the CPU, Triton on CUDA, PyTorch elsewhere), "reference" (PyTorch
+        name: "auto" (C++ on the CPU, Triton and CUDA on a GPU, PyTorch elsewhere), "reference" (PyTorch
             everywhere), "native" (C++; CPU tensors only) or "triton" (CUDA tensors only). The
-            environment variable JFBFAST_BACKEND sets what holds outside any context.
+            environment variable JFBFAST_BACKEND sets the choice outside of any context.
 
     Raises:
         ValueError: another name.
-        RuntimeError: at the first op, where the backend asked for cannot serve its tensors.
+        RuntimeError: at the first operation, where the backend asked for cannot serve its tensors.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur, x = jfbfast.GaussianBlur(5, 1.0), torch.rand(1, 3, 8, 8)
+        >>> with jfbfast.backend("reference"):
+        ...     plain = blur(x)
+        >>> torch.allclose(blur(x), plain, atol=1e-6)
+        True
     """
     global _backend
     previous, _backend = _backend, _checked(name, "name")
@@ -51,7 +73,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def selected_backend() -> str:
-    """The backend that holds now."""
+    """The name of the backend that is chosen now."""
     return _backend
 
 
@@ -64,17 +86,76 @@ def check_reverse_mode() -> None:
         )
 
 
-def kernels_for(device: torch.device) -> ModuleType:
-    """The module whose functions serve tensors on ``device``: reference, native or jfbfast.kernels."""
+@cache
+def _triton() -> ModuleType | None:
+    return import_module("jfbfast.kernels") if find_spec("triton") else None
+
+
+def kernels(
+    device: torch.device,
+    op: Literal["blur", "anderson", "anderson_solve", "conv3x3"],
+    *,
+    radius: int = 0,
+    dtype: torch.dtype = torch.float32,
+    memory: int = 0,
+    estimate: bool = False,
+    channels: Sequence[int] = (),
+    image_shape: Sequence[int] | None = None,
+    transformed: bool = False,
+) -> ModuleType:
+    """The module that computes ``op`` for tensors on ``device``.
+
+    Args:
+        op: "blur" is A x and its gradient steps; "anderson" is the steps of Anderson's and Broyden's methods;
+            "anderson_solve" is a whole solve by Anderson's method, which the module `cuda` computes where it can;
+            "conv3x3" is the 3 × 3 convolution, which torch computes (`reference`) where Winograd's does not serve.
+        radius: "blur": the larger radius of the two filters.
+        dtype: "anderson_solve" and "conv3x3": of the tensors.
+        memory, estimate: "anderson_solve": the pairs kept, and whether an estimate of the inverse Jacobian is wanted.
+        channels: "conv3x3": the numbers of input and output channels.
+        image_shape: "conv3x3": (B, H, W), or None where the images are not known yet.
+        transformed: "conv3x3": the weight has been transformed for Winograd's convolution already.
+
+    Raises:
+        RuntimeError: the user has chosen a backend (`backend`) that cannot serve ``device``.
+    """
+    kind = device.type
+    if op == "conv3x3":
+        chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
+        serves = chosen and dtype == torch.float32 and min(channels) >= _LEAST_CHANNELS
+        return native if serves and _winograd_is_faster(max(channels), image_shape, transformed) else reference
+    if (
+        op == "anderson_solve"
+        and kind == "cuda"
+        and not estimate  # it is made from the history, which the module `cuda` keeps to itself
+        and dtype in (torch.float32, torch.float64)
+        and memory <= cuda.MAX_MEMORY
+        and _backend != "reference"
+        and not cuda.why_not(device.index)
+    ):
+        return cuda
     if _backend == "reference":
         return reference
-    if _backend in ("auto", "native") and device.type == "cpu":
+    if kind == "cpu" and _backend in ("auto", "native"):
         if native.AVAILABLE:
             return native
         if _backend == "native":
             raise RuntimeError(f"the backend 'native' is not available: {native.WHY_NOT}")
-    if _backend in ("auto", "triton") and device.type == "cuda" and find_spec("triton"):
-        return import_module("jfbfast.kernels")
+    if kind == "cuda" and _backend in ("auto", "triton") and (triton := _triton()):
+        return triton if op == "blur" and radius <= triton.MAX_RADIUS else reference
     if _backend == "auto":
         return reference
     raise RuntimeError(f"the backend {_backend!r} does not serve tensors on {device}")
+
+
+def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, transformed: bool) -> bool:
+    """Whether Winograd's convolution of these images beats torch's, for the larger number of channels.
+
+    Small images leave most of its 4 × 4 tiles empty, and transforming the weight pays off over many tiles only.
+    """
+    if image_shape is None:
+        return True
+    batch, height, width = image_shape
+    tiles = -(-height // 4) * -(-width // 4)
+    worth_the_transform = transformed or not batch * tiles or _CHANNELS_PER_TILE * batch * tiles >= channels
+    return worth_the_transform and 2 * height * width >= 16 * tiles

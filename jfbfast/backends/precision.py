@@ -1,4 +1,4 @@
-"""The precision of what must be exact, whatever the caller allows elsewhere."""
+"""Full float32 precision for computations that need it, whatever reduced precision the caller allows elsewhere."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 import torch
 
-_LEAST_TOL = 1e-3  # below it TF32, which rounds to 5e-4, keeps a layer from its fixed point
+_LEAST_TOL = 1e-3  # TF32 rounds to 5e-4, and so cannot reach a fixed point to a smaller tolerance
 
 _lock = threading.Lock()
-_held: dict[str, tuple[int, Callable[[], None]]] = {}  # by device: how many are within, and what undoes the first's
+_held: dict[str, tuple[int, Callable[[], None]]] = {}  # by device type: how many contexts are open, and the undo
 
 
 def _to_ieee(device_type: str) -> Callable[[], None]:
-    """Set the products and convolutions to full precision; return what undoes it.
+    """Set matrix products and convolutions to full precision; return a function that restores the settings.
 
-    torch raises where its older settings (``allow_tf32``, `torch.set_float32_matmul_precision`) are read or changed
-    while they contradict the newer ones (``fp32_precision``), so both are set.
+    torch raises an error when its older settings (``allow_tf32``, `torch.set_float32_matmul_precision`) are read or
+    changed while they contradict the newer ones (``fp32_precision``), so both are set.
     """
     backends: Any = torch.backends
     cpu, cuda = backends.mkldnn, backends.cudnn
     settings, parent = [(cpu.matmul, cpu), (cpu.conv, cpu)], cpu
-    if device_type == "cuda":  # and the CPU's products, which set_float32_matmul_precision changes too
+    if device_type == "cuda":  # set_float32_matmul_precision changes the CPU's products too
         settings, parent = [(backends.cuda.matmul, cuda), (cuda.conv, cuda), (cuda.rnn, cuda), (cpu.matmul, cpu)], cuda
-    kept = []
+    previous = []
     for setting, above in settings:
-        inherited = setting.fp32_precision == above.fp32_precision  # and is to go on following it
-        kept.append((setting, "none" if inherited else setting.fp32_precision))
+        inherited = setting.fp32_precision == above.fp32_precision  # "none" lets it go on inheriting
+        previous.append((setting, "none" if inherited else setting.fp32_precision))
     matmul = "highest" if parent is cpu else _readable(torch.get_float32_matmul_precision)
     convolutions = parent is cuda and _readable(lambda: cuda.allow_tf32)
     reduced = matmul not in (None, "highest")
@@ -46,47 +46,54 @@ def _to_ieee(device_type: str) -> Callable[[], None]:
             torch.set_float32_matmul_precision(matmul)
         if convolutions:
             cuda.allow_tf32 = True
-        for setting, precision in kept:
+        for setting, precision in previous:
             setting.fp32_precision = precision
 
     return undo
 
 
 def _readable(read: Callable[[], Any]) -> Any:
-    """What one of torch's older settings is; None where the caller's settings contradict each other already."""
+    """Read one of torch's older settings; None if the caller's settings already contradict each other."""
     try:
         return read()
     except RuntimeError:
         return None
 
 
-@contextmanager
-def ieee(device: torch.device) -> Iterator[None]:
-    """Neither TF32 nor another reduced precision in float32 matrix products and convolutions within.
+class ieee(AbstractContextManager[None]):
+    """Use neither TF32 nor any other reduced precision in float32 matrix products and convolutions.
 
-    torch's settings are the process's. Of several threads the last to leave restores them.
+    torch's settings belong to the process. Thread-safe: the first thread saves them, and the last one restores them.
     """
-    with _lock:
-        within, undo = _held.get(device.type) or (0, _to_ieee(device.type))
-        _held[device.type] = within + 1, undo
-    try:
-        yield
-    finally:
+
+    def __init__(self, device: torch.device) -> None:
+        self.device_type = device.type
+
+    def __enter__(self) -> None:
         with _lock:
-            within, undo = _held.pop(device.type)
-            if within > 1:
-                _held[device.type] = within - 1, undo
+            count, undo = _held.get(self.device_type) or (0, _to_ieee(self.device_type))
+            _held[self.device_type] = count + 1, undo
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            count, undo = _held.pop(self.device_type)
+            if count > 1:
+                _held[self.device_type] = count - 1, undo
             else:
                 undo()
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """`ieee`, and no autocast."""
+def _without_autocast(device: torch.device) -> Iterator[None]:
     with ieee(device), torch.autocast(device.type, enabled=False):
         yield
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """`ieee`, and no autocast."""
+    return _without_autocast(device) if torch.is_autocast_enabled(device.type) else ieee(device)
+
+
 def precision_for(tol: float, device: torch.device) -> AbstractContextManager[None]:
-    """`ieee`, where what is to reach the relative residual ``tol`` needs it."""
+    """`ieee` if a computation to the relative residual ``tol`` needs it."""
     return nullcontext() if tol >= _LEAST_TOL else ieee(device)

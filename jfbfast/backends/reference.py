@@ -1,11 +1,11 @@
-"""The definition of every kernel in pure PyTorch: the formulas, in any dtype, on any device.
+"""The definition of every kernel in plain PyTorch, for any dtype and device.
 
-A separable operator is A: X ↦ B₁ X B₂ᵀ. Each B is an n × n band matrix, kept as a table
-``band[n, 2r + 1]`` whose row i holds the weights of the inputs i − r … i + r (correlation order, as
-in conv2d). A padding mode is only another table, and the adjoint is the transposed table.
+A separable operator is A: X ↦ B₁ X B₂ᵀ. Each B is an n × n band matrix, stored as a table
+``band[n, 2r + 1]``: row i holds the weights of the inputs i − r … i + r (correlation order, as
+in conv2d). A padding mode only changes the table, and the adjoint has the transposed table.
 
-Arithmetic is done in float32 for half-precision images and in the image's own dtype otherwise;
-tables come in that dtype too (``band_dtype``).
+Images of half precision are computed in float32, and all others in their own dtype. The tables have
+the dtype of the computation (`band_dtype`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class Bands(NamedTuple):
-    """The tables of X ↦ B₁ X B₂ᵀ: ``y`` is [H, 2·r_y + 1], ``x`` is [W, 2·r_x + 1].
+    """The contiguous tables of X ↦ B₁ X B₂ᵀ: ``y`` is [H, 2·r_y + 1], ``x`` is [W, 2·r_x + 1].
 
-    A circular table wraps its index (true modulo, so slots alias when n < 2r + 1). In any other
-    table the weight of an index outside [0, n) is zero.
+    The indices of a circular table wrap around modulo n, so several slots mean the same pixel if n < 2r + 1.
+    In any other table the weight of an index outside [0, n) is zero.
     """
 
     y: Tensor
@@ -42,22 +42,22 @@ def gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
 
 
 def band_dtype(image_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which images of ``image_dtype`` are blurred: float32 for half precision."""
+    """The dtype in which to compute with images of ``image_dtype``: float32 for half precision."""
     return image_dtype if image_dtype == torch.float64 else torch.float32
 
 
 def flat(x: Tensor) -> Tensor:
-    """Samples (B, …) as rows (B, N), those without a dimension or without an element too."""
+    """Samples (B, …) as rows (B, N), including scalar and empty samples."""
     return x.reshape(len(x), x.shape[1:].numel())
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, …, 1), which broadcasts against ``like`` (B, …)."""
+    """Reshape (B,) to (B, 1, …, 1), which broadcasts against ``like`` (B, …)."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def band_table(taps: Sequence[float], n: int, padding_mode: str) -> Tensor:
-    """The float64 table [n, 2r + 1] of a correlation with ``taps`` under a padding mode of torch."""
+    """The float64 table [n, 2r + 1] of a correlation with ``taps`` in one of torch's padding modes."""
     radius = len(taps) // 2
     weights = torch.tensor(taps, dtype=torch.float64).repeat(n, 1)
     if padding_mode == "circular":
@@ -91,7 +91,7 @@ def band_matrix(band: Tensor, circular: bool) -> Tensor:
     n, width = band.shape
     columns = torch.arange(n)[:, None] + torch.arange(-(width // 2), width // 2 + 1)
     if not circular:
-        columns = columns.clamp(0, n - 1)  # the weights clamped here are zero
+        columns = columns.clamp(0, n - 1)  # the weights of the clamped indices are zero
     return torch.zeros(n, n, dtype=band.dtype).scatter_add_(1, columns % n, band)
 
 
@@ -115,32 +115,33 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
     return _correlate(wide, bands.x, bands.circular, -1).to(x.dtype)
 
 
-def _gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
+def gradient(
+    x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, step_size: Tensor | None = None
+) -> Tensor:
+    """g = Aᵀ(A x − d) + r for x, d, r (…, H, W), where None stands for zero; x − ηg if there is a step size η ()."""
     g = blur(x.to(bands.y.dtype), bands)
     g = blur(g if d is None else g - d, adjoint)
-    return g if r is None else g + r
-
-
-def gradient(x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands) -> Tensor:
-    """Aᵀ(A x − d) + r for x, d, r (…, H, W); None stands for zero."""
-    return _gradient(x, d, r, bands, adjoint).to(x.dtype)
+    g = g if r is None else g + r
+    return (g if step_size is None else x.to(g.dtype) - step_size * g).to(x.dtype)
 
 
 def gradient_step(
     x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
 ) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r) for x, d, r (…, H, W) and η of no dimension."""
-    g = _gradient(x, d, r, bands, adjoint)
-    return (x.to(g.dtype) - step_size * g).to(x.dtype)
+    """x − η(Aᵀ(A x − d) + r)."""
+    return gradient(x, d, r, bands, adjoint, step_size)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """Σ weight[o, c, i, j] · x[c, y + i − 1, z + j − 1] + bias[o], and its positive part where ``relu``.
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+) -> Tensor:
+    """Σ weight[o, c, i, j] · x[c, y + i − 1, z + j − 1] + bias[o], followed by a ReLU if ``relu``.
 
     Args:
-        x: [B, C, H, W]; zero outside.
+        x: [B, C, H, W], padded with zeros.
         weight: [O, C, 3, 3].
         bias: [O].
+        transformed: the weight in the form of the C++ kernel, which alone reads it.
     """
     out = F.conv2d(x, weight, bias, padding=1)
     return out.relu_() if relu else out
@@ -169,7 +170,7 @@ def svd(band: Tensor, circular: bool) -> SVD:
     return SVD(u, s, vh.T.contiguous())
 
 
-def solve(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
+def tikhonov(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
     """(AᵀA + λI)⁻¹ b = V₁[(V₁ᵀ b V₂) ⊘ (s₁² s₂²ᵀ + λ)]V₂ᵀ for b (…, H, W)."""
     power = svd_y.s[:, None] ** 2 * svd_x.s**2
     coefficients = svd_y.v.T @ b.to(power.dtype) @ svd_x.v / (power + damping)
@@ -177,18 +178,18 @@ def solve(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
 
 
 def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:
-    """Enter the newest pair (x, f = T(x)) into the history; the one pass over the residuals.
+    """Add the newest pair (x, f = T(x)) to the history, in one pass over the residuals.
 
     Writes ``residuals[slot] = f − x`` and the Gram row and column ``gram[:, slot]``.
 
     Args:
         x, f: [B, N].
         residuals: [m, B, N], in the dtype of x or in bfloat16; the first ``filled`` slots are in use,
-            the newest among them.
-        gram: [B, m, m] in float64, ⟨gᵢ, gⱼ⟩ of the residuals as they are stored.
+            including the newest, ``slot``.
+        gram: [B, m, m] in float64, ⟨gᵢ, gⱼ⟩ of the stored residuals.
 
     Returns:
-        ‖f − x‖² and ‖f‖² of each sample, [B, 2] in float64, before any rounding to the history.
+        ‖f − x‖² and ‖f‖² of each sample, [B, 2] in float64, before the residual is rounded for the history.
     """
     wide = band_dtype(x.dtype)
     g = f.to(wide) - x.to(wide)
@@ -204,7 +205,7 @@ def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tens
 
     Args:
         gram: [B, m, m] in float64.
-        valid: [B, m], bool; at least one True a sample.
+        valid: [B, m], bool; at least one True for each sample.
 
     Returns:
         α, [B, m] in float64, zero where not valid.
@@ -219,7 +220,7 @@ def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tens
 
 
 def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """Σ αᵢ fᵢ, the next iterate, for α [B, m] and m images [B, N]."""
+    """Σ αᵢ fᵢ, the next iterate, for α [B, m] and m images [B, N]; it is written to ``out`` if given."""
     wide = band_dtype(images[0].dtype)
     mixed = torch.zeros_like(images[0], dtype=wide)
     for weight, image in zip(alpha.T.to(wide), images, strict=True):
@@ -228,26 +229,20 @@ def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = N
 
 
 def anderson_mix_differences(
-    alpha: Tensor,
-    f: Tensor,
-    previous: Tensor | None,
-    differences: Tensor,
-    slot: int,
-    out: Tensor | None = None,
+    alpha: Tensor, f: Tensor, previous: Tensor | None, differences: Tensor, slot: int, out: Tensor | None = None
 ) -> Tensor:
     """Σ αᵢ fᵢ = f − Σⱼ cⱼ (fⱼ − fⱼ₋₁), cⱼ = Σ_{i<j} αᵢ, for a history that keeps differences of images.
 
-    The pairs lie in a ring: the newest in ``slot``, the one before it in ``slot − 1`` modulo m. Writes
-    ``differences[slot] = f − previous``, rounded to the history's dtype.
+    The history is a ring: the newest pair is in ``slot``, the one before it in ``slot − 1`` modulo m. Writes
+    ``differences[slot] = f − previous``, rounded to the dtype of the history.
 
     Args:
-        alpha: [B, filled] by slot, as `anderson_weights` returns them.
-        f, previous: [B, N], the newest image and the one before it; None where it is the first.
+        alpha: [B, filled] by slot, from `anderson_weights`.
+        f, previous: [B, N], the newest image and the one before it, None if there is none.
         differences: [m, B, N], in the images' dtype or in bfloat16.
     """
     memory, filled = len(differences), alpha.shape[1]
-    out = torch.empty_like(f) if out is None else out
-    out.copy_(f)
+    out = f.clone() if out is None else out.copy_(f)
     if previous is None or filled == 1:
         return out
     newest = f - previous

@@ -1,4 +1,4 @@
-"""What every evaluation of a solve did: residual and quality of each sample against iterations."""
+"""Residual and quality of each sample at every evaluation of a solve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from jfbfast.backends.precision import precision_for
 from jfbfast.backends.reference import flat
 from jfbfast.imaging.quality import psnr
-from jfbfast.implicit.frozen import fixed_map, materialised_weights, owner
+from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.models.degrad import DEGrad
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer
 from jfbfast.solvers.base import check_batch, checked_solver
@@ -23,8 +23,8 @@ class History(NamedTuple):
     """A solve, evaluation by evaluation.
 
     Attributes:
-        residual: ‖T(x) − x‖ / ‖T(x)‖ at every evaluation of T, (E, B).
-        psnr: of T(x) against the truth, in dB at the true range 2, (E, B); None without a truth.
+        residual: ‖T(x) − x‖ / ‖T(x)‖ at each of the E evaluations of T, (E, B).
+        psnr: PSNR of T(x) in dB at the true range 2, (E, B); None without a truth.
         solution: what the solve found.
     """
 
@@ -34,15 +34,7 @@ class History(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The fixed point x = T(x, *inputs), where its solve starts, and what solves it.
-
-    Attributes:
-        layer: T.
-        start: (B, …).
-        inputs: tensors (B, …).
-        solver: of the solve.
-        solve_dtype: of the solve's first evaluations, as in `fixed_point`.
-    """
+    """The fixed point x = layer(x, *inputs), and how to solve for it; the fields are as in `fixed_point`."""
 
     layer: Layer
     start: Tensor
@@ -58,7 +50,7 @@ def problem(
     inputs: Sequence[Tensor],
     solver: FixedPointSolver | None,
 ) -> Problem:
-    """A DE-GRAD's fixed points for d, or those of a layer from x0; the arguments are those of `convergence_history`."""
+    """The `Problem` of a DE-GRAD or of a layer; takes the arguments of `convergence_history`."""
     if isinstance(model, DEGrad):
         if not isinstance(d, Tensor) or inputs or solver is not None:
             raise TypeError("model is a DEGrad, which takes the measurements d, and has its own inputs and solver")
@@ -87,36 +79,46 @@ def convergence_history(
     inputs: Sequence[Tensor] = (),
     solver: FixedPointSolver | None = None,
 ) -> History:
-    """The solver run on with tol = 0: does it converge, and does quality stay once it has?
+    """Run a model's solver with tol = 0, to see whether it converges and whether quality stays once it has.
 
-    The layer is held still, and stays as it is: an averaging that is to be estimated is so for this alone. A sample
-    that diverges keeps its last values.
+    The model is unchanged afterwards: if its averaging still has to be estimated, a copy is used. A sample that
+    diverges keeps its last values.
 
     Args:
-        model: a DE-GRAD, or a layer T(x, *inputs) of any implicit network, as in `fixed_point`.
-        d: of a DE-GRAD the measurements, (B, C, H, W); of a layer with inputs, x0.
-        x: the truth, like the fixed points, in [−1, 1].
-        iterations: evaluations of T.
-        x0: the start, (B, …); where None a DE-GRAD's own.
-        inputs: of a layer, tensors (B, …).
-        solver: of a layer; `Anderson()` where None.
+        model: a DE-GRAD, or the layer T(x, *inputs) of any implicit network, as in `fixed_point`.
+        d: for a DE-GRAD, the measurements, (B, C, H, W). For a layer with inputs, a positional x0.
+        x: the true images in [−1, 1], with the shape of the fixed points.
+        iterations: number of evaluations of T.
+        x0: the start, (B, …); by default a DE-GRAD's own start.
+        inputs: for a layer, the tensors (B, …) that it depends on.
+        solver: for a layer; by default `Anderson()`.
 
     Raises:
-        TypeError: neither, or one with the other's arguments.
-        ValueError: ``iterations`` below 1; what `FixedPointSolver.solve` raises.
+        TypeError: ``model`` is neither a DE-GRAD nor a layer, or gets the other one's arguments.
+        ValueError: ``iterations`` is below 1, or `FixedPointSolver.solve` raises it.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> x0, d = torch.zeros(1, 4), torch.ones(1, 4)
+        >>> layer = lambda x, d: x / 2 + d
+        >>> history = jfbfast.diagnostics.convergence_history(
+        ...     layer, x0=x0, inputs=(d,), solver=jfbfast.Picard(), iterations=4
+        ... )
+        >>> history.residual.flatten()
+        tensor([1.0000, 0.3333, 0.1429, 0.0667])
     """
     return history_of(problem(model, d, x0, inputs, solver), x, iterations)
 
 
 @torch.no_grad()
 def history_of(posed: Problem, x: Tensor | None, iterations: int) -> History:
-    """The history of a `Problem`'s solve; the arguments are those of `convergence_history`."""
+    """`convergence_history` of a `Problem`."""
     if x is not None and not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; it takes a tensor, the truth; inputs are named: inputs=(…)")
     residuals: list[Tensor] = []
     qualities: list[Tensor] = []
 
-    def recorded(value: Tensor) -> Tensor:  # has captured the inputs, so that no sample leaves the batch
+    def recorded(value: Tensor) -> Tensor:  # captures the inputs, so that every sample stays in the batch
         image = posed.layer(value, *posed.inputs)
         residuals.append(flat(image - value).norm(dim=1) / flat(image).norm(dim=1))
         if x is not None:
@@ -125,7 +127,7 @@ def history_of(posed: Problem, x: Tensor | None, iterations: int) -> History:
 
     solver = replace(posed.solver, tol=0.0, atol=0.0, max_iter=iterations)
     module = owner(posed.layer)
-    with fixed_map(module), materialised_weights(module), precision_for(0.0, posed.start.device):
+    with frozen(module), materialised_weights(module), precision_for(0.0, posed.start.device):
         solution = solver.solve(recorded, posed.start)
     empty = [posed.start.new_zeros(0)]  # the solve of an empty batch evaluates nothing
     return History(torch.stack(residuals or empty), None if x is None else torch.stack(qualities or empty), solution)

@@ -27,8 +27,8 @@ from jfbfast.experiments.settings import read_photographs, read_run_settings
 from jfbfast.imaging.datasets import Images, split, usable_photographs
 from jfbfast.imaging.photographs import ImageError, image_files, read_photograph
 from jfbfast.imaging.quality import LEAST_SIDE, PAPER_OFFSET
-from jfbfast.models.checkpoint import ModelConfig
-from jfbfast.models.pretrained import SETTING, load_model, measurement_setting, network_name, set_network
+from jfbfast.models.config import SETTING, ModelConfig
+from jfbfast.models.pretrained import load_model, measurement_setting, network_name, set_network
 from jfbfast.operators.blur import GaussianBlur
 
 

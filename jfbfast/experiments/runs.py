@@ -40,11 +40,12 @@ from jfbfast.experiments.tasks import ConditionalDeblurTask, DeblurTask, Denoise
 from jfbfast.experiments.trainer import MovingAverage, TrainingError, fit
 from jfbfast.imaging.datasets import Images, RandomCrops, least_side, split, usable_photographs
 from jfbfast.imaging.photographs import image_files
-from jfbfast.models.checkpoint import CheckpointError, ModelConfig, load_checkpoint, save_checkpoint
+from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from jfbfast.models.conditional import ConditionalDEGrad
+from jfbfast.models.config import ModelConfig
 from jfbfast.models.degrad import DEGrad
-from jfbfast.models.denoisers import RED
 from jfbfast.models.pretrained import load_model
+from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
 
 

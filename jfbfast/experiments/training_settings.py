@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
-from jfbfast.models.checkpoint import ModelConfig
 from jfbfast.models.conditional import CONDITIONS
+from jfbfast.models.config import ModelConfig
 
 
 def _option(text: str, default: Any = MISSING) -> Any:

@@ -1,1 +1,1 @@
-"""Photographs: files, data sets, quality, restoration."""
+"""Photographs: files, datasets, quality, restoration."""

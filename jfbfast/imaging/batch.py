@@ -1,29 +1,29 @@
-"""`jfbfast restore`: many photographs, of which one that cannot be restored leaves the others alone."""
+"""`jfbfast restore`: restore many photographs; one that cannot be restored does not stop the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
-from jfbfast.imaging.photographs import ImageError, check_place, check_unused, file_identity
+from jfbfast.imaging.photographs import ImageError, check_place, check_unused
 from jfbfast.imaging.restoration import Prepare, restore_file
 
 
 def choose_targets(images: Sequence[Path], out: Path | None, overwrite: bool = False) -> list[Path]:
-    """Where each restoration goes; a directory that is not there is made.
+    """Choose the file for each restoration, and make the directory if it is missing.
 
     Args:
         images: the photographs.
-        out: a file for one image, or a directory for NAME-restored.png, or .tiff of a TIFF; None for this one.
-        overwrite: replace files that are there.
+        out: a file for one image, or a directory for NAME-restored.png, or .tiff for a TIFF; None for the current one.
+        overwrite: replace existing files.
 
     Raises:
-        ValueError: an image that does not exist; a target that is taken, cannot be written, or is that of two.
+        ValueError: an image does not exist; a target exists already, cannot be written, or belongs to two images.
     """
     if out is not None and out.suffix and not out.is_dir():
         if len(images) > 1:
@@ -39,18 +39,13 @@ def choose_targets(images: Sequence[Path], out: Path | None, overwrite: bool = F
     for image in images:
         if not image.exists():
             raise ImageError(f"{image}: there is no such file")
-    sources = {file_identity(image) for image in images}
     for target in targets:
-        check_unused(target, sources, overwrite)
+        check_unused(target, images, overwrite)
     if directory == out:
         directory.mkdir(parents=True, exist_ok=True)
     for target in targets:
         check_place(target)
     return list(targets)
-
-
-def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
 
 
 def restore_files(
@@ -60,33 +55,34 @@ def restore_files(
     *,
     console: Console,
     say_error: Callable[[str], object],
-    tile: int = 512,
-    overlap: int | None = None,
-    check_tiles: bool = False,
-    overwrite: bool = False,
+    **options: Any,
 ) -> int:
-    """`restore_file` for each, with a bar; how many could not be restored.
+    """Restore each photograph by `restore_file`, with a progress bar.
 
     Args:
-        images, targets: of `choose_targets`.
-        prepare, tile, overlap, check_tiles, overwrite: of `restore_file`.
-        say_error: is told of each image that cannot be restored, and why.
+        images, targets: from `choose_targets`.
+        prepare: from `choose_restorer`.
+        say_error: called with the name of each image that cannot be restored, and why.
+        options: of `restore_file`.
+
+    Returns:
+        How many could not be restored.
     """
+
+    def restore(source: Path, target: Path) -> str:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(escape(source.name))
+
+            def progress(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            return restore_file(source, target, prepare, progress=progress, **options)
+
     failed = 0
     for source, target in zip(images, targets, strict=True):
         try:
-            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-                how = restore_file(
-                    source,
-                    target,
-                    prepare,
-                    tile=tile,
-                    overlap=overlap,
-                    check_tiles=check_tiles,
-                    progress=partial(_advance, bar, bar.add_task(escape(source.name))),
-                    overwrite=overwrite,
-                )
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the third is torch's, of memory too
+            how = restore(source, target)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # torch raises the third, for memory too
             say_error(str(error) if isinstance(error, ImageError) else f"{source}: {error}")
             failed += 1
         else:

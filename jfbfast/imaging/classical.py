@@ -1,4 +1,4 @@
-"""The classical methods: direct inverse, gradient descent stopped early, Tikhonov regularisation, total variation."""
+"""Classical methods: direct inverse, gradient descent with early stopping, Tikhonov regularisation, total variation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.operators import inverse
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.iterative import LinearOperator
@@ -15,16 +16,32 @@ from jfbfast.solvers import FixedPointSolution, Picard
 
 
 def direct_inverse(blur: SeparableBlur, d: Tensor) -> Tensor:
-    """A⁻¹ d for d (…, H, W), through the SVD of each band matrix; the noise is amplified, not filtered.
+    """Invert the blur: A⁻¹ d, through the SVD of each band matrix. It amplifies the noise, and does not filter it.
+
+    Args:
+        blur: A.
+        d: the measurements, (…, H, W).
 
     Raises:
         ValueError: A is numerically singular at this size and dtype, or a side is over 1024 pixels.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.GaussianBlur(kernel_size=3, sigma=0.5)
+        >>> x = torch.linspace(-1, 1, 64, dtype=torch.float64).view(1, 1, 8, 8)
+        >>> torch.allclose(jfbfast.direct_inverse(blur, blur(x)), x)
+        True
     """
     return inverse.direct(d, blur.taps)
 
 
 class Descent(NamedTuple):
-    """A gradient descent's end: the images and, for each sample, the steps it took."""
+    """The result of `gradient_descent`.
+
+    Attributes:
+        value: the images, (B, …).
+        iterations: the steps that each sample took, (B,).
+    """
 
     value: Tensor
     iterations: Tensor
@@ -40,31 +57,35 @@ def gradient_descent(
     max_iter: int = 100,
     noise: float | None = None,
 ) -> Descent:
-    """Gradient descent on ½‖A x − d‖² + λ/2‖x‖² from x = Aᵀd, stopped early.
+    """Minimise ½‖A x − d‖² + λ/2‖x‖² by gradient descent from x = Aᵀd, stopped early.
 
-    x ← x − η(Aᵀ(A x − d) + λ x). A sample stops where its residual ‖A x − d‖ reaches that of the
-    noise, ν√n (Morozov's discrepancy principle), and otherwise after ``max_iter`` steps.
+    x ← x − η(Aᵀ(A x − d) + λ x). A sample stops when its residual ‖A x − d‖ is down to the noise's norm, ν√n
+    (Morozov's discrepancy principle), and otherwise after ``max_iter`` steps.
 
     Args:
         blur: A.
         d: the measurements, (B, …).
         damping: λ ≥ 0.
-        step_size: η > 0; below 2/(‖A‖² + λ) the descent converges.
-        max_iter: steps at most, at least 1.
+        step_size: η > 0; the descent converges below 2/(‖A‖² + λ).
+        max_iter: the most steps, at least 1.
         noise: ν ≥ 0, the noise's standard deviation in d's units; None runs to ``max_iter``.
 
     Raises:
         ValueError: a value out of its range.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.GaussianBlur(kernel_size=5, sigma=1.0)
+        >>> d = blur(torch.linspace(-1, 1, 64).view(1, 1, 8, 8))
+        >>> found = jfbfast.gradient_descent(blur, d, damping=0.1, max_iter=300)
+        >>> torch.allclose(found.value, jfbfast.tikhonov(blur, d, 0.1), atol=1e-4)
+        True
     """
-    for name, value, positive in (
-        ("damping", damping, False),
-        ("step_size", step_size, True),
-        ("noise", noise, False),
-    ):
-        if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
-            raise ValueError(f"{name} is {value}; it takes a {'positive' if positive else 'non-negative'} number")
-    if max_iter < 1:
-        raise ValueError(f"max_iter is {max_iter}; it takes an integer of at least 1")
+    checks.non_negative("damping", damping)
+    checks.positive("step_size", step_size)
+    checks.integer("max_iter", max_iter, 1)
+    if noise is not None:
+        checks.non_negative("noise", noise)
     per_sample = (-1, *[1] * (d.dim() - 1))
     x = blur.adjoint(d)
     active = torch.ones(len(d), dtype=torch.bool, device=d.device)
@@ -82,59 +103,78 @@ def gradient_descent(
 
 @torch.no_grad()
 def tikhonov(blur: SeparableBlur, d: Tensor, damping: float | Tensor) -> Tensor:
-    """argmin ½‖A x − d‖² + λ/2‖x‖² = (AᵀA + λI)⁻¹Aᵀd for d (…, H, W)."""
+    """Minimise ½‖A x − d‖² + λ/2‖x‖², in closed form: (AᵀA + λI)⁻¹Aᵀd.
+
+    Args:
+        blur: A.
+        d: the measurements, (…, H, W).
+        damping: λ > 0.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.GaussianBlur(kernel_size=5, sigma=1.0)
+        >>> d = torch.linspace(-1, 1, 64, dtype=torch.float64).view(1, 1, 8, 8)
+        >>> x = jfbfast.tikhonov(blur, d, 0.01)
+        >>> gradient = blur.adjoint(blur(x) - d) + 0.01 * x
+        >>> torch.allclose(gradient, torch.zeros_like(x))
+        True
+    """
     return blur.solve(blur.adjoint(d), damping)
 
 
 def differences(x: Tensor) -> Tensor:
-    """∇x, the forward differences of images (…, H, W) as (2, …, H, W): down, and to the right; 0 at the far edges."""
-    down, right = torch.zeros_like(x), torch.zeros_like(x)
-    torch.sub(x[..., 1:, :], x[..., :-1, :], out=down[..., :-1, :])
-    torch.sub(x[..., :, 1:], x[..., :, :-1], out=right[..., :, :-1])
-    return torch.stack((down, right))
-
-
-def differences_adjoint(u: Tensor) -> Tensor:
-    """∇ᵀu for u (2, …, H, W)."""
-    down, right = u
-    out = torch.zeros_like(down)
-    out[..., :-1, :] -= down[..., :-1, :]
-    out[..., 1:, :] += down[..., :-1, :]
-    out[..., :, :-1] -= right[..., :, :-1]
-    out[..., :, 1:] += right[..., :, :-1]
+    """∇x: forward differences of images (…, H, W), as (2, …, H, W): down and to the right, 0 at the far edges."""
+    out = x.new_zeros((2, *x.shape))
+    torch.sub(x[..., 1:, :], x[..., :-1, :], out=out[0, ..., :-1, :])
+    torch.sub(x[..., 1:], x[..., :-1], out=out[1, ..., :-1])
     return out
 
 
-def total_variation(x: Tensor) -> Tensor:
-    """Σ ‖(∇x)ᵢ‖₂ over the pixels and channels of each image (B, C, H, W): the isotropic total variation, (B,)."""
-    return torch.hypot(*differences(x)).flatten(1).sum(1)
+def differences_adjoint(u: Tensor) -> Tensor:
+    """∇ᵀu: the adjoint of `differences`, for u (2, …, H, W)."""
+    down, right, out = u[0, ..., :-1, :], u[1, ..., :-1], torch.zeros_like(u[0])
+    out[..., :-1, :] -= down
+    out[..., 1:, :] += down
+    out[..., :-1] -= right
+    out[..., 1:] += right
+    return out
 
 
 @torch.no_grad()
 def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_iter: int = 500) -> FixedPointSolution:
-    """argmin ½‖A x − d‖² + λ TV(x), channel by channel, by the primal-dual method (Condat, 2013; Vũ, 2013).
+    """Minimise ½‖A x − d‖² + λ TV(x), TV(x) = Σ‖(∇x)ᵢ‖₂, by the primal-dual method of Condat (2013) and Vũ (2013).
 
         x ← x − τ(Aᵀ(A x − d) + ∇ᵀu),  u ← Π(u + σ∇(2x' − x)),
 
-    x' the new x and Π the projection to ‖uᵢ‖ ≤ λ. It converges for 1/τ − σ‖∇‖² ≥ ‖A‖²/2, where
-    ‖∇‖² < 8, and ‖A‖² ≤ max AᵀA1 for filters of non-negative weights, which A must have.
+    with x' the new x and Π the projection to ‖uᵢ‖ ≤ λ, channel by channel. It converges for 1/τ − σ‖∇‖² ≥ ‖A‖²/2,
+    with ‖∇‖² < 8 and ‖A‖² ≤ max AᵀA1; the last bound takes filters of non-negative weights.
 
     The default tol stops early: on a photograph of 128 × 128 (5 × 5 blur, σ = 1, noise 0.01, λ from 3e-4 to 3e-3)
-    after 130 to 190 iterations, at an objective within 0.6% of the least, and at 0.2 to 0.9 dB more than the
-    minimiser, which tol = 1e-6 takes 1100 to 2400 iterations to.
+    after 130 to 190 iterations. The objective is then within 0.6% of its minimum, and the PSNR is 0.2 to 0.9 dB higher
+    than at the minimiser, which takes 1100 to 2400 iterations (tol = 1e-6).
 
     Args:
-        blur: A.
-        d: measurements (B, C, H, W).
+        blur: A, with non-negative weights.
+        d: the measurements, (B, C, H, W).
         weight: λ > 0.
-        tol: a sample stops where the step in (x, u) is at most tol of their norm.
-        max_iter: iterations at most.
+        tol: a sample stops when the step in (x, u) is at most tol times their norm.
+        max_iter: the most iterations.
 
     Returns:
-        The solution, whose ``value`` is x.
+        The solution; ``value`` is x.
+
+    Raises:
+        ValueError: ``weight`` is not a positive number.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.GaussianBlur(kernel_size=5, sigma=1.0, padding_mode="reflect")
+        >>> x = torch.ones(1, 1, 16, 16)
+        >>> solution = jfbfast.tv(blur, blur(x), weight=0.01)
+        >>> solution.status.tolist() == [jfbfast.Status.CONVERGED], torch.allclose(solution.value, x, atol=0.01)
+        (True, True)
     """
-    if not 0 < weight < math.inf:
-        raise ValueError(f"weight is {weight}; it takes a positive number")
+    checks.positive("weight", weight)
     dual = 0.02
     norm = float(blur.normal(torch.ones_like(d[:1])).max()) if d.numel() else 1.0
     primal = 1 / (norm / 2 + 8 * dual)

@@ -1,7 +1,7 @@
-"""What training and evaluation see: images held in memory, and samples that are functions of a seed and an index.
+"""The data for training and evaluation: photographs in memory, and samples that depend on a seed and an index alone.
 
-Sample i of a dataset is the same whoever asks for it and whenever, its noise included. So the order of
-the data needs no state: a resumed run goes on at its step, and N processes share out one batch.
+Sample i of a dataset is always the same, its noise included. So the order of the data needs no state: a resumed run
+goes on at its step, and N processes share a batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from jfbfast import checks
 from jfbfast.imaging.photographs import ImageError, read_photograph
 
-_ORDER, _CROP, _MEASUREMENT = range(3)  # streams of random numbers, which must not meet
+_ORDER, _CROP, _MEASUREMENT = range(3)  # independent streams of random numbers
 
 
 class Sample(NamedTuple):
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
     Attributes:
         x: (3, h, w) in [−1, 1].
-        noise: white noise of standard deviation 1, as x.
+        noise: white noise of standard deviation 1, like x.
         level: uniform in [0, 1), of shape ().
     """
 
@@ -38,13 +38,9 @@ class Sample(NamedTuple):
     level: Tensor
 
 
-def _generator(seed: int, *key: int) -> np.random.Generator:
-    return np.random.default_rng((seed, *key))
-
-
 def _sample(x: Tensor, generator: np.random.Generator) -> Sample:
     noise = torch.from_numpy(generator.standard_normal(tuple(x.shape), np.float32))
-    return Sample(x, noise, torch.tensor(generator.random(), dtype=torch.float32))
+    return Sample(x.contiguous(), noise, torch.tensor(generator.random(), dtype=torch.float32))
 
 
 def _count(name: str, value: float, total: int) -> int:
@@ -54,11 +50,11 @@ def _count(name: str, value: float, total: int) -> int:
 
 
 def split(files: Sequence[Path], train: float | None, validation: float) -> tuple[list[Path], list[Path], list[Path]]:
-    """Files, in their order, for training, for validation, and the rest, for tests.
+    """Split files, in their order, into those for training, for validation, and the rest, for tests.
 
     Args:
         files: sorted by name.
-        train, validation: each a share in [0, 1), or a count; None trains on all but the validation's.
+        train, validation: each a share in [0, 1), or a count; ``train=None`` trains on all but the validation's.
 
     Raises:
         ValueError: neither a share nor a count; more than there are.
@@ -73,17 +69,17 @@ def split(files: Sequence[Path], train: float | None, validation: float) -> tupl
 
 
 class Photographs(Sequence[Tensor]):
-    """Image files as uint8 tensors (3, H, W), decoded once into one block of memory where they fit.
+    """Image files as uint8 tensors (3, H, W), decoded once into one block of memory if they fit.
 
     Args:
         files: 8-bit, or deeper and rounded to it; grey ones get three equal channels.
         resize: side in pixels to resize to; None keeps the size.
-        squash: resize both sides to exactly that, as the paper's code does, and not the shorter side
-            with the centre square kept.
-        cache: bytes of memory at most; files that need more are decoded at each use, after a first time here.
+        squash: resize both sides to exactly that, as the paper's code does. By default the shorter side is resized,
+            and the centre square is kept.
+        cache: the most bytes of memory; if the files need more, each is decoded again at every use.
         least: pixels of the shortest side, after resizing.
-        purpose: what smaller ones are too small for.
-        leave_out: is told why of each file that cannot be used, which is left out; None raises.
+        purpose: of the photographs, for the message that one is too small for it.
+        leave_out: called with the error of each file that cannot be used, which is left out; None raises it.
 
     Attributes:
         files: those that are used.
@@ -91,6 +87,17 @@ class Photographs(Sequence[Tensor]):
 
     Raises:
         ImageError: a file that cannot be used.
+
+    Example:
+        >>> import tempfile, numpy, torch
+        >>> from pathlib import Path
+        >>> from jfbfast.imaging.datasets import Photographs
+        >>> from jfbfast.imaging.photographs import Photograph, write_photograph
+        >>> file = Path(tempfile.mkdtemp()) / "a.png"
+        >>> write_photograph(file, Photograph(torch.rand(3, 20, 30), None, numpy.dtype("uint8")))
+        >>> photographs = Photographs([file], resize=16)
+        >>> len(photographs), photographs[0].shape
+        (1, torch.Size([3, 16, 16]))
     """
 
     def __init__(
@@ -110,7 +117,7 @@ class Photographs(Sequence[Tensor]):
         self.files: list[Path] = []
         self.sizes: list[tuple[int, int]] = []
         self._starts = [0]
-        block = np.empty(0, np.uint8)
+        block = np.empty(0, np.uint8)  # one array, which worker processes share without a handle for each image
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for file, image in zip(files, pool.map(self._try, files), strict=True):
                 if isinstance(image, ImageError):
@@ -126,15 +133,10 @@ class Photographs(Sequence[Tensor]):
                     if end > len(block):
                         block.resize(min(cache, end + end // 4), refcheck=False)
                     block[start:end] = image.numpy().ravel()
-        self._block: Tensor | None = None
-        if self._starts[-1] <= cache:
+        self.cached = self._starts[-1] <= cache
+        if self.cached:
             block.resize(self._starts[-1], refcheck=False)
             self._block = torch.from_numpy(block)
-
-    @property
-    def cached(self) -> bool:
-        """Whether the images are in memory."""
-        return self._block is not None
 
     def _read(self, file: Path) -> Tensor:
         image = (read_photograph(file).pixels.clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
@@ -157,7 +159,7 @@ class Photographs(Sequence[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
-        if self._block is None:
+        if not self.cached:
             return self._read(self.files[index])
         return self._block[self._starts[index] : self._starts[index + 1]].view(3, *self.sizes[index])
 
@@ -165,14 +167,14 @@ class Photographs(Sequence[Tensor]):
 def usable_photographs(
     files: Sequence[Path], say: Callable[[str], object], *, needed: bool = True, **options: Any
 ) -> Photographs:
-    """`Photographs`, with its options, of the files that can be used.
+    """Load the files that can be used as `Photographs`, with its options.
 
     Args:
-        say: is told which cannot, why, and how many they are.
-        needed: one at least must be left.
+        say: called with each file that is left out and why, and with their number.
+        needed: require at least one usable file.
 
     Raises:
-        ImageError: none can, though one is needed.
+        ImageError: no file can be used, although one is needed.
     """
     errors: list[ImageError] = []
     photographs = Photographs(files, **options, leave_out=errors.append)
@@ -185,17 +187,13 @@ def usable_photographs(
     return photographs
 
 
-def _name(photographs: Sequence[Tensor], index: int) -> str:
-    return str(photographs.files[index]) if isinstance(photographs, Photographs) else f"photograph {index}"
-
-
 def least_side(crop: int) -> int:
-    """Of photographs for `RandomCrops`: reflection adds less than the side itself at both its ends."""
+    """Return the shortest side of a photograph for `RandomCrops`: reflection adds less than the side at both ends."""
     return -(-(crop + 2) // 3)
 
 
 def _to_floats(image: Tensor) -> Tensor:
-    """[−1, 1] from uint8, or from floats in [0, 1]."""
+    """Convert uint8, or floats in [0, 1], to floats in [−1, 1]."""
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else 2 * image - 1
 
 
@@ -205,27 +203,36 @@ class RandomCrops(Dataset[Sample]):
     Args:
         photographs: (3, H, W) each, uint8, or floats in [0, 1].
         crop: side in pixels; photographs down to just over a third of it are padded by reflection.
-        length: crops in all, over as many epochs as it takes; None for one epoch.
+        length: number of crops, over as many epochs as it takes; None for one epoch.
         flips: mirror every other crop, left to right.
         seed: of the order, the crops, and the measurements' random numbers; at least 0.
 
     Raises:
         ValueError: a crop below 1, a negative seed, or no photograph.
         ImageError: a photograph that is too small.
+
+    Example:
+        >>> import torch
+        >>> from jfbfast.imaging.datasets import RandomCrops
+        >>> crops = RandomCrops([torch.rand(3, 40, 50), torch.rand(3, 20, 90)], crop=16, length=10)
+        >>> len(crops), crops[0].x.shape, crops[0].noise.shape
+        (10, torch.Size([3, 16, 16]), torch.Size([3, 16, 16]))
     """
 
     def __init__(
         self, photographs: Sequence[Tensor], crop: int, length: int | None = None, flips: bool = True, seed: int = 0
     ) -> None:
-        for name, value, least in (("crop", crop, 1), ("seed", seed, 0), ("photographs", len(photographs), 1)):
-            checks.integer(name, value, least)
-        sizes = photographs.sizes if isinstance(photographs, Photographs) else [p.shape[-2:] for p in photographs]
-        for which, size in enumerate(sizes):
+        checks.integer("crop", crop, 1)
+        checks.integer("seed", seed, 0)
+        checks.integer("photographs", len(photographs), 1)
+        names: Sequence[object] = [f"photograph {which}" for which in range(len(photographs))]
+        if isinstance(photographs, Photographs):
+            names, sizes = photographs.files, photographs.sizes
+        else:
+            sizes = [(image.shape[-2], image.shape[-1]) for image in photographs]
+        for name, size in zip(names, sizes, strict=True):
             if min(size) < least_side(crop):
-                raise ImageError(
-                    f"{_name(photographs, which)}: too small for crops of {crop} pixels; "
-                    "resize it, or take smaller crops"
-                )
+                raise ImageError(f"{name}: too small for crops of {crop} pixels; resize it, or take smaller crops")
         self.photographs = photographs
         self.crop, self.flips, self.seed = crop, flips, seed
         self.length = len(photographs) if length is None else length
@@ -237,8 +244,8 @@ class RandomCrops(Dataset[Sample]):
     def _photograph(self, index: int) -> int:
         epoch, position = divmod(index, len(self.photographs))
         if epoch != self._epoch:
-            self._order = _generator(self.seed, _ORDER, epoch).permutation(len(self.photographs))
-            self._epoch = epoch
+            generator = np.random.default_rng((self.seed, _ORDER, epoch))
+            self._epoch, self._order = epoch, generator.permutation(len(self.photographs))
         return int(self._order[position])
 
     def __getitem__(self, index: int) -> Sample:
@@ -250,12 +257,12 @@ class RandomCrops(Dataset[Sample]):
             top, left = (s // 2 for s in short)
             around = [left, top, short[1] - left, short[0] - top]
             image = v2.functional.pad(image, around, padding_mode="reflect")
-        generator = _generator(self.seed, _CROP, index)
+        generator = np.random.default_rng((self.seed, _CROP, index))
         top, left = (int(generator.integers(side - self.crop + 1)) for side in image.shape[-2:])
         x = _to_floats(image[:, top : top + self.crop, left : left + self.crop])
         if self.flips and generator.random() < 0.5:
             x = x.flip(-1)
-        return _sample(x.contiguous(), generator)
+        return _sample(x, generator)
 
 
 class Images(Dataset[Sample]):
@@ -263,7 +270,7 @@ class Images(Dataset[Sample]):
 
     Args:
         photographs: (3, H, W) each, uint8, or floats in [0, 1].
-        crop: side of the centre square at most; None for the whole.
+        crop: the longest side of the centre square; None for the whole.
         seed: of the measurements' random numbers, which depend on it and on the index alone; at least 0.
     """
 
@@ -282,11 +289,11 @@ class Images(Dataset[Sample]):
         if self.crop is not None:
             top, left = (max(0, (side - self.crop) // 2) for side in x.shape[-2:])
             x = x[:, top : top + self.crop, left : left + self.crop]
-        return _sample(x.contiguous(), _generator(self.seed, _MEASUREMENT, index))
+        return _sample(x, np.random.default_rng((self.seed, _MEASUREMENT, index)))
 
 
 def batches(samples: Dataset[Sample], batch_size: int) -> Iterator[Sample]:
-    """All samples in their order, at most ``batch_size`` at once; neighbours of one size share a batch."""
+    """Yield all samples in their order, at most ``batch_size`` at once; neighbours of the same size share a batch."""
     batch: list[Sample] = []
     for index in range(len(samples)):  # type: ignore[arg-type]
         sample = samples[index]

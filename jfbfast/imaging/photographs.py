@@ -1,4 +1,4 @@
-"""Photographs as files: reading and writing them without loss."""
+"""Read and write photographs as files without loss."""
 
 from __future__ import annotations
 
@@ -15,24 +15,12 @@ from torch import Tensor
 from jfbfast import checks
 from jfbfast.files import check_writable, write_whole
 from jfbfast.imaging.formats import eight_bit, netpbm, png, tiff
-from jfbfast.imaging.formats.metadata import Decoded, ImageError, Metadata, kept_dpi, kept_exif, orientation
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "ImageError",
-    "Metadata",
-    "Photograph",
-    "check_place",
-    "check_target",
-    "check_unused",
-    "file_identity",
-    "image_files",
-    "read_photograph",
-    "write_photograph",
-]
+from jfbfast.imaging.formats.metadata import Decoded, kept_dpi, kept_exif, orientation
+from jfbfast.imaging.formats.metadata import ImageError as ImageError  # exported from here
+from jfbfast.imaging.formats.metadata import Metadata as Metadata
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by how a file begins
+_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by how a file starts
     png.SIGNATURE: png.decode,
     b"\xff\xd8\xff": eight_bit.decode_jpeg,
     b"II*\0": tiff.decode,
@@ -49,24 +37,12 @@ _ENCODERS: dict[str, Callable[[np.ndarray, Metadata], bytes]] = {
     ".jpg": eight_bit.encode_jpeg,
     ".jpeg": eight_bit.encode_jpeg,
 }
-_LEAST, _MOST = -0.5, 1.5  # of float32 samples, which noise can take somewhat beyond [0, 1]
+_LEAST, _MOST = -0.5, 1.5  # float32 samples; noise can take them somewhat beyond [0, 1]
 _LONGEST_JPEG = 65_500  # pixels of a side
-
-# What undoes each orientation that EXIF knows.
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
 
 
 class Photograph(NamedTuple):
-    """An image file's content.
+    """The content of an image file.
 
     Attributes:
         pixels: (1 or 3, H, W) in float32, in [0, 1].
@@ -91,10 +67,14 @@ def _decode(content: bytes) -> Decoded:
 
 
 def _photograph(decoded: Decoded) -> Photograph:
-    turn = orientation(decoded.exif)
-    array, dpi = _UPRIGHT[turn](decoded.array), kept_dpi(decoded.dpi, decoded.exif)
-    if dpi is not None and turn >= 5:
-        dpi = dpi[::-1]
+    turn, array = orientation(decoded.exif), decoded.array
+    dpi = kept_dpi(decoded.dpi, decoded.exif)
+    if turn >= 5:
+        array, dpi = array.swapaxes(0, 1), None if dpi is None else dpi[::-1]
+    if turn in (3, 4, 7, 8):
+        array = array[::-1]
+    if turn in (2, 3, 6, 7):
+        array = array[:, ::-1]
     values = torch.from_numpy(array.astype(np.float32, order="C") / np.float32(decoded.white)).permute(2, 0, 1)
     if not values.isfinite().all():
         raise ImageError(f"{int((~values.isfinite()).sum())} of its values are not finite")
@@ -112,14 +92,23 @@ def _photograph(decoded: Decoded) -> Photograph:
 
 
 def read_photograph(path: str | Path) -> Photograph:
-    """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha, upright.
+    """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha; turned upright.
 
-    JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM are read, whatever the file's name; of those, what would not be
-    read right is refused, such as CMYK or several images in one file.
+    It reads JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM, whatever the file's name, and refuses what it would
+    misread, such as CMYK or several images in one file.
 
     Raises:
         ImageError: not such an image, a damaged one, one of more than 250 megapixels, a pixel that is not finite, or
             float32 samples far from [0, 1].
+
+    Example:
+        >>> import os, tempfile, numpy, torch
+        >>> from jfbfast.imaging.photographs import Photograph, read_photograph, write_photograph
+        >>> path = os.path.join(tempfile.mkdtemp(), "deep.png")
+        >>> write_photograph(path, Photograph(torch.full((3, 4, 5), 0.6), None, numpy.dtype("uint16")))
+        >>> found = read_photograph(path)
+        >>> found.pixels.shape, found.dtype, round(float(found.pixels.mean()), 4)
+        (torch.Size([3, 4, 5]), dtype('uint16'), 0.6)
     """
     path = Path(path)
     try:
@@ -137,10 +126,10 @@ def read_photograph(path: str | Path) -> Photograph:
 
 
 def check_place(path: str | Path) -> None:
-    """Tell whether `write_photograph` could write some photograph there.
+    """Check that `write_photograph` could write some photograph there.
 
     Raises:
-        ImageError: another format than those that are written, no such directory, or one that cannot be written to.
+        ImageError: the suffix is of a format that is not written, or the directory is missing or not writable.
     """
     path = Path(path)
     if path.suffix.lower() not in _ENCODERS:
@@ -154,55 +143,47 @@ def check_place(path: str | Path) -> None:
         raise ImageError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def file_identity(path: Path) -> tuple[int, int]:
-    """What a file has in common with its links alone."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def check_unused(path: Path, sources: Collection[tuple[int, int]], overwrite: bool = False) -> None:
-    """Tell whether a file can be written without the loss of another.
+def check_unused(path: Path, sources: Collection[Path], overwrite: bool = False) -> None:
+    """Check that a file can be written without the loss of another.
 
     Args:
-        path: of the file.
-        sources: `file_identity` of each photograph that is to be read.
-        overwrite: replace what is there.
+        path: the file.
+        sources: the photographs that are to be read.
+        overwrite: replace an existing file.
 
     Raises:
-        ImageError: it is one of the photographs, or is there and is not to be overwritten.
+        ImageError: the file is one of the photographs or a link to one, or it exists and is not to be overwritten.
     """
-    if path.exists() and file_identity(path) in sources:
+    if path.exists() and any(path.samefile(source) for source in sources):
         raise ImageError(f"{path}: is the photograph itself, or another to restore; choose another file")
     if os.path.lexists(path) and not overwrite:
         raise ImageError(f"{path}: is there already; --overwrite replaces it")
 
 
 def check_target(path: str | Path, photograph: Photograph) -> None:
-    """Tell, before there is anything to write, whether `write_photograph` could.
+    """Check that `write_photograph` could write this photograph, before there is anything to write.
 
     Raises:
-        ImageError: as `check_place`; or a format that cannot hold the samples' depth, the alpha channel, or the
-            metadata.
+        ImageError: as `check_place`; or the format cannot hold the samples' depth, the alpha channel, or the metadata.
     """
     check_place(path)
     path, suffix = Path(path), Path(path).suffix.lower()
     pixels, alpha, dtype, metadata = photograph
-    tiff_file, jpeg = suffix in (".tif", ".tiff"), suffix in (".jpg", ".jpeg")
-    if jpeg and dtype != np.uint8:
-        raise ImageError(f"{path}: {suffix} cannot hold {dtype} samples; .png and .tiff can")
-    if suffix == ".png" and dtype == np.float32:
-        raise ImageError(f"{path}: .png cannot hold float32 samples; .tiff can")
-    if jpeg and alpha is not None:
-        raise ImageError(f"{path}: {suffix} cannot hold an alpha channel; .png and .tiff can")
-    if jpeg and max(pixels.shape[1:]) > _LONGEST_JPEG:
-        raise ImageError(f"{path}: {suffix} cannot hold a side of {max(pixels.shape[1:])} pixels; .png and .tiff can")
-    if tiff_file and alpha is not None and len(pixels) == 1 and metadata.icc:
+    jpeg, longest = suffix in (".jpg", ".jpeg"), max(pixels.shape[1:])
+    colours = metadata.colour.keys() - {b"sRGB"} if suffix != ".png" else ()  # without sRGB, readers assume it
+    for refused, what in (
+        (jpeg and dtype != np.uint8, f"{dtype} samples; .png and .tiff can"),
+        (suffix == ".png" and dtype == np.float32, "float32 samples; .tiff can"),
+        (jpeg and alpha is not None, "an alpha channel; .png and .tiff can"),
+        (jpeg and longest > _LONGEST_JPEG, f"a side of {longest} pixels; .png and .tiff can"),
+        (colours, f"what tells its colours ({b', '.join(sorted(colours)).decode()}); .png can"),
+    ):
+        if refused:
+            raise ImageError(f"{path}: {suffix} cannot hold {what}")
+    if suffix in (".tif", ".tiff") and alpha is not None and len(pixels) == 1 and metadata.icc:
         raise ImageError(f"{path}: grey with alpha becomes colour, which its profile is not for; .png can hold it")
-    if suffix != ".png" and (named := metadata.colour.keys() - {b"sRGB"}):  # sRGB is what an untagged file is taken for
-        told = ", ".join(sorted(kind.decode() for kind in named))
-        raise ImageError(f"{path}: {suffix} cannot hold what tells its colours ({told}); .png can")
     corner = Photograph(pixels[:, :1, :1], None if alpha is None else alpha[:, :1, :1], dtype, metadata)
-    _encode(path, corner)  # which tells what of the metadata cannot be written
+    _encode(path, corner)  # raises if the metadata cannot be written
 
 
 def _encode(path: Path, photograph: Photograph) -> bytes:
@@ -216,17 +197,17 @@ def _encode(path: Path, photograph: Photograph) -> bytes:
         array = np.rint(array * np.iinfo(dtype).max)
     try:
         return _ENCODERS[suffix](np.ascontiguousarray(array.astype(dtype)), metadata)
-    except Exception as error:  # an encoder raises nearly anything at metadata that it cannot hold
+    except Exception as error:  # an encoder raises nearly anything for metadata that it cannot hold
         raise ImageError(f"{path}: cannot be written ({checks.one_line(error)})") from error
 
 
 def write_photograph(path: str | Path, photograph: Photograph, *, overwrite: bool = True) -> None:
-    """Write an image file of the photograph's own sample type and metadata; values outside [0, 1] are clipped.
+    """Write an image file with the photograph's sample type and metadata; values outside [0, 1] are clipped.
 
-    A reader sees the old file or the whole new one.
+    A reader sees the old file or the whole new one. See `read_photograph` for an example.
 
     Raises:
-        ImageError: as `check_target`, or a failed write; without ``overwrite``, a file that is there.
+        ImageError: as `check_target`, or a failed write; without ``overwrite``, an existing file.
     """
     check_target(path, photograph)
     path = Path(path)
@@ -240,7 +221,7 @@ def write_photograph(path: str | Path, photograph: Photograph, *, overwrite: boo
 
 
 def image_files(directory: str | Path) -> list[Path]:
-    """The image files below a directory, by their names alone, sorted by name.
+    """List the image files below a directory, judged by their names alone, sorted by name.
 
     Raises:
         ImageError: no such directory, or no image in it.

@@ -1,4 +1,4 @@
-"""What a photograph's power spectrum says of the blur and the noise that it is told to have."""
+"""Check from a photograph's power spectrum whether the blur and noise given for it are plausible."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ import math
 import torch
 from torch import Tensor
 
+from jfbfast import checks
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.inverse import power_spectrum
 
 BLOCK = 128  # pixels
-CONTRADICTION = 1.4  # times the noise that is told and that a file adds
-LEAST_NOISE = 1e-4  # looked for where none is told
+CONTRADICTION = 1.4  # times the noise that is given and that a file adds
+LEAST_NOISE = 1e-4  # looked for where none is given
 FILE_ERROR = 0.005  # on [−1, 1]: about what JPEG of quality 90 adds; rounding to 8 bits adds 0.0023
 
 
 class PowerSpectrum:
-    """A blurred photograph's power at each frequency, beside what the blur leaves of the scene there.
+    """The power of a blurred photograph at each frequency, and what the blur leaves of the scene there.
 
-    The mean over half-overlapping blocks under a Hann window (Welch, 1967). The windows are nearly zero at the
-    photograph's borders, where a blur mixes in surroundings that nobody knows, so it speaks of the interior.
+    The power is the mean over half-overlapping blocks under a Hann window (Welch, 1967). The windows are nearly zero
+    at the photograph's borders, where a blur mixes in unknown surroundings, so the spectrum describes the interior.
     White noise of standard deviation ν has the power ν² at every frequency.
 
-    The sharp scene's own power is taken to fall as 1/|ω|², as that of natural scenes does (Field, "Relations between
-    the statistics of natural images and the response properties of cortical cells", 1987), from what the photograph
-    has at the low frequencies that the blur lets through.
+    The power of the sharp scene is assumed to fall as 1/|ω|², as in natural scenes (Field, "Relations between the
+    statistics of natural images and the response properties of cortical cells", 1987). It is fitted to the photograph
+    at the low frequencies, which the blur lets through.
 
     Args:
         blur: A.
-        d: the photograph, (C, H, W).
+        d: the photograph, (C, H, W) in [−1, 1].
 
     Attributes:
         power: of d, the mean over channels and blocks, (h, w) for blocks of h × w pixels.
-        gain: |â|², of the blur.
-        scene: the power that the sharp scene should have; not finite where it is unknown.
+        gain: |â|², of the blur, (h, w).
+        scene: the expected power of the sharp scene, (h, w); not finite where it is unknown.
     """
 
     def __init__(self, blur: SeparableBlur, d: Tensor) -> None:
         block = max(BLOCK, 8 * max(blur.kernel_size))
         height, width = (min(block, side) for side in d.shape[-2:])
-        window = _hann(height)[:, None] * _hann(width)
+        # Hann windows without their zeros
+        down, across = (torch.hann_window(n + 2, periodic=False)[1:-1] for n in (height, width))
+        window = down[:, None] * across
         total, count = torch.zeros(height, width, dtype=torch.float64), 0
         for top in range(0, d.shape[-2] - height + 1, max(1, height // 2)):
             blocks = d[:, top : top + height].float().unfold(-1, width, max(1, width // 2)).movedim(-2, 0)
@@ -58,35 +61,40 @@ class PowerSpectrum:
         low = (self.gain > 0.5) & (squared > 0) & (squared < (math.pi / 4) ** 2)
         self.scene = (self.power * squared / self.gain)[low].mean() / squared
 
-    def noise(self, told: float) -> float:
-        """The noise level ν that the photograph shows at the frequencies where less than the told noise is left of it.
+    def noise(self, given: float) -> float:
+        """Measure the noise level ν at the frequencies at which less than the given noise is left of the scene.
 
-        0 where there is no such frequency: a mild blur leaves something everywhere.
+        0 if there is no such frequency: a mild blur leaves something everywhere.
         """
-        quiet = self.gain * self.scene < told**2
+        quiet = self.gain * self.scene < given**2
         return float(self.power[quiet].mean().sqrt()) if quiet.any() else 0.0
 
-    def plausible_noise(self, told: float) -> tuple[float, bool]:
-        """A noise level, told or higher, at which the photograph is plausible, and whether it contradicts the told one.
+    def plausible_noise(self, given: float) -> tuple[float, bool]:
+        """Find the noise level, the given one or higher, at which the photograph is plausible.
 
-        It contradicts a level where it shows far more: it is noisier, or sharper than the blur could have left it, for
-        then it shows the scene itself. It is plausible at a level where it does not.
+        The photograph contradicts a level if it shows far more noise than that. It is then noisier than given, or
+        sharper than the blur could have left it, since it shows the scene itself at these frequencies.
+
+        Returns:
+            The noise level, and whether the photograph contradicts the given one.
         """
-        start = level = max(told, LEAST_NOISE)
+        start = level = max(given, LEAST_NOISE)
         while (seen := self.noise(level)) > CONTRADICTION * math.hypot(level, FILE_ERROR):
             level = seen
-        return max(told, seen), level > start
+        return max(given, seen), level > start
 
     def damping(self, noise: float) -> float:
-        """The λ at which Tikhonov's residual A x − d is as strong as the noise (Morozov's discrepancy principle).
+        """Find the λ at which Tikhonov's residual A x − d is as strong as the noise (Morozov's discrepancy principle).
 
         By bisection on log λ between 1e-8 and 1e2; the residual λ/(|â|² + λ) d̂ grows with λ.
 
         Args:
             noise: ν > 0, the noise's standard deviation in d's units.
+
+        Raises:
+            ValueError: ``noise`` is not a positive number.
         """
-        if not 0 < noise < math.inf:
-            raise ValueError(f"noise is {noise}; it takes a positive number")
+        checks.positive("noise", noise)
         low, high = math.log(1e-8), math.log(1e2)
         for _ in range(40):
             middle = (low + high) / 2
@@ -94,8 +102,3 @@ class PowerSpectrum:
             residual = (damping / (self.gain + damping)).square() * self.power
             low, high = (middle, high) if float(residual.mean()) < noise**2 else (low, middle)
         return math.exp(low)
-
-
-def _hann(n: int) -> Tensor:
-    """A Hann window of n positive weights."""
-    return torch.hann_window(n + 2, periodic=False)[1:-1]

@@ -1,4 +1,4 @@
-"""The measurement d = A x + ν ε of images x in [−1, 1], and how near to x a restoration comes: PSNR and SSIM."""
+"""The measurement d = A x + ν ε of images x in [−1, 1], and the quality of a restoration: PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -8,37 +8,52 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RANGE = 2.0  # of images in [−1, 1], which PSNR and SSIM are taken at
-LEAST_SIDE = 6  # pixels of an image that SSIM is taken of
-PAPER_OFFSET = 20 * math.log10(RANGE)  # dB that PSNR reads lower with peak 1 on [−1, 1], as in the paper's code
+RANGE = 2.0  # of images in [−1, 1]; PSNR and SSIM are taken at it
+LEAST_SIDE = 6  # pixels of an image for SSIM
+PAPER_OFFSET = 20 * math.log10(RANGE)  # dB by which PSNR is lower with peak 1 on [−1, 1], as in the paper's code
 
 
 def measure(x: Tensor, blur: Callable[[Tensor], Tensor], noise: float, white: Tensor) -> Tensor:
-    """d = A x + ν ε.
+    """Return d = A x + ν ε.
 
     Args:
         x: images (…, H, W).
         blur: A.
         noise: ν ≥ 0, in x's units.
-        white: ε, white noise of standard deviation 1, as x.
+        white: ε, white noise of standard deviation 1, like x.
     """
     return blur(x) + noise * white
 
 
 def decibels(error: Tensor) -> Tensor:
-    """10 log₁₀(4/e) of mean squared errors e of images in [−1, 1]: their PSNR in dB at the true range, 2."""
+    """Turn mean squared errors e of images in [−1, 1] into PSNR in dB at the true range 2: 10 log₁₀(4/e)."""
     return 10 * torch.log10(RANGE**2 / error)
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """PSNR in dB of each image (B, …) in [−1, 1], at the true range 2, unclipped: (B,)."""
+    """Return the PSNR in dB of each image (B, …) in [−1, 1], at the true range 2, unclipped: (B,).
+
+    Example:
+        >>> import torch
+        >>> from jfbfast.imaging.quality import psnr
+        >>> x = torch.zeros(2, 3, 8, 8)
+        >>> [round(value, 1) for value in psnr(x + 0.02, x).tolist()]
+        [40.0, 40.0]
+    """
     return decibels((images - truth).square().flatten(1).mean(1))
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2, over all of it by reflection: (B,).
+    """Return the SSIM of each image (B, C, H, W) in [−1, 1], at the true range 2, with reflected borders: (B,).
 
-    NaN where a side is below `LEAST_SIDE`, which its window of 11 cannot be reflected at.
+    NaN if a side is below `LEAST_SIDE`, which is too short to be reflected for the window of 11 pixels.
+
+    Example:
+        >>> import torch
+        >>> from jfbfast.imaging.quality import ssim
+        >>> x = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
+        >>> ssim(x, x).tolist()
+        [1.0]
     """
     if min(images.shape[-2:]) < LEAST_SIDE:
         return images.new_full((len(images),), math.nan)

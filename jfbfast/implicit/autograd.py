@@ -1,4 +1,4 @@
-"""The layer applied at the fixed point: the trace that carries the gradient, as an autograd function."""
+"""Apply the layer at its fixed point for a gradient method, as one autograd function."""
 
 from __future__ import annotations
 
@@ -7,143 +7,45 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jfbfast.backends.conv3x3 import winograd_convolutions
 from jfbfast.backends.precision import precision_for
-from jfbfast.implicit.frozen import TrainingState, fixed_map, owner, set_aside
+from jfbfast.implicit.frozen import TrainingState, assigned, frozen, owner, parameters_of
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
+from jfbfast.implicit.prepared import convolutions_for
 from jfbfast.operators.iterative import holds_samples
 from jfbfast.solvers import Layer
-from jfbfast.solvers.loop import evaluated
+from jfbfast.solvers.loop import evaluate
+
+Pair = tuple[Tensor, Tensor]
 
 
-class _Applications:
-    """x ↦ T(x; inputs) for a method's trace: a fixed map whose batch norms take note of one application.
+class Applied(NamedTuple):
+    """The layer applied at given points.
 
-    Args:
-        noted: the number of the application, from 0, at which running statistics are updated; None for none.
-        tol: the relative residual for which it is to be good enough.
-        device: of x.
+    Attributes:
+        out: the output of the gradient method, (B, …), with its gradient where gradients are enabled.
+        first, last: (x, T(x)) of the first and of the last application, detached.
     """
-
-    def __init__(
-        self,
-        layer: Layer,
-        module: nn.Module | None,
-        inputs: tuple[Tensor, ...],
-        noted: int | None,
-        tol: float,
-        device: torch.device,
-    ) -> None:
-        self.layer, self.module, self.inputs, self.noted = layer, module, inputs, noted
-        self.tol, self.device = tol, device
-        self.state = TrainingState(module)
-        self.count = 0
-        self.ends: list[tuple[Tensor, Tensor]] = []  # the first and the last (x, T(x))
-
-    @contextmanager
-    def still(self, noting: bool = False) -> Iterator[None]:
-        """The layer held still as every application sees it, for backward too, which may evaluate parts of it again."""
-        state = self.state.updated() if noting else self.state.used()
-        with state, fixed_map(self.module), precision_for(self.tol, self.device):
-            yield
-
-    def __call__(self, x: Tensor) -> Tensor:
-        noting = len(x) > 0 and self.count == self.noted
-        with self.still(noting), winograd_convolutions(self.tol):
-            image = evaluated(self.layer, "layer", x, self.inputs).to(x.dtype)
-        if image.shape != x.shape:
-            raise ValueError(
-                f"layer maps shape {tuple(x.shape)} to {tuple(image.shape)}; it takes a layer that keeps the shape"
-            )
-        self.count += 1
-        self.ends = [*self.ends[:1], (x.detach(), image.detach())]
-        return image
-
-
-class _Trace(NamedTuple):
-    """A method's output, traced from the fixed point, from copies of the inputs and from the parameters."""
 
     out: Tensor
-    jacobian: Jacobian
-    inputs: tuple[Tensor, ...]
-    parameters: tuple[Tensor, ...]
-    applications: _Applications
+    first: Pair
+    last: Pair
 
 
-class _FixedPointFunction(torch.autograd.Function):
-    """The output of a trace; backward differentiates that trace, with the method's cotangent."""
-
-    @staticmethod
-    def forward(ctx: Any, method: GradientMethod, trace: _Trace, *tensors: Tensor) -> Tensor:
-        ctx.method, ctx.trace = method, trace
-        return trace.out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("create_graph is True; the gradient of a fixed point has none, so it takes False")
-        if ctx.trace is None:
-            raise RuntimeError("the layer's trace is freed; a second backward takes retain_graph=True in the first")
-        out, jacobian, inputs, parameters, applications = ctx.trace
-        retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        if not retained:
-            ctx.trace = None
-        leaves = (*inputs, *parameters)
-        wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
-        found: list[Tensor | None] = [None] * len(leaves)
-        if out.requires_grad:
-            hooked = [p for p in parameters if p.is_leaf]  # their hooks run where the gradient arrives, and not here
-            with (
-                torch.autocast(gradient.device.type, enabled=False),
-                set_aside(hooked, "_backward_hooks", None),
-                applications.still(),
-            ):
-                w = ctx.method.cotangent(gradient, jacobian)
-                grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, retained, allow_unused=True)
-            for i, grad in zip(wanted, grads, strict=True):
-                found[i] = grad
-        return (None, None, *found)
-
-
-def _unlisted_leaves(out: Tensor, known: Iterable[Tensor], since: int) -> dict[Tensor, bool]:
-    """The leaves that a trace reaches and that get no gradient, as they are not ``known``.
+class ImplicitLayer:
+    """A layer with the parameters that get a gradient, and the gradient method.
 
     Args:
-        out: the trace's output.
-        known: the tensors that get one.
-        since: the `_sequence_number` at which the trace began.
+        layer: T(x, *inputs), as in `fixed_point`.
+        parameters: the tensors that get a gradient; None for all of the layer's module.
+        method: how to differentiate.
+        tol: the relative residual of the solve.
 
-    Returns:
-        For each whether it is reached through a graph from before the trace.
+    Attributes:
+        module: the module that the layer is or is a method of; None for another callable.
+        whole_batch: whether the module may hold data of each sample, so that no sample may leave the batch.
     """
-    known = tuple(known)
-    leaves, ends = {id(t) for t in known}, {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
-    found: dict[Tensor, bool] = {}
-    stack, seen = [(out.grad_fn, out.output_nr, False)], set()
-    while stack:
-        node, output, before = stack.pop()
-        if node is None or (node, output) in ends or (node, before) in seen:
-            continue
-        seen.add((node, before))
-        leaf = getattr(node, "variable", None)
-        if leaf is None:
-            before = before or node._sequence_nr() < since
-            stack.extend((*following, before) for following in node.next_functions)
-        elif id(leaf) not in leaves:
-            found[leaf] = before or found.get(leaf, False)
-    return found
-
-
-def _sequence_number() -> int:
-    """Autograd's count of the graph nodes that this thread has made."""
-    node: Any = torch.empty(0, requires_grad=True).clone().grad_fn
-    return int(node._sequence_nr())
-
-
-class TracedLayer:
-    """A layer with its parameters, as the method applies it at the fixed point that was found to ``tol``."""
 
     def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, tol: float) -> None:
         if isinstance(parameters, Tensor):
@@ -152,43 +54,51 @@ class TracedLayer:
         self.tol = min(tol, getattr(method, "tol", tol))  # a method that solves has its own
         self.named = parameters is not None
         if parameters is None:
-            parameters = () if self.module is None else self.module.parameters()
-        parameters = tuple({id(p): p for p in parameters}.values())  # one named twice has one gradient
-        for parameter in parameters:
+            parameters = parameters_of(self.module)
+        self.parameters = []
+        for parameter in {id(p): p for p in parameters}.values():  # one named twice has one gradient
             if not isinstance(parameter, Tensor):
                 raise TypeError(f"parameters has a {type(parameter).__name__}; it takes an iterable of tensors")
-        self.parameters = tuple(p for p in parameters if p.requires_grad)
+            if parameter.requires_grad:
+                self.parameters.append(parameter)
         self.whole_batch = holds_samples(self.module)
 
-    def __call__(
+    def apply(
         self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The output, with its gradient where gradients are enabled, and the ends of `_Applications`."""
-        method, differentiable = self.method, torch.is_grad_enabled()
-        x = x.detach().requires_grad_(differentiable and method.differentiates_in_x)
-        copies = tuple(i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs)
-        noted = method.steps - 1 if isinstance(method, Unrolled) else 0
-        applications = self._applications(x, copies, noted)
-        since = _sequence_number() if differentiable else 0
-        out = method.trace(applications, x)
-        if differentiable:
-            unlisted = _unlisted_leaves(out, (x, *copies, *self.parameters), since)
-            if unlisted:
-                self._check(unlisted, x, copies)
-            trace = _Trace(out, Jacobian(x, out, inverse), copies, self.parameters, applications)
-            out = _FixedPointFunction.apply(method, trace, *inputs, *self.parameters)
-        return out, applications.ends
+    ) -> Applied:
+        """Apply the layer as the method does, from the points x (B, …).
 
-    def _applications(self, x: Tensor, inputs: tuple[Tensor, ...], noted: int | None) -> _Applications:
-        return _Applications(self.layer, self.module, inputs, noted, self.tol, x.device)
-
-    def _check(self, unlisted: dict[Tensor, bool], x: Tensor, inputs: tuple[Tensor, ...]) -> None:
-        """Raise ValueError for a leaf that would silently get no gradient.
-
-        A leaf that was there before the layer was called is one, unless ``parameters`` was given and it is used as it
-        is, which leaves it out on purpose. A leaf that the layer made by ``detach`` is none for a method that takes
-        no derivative in x.
+        Args:
+            x: the points, which get no gradient.
+            inputs: of the layer.
+            inverse: w ↦ (I − ∂T/∂x)⁻ᵀ w, for a method that needs it.
         """
+        differentiable = torch.is_grad_enabled()
+        x = x.detach().requires_grad_(differentiable and self.method.differentiates_in_x)
+        copies = tuple([i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs])
+        steps = self.method.steps if isinstance(self.method, Unrolled) else 1
+        applications = _Applications(self, copies, updating=steps - 1)
+        since = _sequence_number() if differentiable else 0
+        out = self.method.trace(applications, x)
+        if differentiable:
+            self._check_leaves(out, x, copies, since)
+            trace = _Trace(out, x, inverse, applications)
+            out = _FixedPointFunction.apply(trace, *inputs, *self.parameters)
+        return Applied(out, applications.first, applications.last)
+
+    def apply_to_none(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The output for no samples of x, (0, …): its gradient in every input and parameter is zero."""
+        ends = [t.flatten()[:0].real.to(x) for t in (*inputs, *self.parameters)]
+        return torch.cat(ends).view(0, *x.shape[1:]) if ends else x[:0]
+
+    def _check_leaves(self, out: Tensor, x: Tensor, inputs: tuple[Tensor, ...], since: int) -> None:
+        """Raise ValueError if a leaf of the output's graph would silently get no gradient.
+
+        A tensor that existed before the layer was called is such a leaf, unless ``parameters`` was given and the
+        layer uses it directly: then it is left out on purpose. A tensor that the layer itself made by ``detach`` is
+        not, for a method that does not differentiate in x.
+        """
+        unlisted = _unlisted_leaves(out, (x, *inputs, *self.parameters), since)
         for leaf, before in unlisted.items():
             if before:
                 raise ValueError(
@@ -196,11 +106,12 @@ class TracedLayer:
                     f"{tuple(leaf.shape)} that requires a gradient and would get none; pass it in inputs=, or name the "
                     f"one of shape {tuple(leaf.shape)} in parameters="
                 )
-        if self.named and not self.method.differentiates_in_x:
+        if not unlisted or (self.named and not self.method.differentiates_in_x):
             return
+        # What a second application makes anew was made by the layer; what it uses again was there before.
         some = slice(None) if self.whole_batch or not inputs else slice(1)  # else the layer may hold the whole batch's
         x, inputs = x[some].detach().requires_grad_(x.requires_grad), tuple(i[some].detach() for i in inputs)
-        again = _unlisted_leaves(self._applications(x, inputs, None)(x), (x, *inputs, *self.parameters), 0)
+        again = _unlisted_leaves(_Applications(self, inputs)(x), (x, *inputs, *self.parameters), 0)
         for leaf in unlisted:
             if leaf in again and not self.named:
                 raise ValueError(
@@ -213,7 +124,122 @@ class TracedLayer:
                 "that does not detach"
             )
 
-    def nothing(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """An output for no samples of x, (0, …): its gradient in every input and parameter is zero."""
-        ends = [t.flatten()[:0].real.to(x) for t in (*inputs, *self.parameters)]
-        return torch.cat(ends).view(0, *x.shape[1:]) if ends else x[:0]
+
+class _Applications:
+    """x ↦ T(x; inputs) for a method's trace, with the module held still.
+
+    Args:
+        implicit: the layer.
+        inputs: of the layer.
+        updating: the number of the application, from 0, that updates running statistics; None for none.
+    """
+
+    first: Pair
+    last: Pair
+
+    def __init__(self, implicit: ImplicitLayer, inputs: tuple[Tensor, ...], updating: int | None = None) -> None:
+        self.implicit, self.inputs, self.updating = implicit, inputs, updating
+        self.state = TrainingState(implicit.module)
+        self.count = 0
+
+    @contextmanager
+    def held_still(self, device: torch.device, updating: bool = False) -> Iterator[None]:
+        """The surroundings of every application; backward needs them too, because it may evaluate parts again."""
+        state = self.state.updated() if updating else self.state.used()
+        with state, frozen(self.implicit.module), precision_for(self.implicit.tol, device):
+            yield
+
+    def __call__(self, x: Tensor) -> Tensor:
+        updating = len(x) > 0 and self.count == self.updating
+        with self.held_still(x.device, updating), convolutions_for(self.implicit.tol):
+            image = evaluate(self.implicit.layer, "layer", x, self.inputs)
+        self.last = x.detach(), image.detach()
+        if self.count == 0:
+            self.first = self.last
+        self.count += 1
+        return image
+
+
+class _Trace(NamedTuple):
+    """A method's output, traced from the fixed point x, from copies of the inputs and from the parameters."""
+
+    out: Tensor
+    x: Tensor
+    inverse: Callable[[Tensor], Tensor] | None
+    applications: _Applications
+
+
+class _FixedPointFunction(torch.autograd.Function):
+    """The output of a trace; backward differentiates that trace, with the method's cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, trace: _Trace, *tensors: Tensor) -> Tensor:
+        ctx.trace = trace
+        return trace.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph is True; the gradient of a fixed point has none, so it takes False")
+        if ctx.trace is None:
+            raise RuntimeError("the layer's trace is freed; a second backward takes retain_graph=True in the first")
+        out, x, inverse, applications = ctx.trace
+        method, parameters = applications.implicit.method, applications.implicit.parameters
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not retained:
+            ctx.trace = None
+        leaves = (*applications.inputs, *parameters)
+        found: list[Tensor | None] = [None] * len(leaves)
+        if out.requires_grad:
+            wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+            hooked = [p for p in parameters if p.is_leaf]  # autograd runs their hooks when the gradient arrives there
+            with (
+                torch.autocast(gradient.device.type, enabled=False),
+                assigned(hooked, "_backward_hooks", None),
+                applications.held_still(gradient.device),
+            ):
+                w = method.cotangent(gradient, Jacobian(x, out, inverse))
+                grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, retained, allow_unused=True)
+            for i, grad in zip(wanted, grads, strict=True):
+                found[i] = grad
+        return (None, *found)
+
+
+def _unlisted_leaves(out: Tensor, known: Iterable[Tensor], since: int) -> dict[Tensor, bool]:
+    """The leaves of the output's graph that are not ``known`` and so get no gradient.
+
+    Args:
+        out: the trace's output.
+        known: the tensors that get a gradient.
+        since: the `_sequence_number` at which the trace began.
+
+    Returns:
+        For each leaf, whether it is reached through a graph that is older than the trace.
+    """
+    leaves, ends = set(), set()
+    for tensor in known:
+        leaves.add(id(tensor))
+        if tensor.grad_fn is not None:
+            ends.add((tensor.grad_fn, tensor.output_nr))
+    found: dict[Tensor, bool] = {}
+    stack: list[tuple[Any, int, bool]] = [(out.grad_fn, out.output_nr, False)]
+    seen = set()
+    while stack:
+        node, output, before = stack.pop()
+        if node is None or (node, output) in ends or (node, before) in seen:
+            continue
+        seen.add((node, before))
+        leaf = getattr(node, "variable", None)
+        if leaf is None:
+            before = before or node._sequence_nr() < since
+            for following, number in node.next_functions:
+                stack.append((following, number, before))
+        elif id(leaf) not in leaves:
+            found[leaf] = before or found.get(leaf, False)
+    return found
+
+
+def _sequence_number() -> int:
+    """Autograd's count of the graph nodes that this thread has made."""
+    node: Any = torch.empty(0, requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())

@@ -9,22 +9,21 @@ from torch import Tensor
 
 from jfbfast.backends.reference import per_sample
 from jfbfast.convergence import warn_unconverged
-from jfbfast.implicit.autograd import TracedLayer
+from jfbfast.implicit.autograd import ImplicitLayer, Pair
+from jfbfast.implicit.forward import ForwardSolve, autocast_dtype
 from jfbfast.implicit.frozen import TrainingState, step_spectral_norms
 from jfbfast.implicit.methods import GradientMethod, Unrolled, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
-from jfbfast.implicit.solve import Solve, autocast_dtype
 from jfbfast.implicit.unroll import unroll
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
 from jfbfast.solvers.base import check_batch, checked_solver
 from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
 
 
-def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: Tensor) -> None:
+def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: int) -> None:
     status = solution.status
     diverged, late = (int((status == s).sum()) for s in (Status.DIVERGED, Status.MAX_ITER))
-    told = int(contradicted.sum())
-    if diverged or (late and solver.tol > 0) or told:
+    if diverged or (late and solver.tol > 0) or contradicted:
         dtype = solution.value.dtype
         beyond = late and 0 < solver.tol < torch.finfo(dtype).eps
         warn_unconverged(
@@ -33,81 +32,73 @@ def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: 
             f"largest residual {float(solution.residual.max()):.1e})"
             + (f"; tol is below the rounding of {dtype}" if beyond else "")
             + (
-                f"; for {told} of them the layer, applied to the whole batch after the solve, leaves a larger residual "
-                "than the solve measured: the layer couples the samples of a batch, or changes between evaluations"
-                if told
+                f"; for {contradicted} of them the layer, applied to the whole batch after the solve, leaves a larger "
+                "residual than the solve measured: the layer couples the samples of a batch, or changes between "
+                "evaluations"
+                if contradicted
                 else ""
             )
         )
 
 
-def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """w ↦ (I − ∂T/∂x)⁻ᵀ w by the solver's estimate, for the batch of these rows of the solve's."""
+def _apply(
+    implicit: ImplicitLayer, solution: FixedPointSolution, points: Tensor, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Pair]:
+    """Apply the layer at ``points``; diverged samples keep their solution value and get no gradient.
+
+    Returns:
+        The output (B, …), the rows of the batch that the layer was applied to, and (x, T(x)) of those rows.
+    """
+    usable = solution.status != Status.DIVERGED
+    rows, value = usable.nonzero()[:, 0], solution.value
+    if inputs and not len(rows):  # the layer may not take an empty batch
+        return value.index_put((rows,), implicit.apply_to_none(value, inputs)), rows, (value[rows], value[rows])
+    if len(rows) == len(usable):
+        out, pair, _ = implicit.apply(points, inputs, _inverse(solution, rows))
+        return out, rows, pair
+    if inputs and not implicit.whole_batch:
+        out, pair, _ = implicit.apply(points[rows], tuple([i[rows] for i in inputs]), _inverse(solution, rows))
+        return value.index_put((rows,), out), rows, pair
+    # The batch stays whole: the diverged samples take part as zeros.
+    zeroed = tuple([i.masked_fill(per_sample(~usable, i), 0) for i in inputs])
+    everything = torch.arange(len(usable), device=usable.device)
+    out, pair, _ = implicit.apply(points.nan_to_num(), zeroed, _inverse(solution, everything))
+    if out.requires_grad and not out[~usable].isfinite().all():
+        holder = "layer holds data" if inputs else "inputs is empty, and the layer captured data"
+        raise ValueError(
+            f"{holder} of which {int((~usable).sum())} samples are not finite; "
+            "what each sample owns must be in inputs for it to be kept out of the gradient"
+        )
+    return value.index_put((rows,), out[rows]), everything, pair
+
+
+def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """w ↦ (I − ∂T/∂x)⁻ᵀ w for these rows of the batch, by the solver's estimate; None if it made none."""
     estimate = solution.inverse
-    assert estimate is not None
+    if estimate is None or len(rows) == len(solution.value):
+        return None if estimate is None else estimate.transpose
 
     def of_rows(w: Tensor) -> Tensor:
         whole = w.new_zeros(solution.value.shape)
         whole[rows] = w
         return estimate.transpose(whole)[rows]
 
-    return estimate.transpose if len(rows) == len(solution.value) else of_rows
+    return of_rows
 
 
-def _without(samples: Tensor, value: Tensor) -> Tensor:
-    """Zero for these samples, bool (B,), in a tensor (B, …); they get no gradient."""
-    return value.masked_fill(per_sample(samples, value), 0)
-
-
-def _apply(
-    traced: TracedLayer, solution: FixedPointSolution, points: Tensor, inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The output at these points, but the value of a sample that diverged, which takes no part in the gradient.
-
-    Returns:
-        The output (B, …), the rows of the batch that the layer was applied to, and its (x, T(x)) there.
-    """
-    usable = solution.status != Status.DIVERGED
-    if inputs and not usable.any():  # nor is the layer called, which may not take an empty batch
-        none = usable.nonzero()[:, 0]
-        value = solution.value
-        return value.index_put((none,), traced.nothing(value, inputs)), none, (value[none], value[none])
-    rows, everything = torch.arange(len(usable), device=usable.device), bool(usable.all())
-    whole = everything or traced.whole_batch or not inputs
-    if not whole:
-        rows = rows[usable]
-        points, inputs = points[rows], tuple(i[rows] for i in inputs)
-    elif not everything:
-        points, inputs = points.nan_to_num(), tuple(_without(~usable, i) for i in inputs)
-    inverse = None if solution.inverse is None else _inverse(solution, rows)
-    out, ends = traced(points, inputs, inverse)
-    if everything:
-        return out, rows, ends[0]
-    if whole:
-        if out.requires_grad and not out[~usable].isfinite().all():
-            holder = "layer holds data" if inputs else "inputs is empty, and the layer captured data"
-            raise ValueError(
-                f"{holder} of which {int((~usable).sum())} samples are not finite; "
-                "what each sample owns must be in inputs for it to be kept out of the gradient"
-            )
-        out = out[usable]
-    return solution.value.index_put((usable.nonzero()[:, 0],), out), rows, ends[0]
-
-
-def _measured(
-    solution: FixedPointSolution, rows: Tensor, pair: tuple[Tensor, Tensor], solver: FixedPointSolver
+def _advance(
+    solution: FixedPointSolution, rows: Tensor, pair: Pair, solver: FixedPointSolver
 ) -> tuple[FixedPointSolution, Tensor]:
-    """The solution one step on, where (x, T(x)) of these rows measures it; and who stays behind, (B,).
+    """Advance the solution using the traced (x, T(x)) of these rows; also return a mask of the rejected samples, (B,).
 
-    Those are samples that the solve had converged and that this finds above the tolerance, and samples
-    whose residual has grown.
+    A sample is rejected if the solve called it converged and it is above the tolerance at x, or if its residual has
+    grown there.
     """
-    assert solution.following is not None
     residual, size = norms(*pair)
     relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
     value, known, status = solution.value[rows], solution.residual[rows], solution.status[rows]
-    held = residual <= solver.tol * size + solver.atol
-    sound = torch.where(status == Status.CONVERGED, held, relative <= SAFEGUARD_GROWTH * known)
+    within = residual <= solver.tol * size + solver.atol
+    sound = torch.where(status == Status.CONVERGED, within, relative <= SAFEGUARD_GROWTH * known)
     usable = status != Status.DIVERGED
     moved = usable & sound
     rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), usable & ~sound)
@@ -115,17 +106,17 @@ def _measured(
         rows,
         value=torch.where(per_sample(moved, value), pair[0], value),
         residual=torch.where(moved, relative, known),
-        status=status.masked_fill(moved & held, Status.CONVERGED),
+        status=status.masked_fill(moved & within, Status.CONVERGED),
     ), rejected
 
 
-def _checked(
-    solution: FixedPointSolution, rows: Tensor, pair: tuple[Tensor, Tensor], solver: FixedPointSolver
+def _check_claims(
+    solution: FixedPointSolution, rows: Tensor, pair: Pair, solver: FixedPointSolver
 ) -> tuple[FixedPointSolution, Tensor]:
-    """Hold what the solve claims of these rows against (x, T(x)) at their values; also return who fails, (B,).
+    """Compare the residuals that the solve claims with (x, T(x)) at its values; also return who fails, (B,).
 
-    The residual of those is the one found here. Twice the claim and some rounding are allowed, since the solve
-    evaluates a prepared form of the layer.
+    Samples that fail end as MAX_ITER with the residual found here. Twice the claim and some rounding are allowed,
+    because the solve evaluates a prepared form of the layer.
     """
     residual, size = norms(*pair)
     relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
@@ -169,36 +160,39 @@ def solve_fixed_point(
             f"gradient is {method}; it takes a solver with a history, Anderson or Broyden, and solver is {solver}"
         )
     check_batch(x0, inputs)
-    traced = TracedLayer(layer, parameters, method, solver.tol)
     inputs = tuple(inputs)
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x0, *inputs, *traced.parameters)):
-        raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
-    if traced.module is not None:
-        step_spectral_norms(traced.module)
+    implicit = ImplicitLayer(layer, parameters, method, solver.tol)
+    for tensor in (x0, *inputs, *implicit.parameters):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
+    step_spectral_norms(implicit.module)
     if isinstance(method, Unrolled):
-        out, solution = unroll(traced, method, x0, inputs, solver)
+        out, solution = unroll(implicit, method, x0, inputs, solver)
         if (solution.status == Status.DIVERGED).any():
-            out = _apply(traced, solution, x0, inputs)[0]
+            out = _apply(implicit, solution, x0, inputs)[0]
         return out, solution
-    before = TrainingState(traced.module)
-    solve = Solve(traced, solver, solve_dtype, compile_solve)
-    solution = solve(x0, inputs, estimating)
+
+    # Solve; apply the layer once, one step beyond the solve's last iterate, with its gradient; verify.
+    state = TrainingState(implicit.module)
+    forward = ForwardSolve(implicit, solver, solve_dtype, compile_solve)
+    solution = forward.find(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
         solution = solution._replace(following=solution.value)
     following = None if autocast_dtype(x0) is not None else solution.following
-    out, rows, pair = _apply(traced, solution, solution.value if following is None else following, inputs)
-    rejected = None
-    if following is not None:
-        solution, rejected = _measured(solution, rows, pair, solver)
+    points = solution.value if following is None else following
+    out, rows, pair = _apply(implicit, solution, points, inputs)
+    contradicted = None
+    if following is None:
+        solution, contradicted = _check_claims(solution, rows, pair, solver)
+    else:
+        solution, rejected = _advance(solution, rows, pair, solver)
         if rejected.any():
-            before.restore()
-            solution = solve.finish(solution, rejected, inputs)
-            out, rows, pair = _apply(traced, solution, solution.value, inputs)
-    contradicted = torch.zeros_like(solution.status, dtype=torch.bool)
-    if rejected is None or rejected.any():
-        solution, contradicted = _checked(solution, rows, pair, solver)
-    _warn(solution, solver, contradicted)
-    return out, solution._replace(inverse=None, following=None)  # the backward alone holds the estimate
+            state.restore()
+            solution = forward.finish(solution, rejected, inputs)
+            out, rows, pair = _apply(implicit, solution, solution.value, inputs)
+            solution, contradicted = _check_claims(solution, rows, pair, solver)
+    _warn(solution, solver, 0 if contradicted is None else int(contradicted.sum()))
+    return out, solution._replace(inverse=None, following=None)  # only the backward keeps the estimate
 
 
 @torch.compiler.disable

@@ -1,19 +1,19 @@
-"""A layer held still: the same map at every evaluation of a solve, its state stepped once a forward.
+"""Hold a layer still: it is the same map at every evaluation of one forward, and changes its state once.
 
-During a solve, and in the layer that carries the gradient, a network in train() normalises by the
-running statistics of its batch norms (batch statistics would couple the samples), applies no
-dropout, and keeps its spectral-norm weights. What a training forward changes is done here, once:
-one power iteration before the solve, one update of the running statistics at the fixed point.
-A step never writes over a buffer but puts a new tensor in its place, since an earlier forward's graph may need
-the old one. A batch norm with track_running_stats=False couples the samples all the same: eval() leaves it no
-statistics but the batch's.
+During a solve, and in the application that carries the gradient, a network in train() normalises by the running
+statistics of its batch norms (batch statistics would couple the samples), applies no dropout, and keeps its spectral
+norms. What a training forward changes happens here, once: one power iteration before the solve, and one update of the
+running statistics at the fixed point. Buffers are replaced and never written over, because the graph of an earlier
+forward may still need the old ones.
+
+Threads: in eval() nothing of a module is changed, so that threads may solve with it at the same time. A module in
+train() belongs to one thread at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from threading import Lock
 from typing import Any
 
 import torch
@@ -23,63 +23,119 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from jfbfast import buffers
-from jfbfast.models.lipschitz import NormalisedConv2d, SpectralNormConv2d
+
+
+class NormalisedConv2d(nn.Conv2d):
+    """Conv2d whose weight is W divided by a norm of it; a solve computes the quotient once, by `materialise`.
+
+    Arguments as in torch.nn.Conv2d. Unlike torch's parametrisations it can be pickled.
+
+    Attributes:
+        iterated: names of the buffers that `power_iteration` writes over.
+    """
+
+    iterated: tuple[str, ...] = ()
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._materialised: Tensor | None = None
+
+    def normalised_weight(self) -> Tensor:
+        """The weight divided by its norm, differentiable in W."""
+        raise NotImplementedError
+
+    def power_iteration(self) -> None:
+        """Update the estimate of the norm by one step, for a norm that is iterated."""
+
+    @torch.no_grad()
+    def materialise(self) -> None:
+        """Fix the weight as it is now, without gradients, until `release`."""
+        self._materialised = self.normalised_weight()
+
+    def release(self) -> None:
+        """Undo `materialise`."""
+        self._materialised = None
+
+    def current_weight(self) -> Tensor:
+        """The weight that `materialise` fixed, or else a newly computed one."""
+        return self.normalised_weight() if self._materialised is None else self._materialised
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self._materialised is None:
+            self.power_iteration()
+        return self._conv_forward(x, self.current_weight(), self.bias)
 
 
 def owner(layer: Callable[..., Tensor]) -> nn.Module | None:
-    """The module that a layer is, or is a method of; None for another callable."""
+    """The module that a layer is, or is a method of; None for any other callable."""
     found = getattr(layer, "__self__", layer)
     return found if isinstance(found, nn.Module) else None
 
 
-_lock = Lock()
-_kept: dict[tuple[int, str], tuple[int, Any]] = {}  # by object and attribute: how many are within, and its value
+def submodules(module: nn.Module | None) -> list[nn.Module]:
+    """`module.modules()` as a list, and empty for None; without torch's generators, which cost more than a solver."""
+    found: dict[nn.Module, None] = {}
+    left = [module]
+    while left:
+        each = left.pop()
+        if each is not None and each not in found:
+            found[each] = None
+            left.extend([*each._modules.values()][::-1])
+    return list(found)
+
+
+def parameters_of(module: nn.Module | None) -> list[nn.Parameter]:
+    """The parameters of a module and its submodules, in the order of `module.parameters()`; empty for None."""
+    return [p for m in submodules(module) for p in m._parameters.values() if p is not None]
+
+
+def _in_training(module: nn.Module | None) -> list[nn.Module]:
+    return [m for m in submodules(module) if getattr(m, "training", False)]  # torch.jit.freeze takes it away
 
 
 @contextmanager
-def set_aside(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
-    """An attribute of the objects is ``value`` within.
-
-    Of several threads the first to enter keeps what it was, and the last to leave puts that back.
-    """
-    objects, entered = tuple(objects), []
+def assigned(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of the objects to ``value`` within the context, and restore it after."""
+    changed = []
     try:
-        with _lock:
-            for each in objects:
-                within, kept = _kept.get((id(each), name)) or (0, getattr(each, name))
+        for each in objects:
+            earlier = getattr(each, name)
+            plain = name in vars(each) and "__setattr__" not in vars(type(each))
+            if plain:  # torch's own __setattr__ costs more than the rest of a solve
+                vars(each)[name] = value
+            else:
                 setattr(each, name, value)
-                _kept[id(each), name] = within + 1, kept
-                entered.append(each)
+            changed.append((each, earlier, plain))
         yield
     finally:
-        with _lock:
-            for each in entered:
-                within, kept = _kept.pop((id(each), name))
-                if within > 1:
-                    _kept[id(each), name] = within - 1, kept
-                else:
-                    setattr(each, name, kept)
+        for each, earlier, plain in changed:
+            if plain:
+                vars(each)[name] = earlier
+            else:
+                setattr(each, name, earlier)
 
 
 @contextmanager
-def fixed_map(module: nn.Module | None) -> Iterator[None]:
-    """``module`` in eval() within; its modules' own modes come back after.
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """``module`` in eval() within the context; the modes come back after it.
 
-    An instance norm in train() goes on normalising by each sample's own statistics, which couple no samples.
+    An instance norm in train() continues to normalise by each sample's own statistics, which couples no samples.
     """
-    modules = () if module is None else tuple(module.modules())
-    instance_norms = [m for m in modules if isinstance(m, _InstanceNorm) and m.training and m.track_running_stats]
+    training = _in_training(module)
+    if not training:
+        yield
+        return
+    instance_norms = [m for m in training if isinstance(m, _InstanceNorm) and m.track_running_stats]
     with ExitStack() as stack:
         for name, value in (("track_running_stats", False), ("running_mean", None), ("running_var", None)):
-            stack.enter_context(set_aside(instance_norms, name, value))
-        with_modes = [m for m in modules if hasattr(m, "training")]  # torch.jit.freeze takes it away
-        stack.enter_context(set_aside(with_modes, "training", False))
+            stack.enter_context(assigned(instance_norms, name, value))
+        stack.enter_context(assigned(training, "training", False))
         yield
 
 
 @contextmanager
-def _cached_apart() -> Iterator[None]:
-    """torch's `parametrize.cached`, whose one cache else hands what is computed within to a caller's that is open."""
+def _own_parametrization_cache() -> Iterator[None]:
+    """Like `parametrize.cached()`, but with a fresh cache, so nothing leaks into one the caller has open."""
     callers, parametrize._cache = parametrize._cache, {}
     try:
         with parametrize.cached():
@@ -90,79 +146,78 @@ def _cached_apart() -> Iterator[None]:
 
 @contextmanager
 def materialised_weights(module: nn.Module | None) -> Iterator[None]:
-    """Normalised weights are computed once within, without gradients."""
-    convolutions = [] if module is None else [m for m in module.modules() if isinstance(m, NormalisedConv2d)]
+    """Compute every normalised and every parametrised weight once within the context, without gradients."""
+    computed = [m for m in submodules(module) if isinstance(m, NormalisedConv2d)]
     try:
-        for conv in convolutions:
-            conv.materialise()
-        with _cached_apart():
+        for m in computed:
+            m.materialise()
+        with _own_parametrization_cache():
             yield
     finally:
-        for conv in convolutions:
-            conv.release()
+        for m in computed:
+            m.release()
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def step_spectral_norms(module: nn.Module) -> None:
-    """One power iteration of every spectral norm in train(): ours, torch's hook and its parametrisation."""
-    for m in module.modules():
-        if not getattr(m, "training", False):
+def step_spectral_norms(module: nn.Module | None) -> None:
+    """One power iteration of every spectral norm in train(): ours, torch's hook and torch's parametrisation."""
+    for m in _in_training(module):
+        if not m._buffers:
             continue
-        for name in _singular_vectors(m):
+        for name in _iterated(m):
             m._buffers[name] = m._buffers[name].clone()  # type: ignore[union-attr]
-        if isinstance(m, SpectralNormConv2d):
+        if isinstance(m, NormalisedConv2d):
             m.power_iteration()
         for hook in _spectral_norm_hooks(m):
             hook(m, ())
-    for m in module.modules():
-        if parametrize.is_parametrized(m):
-            assert isinstance(m.parametrizations, nn.ModuleDict)
-            for name, parametrizations in m.parametrizations.items():
-                if any(_is_spectral_norm(p) and p.training for p in parametrizations.children()):
+    for m in submodules(module):
+        if "parametrizations" in m._modules:
+            for name, chain in m._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
+                if any(_is_spectral_norm(p) and p.training for p in chain.children()):  # type: ignore[union-attr]
                     getattr(m, name)  # evaluating it in train() is what steps it
 
 
 def _spectral_norm_hooks(module: nn.Module) -> list[SpectralNorm]:
-    """Those of `torch.nn.utils.spectral_norm`."""
+    """The hooks of `torch.nn.utils.spectral_norm`."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
 
 
 def _is_spectral_norm(module: nn.Module) -> bool:
-    """That of `torch.nn.utils.parametrizations`."""
+    """Whether it is the parametrisation of `torch.nn.utils.parametrizations.spectral_norm`."""
     return type(module).__name__ == "_SpectralNorm"
 
 
-def _singular_vectors(module: nn.Module) -> list[str]:
-    """The buffers that a power iteration of a module writes over."""
-    if isinstance(module, SpectralNormConv2d):
-        return ["u", "v"]
+def _iterated(module: nn.Module) -> list[str]:
+    """The buffers that a module's power iteration writes over."""
+    if isinstance(module, NormalisedConv2d):
+        return list(module.iterated)
     if _is_spectral_norm(module):
         return ["_u", "_v"]
     return [f"{hook.name}_{vector}" for hook in _spectral_norm_hooks(module) for vector in "uv"]
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """A norm of torch's or of anyone's, whose buffers are called running_…."""
+    """Whether a module is a norm with running statistics: torch's, or any with buffers called running_…."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
 
 
 class TrainingState:
-    """What a training forward changes in a module, as it is now: running statistics and power iterations.
+    """What a training forward changes in a module: running statistics and power iterations, as they are now.
 
-    Backward may evaluate parts of the layer again (`torch.utils.checkpoint`) after a later forward has moved on.
+    Backward may evaluate parts of the layer again (`torch.utils.checkpoint`) after a later forward changed them.
 
     Raises:
         ValueError: a SyncBatchNorm in train() in a group of several processes.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        modules = [] if module is None else [m for m in module.modules() if getattr(m, "training", False)]
-        self.norms = [m for m in modules if has_running_statistics(m)]
+        training = [m for m in _in_training(module) if m._buffers]
+        self.norms = [m for m in training if has_running_statistics(m)]
         self.kept = buffers.buffers_of(self.norms)
-        self.kept += [(m, name, m._buffers[name]) for m in modules for name in _singular_vectors(m)]
+        self.kept += [(m, name, m._buffers[name]) for m in training for name in _iterated(m)]
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:
             raise ValueError(
                 "layer has a SyncBatchNorm in train() among several processes, which would wait for one whose samples "
@@ -174,27 +229,27 @@ class TrainingState:
         buffers.restore(self.kept)
 
     def used(self) -> AbstractContextManager[None]:
-        """Within, the module has this state."""
+        """Give the module this state within the context."""
         return buffers.used(self.kept)
 
     @contextmanager
     def updated(self) -> Iterator[None]:
-        """`used` for one evaluation of the layer, which updates the running statistics.
+        """Like `used`, for one evaluation of the layer that updates the running statistics.
 
-        Each norm's own forward in train(), whatever its class, does that in a copy of the norm.
+        The update is each norm's own forward in train(), of whatever class, on a copy of the norm.
         """
-        copies = [_with_own_buffers(norm) for norm in self.norms]
+        copies = {norm: _with_own_buffers(norm) for norm in self.norms}
         updating = False
 
         @torch.inference_mode(False)
         @torch.no_grad()
         def update(norm: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal updating
-            if updating:  # a norm within another, which has its own update
+            if updating:  # a norm inside another norm, which has its own update
                 return
             updating = True
             try:
-                type(norm).forward(copies[self.norms.index(norm)], *args, **kwargs)
+                type(norm).forward(copies[norm], *args, **kwargs)
             finally:
                 updating = False
 
@@ -202,14 +257,14 @@ class TrainingState:
             for norm in self.norms:
                 stack.callback(norm.register_forward_pre_hook(update, with_kwargs=True).remove)
             yield
-        for norm, own in zip(self.norms, copies, strict=True):
+        for norm, own in copies.items():
             norm._buffers.update(own._buffers)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _with_own_buffers(norm: nn.Module) -> nn.Module:
-    """A copy that shares all but its buffers, in its mode of now."""
+    """A copy in the norm's present mode that shares everything except the buffers."""
     own = object.__new__(type(norm))  # copy() refuses parametrised modules
     cloned = {name: None if buffer is None else buffer.clone() for name, buffer in norm._buffers.items()}
     own.__dict__ = {**norm.__dict__, "_buffers": cloned}

@@ -1,318 +1,270 @@
-"""A layer prepared for a solve: the same function, without gradients, cheaper to evaluate.
+"""How the convolutions of a layer are computed, in a solve and in the application that carries the gradient.
 
-Its convolutions are evaluated by twins with weights of their own: spectral norms materialised, a
-batch norm that follows folded in, channels-last, the bias and a ReLU that follows fused where torch
-offers it, and optionally in lower precision or by Winograd's convolution (`conv3x3`). Everything
-else of the module is shared with it.
+torch's conv2d becomes Winograd's convolution where the tolerance allows it and it is faster. A solve also prepares the
+layer's weights once: channels-last, in low precision if asked for, transformed for Winograd, and with the batch norm
+that follows folded in.
 """
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from types import MethodType
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+from itertools import pairwise
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.overrides import TorchFunctionMode
 
-from jfbfast.backends.conv3x3 import conv3x3, is_conv3x3, transformed_weight, winograd_allowed
-from jfbfast.backends.dispatch import ONEDNN_HAS_BFLOAT16
-from jfbfast.implicit.frozen import owner
-from jfbfast.models.lipschitz import NormalisedConv2d, SpectralNormConv2d
+from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
+from jfbfast.implicit.frozen import NormalisedConv2d, owner, submodules
 from jfbfast.solvers import Layer
 
-
-def _plain(module: nn.Module) -> bool:
-    """Nothing but its class's forward happens when it is called."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-def _foldable(module: nn.Module) -> bool:
-    """A convolution whose function is known from its weight, which may be computed (spectral norm)."""
-    if not (isinstance(module, nn.Conv2d) and _plain(module)):
-        return False
-    known = (nn.Conv2d.forward, NormalisedConv2d.forward, SpectralNormConv2d.forward)
-    return type(module)._conv_forward is nn.Conv2d._conv_forward and type(module).forward in known
+class _Weight(NamedTuple):
+    """A convolution's weight, prepared for a solve.
 
-
-def _norm_to_fold(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.running_mean is not None and _plain(module)
-
-
-class _PreparedConv2d(nn.Conv2d):
-    """A convolution in eval() with what follows it: batch norm, ReLU. All but its forward is the source's.
-
-    Args:
-        source: the convolution.
-        norm: the batch norm to fold in.
-        relu: whether a ReLU follows.
+    Attributes:
+        source: the weight that the layer passes to conv2d; held so that no other tensor takes its id.
+        value: the same channels-last, in the dtype to compute in.
+        transformed: the same transformed for Winograd's convolution; None where that would not be used.
     """
 
-    def __init__(self, source: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: bool = False) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(_parameters=source._parameters, _buffers=source._buffers)
-        self.sources = (source, norm)  # in a tuple, so that they are not its submodules
-        self.relu = relu
-        self.dtype: torch.dtype | None = None
-        self.prepared_weight: Tensor | None = None
-        self.prepared_bias: Tensor | None = None
-        self.transformed: Tensor | None = None
-        self.eval()
-
-    def __getattr__(self, name: str) -> Any:
-        """What a forward asks of the convolution beside calling it."""
-        return getattr(self.__dict__["sources"][0], name)
-
-    def refresh(self, winograd: bool) -> None:
-        """Take the weights as they are now; ``winograd``: for Winograd's convolution, where it serves."""
-        conv, norm = self.sources
-        weight = conv.current_weight() if isinstance(conv, NormalisedConv2d) else conv.weight
-        bias = conv.bias
-        if norm is not None:
-            assert norm.running_mean is not None and norm.running_var is not None
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            scale = scale if norm.weight is None else scale * norm.weight
-            weight = weight * scale[:, None, None, None]
-            bias = (0 if bias is None else bias) - norm.running_mean
-            bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-        stored = self._stored(self.prepared_weight, weight, torch.channels_last)
-        self.prepared_weight = stored
-        self.prepared_bias = None if bias is None else self._stored(self.prepared_bias, bias, torch.contiguous_format)
-        transformed = transformed_weight(stored) if winograd and _is_conv3x3(conv) else None
-        kept = self.transformed
-        self.transformed = None if transformed is None else self._stored(kept, transformed, torch.contiguous_format)
-
-    def _stored(self, kept: Tensor | None, value: Tensor, memory_format: torch.memory_format) -> Tensor:
-        """The value in this twin's dtype; in the same memory as before, which a compiled twin holds on to."""
-        dtype = self.dtype or value.dtype
-        if kept is not None and (kept.shape, kept.dtype, kept.device) == (value.shape, dtype, value.device):
-            return kept.copy_(value)
-        return torch.empty_like(value, dtype=dtype, memory_format=memory_format).copy_(value)
-
-    def forward(self, input: Tensor) -> Tensor:  # by the name that it has in torch
-        x, conv, weight, bias = input, self.sources[0], self.prepared_weight, self.prepared_bias
-        assert weight is not None
-        with torch.autocast(x.device.type, enabled=False):
-            if x.dim() != 4:
-                out = conv._conv_forward(x.to(weight.dtype), weight, bias)
-                return F.relu_(out) if self.relu else out
-            x = x.to(weight.dtype, memory_format=torch.channels_last)
-            if self.transformed is not None:
-                return conv3x3(x, weight, bias, self.relu, self.transformed)
-            if self.relu and _fuses_relu(conv, x):
-                arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
-                return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, "relu", [], "")
-            out = conv._conv_forward(x, weight, bias)
-            return F.relu_(out) if self.relu else out
+    source: Tensor
+    value: Tensor
+    transformed: Tensor | None
 
 
-def _is_conv3x3(conv: nn.Conv2d) -> bool:
-    arguments = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return conv.padding_mode == "zeros" and is_conv3x3(*arguments)
+class Convolutions(TorchFunctionMode):
+    """Within the context, torch's conv2d is computed the fastest way that the tolerance allows.
+
+    Args:
+        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 convolutions on the CPU are
+            Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+    """
+
+    def __init__(self, tol: float) -> None:
+        super().__init__()
+        self.winograd = winograd_allowed(tol)
+        self.weights: dict[int, _Weight] = {}  # by the id of their source
+        self.dtype: torch.dtype | None = None  # of the autocast that the solve evaluates the layer under
+        self.relu = False  # whether the next convolution is to apply a ReLU too
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.conv2d:
+            return self._conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        transformed, precision = None, _NOTHING
+        relu, self.relu = self.relu, False
+        if prepared := self.weights.get(id(weight)):
+            _, weight, transformed = prepared
+            layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
+            input = input.to(weight.dtype, memory_format=layout)
+            bias = None if bias is None else bias.to(weight.dtype)
+            if self.dtype not in (None, weight.dtype):  # autocast would change it
+                precision = torch.autocast(input.device.type, enabled=False)
+        with precision:
+            return convolution(input, weight, bias, stride, padding, dilation, groups, relu, self.winograd, transformed)
 
 
-def _fuses_relu(conv: nn.Conv2d, x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and (x.dtype == torch.float32 or ONEDNN_HAS_BFLOAT16)
-        and bool(torch.backends.mkldnn.enabled)
-        and not isinstance(conv.padding, str)
-        and conv.padding_mode == "zeros"
-        and x.numel() > 0
-        and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+class _SolveConvolutions(Convolutions):
+    """`Convolutions` of a module whose weights stay the same while this object is used.
 
+    Args:
+        module: the module, in eval().
+        tol: as in `Convolutions`.
+        dtype: of the autocast around the evaluations, to compute in; None for the weights' own.
+    """
 
-def _pointwise_flops(x: Any, weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+    def __init__(self, module: nn.Module, tol: float, dtype: torch.dtype | None) -> None:
+        super().__init__(tol)
+        self.dtype = dtype
+        modules = submodules(module)
+        convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
+        low = self._low_precision(module, modules, convolutions) if dtype else set()
+        self.chains = {}
+        for sequential in modules:
+            if not isinstance(sequential, nn.Sequential) or "forward" in vars(sequential):
+                continue
+            if type(sequential).forward is nn.Sequential.forward:
+                pairs = _foldable_pairs(sequential)
+                folded = {conv: self._fold(conv, norm, conv in low) for conv, norm in pairs.items()}
+                self.chains[sequential] = _Chain(self, sequential, folded)
+        for conv in convolutions:
+            self._prepare(_weight_of(conv), conv in low)
 
+    @staticmethod
+    def _low_precision(module: nn.Module, modules: list[nn.Module], convolutions: list[nn.Conv2d]) -> set[nn.Conv2d]:
+        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
+        operators = [m for m in modules if m is not module and callable(getattr(m, "adjoint", None))]
+        measuring = {m for operator in operators for m in operator.modules()}
+        return set([conv for conv in convolutions if conv not in measuring][1:-1])
 
-_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-if _pointwise is not None and _pointwise not in flop_registry:  # torch counts nothing for it
-    register_flop_formula(_pointwise)(_pointwise_flops)
+    def _prepare(self, weight: Tensor, low: bool) -> None:
+        """Prepare a weight that the layer will pass to conv2d."""
+        value = weight.to(self.dtype if low else weight.dtype, memory_format=torch.channels_last)
+        transformed = transformed_weight(value) if self.winograd and weight.shape[2:] == (3, 3) else None
+        self.weights[id(weight)] = _Weight(weight, value, transformed)
 
+    def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, low: bool) -> tuple[Tensor, Tensor]:
+        """The weight and the bias of the convolution with the batch norm behind it."""
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        weight = _weight_of(conv) * scale[:, None, None, None]
+        bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
+        bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
+        self._prepare(weight, low)
+        return weight, bias
 
-def _folded(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    """The chain of a Sequential: a convolution takes in the batch norm and the ReLU behind it."""
-    while modules:
-        module, *modules = modules
-        if not _foldable(module):
-            yield module
-            continue
-        assert isinstance(module, nn.Conv2d)
-        norm, relu = None, False
-        if modules and _norm_to_fold(modules[0]):
-            norm, *modules = modules
-        if modules and type(modules[0]) is nn.ReLU and _plain(modules[0]):
-            relu, modules = True, modules[1:]
-        assert norm is None or isinstance(norm, nn.BatchNorm2d)
-        yield _PreparedConv2d(module, norm, relu)
+    def __enter__(self) -> _SolveConvolutions:
+        for sequential, chain in self.chains.items():
+            vars(sequential).setdefault("forward", chain)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for sequential, chain in self.chains.items():
+            if vars(sequential).get("forward") is chain:
+                del vars(sequential)["forward"]
 
 
 class _Chain:
-    """The forward of a Sequential's twin, whose members are the Sequential's own for whoever asks for one."""
+    """The forward of a Sequential for one thread: batch norms folded, and ReLUs fused, into the convolutions before.
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
+    Other threads get the Sequential's own forward.
 
-    def __call__(self, x: Any) -> Any:
-        for module in self.modules:
-            x = module(x)
-        return x
+    Args:
+        convolutions: what computes the convolutions.
+        sequential: the Sequential.
+        folded: for a convolution that a batch norm follows, the weight and the bias of both.
+    """
 
+    def __init__(
+        self,
+        convolutions: Convolutions,
+        sequential: nn.Sequential,
+        folded: dict[nn.Conv2d, tuple[Tensor, Tensor]],
+    ) -> None:
+        self.convolutions, self.sequential, self.thread = convolutions, sequential, get_ident()
+        members = [m for m in sequential._modules.values() if m is not None]
+        self.steps: list[tuple[nn.Module, tuple[Tensor, Tensor] | None, bool]] = []
+        while members:
+            module, *members = members
+            if module in folded:
+                members = members[1:]  # the batch norm
+            relu = isinstance(module, nn.Conv2d) and _plain_convolution(module) and bool(members)
+            relu = relu and type(members[0]) is nn.ReLU and _plain(members[0])
+            members = members[relu:]
+            self.steps.append((module, folded.get(module), relu))  # type: ignore[call-overload]
 
-@cache
-def _twin_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a copy: what its forward sets on it is set on the module too."""
-
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
-        for module in self.__dict__.get("_source", ()):
-            setattr(module, name, value)
-        kind.__setattr__(self, name, value)
-
-    def __delattr__(self: nn.Module, name: str) -> None:
-        for module in self.__dict__.get("_source", ()):
-            delattr(module, name)
-        kind.__delattr__(self, name)
-
-    own = {"__setattr__": __setattr__, "__delattr__": __delattr__, "__class__": property(lambda self: kind)}
-    return type(kind.__name__, (kind,), {**own, "__module__": kind.__module__})
-
-
-class _Twin:
-    """The twin of a module tree: containers are copies, convolutions prepared, everything else shared."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
-        self.copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
-        self.convolutions: list[_PreparedConv2d] = []
-        self.seen: dict[nn.Module, nn.Module] = {}
-        self.compiled: dict[Callable[..., Any] | None, Layer] = {}
-        self.module = self._twin(module)
-        operators = [m for m in module.modules() if m is not module and callable(getattr(m, "adjoint", None))]
-        measuring = {m for operator in operators for m in operator.modules()}  # whose A and Aᵀ keep their precision
-        own = [conv for conv in self.convolutions if conv.sources[0] not in measuring]
-        for conv in own[1:-1]:  # the first and the last map from and to the image, and are cheap
-            conv.dtype = dtype
-
-    def _twin(self, module: nn.Module) -> nn.Module:
-        if module not in self.seen:
-            self.seen[module] = self._made(module)
-        return self.seen[module]
-
-    def _made(self, module: nn.Module) -> nn.Module:
-        if isinstance(module, _PreparedConv2d):
-            self.convolutions.append(module)
-            return module
-        if _foldable(module):
-            assert isinstance(module, nn.Conv2d)
-            return self._made(_PreparedConv2d(module))
-        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
-            return module
-        own: dict[str, Any] = {"_source": (module,)}
-        if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
-            members = list(module._modules.values())
-            chain = [self._twin(m) for m in _folded([m for m in members if m is not None])]
-            if chain == members:
-                return module
-            own["forward"] = _Chain(chain)
-        else:
-            twins = {name: None if m is None else self._twin(m) for name, m in module._modules.items()}
-            if twins == module._modules:
-                return module
-            own["_modules"] = twins
-        try:
-            kind = _twin_class(type(module))  # type: ignore[arg-type]  # which is hashable
-        except Exception:  # a class that may not be derived from in this way, for its own reasons
-            return module
-        copy = object.__new__(kind)
-        self.copies.append((module, copy, own))
-        return copy
-
-    def method(self, function: Callable[..., Any] | None, compiled: bool) -> Layer:
-        """That function of the module's as a method of the twin, None the twin itself; a compiled one is kept."""
-        method: Layer = self.module.__call__
-        if function is getattr(type(self.module), "forward", None):
-            method = self.module.forward  # of a Sequential's twin one of its own
-        elif function is not None:
-            method = MethodType(function, self.module)
-        if not compiled:
-            return method
-        if function not in self.compiled:
-            self.compiled[function] = torch.compile(method)
-        return self.compiled[function]
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def refresh(self, winograd: bool = False) -> None:
-        """Take everything as it is now in the module; ``winograd`` as in `_PreparedConv2d.refresh`."""
-        for module, copy, own in self.copies:
-            object.__setattr__(copy, "__dict__", {**module.__dict__, "training": False, **own})
-        for conv in self.convolutions:
-            conv.refresh(winograd)
+    def __call__(self, input: Any) -> Any:
+        if get_ident() != self.thread:
+            return nn.Sequential.forward(self.sequential, input)
+        for module, folded, relu in self.steps:
+            self.convolutions.relu = relu
+            input = module(input) if folded is None else module._conv_forward(input, *folded)  # type: ignore[operator]
+        return input
 
 
-_Structure = tuple[tuple[str, int, bool], ...]
+def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
+    """The convolutions of a Sequential that a batch norm in eval() follows, which can be folded into them.
+
+    A convolution that occurs twice stays as it is.
+    """
+    members = list(sequential._modules.values())
+    return {
+        conv: norm
+        for conv, norm in pairwise(members)
+        if type(norm) is nn.BatchNorm2d
+        and isinstance(conv, nn.Conv2d)
+        and norm.running_mean is not None
+        and _plain(norm)
+        and _plain_convolution(conv)
+        and members.count(conv) == 1
+    }
 
 
-def _structure(module: nn.Module) -> _Structure:
-    return tuple((name, id(m), _plain(m)) for name, m in module.named_modules(remove_duplicate=False))
+def _plain_convolution(conv: nn.Conv2d) -> bool:
+    """Whether calling a convolution does nothing but convolve with its weight, which may be computed."""
+    return (
+        _plain(conv)
+        and type(conv)._conv_forward is nn.Conv2d._conv_forward
+        and type(conv).forward in (nn.Conv2d.forward, NormalisedConv2d.forward)
+    )
 
 
-class _Twins(threading.local):
-    """The twins that a module keeps of itself, by dtype, in each thread; they are not copied or saved with it."""
+def _plain(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
-    def __init__(self) -> None:
-        self.made: dict[torch.dtype | None, tuple[_Structure, _Twin]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Twins:
-        return _Twins()
+def _weight_of(conv: nn.Conv2d) -> Tensor:
+    return conv.current_weight() if isinstance(conv, NormalisedConv2d) else conv.weight
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Twins, ()
+
+def convolutions_for(tol: float) -> AbstractContextManager[object]:
+    """The context for an application with gradients: `Convolutions`, or nothing where ``tol`` leaves them to torch."""
+    return Convolutions(tol) if winograd_allowed(tol) else _NOTHING
 
 
 def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype, which is one that a layer can be prepared in; raises ValueError for another."""
+    """Return the dtype if a layer can be prepared in it; raise ValueError if not."""
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"solve_dtype is {dtype}; it takes None, torch.bfloat16 or torch.float16")
     return dtype
 
 
-def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0, compiled: bool = False) -> Layer:
-    """The layer as a solve evaluates it: the same function to rounding, in eval() and without gradients.
+@lru_cache(maxsize=32)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
-    The weights are taken at this call. What cannot be prepared is used as it is: a layer that is
-    neither a module nor a module's method, a convolution with hooks or of another class, a compiled
-    or scripted module.
+
+def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0, compiled: bool = False) -> Layer:
+    """The layer as a solve evaluates it, the same function to rounding; its module must be `frozen`.
+
+    The weights are taken at the first evaluation.
 
     Args:
         layer: a module, a module's method or any callable.
-        dtype: torch.bfloat16 or torch.float16 evaluates the layer under autocast, and its convolutions
-            in that dtype with weights that are stored in it, all but the first, the last and those of a
-            linear operator (a submodule with an ``adjoint``); None evaluates it in the weights' own
-            precision, whatever autocast the caller has.
-        tol: the relative residual that the solve is to reach. From 1e-4 on, float32 convolutions on the
-            CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and enough channels.
-        compiled: pass a module, or a module's method, through torch.compile.
+        dtype: torch.bfloat16 or torch.float16 evaluates the layer under autocast, and its convolutions in that dtype
+            with weights stored in it, except for the first, the last and those of a linear operator (a submodule with
+            an ``adjoint``); None evaluates it in the weights' own precision, whatever autocast the caller has.
+        tol: the relative residual that the solve is to reach, as in `Convolutions`.
+        compiled: pass a module, or a module's method, through torch.compile, which then computes the convolutions.
     """
-    module, function = owner(layer), getattr(layer, "__func__", None)  # by its name it may be another
-    if module is not None and (layer is module or function is not None):
-        structure, twins = _structure(module), module.__dict__.setdefault("_jfbfast_twins", _Twins()).made
-        if dtype not in twins or twins[dtype][0] != structure:
-            twins[dtype] = structure, _Twin(module, dtype)
-        twin = twins[dtype][1]
-        twin.refresh(winograd_allowed(tol))
-        layer = twin.method(function, compiled)
+    module = owner(layer)
+    function = type(layer).__call__ if layer is module else getattr(layer, "__func__", None)
+    convolutions: AbstractContextManager[object] | None = None
+    if compiled and module is not None and function is not None:
+        layer, module = partial(_compiled(function), module), None
 
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        nonlocal convolutions
+        if convolutions is None:
+            convolutions = _NOTHING if module is None else _SolveConvolutions(module, tol, dtype)
+        device = x.device.type
+        autocast = dtype is not None or torch.is_autocast_enabled(device)
+        precision = torch.autocast(device, dtype, enabled=dtype is not None) if autocast else _NOTHING
+        with precision, convolutions:
             return layer(x, *inputs)
 
     return evaluate

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jfbfast.backends.reference import band_dtype, per_sample
 from jfbfast.convergence import warn_unconverged
-from jfbfast.implicit.autograd import TracedLayer
+from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.frozen import TrainingState
 from jfbfast.implicit.methods import Unrolled
 from jfbfast.solvers import FixedPointSolution, FixedPointSolver, Status
@@ -15,17 +15,17 @@ from jfbfast.solvers.loop import DIVERGED_GROWTH, TINY, norms
 
 
 def unroll(
-    traced: TracedLayer, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
+    implicit: ImplicitLayer, method: Unrolled, x0: Tensor, inputs: tuple[Tensor, ...], solver: FixedPointSolver
 ) -> tuple[Tensor, FixedPointSolution]:
     """The method's applications from x0, and the solution that they amount to; x0 for a diverged sample.
 
     Where one diverged, the running statistics are as they were before.
     """
-    before = TrainingState(traced.module)
-    out, ends = traced(x0, inputs)
-    first_residual, first_size = norms(*ends[0])
+    before = TrainingState(implicit.module)
+    out, first, last = implicit.apply(x0, inputs)
+    first_residual, first_size = norms(*first)
     bound = DIVERGED_GROWTH * (first_residual + first_size)
-    x, image = ends[-1]
+    x, image = last
     residual, size = norms(x, image)
     diverged = ~(residual.isfinite() & size.isfinite()) | (residual > bound) | (size > bound)
     converged = ~diverged & (residual <= solver.tol * size + solver.atol)

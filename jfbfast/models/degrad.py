@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.implicit.autograd import TracedLayer
+from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.fixed_point import solve_fixed_point
-from jfbfast.implicit.frozen import has_running_statistics
+from jfbfast.implicit.forward import ForwardSolve
 from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
-from jfbfast.implicit.solve import Solve
-from jfbfast.models.denoisers import RED, DnCNN, NonexpansiveDenoiser, log_parameter
-from jfbfast.models.unet import UNet
-from jfbfast.operators.blur import SeparableBlur
+from jfbfast.models import registry
+from jfbfast.models.config import ModelConfig
+from jfbfast.models.operator_record import described, keep_operator, record_operator
+from jfbfast.models.pretrained import load_model
+from jfbfast.models.red import RED, log_parameter
+from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.iterative import (
     IterativeOperator,
     LinearOperator,
-    PhysicsOperator,
     gradient,
     gradient_step,
     linear_operator,
@@ -34,33 +32,35 @@ from jfbfast.solvers.base import checked_solver
 from jfbfast.spectrum import optimal_averaging, ritz_values
 
 
+@registry.model("paper", "preconditioned", "filtered")
 class DEGrad(nn.Module):
-    """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), trained through it (Gilton, Ongie, Willett, 2021).
+    """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), with a trained R (Gilton, Ongie, Willett, 2021).
 
-    Three forms of one layer:
+    The layer T has three forms:
 
-    - the paper's: ``DEGrad(blur, DnCNN())``, R the network itself, or ``RED(denoiser)``;
+    - the paper's: ``DEGrad(blur, DnCNN())``, where R is the network itself, or ``RED(denoiser)``;
     - preconditioned: ``preconditioner="exact"``, T(x) = x − P(Aᵀ(A x − d) + R(x)) with
-      P = (AᵀA + λI)⁻¹, of the same fixed points;
+      P = (AᵀA + λI)⁻¹, which has the same fixed points;
     - filtered, the recommended one: ``preconditioner="exact"`` with ``RED(denoiser, filter_damping="weight")``,
       R(x) = λ(x − D(W x)) with the same λ, W = AᵀA(AᵀA + δI)⁻¹ and δ = λ, so that the denoiser D sees only
-      what A keeps of x; with ``UNet(injection=True)`` as denoiser R(x; d) = λ(x − D(W x, P Aᵀd)).
+      what A keeps of x; with ``UNet(injection=True)`` as denoiser, R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
-        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (its ``A`` and
-            ``A_adjoint``). It may hold a mask or a kernel of each sample: with an operator other than a
-            `SeparableBlur`, converged samples stay in the batch. One without the ``solve`` (preconditioner,
-            injection) or ``filter`` that the layer uses gets both of an `IterativeOperator`. Its buffers are not
-            in the model's ``state_dict``, which tells what A is: loading it into a model with another A warns.
-        regularizer: R, images to images of the same shape; a denoiser D goes in a `RED`.
+        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A`` and
+            ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than a
+            `SeparableBlur`, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
+            injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. Its
+            buffers are not in the model's ``state_dict``, which records what A is: loading it into a model with
+            another A warns.
+        regularizer: R, a map of images to images of the same shape. Wrap a denoiser D in a `RED`.
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
-        damping: λ > 0 of the preconditioner, the start of a learnable parameter; None for the
+        damping: λ > 0 of the preconditioner, the start of a learnable parameter; None takes the
             weight of a `RED` regulariser.
-        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), of the same fixed points; "auto" to
-            estimate it at the first forward, and whenever `update_averaging` is called. Then it is a
-            buffer, NaN before the first estimate, which every forward tries anew until it succeeds.
-        solver: `Anderson()` where None.
+        averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), which has the same fixed points. "auto"
+            estimates it at the first forward, and whenever `update_averaging` is called. It is then a
+            buffer, NaN before the first estimate; each forward tries again until an estimate succeeds.
+        solver: None takes `Anderson()`.
         gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
             `fixed_point`).
         solve_dtype, compile_solve: as in `fixed_point`.
@@ -70,8 +70,19 @@ class DEGrad(nn.Module):
 
     Raises:
         ValueError: a value out of its range, options that contradict each other, or a denoiser of this package as R.
-        TypeError: an operator or a regulariser that cannot be called, or the former without ``adjoint``; a solver that
-            is none.
+        TypeError: an operator or a regulariser that cannot be called, an operator without ``adjoint``, or a solver
+            that is not one.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.GaussianBlur(kernel_size=5, sigma=1.0)
+        >>> red = jfbfast.RED(jfbfast.UNet(channels=1, features=(4, 8), blocks=(1, 1)), filter_damping="weight")
+        >>> model = jfbfast.DEGrad(blur, red, preconditioner="exact")
+        >>> d = blur(torch.rand(2, 1, 16, 16))
+        >>> restored = model(d)  # the solve, and one more application of the layer
+        >>> restored.square().mean().backward()  # through that one application
+        >>> restored.shape, len(model.solution.iterations)
+        (torch.Size([2, 1, 16, 16]), 2)
     """
 
     solution: FixedPointSolution | None
@@ -91,29 +102,13 @@ class DEGrad(nn.Module):
         compile_solve: bool = False,
     ) -> None:
         super().__init__()
-        blur = linear_operator("blur", blur)
-        if not callable(regularizer) or isinstance(regularizer, type):
-            raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
-        residual = isinstance(regularizer, DnCNN) and regularizer.residual
-        if residual or isinstance(regularizer, (UNet, NonexpansiveDenoiser)):
-            kind = type(regularizer).__name__
-            raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, which RED makes of one: RED({kind}(…))")
-        if preconditioner not in (None, "exact"):
-            raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
-        if preconditioner is None and damping is not None:
-            raise ValueError(f"damping is {damping}; only preconditioner='exact' takes one")
-        if preconditioner and step_size != 1.0:
-            raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
-        if preconditioner and damping is None and not isinstance(regularizer, RED):
-            raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
-        if averaging != "auto":
-            checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
+        operator = linear_operator("blur", blur)
+        _check_options(regularizer, step_size, preconditioner, damping, averaging)
         needed = {"solve"} if preconditioner else set()
         if isinstance(regularizer, RED):
             needed.update(regularizer.needs)
-        if not all(callable(getattr(blur, method, None)) for method in needed):
-            blur = IterativeOperator(blur)
-        self.blur: Any = blur
+        closed = all(callable(getattr(operator, method, None)) for method in needed)
+        self.blur: Any = operator if closed else IterativeOperator(operator)
         self.regularizer: Any = regularizer
         self.preconditioner = preconditioner
         self.averaging: float | Tensor
@@ -128,42 +123,70 @@ class DEGrad(nn.Module):
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
         self.log_damping = None if damping is None else log_parameter("damping", damping)
         self.solution = None
-        self.register_state_dict_post_hook(_record_operator)
-        self.register_load_state_dict_pre_hook(_keep_operator)
+        self.register_state_dict_post_hook(record_operator)
+        self.register_load_state_dict_pre_hook(keep_operator)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
-        """A model that ships with the package, or that `jfbfast train` wrote, in eval().
+        """Load a model that ships with the package, or that `jfbfast train` wrote, in eval().
 
-        The shipped ones, which `jfbfast.pretrained_names` lists, restore colour images (B, 3, H, W) in [−1, 1] of
-        any size, blurred with zeros beyond the edge, which are mid-grey there; their cards have the rest.
+        The shipped models (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size. They
+        were blurred with zeros, which is mid-grey, beyond the edge. The model cards in ``weights/`` have the details.
 
         Args:
             name: of a shipped model, or a file.
-            sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1], which a model for
-                a range of them takes (a `ConditionalDEGrad`); one for a single setting has its own.
+            sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1]. A model for a range
+                of them (a `ConditionalDEGrad`) needs both; a model for a single setting takes its own or None.
 
         Raises:
-            ValueError: neither, and the message lists the names; another network than a DE-GRAD; σ or noise missing,
-                out of the model's range, or another than its own.
-        """
-        from jfbfast.models.pretrained import load_model, set_measurement
+            ValueError: neither a name nor a file (the message lists the names); a network that is not a DE-GRAD;
+                σ or noise missing, out of the model's range, or other than its own.
 
+        Example:
+            >>> import jfbfast
+            >>> model = jfbfast.DEGrad.from_pretrained("gaussian5-sigma1")
+            >>> model.blur.sigma, model.training
+            ((1.0, 1.0), False)
+        """
         model, config = load_model(name)
         if not isinstance(model, cls):
             taken = "a DE-GRAD" if cls is DEGrad else f"a {cls.__name__}"
             raise ValueError(f"name is {str(name)!r}, a {config.form} network; it takes {taken}")
-        set_measurement(str(name), model, config, sigma, noise)
+        model.adapt_to(sigma, noise, config, str(name))
         return model
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, network: nn.Module) -> DEGrad:
+        """Make the untrained model around its network, for `ModelConfig.model`."""
+        if config.form == "paper":
+            if getattr(network, "is_denoiser", False):
+                raise ValueError(f"denoiser is {dict(config.denoiser)}; the paper's form takes a DnCNN, not residual")
+            return cls(config.blur(), network, step_size=config.step_size, **config.degrad_options())
+        red = RED(network, config.weight, "weight" if config.form == "filtered" else None)
+        return cls(config.blur(), red, preconditioner="exact", **config.degrad_options())
+
+    def adapt_to(self, sigma: float | None, noise: float | None, config: ModelConfig, name: str) -> None:
+        """Set a loaded model for this σ (pixels) and noise level (on [−1, 1]); None takes the values of its training.
+
+        ``config`` has the model's settings; messages call the model ``name``. Raises ValueError for values that the
+        model was not trained for.
+        """
+        for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
+            if value not in (None, own):
+                raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
+
+    def set_blur(self, blur: GaussianBlur, noise: float) -> None:
+        """Restore measurements with this blur and noise level from now on, whatever the model was trained for."""
+        self.blur = blur
 
     @property
     def step_size(self) -> Tensor | None:
-        """η, a tensor of shape (); None where the layer is preconditioned."""
+        """η, a tensor of shape (); None for a preconditioned layer."""
         return None if self.log_step_size is None else self.log_step_size.exp()
 
     @property
     def damping(self) -> Tensor | None:
-        """λ of the preconditioner, a tensor of shape (); None where there is none."""
+        """λ of the preconditioner, a tensor of shape (); None without a preconditioner."""
         if self.preconditioner is None:
             return None
         if self.log_damping is not None:
@@ -213,8 +236,8 @@ class DEGrad(nn.Module):
         before = self.averaging
         try:
             self._set_averaging(torch.nan)  # of T itself
-            solve = Solve(TracedLayer(self.layer, (), JFB(), self.solver.tol), self.solver, None, compiled=False)
-            found = solve(self.start(d) if x0 is None else x0, (d,), estimate=False)
+            implicit = ImplicitLayer(self.layer, (), JFB(), self.solver.tol)
+            found = ForwardSolve(implicit, self.solver).find(self.start(d) if x0 is None else x0, (d,))
             estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
         except BaseException:
             self.averaging = before
@@ -242,33 +265,11 @@ class DEGrad(nn.Module):
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
-        if not isinstance(d, Tensor):
-            raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
-        if not isinstance(x0, (Tensor, NoneType)):
-            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
         self.solution = None
-        separable = isinstance(self.blur, SeparableBlur)
-        name, like = "d" if separable else "Aᵀd", d
-        if not separable:
-            if x0 is not None:
-                with torch.no_grad():
-                    like = self.blur.adjoint(d)
-        elif d.dim() != 4:
-            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
+        self._check_arguments(d, x0)
         if x0 is None:
             x0 = self.start(d)
-        elif x0.shape != like.shape:
-            raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
-        elif (x0.dtype, x0.device) != (like.dtype, like.device):
-            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
-        network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
-        own = type(network) in (DnCNN, NonexpansiveDenoiser, UNet)
-        surely = own and not network._forward_pre_hooks  # which another may cast for
-        if surely and not torch.is_autocast_enabled(x0.device.type):
-            dtypes = {p.dtype for p in network.parameters()}
-            if x0.dtype not in dtypes:  # which torch would say after the solve, whose convolutions cast
-                taken = " or ".join(sorted(map(str, dtypes)))
-                raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {taken}")
+        self._check_dtype(x0)
         if self.averaging_is_due:
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
@@ -281,6 +282,39 @@ class DEGrad(nn.Module):
             compile_solve=self.compile_solve,
         )
         return restored
+
+    def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
+        """Raise what `forward` raises about its arguments."""
+        if not isinstance(d, Tensor):
+            raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
+        if x0 is not None and not isinstance(x0, Tensor):
+            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
+        name, like = "d", d
+        if isinstance(self.blur, SeparableBlur):
+            if d.dim() != 4:
+                raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
+        elif x0 is not None:
+            with torch.no_grad():
+                name, like = "Aᵀd", self.blur.adjoint(d)
+        if x0 is None:
+            return
+        if x0.shape != like.shape:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
+        if (x0.dtype, x0.device) != (like.dtype, like.device):
+            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
+
+    def _check_dtype(self, x0: Tensor) -> None:
+        """Raise ValueError if a network of this package takes another dtype than x0's, which torch says less clearly.
+
+        Autocast and a hook on the network may cast.
+        """
+        network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
+        if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:
+            return
+        dtype = next(network.parameters()).dtype
+        if x0.dtype != dtype and not torch.is_autocast_enabled(x0.device.type):
+            name = "d" if isinstance(self.blur, SeparableBlur) else "Aᵀd"
+            raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {dtype}")
 
     @torch.no_grad()
     def start(self, d: Tensor) -> Tensor:
@@ -298,51 +332,27 @@ class DEGrad(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "solution": None}
 
-    def _trained_for(self) -> str:
-        """The operator that the weights are for."""
-        return _described(self.blur)
+    def trained_for(self) -> str:
+        """The operator that the weights are for, in words."""
+        return described(self.blur)
 
 
-def _described(operator: Any) -> str:
-    """What A is, as text that differs where A does: its class with its settings, or with a digest of its buffers."""
-    if isinstance(operator, SeparableBlur):
-        return repr(operator)
-    if isinstance(operator, IterativeOperator):
-        return _described(operator.operator)
-    if isinstance(operator, PhysicsOperator):
-        operator = operator.physics
-    told, sha = type(operator).__name__, hashlib.sha256()
-    for name, buffer in _fixed_buffers(operator).items():
-        if "noise_model" not in name.split("."):  # A is without its noise
-            sha.update(f"{name} {tuple(buffer.shape)}".encode())
-            sha.update(buffer.detach().cpu().to(torch.complex64).contiguous().numpy().tobytes())
-    return f"{told} with buffers {sha.hexdigest()[:8]}"
-
-
-def _fixed_buffers(operator: Any) -> dict[str, Tensor]:
-    """The buffers that a state_dict of A has, but running statistics, which are learnt."""
-    if not isinstance(operator, nn.Module):
-        return {}
-    saved = operator.state_dict()
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in operator.named_modules()
-        if not has_running_statistics(module)
-        for name, buffer in module._buffers.items()
-        if buffer is not None and (f"{path}.{name}" if path else name) in saved
-    }
-
-
-def _record_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Keep the buffers of A out of a state_dict, since they are no weights, and tell in its metadata what A is."""
-    for name in _fixed_buffers(model.blur):
-        state.pop(f"{prefix}blur.{name}", None)
-    metadata["operator"] = model._trained_for()
-
-
-def _keep_operator(model: DEGrad, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
-    """Have A keep its buffers whatever the state_dict has, and warn where the weights were trained for another A."""
-    state.update({f"{prefix}blur.{name}": buffer for name, buffer in _fixed_buffers(model.blur).items()})
-    own, theirs = model._trained_for(), metadata.get("operator")
-    if theirs not in (None, own):
-        warnings.warn(f"the weights are of a model for {theirs}; they go into one for {own}", stacklevel=2)
+def _check_options(
+    regularizer: Any, step_size: float, preconditioner: str | None, damping: float | None, averaging: float | str
+) -> None:
+    """Raise TypeError or ValueError for arguments of `DEGrad` that are wrong or contradict each other."""
+    if not callable(regularizer) or isinstance(regularizer, type):
+        raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
+    if getattr(regularizer, "is_denoiser", False):
+        kind = type(regularizer).__name__
+        raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, which RED makes of one: RED({kind}(…))")
+    if preconditioner not in (None, "exact"):
+        raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
+    if preconditioner is None and damping is not None:
+        raise ValueError(f"damping is {damping}; only preconditioner='exact' takes one")
+    if preconditioner and step_size != 1.0:
+        raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
+    if preconditioner and damping is None and not isinstance(regularizer, RED):
+        raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
+    if averaging != "auto":
+        checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")

@@ -1,4 +1,4 @@
-"""Convolutions of bounded norm: the paper's spectral normalisation, and one with a true bound."""
+"""Normalised convolutions: the paper's spectral normalisation, and one that bounds the convolution's norm."""
 
 from __future__ import annotations
 
@@ -8,51 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast.implicit.frozen import NormalisedConv2d
+
 _SAMPLES_PER_TAP = 12  # frequencies, along each axis
-_EPSILON = 1e-12  # the least norm divided by, as in torch's normalize
+_EPSILON = 1e-12  # the least norm to divide by, as in torch's normalize
 _GRAM_STEPS = 6  # the bound at one frequency is its Schatten norm of order 2⁷
-
-
-class NormalisedConv2d(nn.Conv2d):
-    """Conv2d whose weight is W divided by a norm of it; `materialise` fixes the quotient for a solve.
-
-    Arguments as in torch.nn.Conv2d. Unlike torch's parametrisations it can be pickled.
-    """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._materialised: Tensor | None = None
-
-    def normalised_weight(self) -> Tensor:
-        """The weight divided by its norm, differentiable in W."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def materialise(self) -> None:
-        """Fix the weight as it is now, without gradients, until `release`."""
-        self._materialised = self.normalised_weight()
-
-    def release(self) -> None:
-        """Undo `materialise`."""
-        self._materialised = None
-
-    def current_weight(self) -> Tensor:
-        """The weight of a forward: what `materialise` fixed, or else the quotient anew."""
-        return self.normalised_weight() if self._materialised is None else self._materialised
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.current_weight(), self.bias)
 
 
 class SpectralNormConv2d(NormalisedConv2d):
     """Conv2d with the weight W/σ(W), σ the largest singular value of W as an (out, in·k·k) matrix.
 
-    σ = uᵀWv by power iteration (Miyato et al., 2018): one step a forward in train(), none in eval().
-    It does not bound the convolution, whose norm can be up to k of it. Arguments as in torch.nn.Conv2d.
+    σ = uᵀWv by power iteration (Miyato et al., 2018): one step in each forward in train(), none in eval().
+    It is no bound on the convolution's norm, which can be k times as large. Arguments as in torch.nn.Conv2d.
     """
 
     u: Tensor
     v: Tensor
+    iterated = ("u", "v")
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -74,11 +46,6 @@ class SpectralNormConv2d(NormalisedConv2d):
         with torch.autocast(self.weight.device.type, enabled=False):
             u, v = self.u.clone(), self.v.clone()  # backward needs them unchanged by a later step
             return self.weight / torch.dot(u, self.weight.flatten(1) @ v)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self._materialised is None:
-            self.power_iteration()
-        return super().forward(x)
 
 
 class NonexpansiveConv2d(NormalisedConv2d):
@@ -104,38 +71,38 @@ class NonexpansiveConv2d(NormalisedConv2d):
 
 
 class MaxMin(nn.Module):
-    """(a, b) ↦ (max(a, b), min(a, b)) for the two halves of the channels (Anil et al., 2019).
+    """(a, b) ↦ (max(a, b), min(a, b)) for the two halves a, b of the channels (Anil et al., 2019).
 
-    1-Lipschitz, and unlike ReLU it keeps the norm of a gradient.
+    It is 1-Lipschitz, and unlike ReLU it preserves the norm of a gradient.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, C, …) with C even."""
+        """Map features (B, C, …), with C even, to the same shape."""
         a, b = x.chunk(2, dim=1)
         return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=1)
 
 
 def convolution_norm_bound(weight: Tensor) -> Tensor:
-    """An upper bound, within 2% to 5%, on the norm of the convolution by ``weight`` on images of every size.
+    """An upper bound on the norm of the convolution by ``weight`` on images of every size, at most 2% to 5% above it.
 
     With zero or circular padding, and any stride or dilation, the norm of a convolution is at most
-    σ* = max over θ of σ(Ŵ(θ)), Ŵ(θ) = Σ W[:, :, k] exp(−ikθ) its (out, in) transfer matrix: with zeros it
-    is a block of the convolution on the infinite grid; with circles, the θ are some of them.
+    σ* = max over θ of σ(Ŵ(θ)), where Ŵ(θ) = Σ W[:, :, k] exp(−ikθ) is its (out, in) transfer matrix: zero padding
+    makes it a block of the convolution on the infinite grid, and circular padding samples some of the θ.
 
     *Over the frequencies*: let u, v be the first singular vectors at the maximum θ*. The function
-    Re(uᴴŴ(θ)v), with k centred, is of degree r = (K − 1)/2 along each axis and at most σ*, its value at
-    θ*; so by Riesz's lemma it is at least cos(r(θ − θ*))σ* nearby. Of N points along an axis one
-    lies within π/N: σ* ≤ max over the grid of σ(Ŵ(θ)) / (cos(πr_y/N_y) cos(πr_x/N_x)). With
-    N = 12(K − 1) the denominator is cos²(π/24) = 0.983.
+    Re(uᴴŴ(θ)v), with k centred, has degree r = (K − 1)/2 along each axis and its largest value, σ*, at θ*.
+    By Riesz's lemma it is at least cos(r(θ − θ*))σ* nearby. One of N points along an axis lies within π/N, so
+    σ* ≤ max over the grid of σ(Ŵ(θ)) / (cos(πr_y/N_y) cos(πr_x/N_x)). With N = 12(K − 1) the denominator is
+    cos²(π/24) = 0.983.
 
     *At one frequency*: σ(Ŵ) ≤ ‖(ŴᴴŴ)^(2ᵗ⁻¹)‖_F^(2⁻ᵗ), by t = 6 squarings (Gram iteration, Delattre et
-    al., 2023): at most min(in, out)^(1/128) above, 3% with 64 channels.
+    al., 2023), which is too large by a factor of at most min(in, out)^(1/128), 3% with 64 channels.
 
     Args:
         weight: (out, in, K_y, K_x).
 
     Returns:
-        The bound, of shape (), float32 or float64; its gradient is that at the largest frequency.
+        The bound, a tensor of shape () in float32 or float64. Its gradient is the one at the largest frequency.
     """
     with torch.autocast(weight.device.type, enabled=False):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -149,10 +116,10 @@ def convolution_norm_bound(weight: Tensor) -> Tensor:
 
 
 def _gram_bound(matrices: Tensor) -> Tensor:
-    """‖(MᴴM)^(2ᵗ⁻¹)‖_F^(2⁻ᵗ) ≥ σ(M) of each of the matrices (F, m, n); (F,)."""
+    """‖(MᴴM)^(2ᵗ⁻¹)‖_F^(2⁻ᵗ) ≥ σ(M) for each matrix M of (F, m, n), as a tensor (F,)."""
     tiny = torch.finfo(matrices.dtype).tiny
     gram = matrices.mH if matrices.shape[-2] < matrices.shape[-1] else matrices
-    scale = torch.zeros((), device=matrices.device)  # the logarithm of what was divided out
+    scale = torch.zeros((), device=matrices.device)  # logarithm of the factors that were divided out
     for _ in range(_GRAM_STEPS):
         norm = torch.linalg.matrix_norm(gram).clamp_min(tiny)
         gram = gram / norm[:, None, None]

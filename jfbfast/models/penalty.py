@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jfbfast import checks
 from jfbfast.backends.reference import flat, per_sample
-from jfbfast.implicit.frozen import fixed_map, owner
+from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.models.degrad import DEGrad
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.iterative import holds_samples
@@ -20,7 +20,7 @@ def _unit(v: Tensor) -> Tensor:
 
 
 def _fits(layer: DEGrad | Layer, d: Tensor, x: Tensor) -> bool:
-    """Whether x can be a solution for the measurements d; a blur keeps their shape, another operator the batch."""
+    """Whether x can be a solution for the measurements d: a blur keeps their shape, any operator their number."""
     blur = isinstance(layer, DEGrad) and isinstance(layer.blur, SeparableBlur)
     return d.shape == x.shape if blur else len(d) == len(x)
 
@@ -28,62 +28,64 @@ def _fits(layer: DEGrad | Layer, d: Tensor, x: Tensor) -> bool:
 def jacobian_penalty(
     layer: DEGrad | Layer, *inputs: Tensor, x: Tensor | None = None, bound: float = 0.7, iterations: int = 3
 ) -> Tensor:
-    """The mean over samples of relu(‖vᵀ ∂T/∂x‖ − bound)², v a unit vector from power iterations v ← (∂T/∂x)ᵀ v.
+    """The mean over samples of relu(‖vᵀ ∂T/∂x‖ − bound)², with a unit vector v from power iterations v ← (∂T/∂x)ᵀ v.
 
-    ‖vᵀ ∂T/∂x‖ tends to the contraction factor γ where one real eigenvalue dominates, and is at most
-    ‖∂T/∂x‖₂ always. The random starts are drawn from torch's generator; v and x are constants of the
-    gradient, which costs a differentiation of one vector-Jacobian product. A layer that does not depend on x
-    has the Jacobian 0, and the penalty 0.
-
-        restored = model(d)
-        loss = F.mse_loss(restored, x) + 1e-4 * jfbfast.jacobian_penalty(model, d)
+    If one real eigenvalue of ∂T/∂x dominates, ‖vᵀ ∂T/∂x‖ tends to the contraction factor γ. It is never more than
+    ‖∂T/∂x‖₂. The random starts come from torch's generator. The gradient treats v and x as constants; it costs the
+    differentiation of one vector-Jacobian product. A layer that does not depend on x has the penalty 0.
 
     Args:
-        layer: a `DEGrad`, or a layer T(x, *inputs) as `fixed_point` takes it. It is held still, as in
+        layer: a `DEGrad`, or a layer T(x, *inputs) as for `fixed_point`. It is evaluated in eval(), as in
             the gradient of a solve.
-        inputs: of the layer, (B, …); the measurements d of a `DEGrad`.
-        x: the point, (B, …); of a `DEGrad` by default the fixed point of its last forward, which must have been
-            on these inputs. Samples that diverged there are left out, and so are those of which x or an input is
-            not finite.
-        bound: what ‖vᵀ ∂T/∂x‖ may be at no cost, at least 0.
+        inputs: of the layer, (B, …); for a `DEGrad` the measurements d.
+        x: the point, (B, …). None takes the fixed point of a `DEGrad`'s last forward, which must have been
+            on these inputs, without the samples that diverged. Samples with a value in x or an input that is not
+            finite are left out too.
+        bound: ‖vᵀ ∂T/∂x‖ up to which the penalty is zero, at least 0.
         iterations: of the power method, at least 0.
 
     Returns:
         The penalty, a tensor of shape (), differentiable in the layer's parameters; 0 for no samples.
 
     Raises:
-        ValueError: ``bound`` or ``iterations`` below 0; no ``x`` where the layer holds no solution of the shape that
-            these inputs ask for; an input of another batch size than x.
+        ValueError: ``bound`` or ``iterations`` below 0; no ``x`` and no solution of the shape that these inputs need;
+            an input with another batch size than x.
         RuntimeError: under torch.inference_mode().
+
+    Example:
+        >>> import torch, jfbfast
+        >>> layer = lambda x, d: 0.9 * x + d  # ∂T/∂x = 0.9, which is 0.2 above the bound
+        >>> x = torch.zeros(2, 4)
+        >>> round(jfbfast.jacobian_penalty(layer, x, x=x, bound=0.7).item(), 4)
+        0.04
     """
     checks.non_negative("bound", bound)
     checks.integer("iterations", iterations, 0)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("jacobian_penalty differentiates, which torch.inference_mode() forbids; call it outside")
-    usable = None
+    diverged = None
     if x is None:
         solution = layer.solution if isinstance(layer, DEGrad) else None
         if solution is None or not all(_fits(layer, value, solution.value) for value in inputs):
             raise ValueError(
                 "x is None; it takes a tensor, or a DEGrad as layer whose last forward was on these inputs"
             )
-        x, usable = solution.value, solution.status != Status.DIVERGED
+        x, diverged = solution.value, solution.status == Status.DIVERGED
     for i, value in enumerate(inputs):
         if len(value) != len(x):
             raise ValueError(f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x, {len(x)}")
-    for value in (x, *inputs):
-        finite = flat(value.detach()).isfinite().all(1)
-        usable = finite if usable is None else usable & finite
-    assert usable is not None
+    usable = torch.stack([flat(value.detach()).isfinite().all(1) for value in (x, *inputs)]).all(0)
+    if diverged is not None:
+        usable &= ~diverged
     transform = layer.layer if isinstance(layer, DEGrad) else layer
     module = owner(transform)
-    if holds_samples(module):  # the batch stays whole, with zeros in the place of what is left out
+    if holds_samples(module):  # the batch stays whole; the samples that are left out become zeros
         x, *inputs_left = (value.masked_fill(~per_sample(usable, value), 0) for value in (x, *inputs))
     else:
         x, *inputs_left = (value[usable] for value in (x, *inputs))
-        usable = usable.new_ones(len(x))  # all that are left are
+        usable = usable[usable]
 
-    with fixed_map(module), torch.enable_grad():
+    with frozen(module), torch.enable_grad():
         point = x.detach().requires_grad_()
         out = transform(point, *inputs_left).to(point.dtype) + 0 * point  # which depends on x in any case
         v = _unit(torch.randn_like(point))

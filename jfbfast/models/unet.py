@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jfbfast import checks
+from jfbfast.models import registry
 
 
 class ResidualBlock(nn.Module):
@@ -17,7 +19,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         last = nn.Conv2d(features, features, 3, padding=1)
-        with torch.no_grad():  # a deep stack of them starts close to the identity
+        with torch.no_grad():  # so that a deep stack of them starts close to the identity
             last.weight *= 0.3
         self.layers = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU(), last)
 
@@ -30,26 +32,34 @@ def _blocks(features: int, count: int) -> nn.Sequential:
     return nn.Sequential(*(ResidualBlock(features) for _ in range(count)))
 
 
+@registry.network
 class UNet(nn.Module):
     """A denoiser x + network(x): residual blocks at 1/2, 1/4, … of the image's resolution, with skip connections.
 
     The layout is that of DRUNet (Zhang et al., 2021), below a pixel-unshuffle by two as in FFDNet (Zhang
-    et al., 2018). Images (B, channels, H, W) of any size keep their shape. A scale of an odd side is halved with
-    zeros beyond its edge, as its convolutions see them. An odd side of the image is evaluated twice, at twice the
-    time: without its last pixel and without its first, mixed from the one to the other along the image.
+    et al., 2018). Images (B, channels, H, W) of any size keep their shape. A scale with an odd side is padded with
+    zeros beyond its edge before it is halved, as its convolutions pad it. For an image with an odd side the network
+    runs twice, without the last pixel and without the first, and the results are blended along that side.
 
     Args:
         channels: of the image, in and out.
-        features: of each scale, from half resolution down.
-        blocks: residual blocks of each scale, on the way down and again on the way up; the coarsest has one pass.
-        conditions: how many numbers it takes beside the images, each a constant map that joins them, as FFDNet's
-            noise level.
-        injection: it takes a second image z, as a `RED` with injection gives it, and is x + network(x, z).
+        features: channels at each scale, from half resolution down.
+        blocks: residual blocks at each scale, on the way down and again on the way up; the coarsest scale has one pass.
+        conditions: how many numbers it takes beside the images; each becomes a constant map, as FFDNet's noise level.
+        injection: take a second image z, which a `RED` with injection supplies, and return x + network(x, z).
 
     Raises:
-        ValueError: a number below 1, no scale, another count of ``blocks`` than of ``features``, or an ``injection``
-            that is no bool.
+        ValueError: a number below 1, no scale, ``blocks`` and ``features`` of different lengths, or an ``injection``
+            that is not a bool.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> denoiser = jfbfast.UNet(channels=1, features=(4, 8), blocks=(1, 1), conditions=1)
+        >>> denoiser(torch.rand(2, 1, 15, 12), condition=(0.1,)).shape
+        torch.Size([2, 1, 15, 12])
     """
+
+    is_denoiser = True
 
     def __init__(
         self,
@@ -75,20 +85,20 @@ class UNet(nn.Module):
         self.injection = injection
         self.head = nn.Conv2d(4 * channels * (1 + injection) + conditions, features[0], 3, padding=1)
         self.encoders = nn.ModuleList(map(_blocks, finer, blocks))
-        self.down = nn.ModuleList(map(_halving, finer, features[1:]))
+        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(features))
         self.middle = _blocks(coarsest, blocks[-1])
-        self.up = nn.ModuleList(map(_doubling, features[1:], finer))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(features))
         self.decoders = nn.ModuleList(map(_blocks, finer, blocks))
         self.tail = nn.Conv2d(features[0], 4 * channels, 3, padding=1)
-        with torch.no_grad():  # starts close to the identity
+        with torch.no_grad():  # so that it starts close to the identity
             self.tail.weight *= 0.1
 
     def forward(self, x: Tensor, z: Tensor | None = None, condition: Sequence[float] = ()) -> Tensor:
-        """Images x and, with ``injection``, z, both (B, channels, H, W), to images of the same shape.
+        """Map images x, and z with ``injection``, both (B, channels, H, W), to images of the same shape.
 
         Raises:
-            ValueError: images of another shape; another count of numbers than ``conditions``; z without ``injection``,
-                or none with it.
+            ValueError: images of another shape; a ``condition`` of a length other than ``conditions``; z without
+                ``injection``, or no z with it.
         """
         checks.images("x", x.shape, self.channels)
         if self.injection != (z is not None):
@@ -103,10 +113,10 @@ class UNet(nn.Module):
         return x + self._network(x if z is None else torch.cat([x, z], 1), condition)
 
     def _network(self, seen: Tensor, condition: Sequence[float]) -> Tensor:
-        """network(x, z) of the images side by side, (B, channels or twice as many, H, W)."""
+        """network(x, z) for x and z concatenated along the channels, (B, channels or twice as many, H, W)."""
         for dim in (-2, -1):
             if seen.shape[dim] % 2:
-                return self._mixed(seen, dim, condition)
+                return self._blended(seen, dim, condition)
         h = F.pixel_unshuffle(seen, 2)
         h = torch.cat([h, *(torch.full_like(h[:, :1], value) for value in condition)], 1)
         h = self.head(h.contiguous(memory_format=torch.channels_last))
@@ -119,10 +129,10 @@ class UNet(nn.Module):
             h = decoder(up(h)[..., : skip.shape[-2], : skip.shape[-1]] + skip)
         return F.pixel_shuffle(self.tail(h), 2)
 
-    def _mixed(self, seen: Tensor, dim: int, condition: Sequence[float]) -> Tensor:
-        """An odd side of n pixels: at pixel i a share i/(n − 1) of the network without the first pixel.
+    def _blended(self, seen: Tensor, dim: int, condition: Sequence[float]) -> Tensor:
+        """Blend the network's outputs without the last and without the first pixel of an odd side of n pixels.
 
-        The rest is of the network without the last; with neither does a cell of 2 × 2 pixels reach over an edge.
+        The weights at pixel i are 1 − i/(n − 1) and i/(n − 1). So no cell of 2 × 2 pixels reaches over an edge.
         """
         n = seen.shape[dim]
         if n == 1:
@@ -133,31 +143,24 @@ class UNet(nn.Module):
         return torch.lerp(torch.cat([first, beyond], dim), torch.cat([beyond, last], dim), share.to(first.dtype))
 
     def widened_head(self, other: UNet) -> Tensor:
-        """The weight of another's first convolution as this one's, deaf to the images and numbers that it adds.
+        """The weight of the other's first convolution, with zero weights for this one's extra images and numbers.
 
         Raises:
-            RuntimeError: a network that takes more images or numbers than this one.
+            RuntimeError: the other network takes more images or numbers than this one.
         """
-        parts = other.head.weight.split((other.head.in_channels - other.conditions, other.conditions), 1)
-        images = self.head.in_channels - self.conditions
-        added = (images - parts[0].shape[1], self.conditions - parts[1].shape[1])
-        if min(added) < 0:
+        own, images = self.head.in_channels - self.conditions, other.head.in_channels - other.conditions
+        if images > own or other.conditions > self.conditions:
             raise RuntimeError(
-                f"the network takes {parts[0].shape[1]} channels and {parts[1].shape[1]} numbers; this one takes "
-                f"{images} and {self.conditions} at most"
+                f"the network takes {images} channels and {other.conditions} numbers; this one takes "
+                f"{own} and {self.conditions} at most"
             )
-        return torch.cat([F.pad(part, (0, 0, 0, 0, 0, n)) for part, n in zip(parts, added, strict=True)], 1)
+        given, widened = other.head.weight.detach(), torch.zeros_like(self.head.weight)
+        widened[:, :images] = given[:, :images]
+        widened[:, own : own + other.conditions] = given[:, images:]
+        return widened
 
 
 def _even(h: Tensor) -> Tensor:
-    """h with a row or column of zeros beyond an odd side."""
+    """Pad each odd side of h with one row or column of zeros."""
     padding = (0, h.shape[-1] % 2, 0, h.shape[-2] % 2)
     return F.pad(h, padding) if any(padding) else h
-
-
-def _halving(features: int, following: int) -> nn.Conv2d:
-    return nn.Conv2d(features, following, 2, stride=2)
-
-
-def _doubling(features: int, following: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(features, following, 2, stride=2)

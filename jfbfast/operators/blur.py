@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.backends import reference
+from jfbfast.backends.reference import PADDING_MODES, band_dtype, gaussian_taps
 from jfbfast.operators import inverse, ops
 from jfbfast.operators.tables import Taps
 
@@ -18,7 +18,7 @@ T = TypeVar("T", int, float)
 
 
 def _check_fixed(name: str, value: object) -> None:
-    """Raise ValueError for what asks for a gradient, which a blur's weights would not get."""
+    """Raise ValueError for a tensor that requires a gradient; a blur's weights would not get one."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
             f"{name} requires a gradient; it takes fixed numbers: a blur to be learnt is a module with an adjoint"
@@ -34,34 +34,39 @@ def _filter(name: str, taps: Sequence[float] | Tensor) -> tuple[float, ...]:
 
 
 class SeparableBlur(nn.Module):
-    """A: X ↦ B₁ X B₂ᵀ, a correlation with one filter down the columns and one along the rows.
+    """A: X ↦ B₁ X B₂ᵀ, a correlation with one filter along the columns and one along the rows.
 
-    Works on images (…, H, W) with any number of leading dimensions, in float64, float32, bfloat16
-    and float16, on any device; nothing of it needs moving. Every method is differentiable, twice
-    too, and works under vmap, autocast (in its argument's own dtype) and torch.compile.
+    Images are (…, H, W) with any number of leading dimensions, in float64, float32, bfloat16 or float16, on any
+    device. The module has no tensors, so it need not be moved. Every method is differentiable, also twice,
+    and works under vmap, autocast (in the dtype of its argument) and torch.compile.
 
     Args:
         taps_y, taps_x: the filters, of odd length 2r + 1, in correlation order as in conv2d: tap k
             weighs the pixel k − r further down, or to the right.
-        padding_mode: "zeros", "reflect", "replicate" or "circular", as in torch.nn.Conv2d. Reflect
-            takes images of more than r pixels a side, circular of at least r.
+        padding_mode: "zeros", "reflect", "replicate" or "circular", as in torch.nn.Conv2d. Images must have
+            more than r pixels a side for "reflect", and at least r for "circular".
 
     Raises:
         ValueError: a filter of even length, with a weight that is not finite, or that requires a gradient; another
             padding mode.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.SeparableBlur([0.25, 0.5, 0.25], [0.5, 0.25, 0.25])
+        >>> x, y = torch.rand(2, 4, 3, 8, 9)
+        >>> torch.allclose((blur(x) * y).sum(), (x * blur.adjoint(y)).sum(), rtol=1e-4)
+        True
+        >>> x = blur.solve(y, damping=0.1)
+        >>> torch.allclose(blur.normal(x) + 0.1 * x, y, atol=1e-4)
+        True
     """
 
     def __init__(
-        self,
-        taps_y: Sequence[float] | Tensor,
-        taps_x: Sequence[float] | Tensor,
-        padding_mode: str = "zeros",
+        self, taps_y: Sequence[float] | Tensor, taps_x: Sequence[float] | Tensor, padding_mode: str = "zeros"
     ) -> None:
         super().__init__()
-        if padding_mode not in reference.PADDING_MODES:
-            raise ValueError(
-                f"padding_mode is {padding_mode!r}; it takes one of {', '.join(map(repr, reference.PADDING_MODES))}"
-            )
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode is {padding_mode!r}; it takes one of {', '.join(map(repr, PADDING_MODES))}")
         self.taps = Taps(_filter("taps_y", taps_y), _filter("taps_x", taps_x), padding_mode)
 
     @property
@@ -83,54 +88,62 @@ class SeparableBlur(nn.Module):
 
     def normal(self, x: Tensor) -> Tensor:
         """AᵀA x."""
-        return ops.gradient(x, None, None, *self.taps)
+        return ops.gradient(x, None, None, None, *self.taps)
 
     def gradient(self, x: Tensor, d: Tensor, r: Tensor | None = None) -> Tensor:
-        """Aᵀ(A x − d) + r, in one pass over the images; r is zero where it is None."""
-        return ops.gradient(x, d, r, *self.taps)
+        """Aᵀ(A x − d) + r for images of one shape, in one pass over them; None stands for r = 0."""
+        return ops.gradient(x, d, r, None, *self.taps)
 
     def gradient_step(self, x: Tensor, d: Tensor, r: Tensor | None, step_size: float | Tensor) -> Tensor:
         """x − η(Aᵀ(A x − d) + r), in one pass over the images.
 
         Args:
-            x, d, r: images of one shape (…, H, W); r is zero where it is None.
+            x, d, r: images of one shape (…, H, W); None stands for r = 0.
             step_size: η, a number or a tensor of shape ().
+
+        Raises:
+            ValueError: images of other shapes, dtypes or devices; a step size of another shape.
         """
-        wide = reference.band_dtype(x.dtype)
-        return ops.gradient_step(x, d, r, torch.as_tensor(step_size, dtype=wide, device=x.device), *self.taps)
+        step_size = torch.as_tensor(step_size, dtype=band_dtype(x.dtype), device=x.device)
+        return ops.gradient(x, d, r, step_size, *self.taps)
 
     def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
         """(AᵀA + λI)⁻¹ b, exact up to rounding in every padding mode.
 
-        Through the singular value decompositions of the two band matrices up to 1024 pixels a side;
-        beyond, by preconditioned conjugate gradients in float64, each image to a relative residual of 1e-6 (b in
-        float64: 1e-12, as far as rounding lets it) before it is rounded to b's dtype, in at most 1000 iterations.
+        Images of up to 1024 pixels a side are solved through the singular value decompositions of the two band
+        matrices. Larger ones are solved by preconditioned conjugate gradients in float64, each to a relative
+        residual of 1e-6 (1e-12 for b in float64, as far as rounding allows) in at most 1000 iterations.
 
         Args:
             b: images (…, H, W).
-            damping: λ > 0, a number or a tensor of shape () or (…, 1, 1) that broadcasts against b
-                ((B, 1, 1, 1): one a sample). Differentiable.
+            damping: λ > 0, a number or a tensor of shape () or (…, 1, 1) that broadcasts against b; (B, 1, 1, 1)
+                is one value for each sample. Differentiable.
 
         Raises:
-            ValueError: a number λ < 0; λ = 0 where A is numerically singular or a side is over 1024; a
+            ValueError: a number λ < 0; λ = 0 if A is numerically singular or a side is over 1024; a
                 tensor of another shape.
 
         Warns:
-            ConvergenceWarning: images that conjugate gradients left above that residual; a λ below about 1e-5 is
-                beyond them where A is nearly singular.
+            ConvergenceWarning: conjugate gradients left images above that residual; this happens for λ below about
+                1e-5 if A is nearly singular.
         """
-        wide = reference.band_dtype(b.dtype)
+        wide = band_dtype(b.dtype)
         if not isinstance(damping, Tensor):
             checks.non_negative("damping", damping)
             if damping == 0:
-                inverse.check_invertible(self.taps, (b.shape[-2], b.shape[-1]), wide)
+                inverse.check_invertible(self.taps, b.shape[-2:], wide)
             damping = torch.tensor(damping, dtype=wide, device=b.device)
         if damping.dim() and damping.shape[-2:] != (1, 1):
             raise ValueError(f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (…, 1, 1)")
-        return ops.solve(b, damping, *self.taps)
+        return ops.tikhonov(b, damping, *self.taps)
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
-        """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: what A keeps of x."""
+        """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: the part of x that A preserves.
+
+        Args:
+            x: images (…, H, W).
+            damping: δ > 0, as in `solve`.
+        """
         return (x - damping * self.solve(x, damping)).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -156,13 +169,16 @@ class GaussianBlur(SeparableBlur):
     Raises:
         ValueError: an even or non-positive kernel size; σ ≤ 0, not finite, or a tensor that requires a gradient;
             another padding mode.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.GaussianBlur(5, sigma=1.0, padding_mode="reflect")
+        >>> blur(torch.ones(1, 3, 8, 8)).sum().round()
+        tensor(192.)
     """
 
     def __init__(
-        self,
-        kernel_size: int | Sequence[int] = 5,
-        sigma: float | Sequence[float] = 1.0,
-        padding_mode: str = "zeros",
+        self, kernel_size: int | Sequence[int] = 5, sigma: float | Sequence[float] = 1.0, padding_mode: str = "zeros"
     ) -> None:
         sizes = _pair("kernel_size", kernel_size)
         sigmas = _pair("sigma", sigma)
@@ -172,7 +188,7 @@ class GaussianBlur(SeparableBlur):
             _check_fixed("sigma", s)
         if not all(0 < s < math.inf for s in sigmas):
             raise ValueError(f"sigma is {sigma}; it takes positive numbers of pixels")
-        taps_y, taps_x = map(reference.gaussian_taps, sizes, sigmas)
+        taps_y, taps_x = map(gaussian_taps, sizes, sigmas)
         super().__init__(taps_y, taps_x, padding_mode)
         self.sigma: tuple[float, float] = (float(sigmas[0]), float(sigmas[1]))
 

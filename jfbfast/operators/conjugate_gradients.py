@@ -7,34 +7,40 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from jfbfast.convergence import warn_unconverged
+
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-_CUDA_POLL = 4  # iterations between two looks at whether every system is done
+_CUDA_POLL = 4  # how many iterations pass before the host waits for a GPU to see whether every system is done
 
 
 def conjugate_gradients(
     normal: Callable[[Tensor], Tensor],
     b: Tensor,
     damping: Tensor,
-    *,
     tol: float,
     max_iter: int,
+    *,
     dims: tuple[int, ...],
+    goal: str,
     precondition: Callable[[Tensor], Tensor] = lambda r: r,
-) -> tuple[Tensor, Tensor]:
-    """(AᵀA + λI)⁻¹ b from a start at zero, each system with its own steps and its own stop.
+) -> Tensor:
+    """(AᵀA + λI)⁻¹ b from a start at zero; each system has its own step lengths and stops by itself.
 
     Args:
-        normal: x ↦ AᵀA x, which treats each system by itself.
+        normal: x ↦ AᵀA x, for each system by itself.
         b: the right-hand sides, float32 or float64.
-        damping: λ, broadcastable against b and the same throughout a system.
+        damping: λ, broadcastable against b and constant within a system.
         tol: a system stops where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖.
-        max_iter: applications of ``normal`` at most.
-        dims: the dimensions that make up one system; the others count systems.
+        max_iter: the largest number of applications of ``normal``.
+        dims: the dimensions of one system; the others count the systems.
+        goal: what systems did not do, for the warning: "images did not reach …".
         precondition: r ↦ M⁻¹ r, M symmetric positive definite.
 
     Returns:
-        x, NaN throughout a system whose b is not finite; and a mask of the systems that did not reach
-        ``tol``, of size 1 in ``dims``.
+        x, all NaN for a system with a b that is not finite.
+
+    Warns:
+        ConvergenceWarning: some systems did not reach ``tol``.
     """
 
     def dot(u: Tensor, v: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ def conjugate_gradients(
     p = z
     rz = dot(r, z)
     bound = tol**2 * dot(b, b)
-    active = dot(r, r) > bound  # False for a system that holds NaN, too
+    active = dot(r, r) > bound  # False for a system with NaN, too
     for iteration in range(max_iter):
         if (b.device.type == "cpu" or iteration % _CUDA_POLL == 0) and not active.any():
             break
@@ -58,4 +64,8 @@ def conjugate_gradients(
         previous, rz = rz, dot(r, z)
         p = z + torch.where(active, rz / previous, 0) * p
         active = dot(r, r) > bound
-    return torch.where(torch.isfinite(bound), x, torch.nan), active
+    if active.any():
+        warn_unconverged(
+            f"{int(active.sum())} of {active.numel()} {goal} in {max_iter} iterations of conjugate gradients"
+        )
+    return torch.where(torch.isfinite(bound), x, torch.nan)

@@ -1,22 +1,21 @@
-"""Functions of AᵀA for a separable A: the Tikhonov solve, and the direct inverse.
+"""Functions of AᵀA for a separable A: the Tikhonov inverse and the direct inverse.
 
 Up to `SVD_LIMIT` pixels a side they are exact in every padding mode, through the singular value
-decompositions of the two band matrices, which are factored once in float64. Beyond it the
-Tikhonov system is solved by conjugate gradients, preconditioned by its circulant twin.
+decompositions of the two band matrices, computed once in float64. Larger Tikhonov systems are solved by
+conjugate gradients with a circulant preconditioner.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from jfbfast.backends import reference
+from jfbfast.backends.dispatch import kernels
 from jfbfast.backends.precision import full_precision
 from jfbfast.backends.reference import SVD
-from jfbfast.convergence import warn_unconverged
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.operators.tables import Taps, axis_table, bands
 
@@ -31,18 +30,18 @@ def _axis_svd(taps: tuple[float, ...], n: int, padding_mode: str) -> SVD:
 
 
 @lru_cache(maxsize=64)
-def factors(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[SVD, SVD]:
-    """The SVDs of B₁ and B₂, factored in float64 and rounded to ``dtype``."""
+def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[SVD, SVD]:
+    """The SVDs of B₁ and B₂, computed in float64 and rounded to ``dtype``."""
     with torch.inference_mode(False), torch.no_grad():
         pair = [_axis_svd(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True)]
         y, x = (SVD(*(factor.to(device, dtype) for factor in svd)) for svd in pair)
         return y, x
 
 
-def check_invertible(taps: Taps, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Raise ValueError where A has no numerical inverse in ``dtype`` at this size."""
+def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError if A has no numerical inverse in ``dtype`` for images of this shape."""
     if max(shape) > SVD_LIMIT:
-        raise ValueError(f"damping must be positive above {SVD_LIMIT} pixels a side; the image has {shape}")
+        raise ValueError(f"damping must be positive above {SVD_LIMIT} pixels a side; the image has {tuple(shape)}")
     s_y, s_x = (_axis_svd(t, n, taps.padding_mode).s for t, n in zip((taps.y, taps.x), shape, strict=True))
     condition = float(s_y[0] * s_x[0] / (s_y[-1] * s_x[-1]))
     if not condition * max(shape) * torch.finfo(dtype).eps < 1:
@@ -52,19 +51,25 @@ def check_invertible(taps: Taps, shape: tuple[int, int], dtype: torch.dtype) -> 
         )
 
 
-def solve(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType) -> Tensor:
+def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
     """(AᵀA + λI)⁻¹ b for b (…, H, W) and λ broadcastable against b; no gradient is recorded."""
-    dtype, shape = reference.band_dtype(b.dtype), (b.shape[-2], b.shape[-1])
-    with full_precision(b.device), torch.no_grad():
+    dtype, shape, device = reference.band_dtype(b.dtype), b.shape[-2:], b.device
+    with full_precision(device), torch.no_grad():
         if max(shape) <= SVD_LIMIT:
-            return reference.solve(b, damping.to(dtype), *factors(taps, shape, dtype, b.device))
-        wide = dtype if b.device.type == "mps" else torch.float64  # in float32 the recursive residual drifts
-        return _conjugate_gradients(b.to(wide), damping.to(wide), taps, kernels, TOLERANCE[dtype]).to(b.dtype)
+            return reference.tikhonov(b, damping.to(dtype), *factors(taps, shape, dtype, device))
+        wide = dtype if device.type == "mps" else torch.float64  # in float32 the recurrence's residual drifts
+        return _conjugate_gradients(b.to(wide), damping.to(wide), taps, TOLERANCE[dtype]).to(b.dtype)
+
+
+def scalar_gradient(u: Tensor, v: Tensor, like: Tensor) -> Tensor:
+    """−⟨u, v⟩ in the shape of ``like``: for u = (AᵀA + λI)⁻¹ g and v = (AᵀA + λI)⁻¹ b the derivative of ⟨g, v⟩ in λ."""
+    wide = reference.band_dtype(u.dtype)
+    return -(u.to(wide) * v.to(wide)).sum_to_size(like.shape).to(like.dtype)
 
 
 def direct(d: Tensor, taps: Taps) -> Tensor:
     """A⁻¹ d = V₁[(U₁ᵀ d U₂) ⊘ (s₁ s₂ᵀ)]V₂ᵀ for d (…, H, W), through the SVD of each B."""
-    dtype, shape = reference.band_dtype(d.dtype), (d.shape[-2], d.shape[-1])
+    dtype, shape = reference.band_dtype(d.dtype), d.shape[-2:]
     check_invertible(taps, shape, dtype)
     with full_precision(d.device):
         y, x = factors(taps, shape, dtype, d.device)
@@ -73,31 +78,27 @@ def direct(d: Tensor, taps: Taps) -> Tensor:
 
 
 def power_spectrum(taps: tuple[float, ...], n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """|â|² of the taps wrapped into a circle of n pixels, over all n frequencies."""
+    """|â|² of the taps wrapped around a circle of n pixels, at all n frequencies."""
     wrapped = torch.zeros(n, dtype=torch.float64)
     wrapped.index_add_(0, torch.arange(len(taps)) % n, torch.tensor(taps, dtype=torch.float64))
     return torch.fft.fft(wrapped).abs().square().to(device, dtype)
 
 
-def _conjugate_gradients(b: Tensor, damping: Tensor, taps: Taps, kernels: ModuleType, tol: float) -> Tensor:
-    """Plane by plane, preconditioned by the circulant operator of the same taps."""
-    height, width = shape = (b.shape[-2], b.shape[-1])
+def _conjugate_gradients(b: Tensor, damping: Tensor, taps: Taps, tol: float) -> Tensor:
+    """Solve plane by plane, preconditioned by the circulant operator of the same taps."""
+    height, width = shape = b.shape[-2:]
     forward, adjoint = (bands(taps, shape, b.dtype, b.device, a) for a in (False, True))
+    module = kernels(b.device, "blur", radius=max(len(taps.y), len(taps.x)) // 2)
     power = power_spectrum(taps.y, height, b.device, b.dtype)[:, None]
     power = power * power_spectrum(taps.x, width, b.device, b.dtype)[: width // 2 + 1]
 
     def normal(x: Tensor) -> Tensor:
-        return kernels.gradient(x, None, None, forward, adjoint)
+        return module.gradient(x, None, None, forward, adjoint)
 
     def precondition(r: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(r) / (power + damping), s=shape)
 
-    x, unfinished = conjugate_gradients(
-        normal, b, damping, tol=tol, max_iter=_CG_MAX_ITER, dims=(-2, -1), precondition=precondition
+    goal = f"images did not reach a relative residual of {tol:g}"
+    return conjugate_gradients(
+        normal, b, damping, tol, _CG_MAX_ITER, dims=(-2, -1), goal=goal, precondition=precondition
     )
-    if unfinished.any():
-        warn_unconverged(
-            f"{int(unfinished.sum())} of {unfinished.numel()} images did not reach a relative residual of {tol:g} in "
-            f"{_CG_MAX_ITER} iterations of conjugate gradients"
-        )
-    return x

@@ -1,4 +1,4 @@
-"""Any linear operator A: what DE-GRAD needs of it, its data step, and functions of AᵀA by conjugate gradients."""
+"""Any linear operator A: its protocol, its gradient step, and functions of AᵀA by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from jfbfast import checks
 from jfbfast.backends import reference
 from jfbfast.backends.precision import full_precision
 from jfbfast.buffers import buffers_of, used
-from jfbfast.convergence import warn_unconverged
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
+from jfbfast.operators.inverse import scalar_gradient
+
+_ADJOINTS = ("adjoint", "A_adjoint")  # the names here and in deepinv
 
 
 class LinearOperator(Protocol):
-    """What DE-GRAD needs of A."""
+    """The methods of A that DE-GRAD calls."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -25,10 +27,10 @@ class LinearOperator(Protocol):
 
 
 def linear_operator(name: str, given: Any) -> Any:
-    """What is given as A: an operator itself, or a linear physics of deepinv in a `PhysicsOperator`.
+    """``given`` itself if it is an operator; a linear physics of deepinv is wrapped in a `PhysicsOperator`.
 
     Raises:
-        TypeError: what cannot be called or has no adjoint, naming the argument.
+        TypeError: ``given`` cannot be called, or has no adjoint.
     """
     if not hasattr(given, "adjoint") and hasattr(given, "A_adjoint"):
         return PhysicsOperator(given)
@@ -39,36 +41,44 @@ def linear_operator(name: str, given: Any) -> Any:
 
 
 def holds_samples(module: nn.Module | None) -> bool:
-    """Whether a module has a linear operator that may hold something of each sample, such as a mask or a kernel.
+    """Whether a module contains a linear operator that may hold something of each sample, such as a mask or a kernel.
 
-    Only a `SeparableBlur` is known to hold nothing. A layer with another operator is always evaluated on whole batches.
+    Only a `SeparableBlur` is known to hold nothing. A layer with any other operator is evaluated on whole batches.
     """
-    if module is None:
-        return False
-    for m in module.modules():
-        plain = (value for name, value in vars(m).items() if name[0] != "_")  # an operator need not be a module
-        if _may_hold_samples(m) or any(map(_may_hold_samples, plain)):
+    found: list[Any] = [module]
+    seen: set[int] = set()
+    while found:  # a loop with few calls, since every solve runs it
+        value = found.pop()
+        if isinstance(value, nn.Module):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            found.extend(value._modules.values())
+            for name, attribute in value.__dict__.items():  # an operator need not be a module
+                if name[0] != "_":
+                    found.append(attribute)
+            for name in _ADJOINTS:  # hasattr of a module would call its slow __getattr__
+                has_adjoint = hasattr(type(value), name) or name in value.__dict__ or name in value._modules
+                if has_adjoint and not isinstance(value, (SeparableBlur, IterativeOperator)):
+                    return True
+        elif isinstance(value, (list, tuple)):
+            found.extend(value)
+        elif isinstance(value, dict):
+            found.extend(value.values())
+        elif (hasattr(value, "adjoint") or hasattr(value, "A_adjoint")) and not isinstance(value, Tensor):
             return True
     return False
 
 
-def _may_hold_samples(value: object) -> bool:
-    if isinstance(value, (Tensor, SeparableBlur, IterativeOperator)):
-        return False
-    if isinstance(value, (list, tuple, dict)):
-        return any(map(_may_hold_samples, value.values() if isinstance(value, dict) else value))
-    return hasattr(value, "adjoint") or hasattr(value, "A_adjoint")
-
-
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
-    """Aᵀ(A x − d) + r, in one pass over the images where A is a `SeparableBlur`."""
+    """Aᵀ(A x − d) + r, in one pass over the images if A is a `SeparableBlur`."""
     if isinstance(operator, SeparableBlur):
         return operator.gradient(x, d, r)
     return operator.adjoint(operator(x) - d) + r
 
 
 def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor, step_size: Tensor) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r), in one pass over the images where A is a `SeparableBlur`."""
+    """x − η(Aᵀ(A x − d) + r), in one pass over the images if A is a `SeparableBlur`."""
     if isinstance(operator, SeparableBlur):
         return operator.gradient_step(x, d, r, step_size)
     return x - step_size * gradient(operator, x, d, r)
@@ -93,26 +103,38 @@ class PhysicsOperator(nn.Module):
 class IterativeOperator(nn.Module):
     """A linear operator with ``solve`` and ``filter``, both by conjugate gradients on AᵀA + λI.
 
-    `DEGrad` wraps an operator in it by itself; wrap one by hand to choose the tolerance. The layer
-    x − P(g) has the same fixed points however roughly P = (AᵀA + λI)⁻¹ is solved, so that 1e-2 does
-    for a preconditioned layer without a filter or an injection; the filter is off by at most tol·‖x‖, and
-    what an injection gives the denoiser by as much as the solve.
+    `DEGrad` wraps an operator in this class itself; do it by hand to choose the tolerance. The layer
+    x − P(g) has the same fixed points however inaccurately P = (AᵀA + λI)⁻¹ is solved, so ``tol=1e-2`` is enough
+    for a preconditioned layer without a filter or an injection. The error of the filter, and of the image that an
+    injection adds to the denoiser's input, is at most tol·‖x‖.
 
-    Everything is differentiable in the images and the damping, twice too: the derivatives of a solve
-    are solves. Learnable parameters of A get their gradient through A and Aᵀ, and none through
-    ``solve`` and ``filter`` (at a fixed point of x − P(g), where g = 0, that through P is zero; that through the
-    filter and through an injection is not, and is left out).
+    Everything is differentiable in the images and the damping, also twice; the derivatives of a solve are
+    solves too. Learnable parameters of A get their gradient through A and Aᵀ, but none through ``solve`` and
+    ``filter``. At a fixed point of x − P(g), where g = 0, the gradient through P is zero, so nothing is lost; the
+    gradients through the filter and an injection are not zero, and are left out.
 
     Args:
-        operator: A, a module (B, …) to (B, …) with ``adjoint``, sample by sample, or a linear physics of deepinv.
-            Half-precision images are solved for in float32, so it must take those.
-        tol: a sample is done where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖; None for 1e-6, in float64 1e-12. That residual is
-            the recurrence's own: in float32 the true one comes no further down than about 1e-7 ‖AᵀA‖/λ.
-        max_iter: applications of AᵀA a solve at most.
+        operator: A, a module from (B, …) to (B, …) with ``adjoint`` that treats each sample by itself, or a linear
+            physics of deepinv. Images of half precision are solved for in float32, so it must accept float32.
+        tol: a sample is done where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖; None for 1e-6, or 1e-12 in float64. The residual is
+            updated by the recurrence; in float32 the true one does not fall below about 1e-7 ‖AᵀA‖/λ.
+        max_iter: the largest number of applications of AᵀA in one solve.
 
     Raises:
         ValueError: ``tol`` not in (0, 1); ``max_iter`` below 1.
         TypeError: an operator that cannot be called, or without ``adjoint``.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> class Mask(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x * torch.tensor([1.0, 0.0])
+        ...     adjoint = forward
+        >>> operator = jfbfast.IterativeOperator(Mask())
+        >>> operator.solve(torch.ones(1, 2), damping=0.25)
+        tensor([[0.8000, 4.0000]])
+        >>> operator.filter(torch.ones(1, 2), damping=0.25)
+        tensor([[0.8000, 0.0000]])
     """
 
     def __init__(self, operator: LinearOperator, tol: float | None = None, max_iter: int = 1000) -> None:
@@ -137,17 +159,17 @@ class IterativeOperator(nn.Module):
         return self.adjoint(self(x))
 
     def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
-        """(AᵀA + λI)⁻¹ b; NaN for a sample whose b is not finite.
+        """(AᵀA + λI)⁻¹ b; NaN for samples with a b that is not finite.
 
         Args:
-            b: (B, …).
+            b: images (B, …).
             damping: λ > 0, a number or a tensor of shape () or (B, 1, …, 1).
 
         Raises:
             ValueError: b without a batch dimension; a number λ ≤ 0; a tensor of another shape.
 
         Warns:
-            ConvergenceWarning: some samples did not reach ``tol``; usually ``adjoint`` is not the adjoint.
+            ConvergenceWarning: some samples did not reach ``tol``; usually because ``adjoint`` is not the adjoint.
         """
         if b.dim() < 2:
             raise ValueError(f"b has shape {tuple(b.shape)}; it takes a batch (B, …)")
@@ -158,36 +180,25 @@ class IterativeOperator(nn.Module):
             raise ValueError(
                 f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (B, 1, …, 1)"
             )
-        return _Solve.apply(b, damping, self)
+        return _Tikhonov.apply(b, damping, self)
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
-        """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: what A keeps of x."""
+        """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: the part of x that A preserves."""
         return (x - damping * self.solve(x, damping)).to(x.dtype)
 
     def _solve(self, b: Tensor, damping: Tensor) -> Tensor:
         wide = reference.band_dtype(b.dtype)
         tol = TOLERANCE[wide] if self.tol is None else self.tol
+        dims, goal = tuple(range(1, b.dim())), f"samples did not reach tol={tol:g}"
         with full_precision(b.device):
-            x, unfinished = conjugate_gradients(
-                self.normal,
-                b.to(wide),
-                damping.to(wide),
-                tol=tol,
-                max_iter=self.max_iter,
-                dims=tuple(range(1, b.dim())),
-            )
-        if unfinished.any():
-            warn_unconverged(
-                f"{int(unfinished.sum())} of {len(b)} samples did not reach tol={tol:g} in {self.max_iter} "
-                "iterations of conjugate gradients"
-            )
+            x = conjugate_gradients(self.normal, b.to(wide), damping.to(wide), tol, self.max_iter, dims=dims, goal=goal)
         return x.to(b.dtype)
 
     def extra_repr(self) -> str:
         return f"tol={self.tol}, max_iter={self.max_iter}"
 
 
-class _Solve(torch.autograd.Function):
+class _Tikhonov(torch.autograd.Function):
     """x = P b with P = (AᵀA + λI)⁻¹: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −⟨P g, x⟩."""
 
     @staticmethod
@@ -197,16 +208,12 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, damping, ctx.operator = inputs
-        ctx.buffers = buffers_of(ctx.operator.modules())  # a mask may be another when backward comes
+        ctx.buffers = buffers_of(ctx.operator.modules())  # a mask may have changed by the time of backward
         ctx.save_for_backward(damping, output if ctx.needs_input_grad[1] else None)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         damping, x = ctx.saved_tensors
         with used(ctx.buffers):
-            u = _Solve.apply(g, damping, ctx.operator)
-        to_damping = None
-        if ctx.needs_input_grad[1]:
-            wide = reference.band_dtype(g.dtype)
-            to_damping = -(u.to(wide) * x.to(wide)).sum_to_size(damping.shape).to(damping.dtype)
-        return u, to_damping, None
+            u = _Tikhonov.apply(g, damping, ctx.operator)
+        return u, scalar_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None

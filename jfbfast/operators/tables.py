@@ -1,4 +1,4 @@
-"""The band tables of a separable operator, made once for each image size and kept."""
+"""The band tables of a separable operator, computed once for each image size and cached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jfbfast.backends.reference import Bands
 
 
 class Taps(NamedTuple):
-    """What defines a separable operator at every image size: its two filters and the padding mode."""
+    """A separable operator for images of any size: its two filters and the padding mode."""
 
     y: tuple[float, ...]
     x: tuple[float, ...]
@@ -22,7 +22,7 @@ class Taps(NamedTuple):
 
 @lru_cache(maxsize=64)
 def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
-    """The float64 table of one axis of n pixels; made once, and kept."""
+    """The float64 table of one axis of n pixels."""
     radius = len(taps) // 2
     limit = {"reflect": radius + 1, "circular": radius}.get(padding_mode, 1)
     if n < limit:
@@ -34,8 +34,8 @@ def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
-    """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``; made once, and kept.
+def bands(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
+    """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``.
 
     Raises:
         ValueError: the image is too small for the padding mode (reflect takes more than r pixels a
@@ -45,5 +45,6 @@ def bands(taps: Taps, shape: tuple[int, int], dtype: torch.dtype, device: torch.
         y, x = (axis_table(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True))
         tables = Bands(y, x, taps.padding_mode == "circular")
         tables = reference.transpose(tables) if adjoint else tables
-        kind = reference.band_dtype(dtype)
-        return Bands(tables.y.to(device, kind), tables.x.to(device, kind), tables.circular)
+        dtype = reference.band_dtype(dtype)
+        y, x = (table.to(device, dtype).contiguous() for table in tables[:2])
+        return Bands(y, x, tables.circular)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends import cuda, native, reference
-from jfbfast.backends.dispatch import kernels_for, selected_backend
+from jfbfast.backends import dispatch, reference
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration, Phase, Stall
@@ -57,21 +57,17 @@ class Anderson(FixedPointSolver):
         x0 = phase.start
         if self.history_dtype is not None and x0.dtype != torch.float32:
             raise ValueError(f"history_dtype is {self.history_dtype}, which takes float32 iterates; x0 is {x0.dtype}")
-        if (
-            x0.is_cuda
-            and not phase.estimate
-            and x0.dtype in (torch.float32, torch.float64)
-            and self.memory <= cuda.MAX_MEMORY
-            and selected_backend() != "reference"
-            and not cuda.why_not(x0.get_device())
-        ):
-            return self._run_on_device(phase)
+        kernels = dispatch.kernels(
+            x0.device, "anderson_solve", dtype=x0.dtype, memory=self.memory, estimate=phase.estimate
+        )
+        if hasattr(kernels, "AndersonCuda"):
+            return self._run_on_device(phase, kernels)
         return super()._run(phase)
 
-    def _run_on_device(self, phase: Phase) -> FixedPointSolution:
+    def _run_on_device(self, phase: Phase, kernels: ModuleType) -> FixedPointSolution:
         """The same loop with the decisions of an iteration taken on the GPU; the host follows one step behind."""
         x, inputs = phase.flat_start(), phase.inputs
-        state = cuda.AndersonCuda(
+        state = kernels.AndersonCuda(
             x,
             tol=self.tol,
             atol=self.atol,
@@ -105,7 +101,7 @@ class _AndersonIteration(Iteration):
 
     def __init__(self, x: Tensor, memory: int, regularization: float, history_dtype: torch.dtype | None) -> None:
         batch = len(x)
-        self.kernels = native if kernels_for(x.device) is native else reference
+        self.kernels = dispatch.kernels(x.device, "anderson")
         self.regularization = regularization
         self.residuals = torch.zeros(memory, *x.shape, dtype=history_dtype or x.dtype, device=x.device)
         self.differences = None if history_dtype is None else torch.zeros_like(self.residuals)

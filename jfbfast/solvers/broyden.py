@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends import native, reference
-from jfbfast.backends.dispatch import kernels_for
+from jfbfast.backends import dispatch, reference
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration
@@ -79,7 +78,7 @@ class _BroydenIteration(Iteration):
 
     def __init__(self, x: Tensor, memory: int) -> None:
         batch, slots = len(x), memory + 1
-        self.kernels = native if kernels_for(x.device) is native else reference
+        self.kernels = dispatch.kernels(x.device, "anderson")
         self.ring = torch.zeros(2 * slots, *x.shape, dtype=x.dtype, device=x.device)
         self.gram = torch.zeros(batch, 2 * slots, 2 * slots, dtype=torch.float64, device=x.device)
         self.valid = torch.zeros(batch, slots, dtype=torch.bool, device=x.device)

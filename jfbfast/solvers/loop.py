@@ -53,12 +53,12 @@ def norms(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     return norm(residual, dim=1, dtype=torch.float64), norm(image, dim=1, dtype=torch.float64)
 
 
-def evaluated(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """layer(x, *inputs).
+def evaluate(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """layer(x, *inputs), in the dtype of x.
 
     Raises:
-        TypeError: it is not a tensor.
-        ValueError: the layer wrote over x or an input.
+        TypeError: the layer does not return a tensor.
+        ValueError: the layer changes the shape, or writes over x or an input.
     """
     given = [value for value in (x, *inputs) if not value.is_inference()]
     versions = [value._version for value in given]
@@ -67,7 +67,11 @@ def evaluated(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) ->
         raise TypeError(f"{name} returns a {type(f).__name__}; it takes a layer that returns a tensor")
     if [value._version for value in given] != versions:
         raise ValueError(f"{name} writes over its input; it takes a layer that leaves x and the inputs as they are")
-    return f
+    if f.shape != x.shape:
+        raise ValueError(
+            f"{name} maps shape {tuple(x.shape)} to {tuple(f.shape)}; it takes a layer that keeps the shape"
+        )
+    return f.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -102,13 +106,7 @@ class Phase:
     def evaluate(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """T(x) for flat iterates, in their dtype."""
         images = x.view(len(x), *self.start.shape[1:])
-        f = evaluated(self.layer, self.name, images, inputs)
-        if f.shape != images.shape:
-            raise ValueError(
-                f"{self.name} maps shape {tuple(images.shape)} to {tuple(f.shape)}; "
-                "it takes a layer that keeps the shape"
-            )
-        return f.to(x.dtype).reshape(x.shape)
+        return evaluate(self.layer, self.name, images, inputs).reshape(x.shape)
 
 
 class Stall:

@@ -125,7 +125,7 @@ def test_nothing_is_written_or_read_outside(channels: tuple[int, int]) -> None:
     )
     out = guarded(torch.zeros(2, 7, 10, channels[1]), 7.0)
     addresses = (t.data_ptr() + 4 * 64 for t in (images, kernels, biases, out))
-    native._module().convolution(*addresses, False, (2, 7, 10, *channels), 1)
+    native._native.convolution(*addresses, False, (2, 7, 10, *channels), 1)
     assert torch.equal(out[64:-64].view(2, 7, 10, -1).permute(0, 3, 1, 2), expected)
     assert (out[:64] == 7).all() and (out[-64:] == 7).all()
 
@@ -148,9 +148,9 @@ def test_the_op_passes_opcheck(channels: tuple[int, int], dtype: torch.dtype) ->
 
 def test_few_tiles_are_not_worth_the_transform_of_a_wide_weight() -> None:
     few, many = torch.randn(1, 64, 8, 8), torch.randn(2, 64, 8, 8)
-    assert winograd.winograd_serves(many, 64)
-    assert not winograd.winograd_serves(few, 64) and not winograd.winograd_serves(many, 128)
-    assert winograd.winograd_serves(few, 64, transformed=True)
+    assert winograd._kernels(many, 64) is native
+    assert winograd._kernels(few, 64) is reference and winograd._kernels(many, 128) is reference
+    assert winograd._kernels(few, 64, transformed=True) is native
 
 
 def test_the_op_leaves_to_torch_what_winograd_does_not_serve() -> None:
@@ -222,7 +222,7 @@ def test_the_weight_gradient_writes_nothing_outside() -> None:
     memory = [torch.full((n + 128,), 7.0) for n in (9 * 17 * 20, 20)]
     x, gradient = (torch.randn(*shape, c) for c in channels)
     addresses = (x.data_ptr(), gradient.data_ptr(), *(t.data_ptr() + 4 * 64 for t in memory))
-    native._module().weight_gradient(*addresses, (*shape, *channels), 1)
+    native._native.weight_gradient(*addresses, (*shape, *channels), 1)
     expected = native.conv3x3_weight_gradient(x.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2))
     for got, e in zip(memory, expected, strict=True):
         assert torch.equal(got[64:-64], e.flatten()) and (got[:64] == 7).all() and (got[-64:] == 7).all()

@@ -24,7 +24,8 @@ from jfbfast.experiments.evaluation import evaluate, measurements
 from jfbfast.experiments.settings import make_settings, read_settings, write_settings
 from jfbfast.imaging.classical import gradient_descent
 from jfbfast.imaging.quality import PAPER_OFFSET, psnr
-from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
+from jfbfast.models.checkpoint import save_checkpoint
+from jfbfast.models.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

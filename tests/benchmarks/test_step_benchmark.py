@@ -15,7 +15,8 @@ from helpers.rivals import optional
 from jfbfast import DnCNN
 from jfbfast.benchmarks import implicit_rivals, memory, problem, rivals, run, split, step
 from jfbfast.cli import app
-from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
+from jfbfast.models.checkpoint import save_checkpoint
+from jfbfast.models.config import ModelConfig
 
 CPU = torch.device("cpu")
 DNCNN = {"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}

@@ -15,12 +15,13 @@ from helpers.command_line import run
 from helpers.maps import dense_jacobian
 from helpers.models import Cell, networks
 from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, Picard, Status, UNet
-from jfbfast.diagnostics.conditioning import convergence_history, jfb_condition, lipschitz_bound, report
+from jfbfast.diagnostics import convergence_history, jfb_condition, lipschitz_bound, report
 from jfbfast.diagnostics.verdicts import rows
 from jfbfast.imaging.photographs import Photograph, read_photograph, write_photograph
 from jfbfast.imaging.quality import psnr
 from jfbfast.implicit.methods import GRADIENTS
-from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
+from jfbfast.models.checkpoint import save_checkpoint
+from jfbfast.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def parameter_jacobian(model, x, d):
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
-def test_the_spectrum_at_the_fixed_point(measured):
+def test_the_spectrum_at_the_fixed_point_agrees_with_the_dense_one(measured):
     model, d, _, found = measured
     j = dense_jacobian(model.layer, found.history.solution.value, d)
     torch.testing.assert_close(found.contraction_factor, torch.linalg.eigvals(j).abs().amax(1), rtol=0.05, atol=0)
@@ -56,7 +57,7 @@ def test_the_spectrum_at_the_fixed_point(measured):
     assert (found.contraction_factor < 1).all() and (found.contraction_factor <= found.lipschitz_bound).all()
 
 
-def test_the_bound_of_the_filtered_layer(measured):
+def test_the_bound_of_the_filtered_layer_holds(measured):
     model, d, _, found = measured
     red, value = model.regularizer, found.history.solution.value
     seen = model.blur.filter(value, red.filter_damping).detach()
@@ -91,7 +92,7 @@ def test_the_condition_is_a_lower_bound(measured):
     assert (jfb_condition(small, value, d) == torch.inf).all()
 
 
-def test_the_cosines_are_those_to_the_dense_implicit_gradient(measured):
+def test_the_cosines_agree_with_the_dense_implicit_gradient(measured):
     model, d, x, found = measured
     value = found.history.solution.value
     assert set(found.cosine) == set(GRADIENTS)
@@ -108,7 +109,7 @@ def test_the_cosines_are_those_to_the_dense_implicit_gradient(measured):
         assert found.cosine["implicit"][i] > 0.999
 
 
-def test_the_history_is_that_of_the_solver(measured):
+def test_the_history_agrees_with_the_solver(measured):
     model, d, x, found = measured
     history = found.history
     assert history.residual.shape == history.psnr.shape == (60, 3)
@@ -132,14 +133,14 @@ def test_the_history_is_that_of_the_solver(measured):
     ],
     ids=["paper", "unet", "picard", "auto"],
 )
-def test_every_kind_of_model_without_a_truth(model):
+def test_every_kind_of_model_is_measured_without_a_truth(model):
     found = report(model().train(), torch.randn(2, 3, 8, 8), iterations=20, steps=20)
     assert found.history.psnr is None
     for values in (found.contraction_factor, found.operator_norm, found.jfb_condition, *found.cosine.values()):
         assert values.shape == (2,) and not values.isnan().any()
 
 
-def test_an_averaging_that_is_due_is_estimated_for_the_report_alone():
+def test_the_report_estimates_a_missing_averaging_for_itself():
     red = RED(lambda x: -3 * x, 1.0)
     model = DEGrad(GaussianBlur(), red, preconditioner="exact", averaging="auto")
     d = torch.randn(2, 3, 8, 8)
@@ -150,7 +151,7 @@ def test_an_averaging_that_is_due_is_estimated_for_the_report_alone():
     assert (found.contraction_factor < 1).all() and (found.solution.status == Status.CONVERGED).all()
 
 
-def test_a_bad_sample_is_reported_as_such_and_touches_nothing(tmp_path):
+def test_a_diverged_sample_is_reported_and_leaves_the_others_alone(tmp_path):
     model = networks()["filtered"].double().eval()
     d = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     bad = d.clone()
@@ -168,7 +169,7 @@ def test_a_bad_sample_is_reported_as_such_and_touches_nothing(tmp_path):
         each.plot(tmp_path / "bad.png")
 
 
-def test_table_and_picture(measured, tmp_path):
+def test_the_table_and_the_picture_have_every_part(measured, tmp_path):
     *_, found = measured
     console = Console(width=120, file=io.StringIO())
     console.print(found.table())
@@ -198,7 +199,7 @@ def test_the_verdicts_tell_a_good_model_from_a_bad_one(measured):
     assert bad["residual at 10"].startswith("poor: it stays above tol")
 
 
-def test_every_figure_has_its_thresholds(measured):
+def test_every_threshold_changes_the_verdict(measured):
     found = measured[3]
     ones = torch.ones(3)
     psnr = torch.tensor([30.0] * 9 + [20.0] * 51)[:, None].expand(60, 3)
@@ -222,7 +223,7 @@ def test_every_figure_has_its_thresholds(measured):
         assert re.match(told, verdict), (name, verdict)
 
 
-def test_any_implicit_layer_is_reported_as_a_model_is():
+def test_report_takes_any_implicit_layer():
     torch.manual_seed(0)
     cell = Cell().double()
     d, x0 = torch.randn(3, 12, dtype=torch.float64), torch.zeros(3, 12, dtype=torch.float64)
@@ -242,7 +243,7 @@ def test_any_implicit_layer_is_reported_as_a_model_is():
     assert torch.equal(history.residual, again.residual) and again.psnr.shape == (20, 3)
 
 
-def test_a_function_is_reported_without_gradients_and_a_method_with_them(tmp_path):
+def test_a_function_has_no_gradients_to_report_and_a_method_has(tmp_path):
     torch.manual_seed(0)
     cell = Cell()
     d, x0 = torch.randn(2, 12), torch.zeros(2, 12)
@@ -258,7 +259,7 @@ def test_a_function_is_reported_without_gradients_and_a_method_with_them(tmp_pat
 
 
 @pytest.mark.parametrize("measure", [report, convergence_history])
-def test_what_is_neither_a_model_nor_a_layer_is_told_what_is(measure):
+def test_a_wrong_model_or_input_gets_a_message_that_says_what_it_takes(measure):
     cell, x0, d = Cell(), torch.zeros(2, 12), torch.zeros(2, 12)
     model, image = networks()["filtered"], torch.zeros(1, 3, 8, 8)
     for arguments, options in (
@@ -279,7 +280,7 @@ def test_what_is_neither_a_model_nor_a_layer_is_told_what_is(measure):
         measure(cell, x=(d,), x0=x0, inputs=(d,))
 
 
-def test_a_frozen_model_and_one_under_inference_mode_are_measured_as_any():
+def test_frozen_models_and_inference_mode_change_no_figure():
     model = networks()["filtered"].double().eval()
     d = torch.randn(1, 3, 6, 6, dtype=torch.float64)
     options = {"iterations": 20, "steps": 10}
@@ -294,7 +295,7 @@ def test_a_frozen_model_and_one_under_inference_mode_are_measured_as_any():
             assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
-def test_bad_input_is_named():
+def test_the_message_names_a_bad_input():
     model = networks()["filtered"]
     with pytest.raises(ValueError, match="x has shape"):
         report(model, torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
@@ -302,7 +303,7 @@ def test_bad_input_is_named():
         report(model, torch.zeros(1, 3, 8, 8), iterations=0)
 
 
-def test_diagnose_on_the_command_line(tmp_path):
+def test_diagnose_works_on_the_command_line(tmp_path):
     config = ModelConfig(
         denoiser={"kind": "DnCNN", "features": 4, "depth": 3, "norm": None, "spectral_norm": False, "residual": True}
     )

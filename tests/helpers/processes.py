@@ -15,7 +15,7 @@ LEAVE = "\nimport os, sys\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n
 _SELECTED = """
 import sys, pytest
 from jfbfast.backends import native
-assert native._module().isa == sys.argv[1], native.describe()
+assert native._native.isa == sys.argv[1], native.describe()
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 

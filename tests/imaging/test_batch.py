@@ -1,4 +1,4 @@
-"""Many photographs in one call: targets are checked first, files are written whole, a bad one leaves the others."""
+"""Many photographs in one call: targets are checked first, files are written whole, a bad one stops no other."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = Photograph(torch.rand(3, 40, 30), None, np.dtype("uint16"))
 
 @pytest.fixture
 def photograph(tmp_path):
-    """A photograph in the current directory: its name."""
+    """Make a photograph in the current directory, and return its name."""
     write_photographs(tmp_path / "made", 1)
     (tmp_path / "made" / "0.png").rename(tmp_path / "x.png")
     return "x.png"
@@ -70,7 +70,7 @@ def test_no_photograph_is_ever_a_target(tmp_path, photograph):
         refused(tmp_path, "is the photograph itself", photograph, "--out", name, "--overwrite")
 
 
-def test_arguments_are_looked_at_before_anything_is_restored(tmp_path, photograph):
+def test_arguments_are_checked_before_anything_is_restored(tmp_path, photograph):
     (tmp_path / "x.jpg").write_bytes((tmp_path / photograph).read_bytes())
     for message, *arguments in (
         ("out.png: there is no such file", photograph, "out.png"),
@@ -83,12 +83,12 @@ def test_arguments_are_looked_at_before_anything_is_restored(tmp_path, photograp
     ):
         refused(tmp_path, message, *arguments)
     (tmp_path / "folder.png").mkdir()
-    assert restore(photograph, "--out", "folder.png").exit_code == 0  # a directory, whatever its name
+    assert restore(photograph, "--out", "folder.png").exit_code == 0  # it is a directory, whatever its name
     (tmp_path / "x-restored.png").mkdir()
     refused(tmp_path, "is a directory", photograph, "--overwrite")
 
 
-def test_a_file_is_overwritten_only_where_that_is_asked_for(tmp_path, photograph):
+def test_a_file_is_overwritten_only_on_request(tmp_path, photograph):
     (tmp_path / "x-restored.png").write_text("old")
     refused(tmp_path, "x-restored.png: is there already; --overwrite replaces it", photograph)
     assert restore(photograph, "--overwrite").exit_code == 0
@@ -114,7 +114,7 @@ def test_a_bad_file_leaves_the_others_alone(tmp_path, photograph):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_names_and_terminals_of_other_letters(tmp_path, photograph, encoding):
+def test_names_and_terminals_may_have_other_letters(tmp_path, photograph, encoding):
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     os.rename(photograph, name)
     command = [sys.executable, "-m", "jfbfast", "restore", "--noise", "0.02", "--padding-mode", "reflect"]
@@ -155,14 +155,14 @@ def test_two_writers_leave_one_whole_file_that_the_umask_allows(tmp_path):
 
 
 def spoil(folder):
-    """Put files that cannot be used first by name, in the middle and last."""
+    """Add files that cannot be used: first by name, in the middle and last."""
     (folder / "._0.png").write_bytes(b"\0\5\x16\7")
     (folder / "1a.avif.png").write_bytes(b"\0\0\0\x20ftypavif")
     (folder / "folder.png").mkdir()
     Image.fromarray(samples("uint8", size=(1, 20))).save(folder / "z.png")
 
 
-def test_evaluate_leaves_out_what_cannot_be_used(tmp_path):
+def test_evaluate_leaves_out_files_that_cannot_be_used(tmp_path):
     folder = write_photographs(tmp_path / "photographs", 5)
     spoil(folder)
     arguments = ["evaluate", str(folder), "--methods", "blurred", "--out", "table.csv"]
@@ -177,7 +177,7 @@ def test_evaluate_leaves_out_what_cannot_be_used(tmp_path):
     assert result.exit_code == 1 and "none of the 2 photographs can be used" in result.output
 
 
-def test_train_leaves_out_what_cannot_be_used(tmp_path):
+def test_train_leaves_out_files_that_cannot_be_used(tmp_path):
     folder = write_photographs(tmp_path / "photographs", 5)
     spoil(folder)
     if sys.platform == "linux":
@@ -190,7 +190,7 @@ def test_train_leaves_out_what_cannot_be_used(tmp_path):
     assert "z.png: too small for crops of 16 pixels: 20 × 1 pixels; it takes 6 a side" in result.output
 
 
-def test_a_photograph_that_cannot_be_used_is_not_what_a_run_left_to_score(tmp_path):
+def test_an_unusable_photograph_is_not_among_those_a_run_left_to_score(tmp_path):
     folder, run = write_photographs(tmp_path / "photographs", 5), tmp_path / "run"
     spoil(folder)
     run.mkdir()
@@ -202,7 +202,7 @@ def test_a_photograph_that_cannot_be_used_is_not_what_a_run_left_to_score(tmp_pa
     assert [path.name for path in chosen] == ["3.png"] and "4.png" in [path.name for path in scored]
 
 
-def test_a_file_that_comes_during_a_restoration_is_not_overwritten(tmp_path):
+def test_a_file_created_during_a_restoration_is_not_overwritten(tmp_path):
     path = tmp_path / "late.png"
     path.write_text("precious")
     with pytest.raises(ImageError, match="is there already; --overwrite replaces it"):
@@ -210,7 +210,7 @@ def test_a_file_that_comes_during_a_restoration_is_not_overwritten(tmp_path):
     assert contents(tmp_path) == {path.name: b"precious"}
 
 
-def test_directories_that_cannot_be_entered_are_passed_over(tmp_path, monkeypatch, photograph):
+def test_directories_that_cannot_be_entered_are_skipped(tmp_path, monkeypatch, photograph):
     is_dir = Path.is_dir
 
     def refused(self):

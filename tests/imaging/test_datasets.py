@@ -1,4 +1,4 @@
-"""What a run trains on: samples by seed and index, crops, photographs, their split."""
+"""The data of a run: samples by seed and index, crops, photographs, their split."""
 
 import cv2
 import numpy as np
@@ -16,7 +16,7 @@ def folder(tmp_path):
     return write_photographs(tmp_path / "photographs", 5)
 
 
-def test_a_sample_is_a_function_of_seed_and_index():
+def test_a_sample_depends_on_seed_and_index_alone():
     photographs = [torch.randint(0, 256, (3, 20 + i, 30), dtype=torch.uint8) for i in range(5)]
     crops = RandomCrops(photographs, 16, length=20, seed=3)
     forward = [crops[i] for i in range(20)]
@@ -43,7 +43,7 @@ def test_crops_are_parts_of_the_photographs():
     assert len({tuple(s.x.flatten().tolist()) for s in RandomCrops([photograph], 8, 200, flips=False)}) == 10
 
 
-def test_photographs_in_memory_are_those_on_disk(folder):
+def test_photographs_in_memory_equal_those_on_disk(folder):
     files = sorted(folder.iterdir())
     for options in ({}, {"resize": 16}, {"resize": 16, "squash": True}):
         cached, streamed = Photographs(files, **options), Photographs(files, **options, cache=100)
@@ -59,7 +59,7 @@ def test_photographs_in_memory_are_those_on_disk(folder):
         Photographs(files)
 
 
-def test_photographs_that_opencv_alone_reads(tmp_path):
+def test_float32_photographs_are_read(tmp_path):
     deep = np.random.default_rng(0).random((9, 7, 3), np.float32)
     cv2.imwrite(str(tmp_path / "deep.tiff"), deep)
     photographs = Photographs([tmp_path / "deep.tiff"])
@@ -77,7 +77,7 @@ def test_split_by_name(train_part, validation, sizes):
 
 
 @pytest.mark.parametrize(("count", "train_part", "validation"), [(15, 0.9, 0.1), (3, 0.5, 0.5), (5, 0.7, 0.3)])
-def test_shares_that_are_the_whole_can_be_taken_of_any_number(count, train_part, validation):
+def test_shares_that_add_up_to_one_split_any_number_of_files(count, train_part, validation):
     kept, held_out, rest = split(range(count), train_part, validation)
     assert (len(kept) + len(held_out), len(held_out), rest) == (count, round(validation * count), [])
 
@@ -85,6 +85,6 @@ def test_shares_that_are_the_whole_can_be_taken_of_any_number(count, train_part,
 @pytest.mark.parametrize(
     ("train_part", "validation"), [(0.9, 0.2), (8, 3), (None, 11), (1.5, 0), (-1, 0), (float("nan"), 0)]
 )
-def test_a_split_that_cannot_be(train_part, validation):
+def test_an_impossible_split_is_refused(train_part, validation):
     with pytest.raises(ValueError, match=r"train|validation"):
         split(range(10), train_part, validation)

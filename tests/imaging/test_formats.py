@@ -1,4 +1,4 @@
-"""Image files of every kind: what is read is what the file means, what is kept survives, the rest is refused."""
+"""Image files of every kind: samples are read as defined, metadata survives, and the rest is refused."""
 
 import io
 import struct
@@ -43,7 +43,16 @@ def read(path, content):
 def short_png(array):
     """A PNG without its last rows, all checksums right."""
     whole, short = png(array), png(array[:3])
-    return whole[:33] + short[33:]  # the header of the one, the data of the other
+    return whole[:33] + short[33:]  # the header of one, the data of the other
+
+
+def with_an_empty_strip(array):
+    """A TIFF that gives one of its strips no bytes."""
+    out = io.BytesIO(tiff(array, compression="zlib", rowsperstrip=2))
+    with tifffile.TiffFile(out, mode="r+b") as file:
+        tag = file.pages.first.tags["StripByteCounts"]
+        tag.overwrite((tag.value[0], 0, tag.value[2]))
+    return out.getvalue()
 
 
 def values(photograph):
@@ -92,7 +101,7 @@ def test_photographs_come_back_upright_with_profile_exif_and_resolution(tmp_path
     np.testing.assert_allclose(values(photograph), to_floats(upright), atol=1e-6)
     for suffix in (".png", ".tiff"):
         if (suffix == ".png" and dtype == "float32") or (suffix == ".tiff" and channels == 2):
-            continue  # which it does not hold
+            continue  # the format cannot hold it
         write_photograph(tmp_path / f"out{suffix}", photograph)
         found, profile, dpi, exif = stored(tmp_path / f"out{suffix}")
         np.testing.assert_array_equal(found, upright[:, :, [0, 0, 0, 1]] if channels == 2 else upright)
@@ -124,7 +133,7 @@ def test_a_file_without_metadata_gets_none(tmp_path):
         assert read(tmp_path / name, content).metadata == Metadata()
 
 
-def test_a_png_keeps_what_tells_its_colours_and_other_formats_refuse_it(tmp_path):
+def test_a_png_keeps_its_colour_space_and_other_formats_refuse_it(tmp_path):
     linear = (b"gAMA", struct.pack(">I", 100_000))
     for array in (samples("uint8"), samples("uint16")):
         photograph = read(tmp_path / "linear.png", png(array, linear))
@@ -139,6 +148,7 @@ GREY, RGB, DEEP = samples("uint8", 1), samples("uint8"), samples("uint16")
 PALETTE = Image.fromarray(RGB).quantize(16)
 HALVES = np.array([[512, 0], [1023, 1]])[:, :, None]
 PRIMARIES = np.array([[[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]])
+JPEG_TIFF = cv2.imencode(".tiff", cv2.resize(RGB, (36, 24)), [cv2.IMWRITE_TIFF_COMPRESSION, 7])[1].tobytes()
 BMP_555 = b"BM" + struct.pack("<LHHLLllHHLLllLL", 62, 0, 0, 54, 40, 4, 1, 1, 16, 0, 8, 0, 0, 0, 0)
 
 
@@ -157,6 +167,9 @@ BMP_555 = b"BM" + struct.pack("<LHHLLllHHLLllLL", 62, 0, 0, 54, 40, 4, 1, 1, 16,
         "sBIT": (png(DEEP, (b"sBIT", b"\x0a\x0a\x0a")), to_floats(DEEP)),
         "BMP of 5 bits": (BMP_555 + struct.pack("<4H", 0x7FFF, 0x7C00, 0x03E0, 0x001F), PRIMARIES),
         "white is zero": (tiff(GREY, photometric="miniswhite"), 1 - to_floats(GREY)),
+        "16-bit white is zero": (tiff(DEEP[:, :, :1], photometric="miniswhite"), 1 - to_floats(DEEP[:, :, :1])),
+        "16-bit grey with alpha": (tiff(samples("uint16", 2)), to_floats(samples("uint16", 2))),
+        "YCbCr in JPEG": (JPEG_TIFF, to_floats(cv2.imdecode(np.frombuffer(JPEG_TIFF, np.uint8), 1)[:, :, ::-1])),
         "palette TIFF": (pillow(PALETTE, "TIFF"), to_floats(np.asarray(PALETTE.convert("RGB")))),
         "LZW": (lzw_tiff(DEEP), to_floats(DEEP)),
         "big-endian": (tiff(DEEP, byteorder=">"), to_floats(DEEP)),
@@ -168,7 +181,7 @@ BMP_555 = b"BM" + struct.pack("<LHHLLllHHLLllLL", 62, 0, 0, 54, 40, 4, 1, 1, 16,
         ),
     }.values(),
 )
-def test_samples_are_what_the_file_means(tmp_path, content, expected):
+def test_samples_are_interpreted_as_the_format_defines(tmp_path, content, expected):
     np.testing.assert_allclose(values(read(tmp_path / "a.png", content)), expected, atol=1e-6)
 
 
@@ -213,12 +226,12 @@ RGBA16 = samples("uint16", 4)
         ),
         (tiff(GREY, photometric="palette", colormap=np.full((3, 256), 255, np.uint16)), "its palette has 8 bits"),
         (tiff(np.moveaxis(DEEP, 2, 0), photometric="rgb", planarconfig="separate"), "its channels one after the other"),
-        (tiff(DEEP[:, :, 0], photometric="miniswhite"), "photometric interpretation is 0; for uint16 samples"),
         (tiff(RGBA16, photometric="separated", extrasamples=[]), "photometric interpretation is 5"),
         (tiff(RGBA16, extrasamples=["assocalpha"]), r"kind \(1,\); .* alpha not multiplied in"),
         (tiff(RGBA16, extrasamples=["unspecified"]), r"kind \(0,\)"),
         (lzw_tiff(RGBA16[:, :, [2, 1, 0, 3]][:, :, ::-1]), "4 samples a pixel, and no tag says what each is"),
-        (tiff(samples("uint16", 2)), "grey with alpha"),
+        (pillow(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), "YCbCr without JPEG compression"),
+        (with_an_empty_strip(DEEP), "some of its pixels are missing"),
         (tiff(np.stack([RGB, RGB]), photometric="rgb"), "2 pages"),
         (tiff(RGB, subfiletype=1), "a preview of another image"),
         *[(tiff(np.zeros((6, 9), kind)), "neither 8-bit") for kind in ("int8", "int16", "uint32", "float16", "double")],
@@ -227,14 +240,14 @@ RGBA16 = samples("uint16", 4)
         (pillow(RGB, "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff"), "EXIF data"),
     ],
 )
-def test_what_would_be_misread_is_refused_in_one_sentence(tmp_path, content, message):
+def test_files_that_would_be_misread_are_refused_in_one_sentence(tmp_path, content, message):
     with pytest.raises(ImageError, match=rf"a\.png: .*{message}") as error:
         read(tmp_path / "a.png", content)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("array", [RGB, DEEP])
-def test_damage_that_a_checksum_tells_is_refused(tmp_path, array):
+def test_damage_that_a_checksum_detects_is_refused(tmp_path, array):
     for content, start in ((png(array), 8), (tiff(array, compression="zlib"), None)):
         if start is None:
             start = tifffile.TiffFile(io.BytesIO(content)).pages[0].dataoffsets[0]
@@ -251,7 +264,7 @@ def test_damage_that_a_checksum_tells_is_refused(tmp_path, array):
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("png", "uint8"), ("png", "uint16"), ("tiff", "uint16"), ("jpeg", "uint8"), ("webp", "uint8")]
 )
-def test_a_broken_file_raises_nothing_else(tmp_path, kind, dtype):
+def test_a_broken_file_raises_nothing_but_an_image_error(tmp_path, kind, dtype):
     content, random = tagged(kind, samples(dtype), 6), np.random.default_rng(0)
     for _ in range(150):
         broken = bytearray(content[: random.integers(len(content) // 2, len(content))])
@@ -264,7 +277,7 @@ def test_a_broken_file_raises_nothing_else(tmp_path, kind, dtype):
             assert str(error).startswith(f"{path}: ")
 
 
-def test_a_target_that_cannot_hold_a_photograph_is_told_of_before(tmp_path):
+def test_a_target_that_cannot_hold_a_photograph_is_refused_before_writing(tmp_path):
     small, eight = torch.zeros(3, 4, 4), np.dtype("uint8")
     for name, photograph, message in (
         ("a.webp", Photograph(small, None, eight), r"\.webp is no format to write; \.png, \.tiff and \.jpg are"),

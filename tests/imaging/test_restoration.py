@@ -1,4 +1,4 @@
-"""What `jfbfast restore` makes of a photograph: its surroundings, its brightness, its noise, and λ."""
+"""How `jfbfast restore` treats a photograph: its surroundings, its brightness, its noise, and λ."""
 
 import math
 
@@ -35,7 +35,7 @@ def restored(d, checkpoint=None, tile=512, overlap=64, said=None, **given):
 
 
 def gain(x, d, sharp):
-    """How much nearer to the sharp one a restoration is than d, in dB."""
+    """The gain in dB of a restoration over d, as an approximation of the sharp image."""
     return 10 * math.log10((d - sharp).square().mean() / (x - sharp).square().mean())
 
 
@@ -127,7 +127,7 @@ def test_a_sharp_photograph_contradicts_a_blur_and_a_blurred_one_does_not(name):
                 assert not contradicted and noise <= found < 1.4 * noise
 
 
-def test_noise_that_is_told_too_low_is_found():
+def test_noise_that_is_given_too_low_is_found():
     d, sharp = camera(scene(), 1.0, 0.05)
     said = []
     x = restored(d, said=said, sigma=1.0, noise=0.01)

@@ -14,7 +14,7 @@ import jfbfast
 from helpers import processes
 from helpers.models import Cell, networks
 from jfbfast import Anderson, ConvergenceWarning, DEGrad, GaussianBlur, Status, fixed_point
-from jfbfast.implicit.frozen import fixed_map
+from jfbfast.implicit.frozen import frozen
 
 
 def reference_gradient(model, d, loss):
@@ -223,11 +223,11 @@ def test_a_module_that_forbids_its_mode_leaves_the_others_theirs():
             super().__setattr__(name, value)
 
     module = nn.Sequential(nn.Linear(3, 3), Rigid())
-    with pytest.raises(RuntimeError, match="rigid"), fixed_map(module):
+    with pytest.raises(RuntimeError, match="rigid"), frozen(module):
         pass
     assert module.training and module[0].training
     module[1] = nn.Identity()
-    with fixed_map(module):
+    with frozen(module):
         assert not module[0].training
     assert module[0].training
 

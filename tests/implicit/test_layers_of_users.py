@@ -23,7 +23,7 @@ from jfbfast import (
 )
 from jfbfast.backends import conv3x3 as winograd
 from jfbfast.backends.precision import ieee
-from jfbfast.implicit import frozen as fixed_map
+from jfbfast.implicit import frozen
 from jfbfast.implicit.methods import GRADIENTS
 from jfbfast.operators import ops
 
@@ -67,9 +67,10 @@ def test_no_output_of_an_op_is_a_view(backend, size):
     identity = ([1.0], [1.0], "zeros")
     with jfbfast.backend(backend):
         outputs = [
-            *(op for filters in (taps, identity) for op in (ops.blur(x, *filters), ops.gradient(x, x, None, *filters))),
-            ops.gradient_step(x, x, x, torch.tensor(0.5), *taps),
-            ops.solve(x, torch.tensor(0.5), *taps),
+            *(ops.blur(x, *filters) for filters in (taps, identity)),
+            *(ops.gradient(x, x, None, None, *filters) for filters in (taps, identity)),
+            ops.gradient(x, x, x, torch.tensor(0.5), *taps),
+            ops.tikhonov(x, torch.tensor(0.5), *taps),
             winograd.conv3x3(x, torch.rand(16, 16, 3, 3)),
             winograd.conv3x3(x, torch.rand(16, 16, 3, 3), None, True),
             *winograd.conv3x3_weight_gradient(x, x),
@@ -223,7 +224,7 @@ def test_synchronised_batch_norms_are_refused_among_processes(monkeypatch):
     model = de_grad(convolution(3, 6), nn.SyncBatchNorm(6), nn.ReLU(), convolution(6, 3))
     d = torch.rand(2, 3, 12, 12)
     model(d)  # of one process it is a batch norm
-    monkeypatch.setattr(fixed_map, "_processes", lambda: 2)
+    monkeypatch.setattr(frozen, "_processes", lambda: 2)
     with pytest.raises(ValueError, match=r"SyncBatchNorm in train.* it takes BatchNorm2d"):
         model(d)
     model.eval()(d)

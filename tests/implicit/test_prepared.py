@@ -6,7 +6,6 @@ import pickle
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
 from types import MethodType
 
 import pytest
@@ -17,8 +16,8 @@ from torch import nn
 import jfbfast
 from helpers.models import networks
 from jfbfast import DnCNN, UNet, solve_fixed_point
-from jfbfast.implicit.frozen import fixed_map
-from jfbfast.implicit.prepared import _Chain, _fuses_relu, _PreparedConv2d, _Twin, prepared
+from jfbfast.backends.conv3x3 import _onednn_fuses_relu
+from jfbfast.implicit.prepared import _SolveConvolutions, prepared
 from jfbfast.models.denoisers import SpectralNormConv2d
 
 
@@ -88,11 +87,16 @@ def test_it_is_the_same_function_after_every_change_of_the_module(name):
         check()
 
 
-def test_every_convolution_of_a_dncnn_is_folded():
-    twin = _Twin(module("DnCNN"), None)
-    twin.refresh()
-    kinds = [type(m) for m in twin.module.layers.forward.modules]
-    assert kinds.count(_PreparedConv2d) == 4 and nn.BatchNorm2d not in kinds and nn.ReLU not in kinds
+@torch.no_grad()
+def test_batch_norms_behind_convolutions_are_folded(monkeypatch):
+    net, x = module("DnCNN"), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    expected = net(x)
+
+    def refuse(*_):
+        raise AssertionError("a batch norm was evaluated")
+
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", refuse)
+    torch.testing.assert_close(prepared(net)(x), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,16 +116,15 @@ def test_fused_relu_against_float64(dtype, channels_last):
 
 
 def test_no_relu_is_fused_in_bfloat16_where_onednn_has_none(monkeypatch):
-    monkeypatch.setattr("jfbfast.implicit.prepared.ONEDNN_HAS_BFLOAT16", False)
-    conv, x = nn.Conv2d(2, 2, 3), torch.randn(1, 2, 8, 8)
+    monkeypatch.setattr("jfbfast.backends.conv3x3.ONEDNN_HAS_BFLOAT16", False)
+    x = torch.randn(1, 2, 8, 8)
     with torch.no_grad():
-        assert _fuses_relu(conv, x) and not _fuses_relu(conv, x.bfloat16())
+        assert _onednn_fuses_relu(x, 0) and not _onednn_fuses_relu(x.bfloat16(), 0)
 
 
 def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
-    twin = _Twin(module("UNet").float(), torch.bfloat16)
-    twin.refresh()
-    weights = [m.prepared_weight for m in twin.convolutions]
+    convolutions = _SolveConvolutions(module("UNet").float(), 0.0, torch.bfloat16)
+    weights = [weight.value for weight in convolutions.weights.values()]
     assert weights[0].dtype == weights[-1].dtype == torch.float32
     assert {w.dtype for w in weights[1:-1]} == {torch.bfloat16}
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
@@ -147,9 +150,7 @@ class Blur(nn.Module):
 
 def test_low_precision_leaves_the_operators_convolutions_wide():
     model = jfbfast.DEGrad(Blur(), jfbfast.RED(UNet(3, (6, 4), (1, 1)), 0.1, "weight"), preconditioner="exact")
-    twin = _Twin(model, torch.bfloat16)
-    twin.refresh()
-    dtypes = [m.prepared_weight.dtype for m in twin.convolutions]
+    dtypes = [w.value.dtype for w in _SolveConvolutions(model, 0.0, torch.bfloat16).weights.values()]
     assert dtypes[:3] == [torch.float32] * 3 and dtypes[-1] == torch.float32
     assert set(dtypes[3:-1]) == {torch.bfloat16}
 
@@ -276,25 +277,22 @@ def test_threads_share_a_model():
         torch.testing.assert_close(each, expected[i % 4])
 
 
-def test_threads_that_solve_at_once_leave_a_model_in_train():
-    """The second begins within the first's solve and ends after it."""
-    net, second_began, first_ended = nn.Conv2d(3, 3, 1), Event(), Event()
+@torch.no_grad()
+def test_what_one_thread_prepares_is_not_used_by_another():
+    """The other thread evaluates the same module within a prepared evaluation of the first."""
+    net, x, found = module("DnCNN"), torch.randn(1, 3, 8, 8, dtype=torch.float64), []
+    expected = net(x)
 
-    def first():
-        with fixed_map(net):
-            assert second_began.wait(10)
-        first_ended.set()
-        return net.training
+    class Asking(nn.Module):
+        def forward(self, x):
+            with ThreadPoolExecutor(1) as thread:
+                found.append(thread.submit(torch.no_grad()(lambda: net(x))).result())
+            return net(x)
 
-    def second():
-        with fixed_map(net):
-            second_began.set()
-            assert first_ended.wait(10)
-            return net.training
-
-    with ThreadPoolExecutor(2) as threads:
-        modes = [thread.result() for thread in (threads.submit(first), threads.submit(second))]
-    assert modes == [False, False] and net.training
+    asking = Asking()
+    asking.net = net
+    prepared(asking)(x)
+    assert torch.equal(found[0], expected)
 
 
 @pytest.mark.parametrize("name", networks())
@@ -341,11 +339,9 @@ def test_a_method_is_the_function_that_was_given_whatever_its_name():
         torch.testing.assert_close(prepared(layer)(x), factor * net.conv(x))
     chain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).double()
     torch.testing.assert_close(prepared(chain.forward)(x), chain(x))
-    twin = _Twin(chain, None)
-    twin.refresh()
-    assert isinstance(twin.method(nn.Sequential.forward, compiled=False), _Chain)
 
 
+@torch.no_grad()
 def test_what_cannot_be_prepared_is_used_as_it_is():
     class Own(nn.Conv2d):
         def forward(self, x):
@@ -362,9 +358,11 @@ def test_what_cannot_be_prepared_is_used_as_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
-    for module in (nn.Linear(3, 3), Own(3, 3, 1), OwnNormalised(3, 3, 1), Standardised(3, 3, 1), traced):
-        assert _Twin(module, None).module is module
-    x = torch.randn(3)
+    x = torch.randn(2, 3, 4, 4)
+    for convolution in (Own(3, 3, 1), OwnNormalised(3, 3, 1), Standardised(3, 3, 1), traced):
+        for net in (convolution, nn.Sequential(convolution, nn.BatchNorm2d(3), nn.ReLU())):
+            net = net.eval() if net is not traced else net
+            torch.testing.assert_close(prepared(net)(x), net(x))
     torch.testing.assert_close(prepared(torch.tanh)(x), x.tanh())
 
 
@@ -391,25 +389,16 @@ def test_through_torch_compile_it_follows_the_weights():
     assert graphs[0] == graphs[1]  # new weights compile nothing anew
 
 
-@pytest.mark.parametrize("name", ["DnCNN", "convolution"])
-def test_twins_are_neither_kept_alive_nor_copied_nor_saved(name):
-    net = module(name)
-    prepared(net)
+@torch.no_grad()
+def test_an_evaluation_leaves_nothing_on_the_module():
+    net, x = module("DnCNN"), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    before = [set(vars(m)) for m in net.modules()]
+    prepared(net)(x)
+    assert [set(vars(m)) for m in net.modules()] == before
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
         torch.nn.init.ones_(next(other.parameters()))
         torch.testing.assert_close(prepared(other)(x), other(x))
     gone = weakref.ref(net)
     del net
     gc.collect()
     assert gone() is None
-
-
-def test_training_mode_is_left_alone():
-    net = module("DnCNN").train()
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    out = prepared(net)(x)
-    assert net.training and all(m.training for m in net.modules())
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    torch.testing.assert_close(out, net.eval()(x), rtol=1e-10, atol=1e-12)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from jfbfast import Anderson, ConvergenceWarning, DnCNN, GradientMethod, Implicit, fixed_point
 from jfbfast.backends import native
-from jfbfast.backends.conv3x3 import WinogradConvolutions, winograd_allowed
-from jfbfast.implicit.prepared import _Twin, prepared
+from jfbfast.implicit.prepared import Convolutions, prepared
 
 
 class Mixed(nn.Module):
@@ -38,19 +37,20 @@ class Mixed(nn.Module):
         return out
 
 
-def winograd_convolutions(net: nn.Module, tol: float) -> list[tuple[int, int]]:
-    twin = _Twin(net, None)
-    twin.refresh(winograd_allowed(tol))
-    return [(m.in_channels, m.out_channels) for m in twin.convolutions if m.transformed is not None]
+def winograd_calls(monkeypatch: pytest.MonkeyPatch, net: nn.Module, tol: float) -> int:
+    with monkeypatch.context() as patch:
+        calls = counted_calls(patch)
+        prepared(net, tol=tol)(torch.randn(2, 3, 12, 10, dtype=next(net.parameters()).dtype))
+    return len(calls)
 
 
 @torch.no_grad()
-def test_a_prepared_layer_uses_it_where_it_serves_and_the_tolerance_allows() -> None:
+def test_a_prepared_layer_uses_it_where_the_tolerance_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Mixed().eval()
     net.layers[3].running_mean.normal_()
-    assert winograd_convolutions(net, 1e-3) == [(16, 32), (32, 32)]
-    assert winograd_convolutions(net, 1e-5) == []
-    assert winograd_convolutions(Mixed().double(), 1e-3) == []
+    assert winograd_calls(monkeypatch, net, 1e-3) == 2
+    assert winograd_calls(monkeypatch, net, 1e-5) == 0
+    assert winograd_calls(monkeypatch, Mixed().double().eval(), 1e-3) == 0
     x = torch.randn(2, 3, 12, 10)
     exact = net.double()(x.double())
     net.float()
@@ -91,7 +91,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_within_its_context_torchs_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, net = counted_calls(monkeypatch), Mixed().eval()
     x = torch.randn(2, 3, 12, 10)
-    with WinogradConvolutions():
+    with Convolutions(1e-3):
         net(x).sum().backward()
         assert calls == ["conv3x3"] * 2 + ["conv3x3_weight_gradient", "conv3x3"] * 2
         calls.clear()
@@ -174,7 +174,7 @@ def test_transforms_of_torch_func_within_a_layer_stay_with_torch() -> None:
     def convolved(t: Tensor) -> Tensor:
         return torch.conv2d(t, w, padding=1)
 
-    with WinogradConvolutions():
+    with Convolutions(1e-3):
         tangent = torch.func.jvp(convolved, (x,), (x,))[1]
         cotangent = torch.func.grad(lambda t: convolved(t).square().sum())(x)
     torch.testing.assert_close(tangent, convolved(x))

@@ -14,13 +14,14 @@ from helpers import small_runs
 from helpers.small_runs import rows, write_photographs
 from jfbfast import DEGrad, GaussianBlur, UNet
 from jfbfast.cli import app
-from jfbfast.diagnostics.conditioning import lipschitz_bound
+from jfbfast.diagnostics import lipschitz_bound
 from jfbfast.experiments.runs import _take_weights
 from jfbfast.experiments.settings import make_settings
 from jfbfast.implicit.prepared import prepared
 from jfbfast.models import pretrained
-from jfbfast.models.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
-from jfbfast.models.conditional import ConditionalDEGrad, MeasurementRanges, condition
+from jfbfast.models.checkpoint import load_checkpoint, read_config, save_checkpoint
+from jfbfast.models.conditional import ConditionalDEGrad, condition
+from jfbfast.models.config import MeasurementRanges, ModelConfig
 from jfbfast.models.pretrained import set_network
 from jfbfast.operators.inverse import _axis_svd, factors
 from jfbfast.spectrum import operator_norm
@@ -39,7 +40,7 @@ SINGLE = ModelConfig(denoiser={"kind": "UNet", **SIZES}, padding_mode="zeros")
 
 
 def made(sigma=2.0, noise=0.03, config=CONFIG):
-    """A model of random weights, exponents included, that is no contraction by chance alone."""
+    """A model with random weights and exponents, scaled so that it does not contract by chance."""
     torch.manual_seed(0)
     model = config.model().double().eval()
     with torch.no_grad():
@@ -58,7 +59,7 @@ def measured(blur, seed=1):
 
 
 class Told(torch.nn.Module):
-    """D(s · y, t · z; c) as a denoiser of images alone."""
+    """D(s · y, t · z; c) for a fixed condition c, as a denoiser of images."""
 
     def __init__(self, denoiser, scales, told):
         super().__init__()
@@ -71,7 +72,7 @@ class Told(torch.nn.Module):
 
 @pytest.mark.parametrize("config", [CONFIG, INJECTED], ids=["", "injection"])
 @pytest.mark.parametrize(("sigma", "noise"), [(0.5, 0.0), (2.0, 0.03), (5.0, 0.1)])
-def test_a_set_model_is_an_ordinary_one_with_its_numbers(sigma, noise, config):
+def test_a_conditional_model_equals_a_plain_one_with_the_same_numbers(sigma, noise, config):
     model = made(sigma, noise, config)
     red = model.regularizer
     c = (math.log(sigma), math.log((noise + 1e-4) / 0.0101))
@@ -100,7 +101,7 @@ def test_a_set_model_is_an_ordinary_one_with_its_numbers(sigma, noise, config):
     assert bound == pytest.approx(weight / (weight**0.5 + damping**0.5) ** 2 * float(lipschitz.max()), rel=1e-4)
 
 
-def test_the_twin_follows_the_setting():
+def test_the_prepared_layer_follows_the_setting():
     model, d = made(), measured(GaussianBlur(5, 2.0))
     restored = {}
     for sigma, noise in ((2.0, 0.03), (2.0, 0.06), (1.0, 0.03), (2.0, 0.03)):
@@ -113,7 +114,7 @@ def test_the_twin_follows_the_setting():
     assert all((a - b).abs().max() > 1e-3 for a, b in ((values[0], values[1]), (values[0], values[2])))
 
 
-def test_the_denoiser_hears_the_condition_and_gradients_reach_every_parameter():
+def test_the_condition_changes_the_output_and_every_parameter_gets_a_gradient():
     model = made()
     y = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     denoiser = model.regularizer.denoiser
@@ -167,7 +168,7 @@ def test_a_setting_out_of_range_is_named_and_changes_nothing(setting, message):
         ((0.5, 5.0), (0.0, math.inf), "noise_range"),
     ],
 )
-def test_ranges_that_cannot_be_are_named(sigma, noise, message):
+def test_invalid_ranges_are_named(sigma, noise, message):
     with pytest.raises(ValueError, match=message):
         MeasurementRanges(sigma, noise)
 
@@ -180,7 +181,7 @@ def test_draws_cover_the_ranges():
     assert (drawn[:, 1] < 0.025).mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_model_survives_its_file(tmp_path):
+def test_a_conditional_model_is_the_same_after_saving_and_loading(tmp_path):
     model, path = made().float(), tmp_path / "m.safetensors"
     save_checkpoint(path, model, CONFIG)
     loaded, config = load_checkpoint(path)
@@ -193,7 +194,7 @@ def test_a_model_survives_its_file(tmp_path):
     assert torch.equal(loaded(d), model(d))
 
 
-def test_a_default_beyond_its_range_is_the_end_that_is_next_to_it():
+def test_a_default_outside_the_range_becomes_the_nearest_end():
     values = {"data": "d", "denoiser": "UNet", "sigma_range": "2,5", "noise_range": "0.02,0.1"}
     config = make_settings(values).model_config()
     assert (config.sigma, config.noise) == (2.0, 0.02)
@@ -201,7 +202,7 @@ def test_a_default_beyond_its_range_is_the_end_that_is_next_to_it():
         make_settings({**values, "sigma": 1.5}).model_config().model()
 
 
-def test_a_description_that_cannot_be_is_named():
+def test_invalid_descriptions_are_named():
     with pytest.raises(ValueError, match="sigma_range and noise_range take the filtered form with a UNet of 2"):
         ModelConfig(denoiser=SINGLE.denoiser, sigma_range=[0.5, 5], noise_range=[0, 0.1]).model()
     for values, message in (
@@ -214,7 +215,7 @@ def test_a_description_that_cannot_be_is_named():
             make_settings({"data": "d", **values})
 
 
-def test_a_single_setting_is_a_start():
+def test_training_can_start_from_a_model_for_one_setting():
     torch.manual_seed(0)
     single, model = SINGLE.model(), CONFIG.model()
     with torch.no_grad():
@@ -241,7 +242,7 @@ def shipped(tmp_path, monkeypatch):
     return folder
 
 
-def test_shipped_models_take_their_measurements(shipped):
+def test_shipped_models_are_set_for_their_own_measurements_only(shipped):
     model = DEGrad.from_pretrained("a-range", sigma=2.0, noise=0.03)
     assert isinstance(model, ConditionalDEGrad) and model.measurement == (2.0, 0.03) and not model.training
     for given in ({}, {"sigma": 2.0}, {"noise": 0.03}):
@@ -267,7 +268,7 @@ def test_shipped_models_take_their_measurements(shipped):
         ((7, 2.0, 0.01, "zeros"), None),
     ],
 )
-def test_one_setting_is_chosen_before_a_range(shipped, setting, name):
+def test_a_model_for_one_setting_is_preferred_to_one_for_a_range(shipped, setting, name):
     assert pretrained.matching_name(*setting) == name
 
 
@@ -347,7 +348,7 @@ def test_a_run_over_ranges_starts_from_a_shipped_model_of_one_setting(folder, tm
     assert found[head][:, 12:].abs().max() < 1e-7
 
 
-def test_factors_of_many_blurs_stay_bounded():
+def test_the_cache_of_factors_stays_bounded_for_many_blurs():
     x = torch.rand(1, 8, 8)
     for sigma in np.linspace(0.5, 5, 80):
         GaussianBlur(5, float(sigma)).solve(x, 0.1)
@@ -379,7 +380,7 @@ def test_the_command_line_restores_and_evaluates_at_a_setting(folder, tmp_path, 
     assert code == 1 and "sigma is 6.0; this model takes a number from 0.5 to 5" in told
 
 
-def test_a_comparison_sets_a_model_for_its_measurements():
+def test_a_comparison_sets_each_model_for_the_measurements():
     model, said = CONFIG.model(), []
     setting = ModelConfig(sigma=2.0, noise=0.03, padding_mode="zeros")
     set_network("ranges", model, CONFIG, setting, said.append)

@@ -13,7 +13,8 @@ from helpers import small_runs
 from helpers.command_line import run
 from helpers.small_runs import write_photographs
 from jfbfast.experiments.settings import make_settings, read_settings
-from jfbfast.models.checkpoint import _FORMAT, CheckpointError, ModelConfig, _digest, load_checkpoint, save_checkpoint
+from jfbfast.models.checkpoint import _FORMAT, CheckpointError, _digest, load_checkpoint, save_checkpoint
+from jfbfast.models.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +37,7 @@ def one_sentence(error):
     return "\n" not in str(error) and len(str(error)) < 500
 
 
-def test_no_character_of_a_header_can_change(tmp_path):
+def test_a_change_of_any_character_of_the_header_is_noticed(tmp_path):
     path = tmp_path / "model"
     save_checkpoint(path, SMALL.model(), SMALL)
     whole = path.read_bytes()
@@ -51,7 +52,7 @@ def test_no_character_of_a_header_can_change(tmp_path):
 
 
 def written(path, config, tensors=None, **header):
-    """A checkpoint with a right digest, whatever it holds."""
+    """Write a checkpoint with a valid digest, whatever it holds."""
     text = config if isinstance(config, str) else json.dumps(config)
     tensors = SMALL.model().state_dict() if tensors is None else tensors
     path.write_bytes(save(tensors, {"format": _FORMAT, "config": text, "digest": _digest(text, tensors), **header}))
@@ -92,7 +93,7 @@ def test_a_hostile_value_is_refused(tmp_path, field):
         assert one_sentence(error.value)
 
 
-def test_another_header_is_refused(tmp_path):
+def test_a_foreign_or_wrong_header_is_refused(tmp_path):
     path, good = tmp_path / "model", asdict(SMALL)
     for text in ("", "[]", "null", '"x"', "9" * 5000, "[" * 10**5, json.dumps({**good, "more": 1})):
         with pytest.raises(CheckpointError) as error:
@@ -106,7 +107,7 @@ def test_another_header_is_refused(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_tensors_that_are_not_the_networks_are_refused(tmp_path):
+def test_tensors_of_another_network_are_refused(tmp_path):
     own, name = SMALL.model().state_dict(), "regularizer.log_weight"
     for tensors, message in (
         ({}, "its network has a tensor"),
@@ -121,7 +122,7 @@ def test_tensors_that_are_not_the_networks_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A whole run without its last file, and the same of another architecture."""
+    """A complete run without its last file, and another one with another architecture."""
     folder = write_photographs(tmp_path_factory.mktemp("runs") / "photographs", 4)
     found = []
     for name, values in (("one", {}), ("other", {"depth": 4})):
@@ -138,7 +139,7 @@ def resume(directory):
 @pytest.mark.parametrize(
     "name", ["config.yaml", "photographs.json", "metrics.csv", "training.ckpt", "pretrained.safetensors"]
 )
-def test_a_damaged_run_directory_is_one_sentence(runs, name):
+def test_a_damaged_run_directory_gives_one_sentence(runs, name):
     file = runs[0] / name
     whole = file.read_bytes()
     contents = [b"", b"text\n", b"\0" * 500, "a".encode("utf-16"), b"{}", b"[]", b"[" * 10**5, b"9" * 5000]
@@ -176,7 +177,7 @@ def test_a_wrong_value_in_a_run_directory_is_named(runs, name, old, new, message
         file.write_text(whole, encoding="utf-8")
 
 
-def test_a_run_checkpoint_is_the_one_that_was_written(runs):
+def test_a_changed_run_checkpoint_is_refused(runs):
     file = runs[0] / "training.ckpt"
     whole = file.read_bytes()
 
@@ -245,7 +246,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("1: 2", "1 is no setting"),
     ],
 )
-def test_settings_that_are_none_are_named(tmp_path, text, message):
+def test_invalid_settings_are_named(tmp_path, text, message):
     file = tmp_path / "settings.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:

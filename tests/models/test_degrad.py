@@ -25,7 +25,7 @@ from jfbfast import (
 )
 
 
-def test_a_network_that_does_not_contract_says_so_and_stays_finite():
+def test_a_network_that_does_not_contract_warns_and_stays_finite():
     model = networks()["paper"].eval()
     with torch.no_grad():
         for parameter in model.regularizer.parameters():
@@ -39,7 +39,7 @@ def test_a_network_that_does_not_contract_says_so_and_stays_finite():
     assert set(model.solution.status.tolist()) <= {Status.DIVERGED, Status.MAX_ITER}
 
 
-def test_no_grad_inference_mode_and_budget_zero_tolerance():
+def test_no_grad_and_inference_mode_give_the_same_and_zero_tolerance_never_warns():
     model = networks()["filtered"].eval()
     d = torch.randn(1, 3, 8, 8)
     expected = model(d)
@@ -64,7 +64,7 @@ def test_a_warm_start_saves_evaluations():
     assert (model.solution.iterations == 1).all() and (first > 1).all()
 
 
-def test_deepcopy_pickle_state_dict():
+def test_deepcopy_pickle_and_state_dict_keep_the_output():
     model = networks()["filtered"].eval()
     d = torch.randn(1, 3, 8, 8)
     expected = model(d)
@@ -75,7 +75,7 @@ def test_deepcopy_pickle_state_dict():
     torch.testing.assert_close(other(d), expected, rtol=0, atol=0)
 
 
-def test_under_torch_compile():
+def test_it_works_under_torch_compile():
     model = networks()["filtered"].eval()
     d = torch.randn(1, 3, 8, 8)
     compiled = torch.compile(model)
@@ -84,7 +84,7 @@ def test_under_torch_compile():
     assert model.regularizer.log_weight.grad is not None
 
 
-def test_any_operator_with_forward_and_adjoint():
+def test_any_operator_with_forward_and_adjoint_works():
     class Mask(nn.Module):
         mask = (torch.arange(64).view(8, 8) % 3 > 0).double()
 
@@ -125,7 +125,7 @@ def test_an_injected_denoiser_sees_the_measurement():
     assert torch.autograd.gradcheck(model.layer, (x[:1, :, :4, :5], d[:1, :, :4, :5]), fast_mode=True)
 
     class Plain(nn.Module):
-        """A of which nothing is known but itself and its adjoint."""
+        """An operator with only forward and adjoint."""
 
         forward = staticmethod(blur.forward)
         adjoint = staticmethod(blur.adjoint)
@@ -133,7 +133,7 @@ def test_an_injected_denoiser_sees_the_measurement():
     torch.testing.assert_close(injected(Plain()).layer(x, d), expected)
 
 
-def test_what_an_injection_lacks_is_named():
+def test_missing_arguments_of_an_injection_are_named():
     blur, x = GaussianBlur(), torch.randn(1, 3, 8, 8)
     red = RED(UNet(3, (4,), (1,), injection=True))
     with pytest.raises(ValueError, match=r"operator is NoneType; this RED takes one with adjoint, solve"):
@@ -151,7 +151,7 @@ def test_what_an_injection_lacks_is_named():
         UNet(injection=2)
 
 
-def test_any_denoiser_of_two_images_takes_an_injection():
+def test_any_denoiser_of_two_images_can_take_an_injection():
     blur, x, d = GaussianBlur(), *torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
     model = DEGrad(blur, RED(Mean(), 0.1, injection=True), preconditioner="exact").double()
     weight = model.damping.detach()
@@ -167,7 +167,7 @@ class NotCallable:
     adjoint = forward
 
 
-def test_its_repr_tells_the_form():
+def test_the_repr_shows_the_form():
     told = repr(DEGrad(GaussianBlur(), RED(DnCNN(1, 2, 2), 0.25), preconditioner="exact", gradient="neumann"))
     assert "damping=0.25, averaging=1, preconditioner='exact', solver=Anderson(tol=0.001" in told
     assert "gradient=Neumann(terms=5)" in told
@@ -176,7 +176,7 @@ def test_its_repr_tells_the_form():
     )
 
 
-def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
+def test_a_physics_of_deepinv_is_an_operator():
     class Physics(nn.Module):
         blur = GaussianBlur(padding_mode="circular")
         filter = torch.ones(5)
@@ -204,7 +204,7 @@ def test_a_physics_of_deepinv_has_an_adjoint_of_another_name():
 
 
 class Luminance(nn.Module):
-    """One channel of three, which would broadcast."""
+    """Maps three channels to one, which would broadcast."""
 
     def forward(self, x):
         return x.mean(1, keepdim=True)
@@ -295,7 +295,7 @@ def test_bad_input_is_named(call, error, message):
         call()
 
 
-def test_a_forward_that_raises_leaves_no_older_solution():
+def test_a_forward_that_raises_clears_the_old_solution():
     model = networks()["filtered"]
     model(torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match="x has shape"):
@@ -303,7 +303,7 @@ def test_a_forward_that_raises_leaves_no_older_solution():
     assert model.solution is None
 
 
-def test_what_is_no_solver_regulariser_or_start_is_refused():
+def test_a_wrong_solver_regulariser_or_start_is_refused():
     blur, red = GaussianBlur(), jfbfast.RED(nn.Identity())
     for wrong in (jfbfast.Anderson, "anderson"):
         with pytest.raises(TypeError, match=r"solver is .*; it takes an instance, such as Anderson"):
@@ -338,7 +338,7 @@ def test_complex_measurements_take_a_real_start():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_measurements_of_a_dtype_that_the_network_does_not_take(dtype):
+def test_measurements_of_another_dtype_than_the_network_are_refused(dtype):
     model, d = networks()["filtered"], torch.randn(1, 3, 8, 8, dtype=dtype)
     with pytest.raises(ValueError, match=f"d is {dtype}; it takes the dtype of the network's parameters"):
         model(d)
@@ -360,7 +360,7 @@ def test_the_transforms_of_torch_func_are_refused():
         torch.func.vmap(model)(d)
 
 
-def test_a_frozen_script_is_a_denoiser():
+def test_a_frozen_torchscript_module_can_be_the_denoiser():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         frozen = torch.jit.freeze(torch.jit.script(nn.Conv2d(3, 3, 3, padding=1).eval()))
@@ -369,7 +369,7 @@ def test_a_frozen_script_is_a_denoiser():
     assert model.training
 
 
-def test_a_class_that_refuses_to_be_derived_from():
+def test_a_network_class_that_forbids_subclasses_works():
     class Final(nn.Module):
         def __init_subclass__(cls):
             raise ValueError(f"{cls.__name__} is registered")
@@ -384,7 +384,7 @@ def test_a_class_that_refuses_to_be_derived_from():
     DEGrad(GaussianBlur(), Final(), solver=Anderson(tol=0, max_iter=3))(torch.randn(1, 3, 8, 8))
 
 
-def test_an_object_that_lacks_what_a_solver_has():
+def test_an_object_without_the_attributes_of_a_solver_is_refused():
     class Half:
         def solve(self, layer, x0, inputs=()):
             raise AssertionError

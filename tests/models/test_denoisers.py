@@ -25,7 +25,7 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize("norm", ["batch", None])
 @pytest.mark.parametrize("spectral_norm", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_each_part_is_an_option(norm, spectral_norm, bias):
+def test_norm_spectral_norm_and_bias_are_options(norm, spectral_norm, bias):
     network = DnCNN(1, 5, 4, norm, spectral_norm, bias).eval()
     kinds = [type(m) for m in network.modules()]
     assert (nn.BatchNorm2d in kinds) == (norm == "batch")
@@ -36,7 +36,7 @@ def test_each_part_is_an_option(norm, spectral_norm, bias):
     torch.testing.assert_close(residual(x), x - network(x))
 
 
-def test_the_normalised_weight_has_norm_one_and_steps_once_a_training_forward():
+def test_the_normalised_weight_has_norm_one_and_steps_once_per_forward():
     conv = SpectralNormConv2d(4, 6, 3)
     for _ in range(200):
         conv.power_iteration()
@@ -70,7 +70,7 @@ def test_spectral_norm_agrees_with_torchs():
     torch.testing.assert_close(conv.weight.grad, parametrization.original.grad)
 
 
-def test_two_training_forwards_before_one_backward():
+def test_two_training_forwards_can_precede_one_backward():
     network = DnCNN(1, 4, 3)
     x = torch.randn(2, 1, 6, 6)
     twin = copy.deepcopy(network)
@@ -81,7 +81,7 @@ def test_two_training_forwards_before_one_backward():
         torch.testing.assert_close(mine.grad, other.grad)
 
 
-def test_deepcopy_and_pickle():
+def test_deepcopy_and_pickle_keep_the_output():
     network = DnCNN(1, 4, 3).eval()
     x = torch.randn(1, 1, 5, 5)
     for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
@@ -95,7 +95,7 @@ def test_unet_keeps_any_shape(shape):
     assert out.shape == x.shape and out.is_contiguous()
 
 
-def test_an_odd_side_of_a_unet_mixes_what_it_gives_without_either_end():
+def test_a_unet_blends_its_outputs_without_either_end_of_an_odd_side():
     net = UNet(3, (8, 6, 4), (1, 2, 1), conditions=1, injection=True).double()
     x, z = torch.randn(2, 2, 3, 11, 5, dtype=torch.float64)
 
@@ -109,7 +109,7 @@ def test_an_odd_side_of_a_unet_mixes_what_it_gives_without_either_end():
     torch.testing.assert_close(net(x, z, [0.3]), x + out, rtol=1e-12, atol=1e-12)
 
 
-def test_a_scale_of_an_odd_side_is_halved_with_zeros_beyond_its_edge():
+def test_a_scale_with_an_odd_side_is_padded_with_zeros():
     net = UNet(3, (8, 6), (1, 1)).double()
     seen = []
     net.down[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
@@ -145,13 +145,13 @@ def test_unet_names_bad_input(arguments, message):
         (lambda: DEGrad(GaussianBlur(), nn.Identity(), step_size="a"), "step_size is 'a'; it takes a positive number"),
     ],
 )
-def test_arguments_of_another_kind_are_named(call, message):
+def test_arguments_of_a_wrong_type_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)])
-def test_images_of_other_channels_are_named(shape):
+def test_images_with_other_channels_are_refused(shape):
     x = torch.zeros(shape)
     for network in (DnCNN(3, 4, 3), NonexpansiveDenoiser(3, 4, 3), UNet(3, (4,), (1,))):
         with pytest.raises(ValueError, match=r"x has shape .*; it takes images \(B, 3, H, W\)"):
@@ -160,7 +160,7 @@ def test_images_of_other_channels_are_named(shape):
         UNet(3, (4,), (1,), injection=True)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
 
 
-def test_numbers_of_any_kind_are_taken():
+def test_numbers_of_numpy_and_torch_are_accepted():
     for value in (np.float32(0.5), torch.tensor(0.5), 1):
         assert float(RED(nn.Identity(), value).weight.detach()) == pytest.approx(float(value))
     assert len(DnCNN(1, np.int64(4), np.int32(3)).layers) == 6

@@ -67,7 +67,7 @@ def test_the_reshaped_norm_does_not_bound_the_convolution():
     assert 0.9 < dense_norm(twin, (3, 12, 12)) <= 1
 
 
-def test_the_bounds_gradient():
+def test_the_bound_is_differentiable():
     weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(convolution_norm_bound, (weight,))
     conv = NonexpansiveConv2d(2, 3, 3)
@@ -78,7 +78,7 @@ def test_the_bounds_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_scale_and_dtype(dtype):
+def test_the_bound_scales_with_the_weight_in_every_dtype(dtype):
     weight = torch.randn(4, 4, 3, 3)
     bound = convolution_norm_bound(weight.to(dtype))
     assert bound.dtype == torch.float32
@@ -116,7 +116,7 @@ def largest_singular_value(function, x, steps=25):
 
 
 def trained(averaging):
-    """A nonexpansive denoiser pushed towards the largest gain that it can have."""
+    """A nonexpansive denoiser that is trained for the largest gain."""
     denoiser = NonexpansiveDenoiser(2, 4, 3, averaging=averaging).double()
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=4e-2)
     for _ in range(30):
@@ -148,7 +148,7 @@ def test_the_denoiser_is_nonexpansive_at_every_size(averaging):
     assert max(norms) > 0.6  # the bound is not an empty one
 
 
-def test_a_dncnn_of_bounded_convolutions_is_two_lipschitz_in_its_residual_form():
+def test_a_residual_dncnn_with_bounded_convolutions_is_two_lipschitz():
     network = DnCNN(2, 6, 4, norm=None, spectral_norm="conv", bias=True, residual=True).double()
     with torch.no_grad():
         for parameter in network.parameters():

@@ -14,7 +14,7 @@ from jfbfast.spectrum import contraction_factor
 
 
 @pytest.mark.parametrize("name", networks())
-def test_the_value_is_that_of_the_power_method_on_a_dense_jacobian(name):
+def test_the_value_equals_the_power_method_on_a_dense_jacobian(name):
     model = networks()[name].double().train()
     x, d = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
     torch.manual_seed(5)
@@ -38,7 +38,7 @@ def test_it_tends_to_the_excess_of_the_contraction_factor():
     assert radius > 1 and math.isclose(float(found), (radius - 0.7) ** 2, rel_tol=1e-6)
 
 
-def test_its_gradient_by_finite_differences():
+def test_the_gradient_agrees_with_finite_differences():
     model = networks()["filtered"].double().eval()
     with torch.no_grad():
         for conv in model.regularizer.denoiser.layers[::3]:
@@ -63,7 +63,7 @@ def test_its_gradient_by_finite_differences():
     assert math.isclose(float(analytic), (values[0] - values[1]) / 2e-7, rel_tol=1e-5)
 
 
-def test_training_with_it_makes_a_layer_contract():
+def test_training_with_the_penalty_makes_a_layer_contract():
     cell = Cell()
     with torch.no_grad():
         cell.inner.weight *= 8
@@ -81,7 +81,7 @@ def test_training_with_it_makes_a_layer_contract():
     assert contraction_factor(cell, fixed_points(), (d,)).max() < 1
 
 
-def test_after_a_forward_it_takes_the_solution_and_leaves_diverged_samples_out():
+def test_it_uses_the_last_solution_without_the_diverged_samples():
     model = networks()["filtered"]
     d = torch.randn(3, 3, 8, 8)
     d[1] = torch.nan
@@ -102,7 +102,7 @@ def test_after_a_forward_it_takes_the_solution_and_leaves_diverged_samples_out()
     nothing.backward()
 
 
-def test_a_jacobian_of_zero_costs_nothing_and_moves_nothing():
+def test_a_zero_jacobian_has_penalty_zero_and_gradient_zero():
     bias = torch.ones(4, requires_grad=True)
     x = torch.randn(3, 4)
     for layer in (lambda x: bias.expand_as(x), lambda x: bias + 0.5 * x):  # and one that no parameter moves
@@ -113,12 +113,12 @@ def test_a_jacobian_of_zero_costs_nothing_and_moves_nothing():
     assert jacobian_penalty(torch.ones_like, x=x) == 0
 
 
-def test_it_is_refused_where_nothing_can_be_differentiated():
+def test_it_is_refused_in_inference_mode():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="jacobian_penalty differentiates"):
         jacobian_penalty(Cell(), torch.zeros(2, 12), x=torch.zeros(2, 12))
 
 
-def test_the_solution_of_measurements_of_another_shape_is_not_taken():
+def test_a_solution_for_measurements_of_another_shape_is_not_used():
     model = networks()["filtered"]
     with torch.inference_mode():
         model(torch.randn(2, 3, 8, 8))

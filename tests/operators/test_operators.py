@@ -189,12 +189,12 @@ def test_opcheck(backend):
         for op, arguments in (
             (ops.blur, (x, *filters)),
             (ops.blur, (strided, *filters, True)),
-            (ops.gradient, (x, d, None, *filters)),
-            (ops.gradient_step, (x, None, strided, step, *filters)),
-            (ops.gradient_step, (strided, d, None, step, *filters)),
-            (ops.solve, (strided, damping, *filters)),
-            (ops.gradient_step, (x, d, r, step, *filters)),
-            (ops.solve, (x, damping, *filters)),
+            (ops.gradient, (x, d, None, None, *filters)),
+            (ops.gradient, (x, None, strided, step, *filters)),
+            (ops.gradient, (strided, d, None, step, *filters)),
+            (ops.tikhonov, (strided, damping, *filters)),
+            (ops.gradient, (x, d, r, step, *filters)),
+            (ops.tikhonov, (x, damping, *filters)),
         ):
             torch.library.opcheck(op.default, arguments)
 

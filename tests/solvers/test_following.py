@@ -130,7 +130,7 @@ def test_what_low_precision_claims_in_error_goes_on_in_full(monkeypatch, max_ite
     d = torch.rand(3, 4, dtype=torch.float64) + 1
     fine, coarse = Counted(lambda x, d: 0.5 * x + d), Counted(lambda x, d: 0.2 * x + d)
     monkeypatch.setattr(
-        "jfbfast.implicit.solve.prepared",
+        "jfbfast.implicit.forward.prepared",
         lambda layer, dtype=None, **_: fine if dtype is None else coarse,
     )
     with warnings.catch_warnings():
@@ -166,7 +166,7 @@ def test_going_back_leaves_the_buffers_of_an_earlier_graph_alone(monkeypatch):
     net, d = Scaled(), torch.rand(2, 4)
     first = jfbfast.fixed_point(net, torch.zeros_like(d), inputs=(d,))
     monkeypatch.setattr(
-        "jfbfast.implicit.fixed_point._measured",
+        "jfbfast.implicit.fixed_point._advance",
         lambda solution, *_: (solution, torch.ones_like(solution.status, dtype=torch.bool)),
     )
     second = jfbfast.fixed_point(net, torch.zeros_like(d), inputs=(d,))

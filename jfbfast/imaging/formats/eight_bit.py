@@ -1,6 +1,6 @@
-"""Formats of 8 bits, which Pillow decodes: JPEG, WebP and BMP; and JPEG's encoder.
+"""Formats of 8 bits, which Pillow decodes: JPEG, WebP and BMP; and the encoder of JPEG.
 
-Each is decoded by its own class, since `Image.open` takes files of many other kinds too.
+Each is decoded by its own class of Pillow, since `Image.open` takes files of many other kinds too.
 """
 
 from __future__ import annotations
@@ -19,41 +19,38 @@ from jfbfast.imaging.formats.metadata import MOST_PIXELS, Decoded, ImageError, M
 if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit is below what some cameras make
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
 
-_MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
-_BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # where a header of version 5 tells them, in bytes
+_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGBA"}  # what each mode of Pillow is decoded to
+_BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # where a header of version 5 has them, in bytes
 _BMP_HEADER = 14
 
 
-def from_pillow(image: Image.Image) -> Decoded:
-    """Decode an image that Pillow has opened; palettes become colours, and transparent ones an alpha channel."""
+def _from_pillow(image: Image.Image) -> Decoded:
+    """Decode an image that Pillow has opened; palettes become colours."""
     check_size(*image.size)
     if (frames := getattr(image, "n_frames", 1)) > 1:
         raise ImageError(f"is an animation of {frames} frames; it takes one image a file")
     if image.mode not in _MODES:
         raise ImageError(f"its colours are {image.mode}; it takes grey and RGB")
-    mode = _MODES[image.mode]
-    if "transparency" in image.info:
-        mode = {"L": "LA", "RGB": "RGBA"}.get(mode, mode)
-    array = np.asarray(image.convert(mode))
+    array = np.asarray(image.convert(_MODES[image.mode]))
     info = image.info
     exif = read_exif(info.get("exif") or b"")
     return Decoded(array.reshape(*array.shape[:2], -1), 255, info.get("icc_profile") or b"", exif, info.get("dpi"))
 
 
 def decode_jpeg(content: bytes) -> Decoded:
-    """Decode a JPEG; of the several pictures that a phone's can hold, the first, which is the photograph."""
-    decoded = from_pillow(image := JpegImageFile(BytesIO(content)))
-    return decoded if image.info.get("jfif_unit") else decoded._replace(dpi=None)  # which Pillow would make up
+    """Decode a JPEG; if it holds several pictures, as phones make, the first is the photograph."""
+    decoded = _from_pillow(image := JpegImageFile(BytesIO(content)))
+    return decoded if image.info.get("jfif_unit") else decoded._replace(dpi=None)  # Pillow makes up a resolution
 
 
 def decode_webp(content: bytes) -> Decoded:
     """Decode a WebP of one frame."""
-    return from_pillow(WebPImageFile(BytesIO(content)))
+    return _from_pillow(WebPImageFile(BytesIO(content)))
 
 
 def decode_bmp(content: bytes) -> Decoded:
     """Decode a BMP, with the profile that version 5 can hold."""
-    decoded = from_pillow(BmpImageFile(BytesIO(content)))
+    decoded = _from_pillow(BmpImageFile(BytesIO(content)))
     if content[_BMP_COLOUR_SPACE : _BMP_COLOUR_SPACE + 4] == b"DEBM" and content[_BMP_HEADER] == 124:  # embedded
         start, size = struct.unpack_from("<2I", content, _BMP_PROFILE)
         decoded = decoded._replace(icc=content[_BMP_HEADER + start : _BMP_HEADER + start + size])
@@ -61,7 +58,7 @@ def decode_bmp(content: bytes) -> Decoded:
 
 
 def encode_jpeg(array: np.ndarray, metadata: Metadata) -> bytes:
-    """A JPEG of (H, W, 1 or 3), uint8, at quality 95 and without subsampled colours."""
+    """Encode (H, W, 1 or 3), uint8, as a JPEG of quality 95 without subsampled colours."""
     out, image = BytesIO(), Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     exif = b"Exif\0\0" + metadata.exif if metadata.exif else b""
     kept = {"icc_profile": metadata.icc, "exif": exif, "dpi": metadata.dpi or (0, 0)}

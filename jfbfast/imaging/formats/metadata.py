@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jfbfast.imaging.formats.tags import EXIF, LONG, SHORT, Directory, read_directory
+from jfbfast.imaging.formats.tags import EXIF, LONG, RATIONAL, SHORT, Directory, read_directory
 
 MOST_PIXELS = 250_000_000  # of an image; each takes 12 bytes or more, several times over
-ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 274, 282, 283, 296  # tags
-_WIDTH, _HEIGHT = 40962, 40963  # tags
-_PER_INCH = {2: 1.0, 3: 2.54}  # of resolutions by their unit, an inch or a centimetre
-_LARGEST_DPI = 65_000  # of what JPEG can tell
+RESOLUTION = X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296  # tags
+_ORIENTATION, _WIDTH, _HEIGHT = 274, 40962, 40963  # tags
+_PER_INCH: dict[float, float] = {2: 1.0, 3: 2.54}  # scale of a resolution by its unit, an inch or a centimetre
+_LARGEST_DPI = 65_000  # that JPEG can hold
 _HEADER = b"Exif\0\0"
 
-# Tags of TIFF that describe how a file lays its pixels out, or hold what is not EXIF; whoever writes sets its own.
+# Tags of TIFF that describe the layout of a file's pixels, or hold other metadata than EXIF; encoders set their own.
 _LAYOUT = frozenset().union(
     range(254, 267), (273, 274), range(277, 282), (284,), range(288, 294), (297, 317), range(320, 348)
 )
@@ -34,9 +34,9 @@ class Metadata(NamedTuple):
 
     Attributes:
         icc: the colour profile; empty for none.
-        exif: of an upright image, a directory of tags with TIFF's header; empty for none.
+        exif: for an upright image, a directory of tags with TIFF's header; empty for none.
         dpi: pixels per inch, across and down.
-        colour: chunks of PNG that tell the colour space: gAMA, cHRM, sRGB, cICP.
+        colour: the chunks of a PNG that define its colour space: gAMA, cHRM, sRGB, cICP.
     """
 
     icc: bytes = b""
@@ -50,11 +50,11 @@ class Decoded(NamedTuple):
 
     Attributes:
         array: (H, W, channels): grey or RGB, and alpha if there are 2 or 4; uint8, uint16 or float32.
-        white: the sample that stands for 1.
-        icc: of `Metadata`.
+        white: the sample value of white.
+        icc: as in `Metadata`.
         exif: tags of the file.
-        dpi: pixels per inch, along the array's rows and columns; None for those of the tags, if there are any.
-        colour: of `Metadata`.
+        dpi: pixels per inch, along the array's rows and columns; None to take those of the tags, if there are any.
+        colour: as in `Metadata`.
     """
 
     array: np.ndarray
@@ -72,7 +72,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def read_exif(content: bytes) -> Directory:
-    """The tags of EXIF data, with or without the header that JPEG has."""
+    """Read the tags of EXIF data, with or without the header that JPEG has."""
     content = content.removeprefix(_HEADER)
     if not content:
         return Directory()
@@ -83,13 +83,13 @@ def read_exif(content: bytes) -> Directory:
 
 
 def orientation(exif: Directory) -> int:
-    """EXIF's orientation, 1 to 8; 1, upright, for what is none."""
-    found = exif.number(ORIENTATION)
-    return found if 1 <= found <= 8 else 1
+    """Return EXIF's orientation, 1 to 8; 1, upright, if it is missing or invalid."""
+    found = exif.number(_ORIENTATION)
+    return int(found) if 1 <= found <= 8 else 1
 
 
 def kept_exif(exif: Directory, width: int, height: int, dpi: tuple[float, float] | None) -> bytes:
-    """What stays true of an upright image of that size and resolution."""
+    """Return the EXIF data that stays true of an upright image with that size and resolution."""
     kept, details = Directory(exif.order), exif.get(EXIF)
     kept.update({tag: value for tag, value in exif.items() if tag not in _LAYOUT})
     if isinstance(details, Directory):
@@ -106,16 +106,16 @@ def kept_exif(exif: Directory, width: int, height: int, dpi: tuple[float, float]
 
 def put_dpi(tags: Directory, dpi: tuple[float, float]) -> None:
     """Set the tags of the resolution."""
-    tags.put_ratio(X_RESOLUTION, dpi[0])
-    tags.put_ratio(Y_RESOLUTION, dpi[1])
+    tags.put(X_RESOLUTION, RATIONAL, dpi[0])
+    tags.put(Y_RESOLUTION, RATIONAL, dpi[1])
     tags.put(RESOLUTION_UNIT, SHORT, 2)
 
 
 def kept_dpi(dpi: Sequence[float] | None, exif: Directory) -> tuple[float, float] | None:
-    """Pixels per inch across and down; None where the file has none that a camera or scanner has."""
+    """Return the pixels per inch across and down; None if the file has none, or none that is plausible."""
     if dpi is None:
-        scale = _PER_INCH.get(exif.number(RESOLUTION_UNIT, 2), math.nan)
-        dpi = [scale * number for tag in (X_RESOLUTION, Y_RESOLUTION) for number in exif.numbers(tag)]
-    if len(dpi) != 2 or not all(1 <= number <= _LARGEST_DPI for number in dpi):
+        scale = _PER_INCH.get(exif.number(RESOLUTION_UNIT) if RESOLUTION_UNIT in exif else 2, math.nan)
+        dpi = [scale * exif.number(tag) for tag in (X_RESOLUTION, Y_RESOLUTION)]
+    if not all(1 <= number <= _LARGEST_DPI for number in dpi):
         return None
     return float(dpi[0]), float(dpi[1])

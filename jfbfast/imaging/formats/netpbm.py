@@ -1,4 +1,4 @@
-"""PGM and PPM in binary, of any maximum."""
+"""Binary PGM and PPM files with any maximum; other libraries rescale or ignore the maximum."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _HEADER = re.compile(rb"P([56])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s")
 
 
 def decode(content: bytes) -> Decoded:
-    """Decode a PGM (P5) or a PPM (P6), whose samples go from 0 to the maximum that the file gives."""
+    """Decode a PGM (P5) or PPM (P6) file with samples from 0 to the maximum in its header."""
     header = _HEADER.match(content)
     if header is None:
-        raise ImageError("its header is none of a PGM or PPM")
+        raise ImageError("its header is not that of a PGM or PPM")
     kind, width, height, white = map(int, header.groups())
     check_size(width, height)
     if not 1 <= white <= 65535:
@@ -27,6 +27,6 @@ def decode(content: bytes) -> Decoded:
     if content[header.end() + size :].strip():
         raise ImageError("has more than its pixels; it takes one image a file")
     array = np.frombuffer(content, dtype, offset=header.end(), count=size // dtype.itemsize).reshape(shape)
-    if int(array.max()) > white:
-        raise ImageError(f"has a sample of {int(array.max())}, above its maximum, {white}")
+    if (largest := int(array.max())) > white:
+        raise ImageError(f"has a sample of {largest}, above its maximum, {white}")
     return Decoded(array.astype(dtype.newbyteorder("=")), white)

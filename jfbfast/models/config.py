@@ -1,0 +1,239 @@
+"""`ModelConfig`: the settings that rebuild a network, and what they may be.
+
+The upper bounds lie far beyond any use: they keep a damaged or foreign file from hanging the program or taking all
+memory. Arguments without a bound here are checked by the class that takes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from jfbfast import checks
+from jfbfast.backends.reference import PADDING_MODES
+from jfbfast.implicit.methods import gradient_method
+from jfbfast.models import registry
+from jfbfast.operators.blur import GaussianBlur
+
+Description = Mapping[str, Any]
+
+DEGRAD_FORMS = ("paper", "preconditioned", "filtered")
+FORMS = (*DEGRAD_FORMS, "feed-forward", "denoiser")
+SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # the fields that describe the measurements
+
+_MOST_SCALES = 8  # of a UNet, in its features and blocks
+_SIGMA, _NOISE, _POSITIVE, _AVERAGING = (1e-3, 1e6), (0, 100), (1e-9, 1e6), (1e-6, 1)
+_FLAGS = ("bias", "residual", "injection", "fallback")
+_COUNTS = {
+    "channels": (1, 64),
+    "features": (1, 4096),
+    "depth": (2, 200),
+    "blocks": (1, 100),
+    "conditions": (0, 16),
+    "max_iter": (1, 10_000),
+    "memory": (1, 100),
+    "terms": (1, 1000),
+    "steps": (1, 1000),
+}
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, choices))}")
+
+
+def _check_between(name: str, value: object, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    checks.number(name, value, lambda v: low <= v <= high, f"a number from {low:g} to {high:g}")
+
+
+def _check_length(name: str, values: object, least: int, most: int) -> None:
+    if not isinstance(values, (list, tuple)) or not least <= len(values) <= most:
+        count = f"{least}" if least == most else f"{least} to {most}"
+        raise ValueError(f"{name} is {values!r}; it takes {count} values")
+
+
+def _check_description(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a kind with arguments, and the flags and counts among them are valid."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
+        raise ValueError(f"{name} is {value!r}; it takes a kind with its arguments")
+    for argument, given in value.items():
+        told = f"{argument} of {name}"
+        if argument in _FLAGS:
+            _check_choice(told, given, (True, False))
+        if argument in _COUNTS:
+            a_list = argument == "blocks" or (argument == "features" and isinstance(given, (list, tuple)))
+            if a_list:
+                _check_length(told, given, 1, _MOST_SCALES)
+            for count in given if a_list else (given,):
+                checks.integer(told, count, *_COUNTS[argument])
+
+
+def _dncnn() -> dict[str, Any]:
+    return {"kind": "DnCNN", "norm": None, "spectral_norm": False, "bias": True, "residual": True}
+
+
+@dataclass(frozen=True)
+class MeasurementRanges:
+    """The range of blurs and noise levels that a network is trained for.
+
+    Attributes:
+        sigma: least and largest σ of the Gaussian blur, in pixels.
+        noise: least and largest standard deviation ν of the noise, on [−1, 1].
+
+    Raises:
+        ValueError: not two numbers in ascending order; σ not positive, or ν negative.
+
+    Example:
+        >>> from jfbfast import MeasurementRanges
+        >>> ranges = MeasurementRanges(sigma=(0.5, 5.0), noise=(0.0, 0.1))
+        >>> (2.0, 0.03) in ranges, (9.0, 0.03) in ranges
+        (True, False)
+    """
+
+    sigma: tuple[float, float] = (0.5, 5.0)
+    noise: tuple[float, float] = (0.0, 0.1)
+
+    def __post_init__(self) -> None:
+        for name, values in (("sigma_range", self.sigma), ("noise_range", self.noise)):
+            if not isinstance(values, Sequence):
+                raise ValueError(f"{name} is {values}; it takes two numbers")
+            positive = name == "sigma_range"
+            valid = len(values) == 2 and (values[0] > 0 if positive else values[0] >= 0)
+            if not valid or not values[0] <= values[1] < math.inf:
+                least = "positive" if positive else "non-negative"
+                raise ValueError(f"{name} is {tuple(values)}; it takes two {least} numbers, the lesser first")
+
+    def __contains__(self, setting: tuple[float, float]) -> bool:
+        """Whether the setting (σ, ν) lies within both ranges."""
+        return all(low <= value <= high for value, (low, high) in zip(setting, (self.sigma, self.noise), strict=True))
+
+    def check(self, sigma: float, noise: float) -> None:
+        """Raise ValueError, naming the argument and its range, unless both lie within their ranges."""
+        for name, value, (low, high) in (("sigma", sigma, self.sigma), ("noise", noise, self.noise)):
+            if isinstance(value, bool) or not (isinstance(value, Real) and low <= value <= high):
+                raise ValueError(f"{name} is {value}; this model takes a number from {low:g} to {high:g}")
+
+    def draw(self, generator: np.random.Generator) -> tuple[float, float]:
+        """Draw a random setting (σ, ν): log σ is uniform, and so is √ν, so that weak noise is not rare."""
+        return self._at(*generator.random(2).tolist())
+
+    def grid(self) -> list[tuple[float, float]]:
+        """The settings to validate on: the middle and the four corners."""
+        return [self._at(0.5, 0.5), *(self._at(*corner) for corner in product((0.0, 1.0), repeat=2))]
+
+    def _at(self, sigma: float, noise: float) -> tuple[float, float]:
+        """The setting at the fractions ``sigma`` and ``noise`` (in [0, 1]) of the ranges of log σ and √ν."""
+        (s, t), (low, high) = map(math.log, self.sigma), map(math.sqrt, self.noise)
+        found = math.exp(s + sigma * (t - s)), (low + noise * (high - low)) ** 2
+        return min(max(found[0], self.sigma[0]), self.sigma[1]), min(max(found[1], self.noise[0]), self.noise[1])
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What rebuilds a network: its form, its denoiser, and the measurements that it is for.
+
+    Attributes:
+        form: "paper" (T(x) = x − η(Aᵀ(A x − d) + R(x)), where R is the network itself), "preconditioned" or
+            "filtered" (a `DEGrad` with `RED`), "feed-forward" (a `FeedForward`), or "denoiser" (the network alone).
+        denoiser: ``kind`` ("DnCNN", "UNet" or "NonexpansiveDenoiser") and its arguments.
+        kernel_size, sigma, padding_mode: arguments of the `GaussianBlur`.
+        noise: standard deviation of the measurements' noise, for images in [−1, 1].
+        weight: λ of `RED`, or of the feed-forward network's Tikhonov restoration, at the start of training.
+        step_size: η of the paper's form, at the start of training.
+        averaging: of the `DEGrad`.
+        solver: ``kind`` ("Anderson", "Broyden", "Inertial" or "Picard") and its arguments.
+        gradient: ``kind``, the name of a gradient method, and its arguments.
+        sigma_range, noise_range: least and largest σ and noise of a filtered `ConditionalDEGrad`, which starts at
+            ``sigma`` and ``noise``; None for a network for one setting.
+
+    Raises:
+        ValueError: a value of another type, or out of its bounds.
+
+    Example:
+        >>> from jfbfast.models.config import ModelConfig
+        >>> config = ModelConfig(denoiser={"kind": "UNet", "features": [8, 16], "blocks": [1, 1]}, sigma=2.0)
+        >>> type(config.model()).__name__, config.blur().sigma
+        ('DEGrad', (2.0, 2.0))
+    """
+
+    form: Literal["paper", "preconditioned", "filtered", "feed-forward", "denoiser"] = "filtered"
+    denoiser: Description = field(default_factory=_dncnn)
+    kernel_size: int = 5
+    sigma: float = 1.0
+    padding_mode: str = "reflect"
+    noise: float = 0.01
+    weight: float = 0.05
+    step_size: float = 1.0
+    averaging: float | Literal["auto"] = 1.0
+    solver: Description = field(default_factory=lambda: {"kind": "Anderson"})
+    gradient: Description = field(default_factory=lambda: {"kind": "jfb"})
+    sigma_range: Sequence[float] | None = None
+    noise_range: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("form", self.form, FORMS)
+        _check_choice("padding_mode", self.padding_mode, PADDING_MODES)
+        for name in ("denoiser", "solver", "gradient"):
+            _check_description(name, getattr(self, name))
+        if not checks.is_integer(self.kernel_size) or not 1 <= self.kernel_size <= 1023 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size!r}; it takes an odd integer from 1 to 1023")
+        for name, bounds in (("sigma", _SIGMA), ("noise", _NOISE), ("weight", _POSITIVE), ("step_size", _POSITIVE)):
+            _check_between(name, getattr(self, name), bounds)
+        if self.averaging != "auto":
+            _check_between("averaging", self.averaging, _AVERAGING)
+        for name, bounds in (("sigma_range", _SIGMA), ("noise_range", _NOISE)):
+            if (values := getattr(self, name)) is not None:
+                _check_length(name, values, 2, 2)
+                for value in values:
+                    _check_between(name, value, bounds)
+
+    @property
+    def ranges(self) -> MeasurementRanges | None:
+        """The range of measurements that the network is for; None for one setting."""
+        if self.sigma_range is None or self.noise_range is None:
+            return None
+        return MeasurementRanges(tuple(self.sigma_range), tuple(self.noise_range))  # type: ignore[arg-type]  # checked
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's images."""
+        return int(self.denoiser.get("channels", 3))
+
+    def blur(self) -> GaussianBlur:
+        """The measurement operator A."""
+        return GaussianBlur(self.kernel_size, self.sigma, self.padding_mode)
+
+    def degrad_options(self) -> dict[str, Any]:
+        """The arguments of a `DEGrad` that do not depend on its form: averaging, solver and gradient."""
+        method = str(self.gradient["kind"])
+        return {
+            "averaging": self.averaging,
+            "solver": registry.build("solver", self.solver, registry.SOLVERS),
+            "gradient": registry.build("gradient", self.gradient, {method: type(gradient_method(method))}),
+        }
+
+    def model(self) -> nn.Module:
+        """Make the network, untrained.
+
+        Raises:
+            ValueError: an unknown kind, or an argument that a kind does not take.
+        """
+        network = registry.build("denoiser", self.denoiser, registry.NETWORKS)
+        if self.denoiser.get("injection") and self.form not in ("preconditioned", "filtered"):
+            raise ValueError(
+                f"form is {self.form!r} with {dict(self.denoiser)}; a network with injection takes the form "
+                "'preconditioned' or 'filtered'"
+            )
+        if self.form == "denoiser":
+            return network
+        model = registry.MODELS[self.form if self.ranges is None else "conditional"]
+        made: nn.Module = model.from_config(self, network)
+        return made

@@ -1,0 +1,123 @@
+"""RED: the regulariser that is made of a denoiser."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from jfbfast import checks
+
+
+def log_parameter(name: str, value: float) -> nn.Parameter:
+    """A learnable log(value), so that the value stays positive; raises ValueError, naming ``name``, if it is not."""
+    checks.positive(name, value.item() if isinstance(value, Tensor) else value)
+    return nn.Parameter(torch.tensor(math.log(value)))
+
+
+class RED(nn.Module):
+    """Regularisation by denoising (Romano, Elad, Milanfar, 2017): R(x) = λ(x − D(W x)), or R(x; d) = λ(x − D(W x, z)).
+
+    W is the identity, or with ``filter_damping`` the Tikhonov filter AᵀA(AᵀA + δI)⁻¹ of the operator A, so
+    that the denoiser sees only what was measured. With ``injection`` the denoiser also sees Tikhonov's
+    restoration of the measurement, z = (AᵀA + λI)⁻¹Aᵀd.
+
+    Args:
+        denoiser: D, a map of images (B, C, H, W) to images; with ``injection``, of two such batches to one.
+        weight: λ > 0, the start of a learnable parameter.
+        filter_damping: δ. None for no filter, a number > 0 for the start of a learnable parameter of
+            its own, or "weight" for δ = λ.
+        injection: give D the measurement, as a deep equilibrium model gets its input at every evaluation
+            (Bai, Kolter, Koltun, 2019). None takes the denoiser's attribute ``injection``, False without one.
+
+    Raises:
+        ValueError: λ or δ not positive and finite; another string; an ``injection`` other than the denoiser's own.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> blur = jfbfast.GaussianBlur()
+        >>> red = jfbfast.RED(torch.nn.Identity(), weight=0.5, filter_damping="weight")
+        >>> x = torch.rand(1, 1, 8, 8)
+        >>> expected = 0.5 * (x - blur.filter(x, 0.5))
+        >>> torch.allclose(red(x, blur), expected, atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        weight: float = 0.05,
+        filter_damping: float | Literal["weight"] | None = None,
+        injection: bool | None = None,
+    ) -> None:
+        super().__init__()
+        own = getattr(denoiser, "injection", injection)
+        if injection not in (None, own):
+            raise ValueError(f"injection is {injection}; it takes that of the {type(denoiser).__name__}, {own}")
+        self.denoiser = denoiser
+        self.log_weight = log_parameter("weight", weight)
+        self.filtered = filter_damping is not None
+        self.injection = bool(own)
+        self.log_filter_damping: nn.Parameter | None = None
+        if isinstance(filter_damping, str):
+            if filter_damping != "weight":
+                raise ValueError(f"filter_damping is {filter_damping!r}; it takes None, a positive number or 'weight'")
+        elif filter_damping is not None:
+            self.log_filter_damping = log_parameter("filter_damping", filter_damping)
+
+    @property
+    def weight(self) -> Tensor:
+        """λ, a tensor of shape ()."""
+        return self.log_weight.exp()
+
+    @property
+    def filter_damping(self) -> Tensor | None:
+        """δ, a tensor of shape (); None without a filter."""
+        if not self.filtered:
+            return None
+        return self.weight if self.log_filter_damping is None else self.log_filter_damping.exp()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The methods of the operator that R calls."""
+        return ("filter",) * self.filtered + ("adjoint", "solve") * self.injection
+
+    def forward(self, x: Tensor, operator: Any = None, d: Tensor | None = None) -> Tensor:
+        """R(x), or R(x; d).
+
+        Args:
+            x: images (B, C, H, W).
+            operator: A; only a filter or an injection needs it.
+            d: the measurements; only an injection needs them.
+
+        Returns:
+            A tensor of the shape of x.
+
+        Raises:
+            ValueError: an ``operator`` that lacks one of the methods in ``needs``; no d with an injection; a denoiser
+                that changes the shape.
+        """
+        if not all(callable(getattr(operator, method, None)) for method in self.needs):
+            raise ValueError(f"operator is {type(operator).__name__}; this RED takes one with {', '.join(self.needs)}")
+        seen = x if self.filter_damping is None else operator.filter(x, self.filter_damping)
+        denoised = self.denoise(seen, *self.injected(operator, d))
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"denoiser maps shape {tuple(x.shape)} to {tuple(denoised.shape)}; it takes one that keeps the shape"
+            )
+        return (self.weight * (x - denoised)).to(x.dtype)
+
+    def injected(self, operator: Any, d: Tensor | None) -> tuple[Tensor, ...]:
+        """(z,), or () without an injection."""
+        if not self.injection:
+            return ()
+        if d is None:
+            raise ValueError("d is None; a RED with injection takes the measurements")
+        return (operator.solve(operator.adjoint(d), self.weight),)
+
+    def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
+        """Apply D to W x, and to z with an injection."""
+        denoised: Tensor = self.denoiser(seen, *injected)
+        return denoised
