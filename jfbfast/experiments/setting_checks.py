@@ -59,7 +59,11 @@ _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], str], ...] = (
         lambda s: s.form != "denoiser",
         "with form=denoiser, which trains by pretraining_steps and pretraining_rate, it has no effect",
     ),
-    ("pretraining_rate pretraining_noise", lambda s: s.pretrains, "it acts with pretraining_steps alone"),
+    (
+        "pretraining_rate pretraining_noise",
+        lambda s: bool(s.resolved().pretraining_steps),
+        "it acts with pretraining_steps alone",
+    ),
     ("warmup", lambda s: s.schedule != "onecycle", "it acts with schedule=cosine or constant alone"),
     (
         "jacobian_bound jacobian_interval jacobian_samples",

@@ -136,11 +136,6 @@ class TrainingSettings:
         """Whether the network's output is a fixed point."""
         return self.form not in ("feed-forward", "denoiser")
 
-    @property
-    def pretrains(self) -> bool:
-        """Whether the denoiser is trained first."""
-        return bool(self.resolved().pretraining_steps)
-
     def dependent_defaults(self) -> dict[str, Any]:
         """The values that None stands for, where they depend on other settings."""
         paper = self.form == "paper"
@@ -186,9 +181,9 @@ class TrainingSettings:
                 "residual": self.form != "paper",
             }
         sigma, noise = self.sigma, self.noise
-        if self.sigma_range is not None and sigma == TrainingSettings.sigma:
+        if self.sigma_range and sigma == TrainingSettings.sigma:
             sigma = min(max(sigma, self.sigma_range[0]), self.sigma_range[-1])
-        if self.noise_range is not None and noise == TrainingSettings.noise:
+        if self.noise_range and noise == TrainingSettings.noise:
             noise = min(max(noise, self.noise_range[0]), self.noise_range[-1])
         same = ("form", "kernel_size", "padding_mode", "weight", "step_size", "averaging")
         return ModelConfig(
