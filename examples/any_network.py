@@ -1,4 +1,4 @@
-"""`fixed_point` makes any layer an implicit network: here a deep equilibrium classifier of two moons.
+"""`fixed_point` turns any layer into an implicit network: here a deep equilibrium model that classifies two moons.
 
 python examples/any_network.py [STEPS]
 """
@@ -14,7 +14,7 @@ import jfbfast
 
 
 class Equilibrium(nn.Module):
-    """z* = tanh(0.9 W z* + U x + b) with ‖W‖₂ ≤ 1, a contraction whatever training does; then a linear read-out."""
+    """Solves z* = tanh(0.9 W z* + U x + b) with ‖W‖₂ ≤ 1, which always is a contraction, and reads z* out linearly."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Equilibrium(nn.Module):
 
 
 def moons(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points (count, 2) on two half circles that interlock, and which of them each is on."""
+    """Noisy points (count, 2) on two interlocking half circles, and the half circle of each, 0 or 1: (count,)."""
     angle, label = torch.pi * torch.rand(count), torch.randint(2, (count,)).float()
     upper = torch.stack([angle.cos(), angle.sin()], 1)
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)

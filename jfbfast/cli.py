@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from inspect import Signature
+from inspect import Parameter, Signature
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,15 +21,22 @@ try:
     from rich.console import Console
     from typer.core import TyperCommand
 
-    from jfbfast.experiments.flags import train_parameters
-    from jfbfast.experiments.processes import rank
-    from jfbfast.experiments.stopping import Interrupted, signals_interrupt
+    from jfbfast.config import keep_freed_memory, show_config
+    from jfbfast.experiments.processes import Interrupted, rank, signals_interrupt
+    from jfbfast.experiments.settings import setting_types
+    from jfbfast.experiments.training_settings import TrainingSettings
 except ModuleNotFoundError as error:  # pragma: no cover
     sys.exit(f"{error.name} is not installed; {_EXTRAS}")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(emoji=False, quiet=rank() > 0)  # of torchrun's processes one speaks
+console = Console(emoji=False, quiet=rank() > 0)  # only one of torchrun's processes prints
 
+_SIDE = "Side of the blur kernel in pixels, odd; 6σ + 1 holds a Gaussian. (default: the network's, or 5)"
+_SIGMA = "Standard deviation of the blur in pixels; a network for a range needs it. (default: the network's, or 1)"
+_NOISE = "Standard deviation of the noise, for images in [−1, 1]; needed likewise. (default: the network's, or 0.01)"
+KernelSize = Annotated[int | None, typer.Option(help=_SIDE)]
+Sigma = Annotated[float | None, typer.Option(help=_SIGMA)]
+Noise = Annotated[float | None, typer.Option(help=_NOISE)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
@@ -39,14 +46,11 @@ def _say_error(error: BaseException | str, kind: str = "error") -> None:
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """A user's mistake ends the program with its message, not with a traceback."""
+    """End the program with one sentence, and not with a traceback, if the user made a mistake."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        _say_error(f"{error.name} is not installed; {_EXTRAS}")
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
-        _say_error(error)
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        _say_error(f"{error.name} is not installed; {_EXTRAS}" if isinstance(error, ModuleNotFoundError) else error)
         raise typer.Exit(1) from error
     except Interrupted as stop:
         if rank() == 0:
@@ -57,16 +61,12 @@ def _one_sentence() -> Iterator[None]:
 @app.callback()
 def start() -> None:
     """Implicit networks that undo image blur."""
-    from jfbfast.config import keep_freed_memory
-
     keep_freed_memory()
 
 
 @app.command()
 def info() -> None:
-    """Print versions, the backends in use, and why another is not."""
-    from jfbfast.config import show_config
-
+    """Print versions, the backends in use, and why the others are not."""
     show_config()
 
 
@@ -89,7 +89,7 @@ def restore(
         list[Path],
         typer.Argument(
             metavar="IMAGE…",
-            readable=False,  # one that cannot be read is told of in its turn
+            readable=False,  # a file that cannot be read is reported in its turn
             help="Blurred photographs, grey or colour, of 8 or 16 bits: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM.",
         ),
     ],
@@ -97,35 +97,18 @@ def restore(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="What restores: a shipped model's name, a file from demo or train, or tikhonov. "
-            "(default: the shipped model for this blur and noise, or for a range with them, else tikhonov)",
+            help="What restores: a shipped model, a file from demo or train, or tikhonov. "
+            "(default: a shipped model for this blur and noise if there is one, else tikhonov)",
         ),
     ] = None,
-    kernel_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Side of the blur kernel in pixels, odd; 6σ + 1 covers a Gaussian. (default: the checkpoint's, or 5)"
-        ),
-    ] = None,
-    sigma: Annotated[
-        float | None,
-        typer.Option(
-            help="Standard deviation of the blur in pixels; a model for a range needs it. "
-            "(default: the checkpoint's, or 1)"
-        ),
-    ] = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(
-            help="Standard deviation of the noise for values in [−1, 1]; more where the photograph shows more. "
-            "A checkpoint for one level takes that alone, one for a range needs it. (default: 0.01)"
-        ),
-    ] = None,
+    kernel_size: KernelSize = None,
+    sigma: Sigma = None,
+    noise: Noise = None,
     padding_mode: Annotated[
         str,
         typer.Option(
             help="What the blur saw beyond the photograph's edges: zeros (mid-grey), reflect, circular or replicate, "
-            "which serves where nobody knows."
+            "which is the best guess if you do not know."
         ),
     ] = "replicate",
     out: Annotated[
@@ -134,20 +117,17 @@ def restore(
             help="A .png, .tiff or .jpg for one image, or a directory. (default: here, as NAME-restored.png or .tiff)"
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    tile: Annotated[int, typer.Option(help="Side in pixels of the tiles, which are restored one by one.")] = 512,
-    overlap: Annotated[
-        int | None,
-        typer.Option(help="Pixels that neighbouring tiles share. (default: measured, so that no seam is seen)"),
-    ] = None,
-    check_tiles: Annotated[
-        bool, typer.Option(help="Restore in one piece too, and print how far the tiles differ from that.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
+    tile: Annotated[int, typer.Option(help="Side of the tiles in pixels, which are restored one by one.")] = 512,
+    overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share. (default: enough for no seam)")] = None,
+    check_tiles: Annotated[bool, typer.Option(help="Also restore in one piece, and print the difference.")] = False,
 ) -> None:
     """Undo a known Gaussian blur in photographs of up to 250 megapixels.
 
-    Depth, alpha, colour profile, EXIF and resolution are kept. Nothing is restored if an IMAGE does not exist, or its
-    output file does or cannot be written. If an IMAGE cannot be restored, it says why and goes on with the others.
+    Give a larger --noise if the photograph shows more noise.
+
+    The restored files keep depth, alpha, colour profile, EXIF and resolution. Nothing is restored if an IMAGE is
+    missing, or if an output file exists or cannot be written. If one IMAGE cannot be restored, the others still are.
     """
     with _one_sentence():
         from jfbfast.imaging.batch import choose_targets, restore_files
@@ -175,18 +155,13 @@ def restore(
             raise typer.Exit(1)
 
 
-def train(
-    out: Path,
-    config: Path | None,
-    resume: bool,
-    **flags: object,
-) -> None:
+def train(out: Path, config: Path | None, resume: bool, **flags: object) -> None:
     """Pretrain a denoiser, then train a network that undoes blur, by JFB or another gradient method.
 
-    OUT/ holds the settings, the metrics, the checkpoints and, at the end, model.safetensors. Several
-    GPUs or machines: torchrun --nproc-per-node N -m jfbfast train …
+    OUT/ gets the settings, the metrics, the checkpoints and, at the end, model.safetensors. For several GPUs or
+    machines use torchrun --nproc-per-node N -m jfbfast train …
 
-    Ctrl-C, or a scheduler's signal, ends it with the step that it is at saved for --resume; the status is 128 + signal.
+    Ctrl-C, or a scheduler's signal, saves the current step for --resume; the exit status is 128 + the signal's number.
     """
     with _one_sentence(), signals_interrupt():
         from jfbfast.experiments.runs import Run
@@ -195,19 +170,29 @@ def train(
         values = {} if config is None else read_settings(config)
         values |= {name: value for name, value in flags.items() if value is not None}
         quality = Run(values, out, resume=resume).train(console)
-        said = "" if quality is None else f"; validation PSNR {quality:.2f} dB at the true range"
-        console.print(f"Trained: {out / 'model.safetensors'}{said}", highlight=False)
+        reached = "" if quality is None else f"; validation PSNR {quality:.2f} dB at the true range"
+        console.print(f"Trained: {out / 'model.safetensors'}{reached}", highlight=False)
 
 
-def _register_train() -> None:
-    """`jfbfast train` with a flag for each setting."""
-    parameters = train_parameters()
-    train.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    train.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command()(train)
+def _train_parameters() -> list[Parameter]:
+    """The parameters of `train` for typer: its own, and one for each setting, which is None unless it is given."""
+    text = "YAML file of settings, by the names of these flags with _ for -; a flag overrides it."
+    own = (
+        ("out", Path, Path("jfbfast-run"), typer.Option(help="Directory of the run.")),
+        ("config", Path | None, None, typer.Option(help=text)),
+        ("resume", bool, False, typer.Option(help="Go on with the run in OUT, from its last checkpoint.")),
+    )
+    found = [(name, Annotated[kind, info], default) for name, kind, default, info in own]
+    for name, setting in setting_types().items():
+        text = TrainingSettings.__dataclass_fields__[name].metadata["help"]
+        info = typer.Argument(help=text) if name == "data" else typer.Option(help=text)
+        found.append((name, Annotated[(str if setting.several else setting.kind) | None, info], None))
+    return [Parameter(name, Parameter.KEYWORD_ONLY, default=d, annotation=a) for name, a, d in found]
 
 
-_register_train()
+train.__signature__ = Signature(_train_parameters())  # type: ignore[attr-defined]
+train.__annotations__ = {parameter.name: parameter.annotation for parameter in _train_parameters()}
+app.command()(train)
 
 
 @app.command()
@@ -218,61 +203,45 @@ def evaluate(
     ],
     methods: Annotated[
         str,
-        typer.Option(
-            help="Baselines, with commas between: blurred, direct-inverse, gradient-descent, tikhonov, tv, pnp."
-        ),
+        typer.Option(help="Baselines: blurred, direct-inverse, gradient-descent, tikhonov, tv, pnp; commas between."),
     ] = "blurred,direct-inverse,gradient-descent,tikhonov",
-    denoiser: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="The denoiser that the baseline pnp uses.")
-    ] = None,
-    kernel_size: Annotated[
-        int | None, typer.Option(help="Side of the blur in pixels, odd. (default: the first network's, or 5)")
-    ] = None,
-    sigma: Annotated[
-        float | None,
-        typer.Option(help="Standard deviation of the blur in pixels. (default: the first network's, or 1)"),
-    ] = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(help="Standard deviation of the noise on [−1, 1]. (default: the first network's, or 0.01)"),
-    ] = None,
+    denoiser: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The denoiser of the baseline pnp.")] = None,
+    kernel_size: KernelSize = None,
+    sigma: Sigma = None,
+    noise: Noise = None,
     padding_mode: Annotated[
         str | None,
         typer.Option(
-            help="What the blur sees beyond the edge: zeros (mid-grey), reflect, replicate or circular. "
-            "(default: the first network's, or reflect)"
+            help="What the blur sees beyond the edges: zeros (mid-grey), reflect, replicate or circular. "
+            "(default: the network's, or reflect)"
         ),
     ] = None,
     train: Annotated[
         float | None,
         typer.Option(
-            help="Photographs to leave out, first by name: a share or a count. "
-            "(default: those that a network's run in its directory trained on, or 0)"
+            help="Photographs to leave out, the first by name: a share below 1, or a count. "
+            "(default: those that a network's run trained on, or 0)"
         ),
     ] = None,
     validation: Annotated[
         float | None,
         typer.Option(
-            help="Photographs that choose the baselines' parameters, next by name: a share or a count. "
-            "(default: those that it validated on, or 0.2)"
+            help="Photographs that choose the baselines' parameters, the next by name: a share below 1, or a count. "
+            "(default: those that the run validated on, or 0.2)"
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most photographs to score, of the rest. (default: all)")] = None,
-    resize: Annotated[
-        int | None,
-        typer.Option(help="First resize each photograph to a square of this side in pixels. (default: as it is)"),
-    ] = None,
-    squash: Annotated[
-        bool, typer.Option(help="With --resize, stretch to that square, in place of keeping the centre.")
-    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Most photographs to score. (default: all that are left)")] = None,
+    resize: Annotated[int | None, typer.Option(help="Resize to squares of so many pixels. (default: do not)")] = None,
+    squash: Annotated[bool, typer.Option(help="With --resize: stretch instead of cropping the centre.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images restored together; it changes no score.")] = 16,
-    out: Annotated[
-        Path | None, typer.Option(help="File to write: a .csv with the rows, or a .json with every image too.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the table to a .csv, or every image to a .json.")] = None,
     device: Annotated[str, typer.Option(help="Where to restore: cpu or cuda.")] = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Compare networks and classical methods on the same measurements, in one table."""
+    """Compare networks and classical methods on the same measurements, in one table.
+
+    The blur and the noise are those of the first network by default.
+    """
     with _one_sentence():
         from jfbfast.experiments.comparison import compare
 
@@ -282,8 +251,11 @@ def evaluate(
             methods=[name.strip() for name in methods.split(",") if name.strip()],
             denoiser=denoiser,
             given={"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode},
-            held_out=(train, validation, limit),
-            preprocessing=(resize, squash),
+            train=train,
+            validation=validation,
+            limit=limit,
+            resize=resize,
+            squash=squash,
             batch_size=batch_size,
             out=out,
             device=device,
@@ -297,17 +269,13 @@ def diagnose(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="NAME|FILE", help="A shipped model's name, or a file from demo or train.")
     ],
-    images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, to be blurred.")],
+    images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, which are blurred here.")],
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
     crop: Annotated[int, typer.Option(help="Side of the random crops in pixels.")] = 64,
     samples: Annotated[int, typer.Option(help="Number of crops.")] = 4,
     iterations: Annotated[int, typer.Option(help="Evaluations of the layer in the history of a solve.")] = 300,
-    sigma: Annotated[
-        float | None, typer.Option(help="Standard deviation of the blur in pixels; a model for a range needs it.")
-    ] = None,
-    noise: Annotated[
-        float | None, typer.Option(help="Standard deviation of the noise on [−1, 1]; a model for a range needs it.")
-    ] = None,
+    sigma: Sigma = None,
+    noise: Noise = None,
     seed: Seed = 0,
 ) -> None:
     """Measure how well conditioned a trained model is, and how exact each gradient method is for it."""
@@ -342,7 +310,7 @@ def diagnose(
 
 
 class _Bench(TyperCommand):
-    """`bench paper` is a command of its own, with other options."""
+    """Passes `bench paper` on to a command with other options, which is imported only then."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         if args[:1] != ["paper"]:
@@ -354,15 +322,12 @@ class _Bench(TyperCommand):
 @app.command(cls=_Bench)
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME…", help="Of kernels, step and paper; by default kernels.")
+        list[str] | None, typer.Argument(metavar="NAME…", help="kernels, step or paper. (default: kernels)")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
     checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Trained weights for step: a shipped model, or a file from demo or train.", metavar="NAME|FILE"
-        ),
+        str | None, typer.Option(metavar="NAME|FILE", help="Weights for step: a shipped model, or a file from train.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
 ) -> None:
@@ -379,7 +344,7 @@ def bench(
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """A thread that cannot write, as TensorBoard's on a full disk, is told of by the main thread alone, which waits."""
+    """Leave a failed write, as TensorBoard's on a full disk, to the main thread, which waits and reports it."""
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
 
@@ -387,9 +352,9 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """The entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal, or a file name, need not know every letter
+        if isinstance(stream, TextIOWrapper):  # for terminals and file names without Unicode
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module="PIL")  # what it warns of is refused, or does not matter
+    warnings.filterwarnings("ignore", module="PIL")  # such files are refused, or the warning does not matter
     threading.excepthook = _thread_failed
     app()
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from skimage import data as photographs
 from torch import Tensor
 
-from jfbfast.experiments.optimization import Optimization
-from jfbfast.experiments.trainer import DeblurTask, DenoiserTask, fit
+from jfbfast.experiments.tasks import DeblurTask, DenoiserTask, Optimization
+from jfbfast.experiments.trainer import fit
 from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov
 from jfbfast.imaging.datasets import RandomCrops
 from jfbfast.imaging.plots import side_by_side
@@ -26,19 +26,9 @@ from jfbfast.models.config import ModelConfig
 from jfbfast.models.degrad import DEGrad
 from jfbfast.solvers import Anderson, ConvergenceWarning
 
-CONFIG = ModelConfig(
-    denoiser={
-        "kind": "DnCNN",
-        "features": 32,
-        "depth": 8,
-        "norm": None,
-        "spectral_norm": False,
-        "bias": True,
-        "residual": True,
-    }
-)
+CONFIG = ModelConfig(denoiser={**ModelConfig().denoiser, "features": 32, "depth": 8})
 TRAINING, UNSEEN = ("coffee", "chelsea"), "astronaut"
-DETAIL = (60, 170, 110)
+DETAIL = (60, 170, 110)  # top, left and side of the square that the picture shows
 PRETRAINING_STEPS, JFB_STEPS, CROP = 300, 450, 48
 
 
@@ -57,11 +47,10 @@ def photograph(name: str) -> Tensor:
 
 
 def train(console: Console, seed: int) -> DEGrad:
-    """The filtered DE-GRAD: its denoiser pretrained, then all of it trained by JFB."""
+    """Train a filtered DE-GRAD: first its denoiser alone, then all of it by JFB."""
     model = CONFIG.model()
     assert isinstance(model, DEGrad)
-    length = 16 * max(PRETRAINING_STEPS, JFB_STEPS)
-    crops = RandomCrops([photograph(name) for name in TRAINING], CROP, length, seed=seed)
+    crops = RandomCrops([photograph(n) for n in TRAINING], CROP, 16 * max(PRETRAINING_STEPS, JFB_STEPS), seed=seed)
     console.print(f"Pretraining the denoiser on crops of {' and '.join(TRAINING)} …")
     denoising = DenoiserTask(model.regularizer.denoiser, optimization=Optimization(2e-3), seed=seed)
     fit(denoising, crops, steps=PRETRAINING_STEPS)
@@ -70,21 +59,15 @@ def train(console: Console, seed: int) -> DEGrad:
     return model.eval()
 
 
-def _timed(method: str, restore: Callable[[], tuple[Tensor, int | None]]) -> Row:
-    start = time.perf_counter()
-    image, iterations = restore()
-    return Row(method, image, iterations, time.perf_counter() - start)
-
-
 @torch.inference_mode()
 def compare(model: DEGrad, x: Tensor, d: Tensor) -> list[Row]:
-    """Every method on one measurement; Tikhonov's λ is the best of 30 for this very image."""
-    blur, noise = CONFIG.blur(), CONFIG.noise
+    """Restore the measurement d (1, 3, H, W) of x by every method; Tikhonov's λ is the best of 30 for this very x."""
+    blur = CONFIG.blur()
     dampings = torch.logspace(-3.5, -0.5, 30).tolist()
     best = max(dampings, key=lambda damping: float(psnr(tikhonov(blur, d, damping), x)))
 
     def descend() -> tuple[Tensor, int]:
-        descent = gradient_descent(blur, d, noise=noise, max_iter=500)
+        descent = gradient_descent(blur, d, noise=CONFIG.noise, max_iter=500)
         return descent.value, int(descent.iterations[0])
 
     def implicit(solver: Anderson) -> tuple[Tensor, int]:
@@ -93,36 +76,38 @@ def compare(model: DEGrad, x: Tensor, d: Tensor) -> list[Row]:
         assert model.solution is not None
         return restored, int(model.solution.iterations[0])
 
+    methods: dict[str, Callable[[], tuple[Tensor, int | None]]] = {
+        "direct inverse": lambda: (direct_inverse(blur, d), None),
+        "gradient descent, stopped early": descend,
+        f"Tikhonov at its best λ = {best:.3f}": lambda: (tikhonov(blur, d, best), None),
+        "DE-GRAD with JFB": lambda: implicit(Anderson()),
+        "DE-GRAD with JFB, run on to 100": lambda: implicit(Anderson(tol=0, max_iter=100)),
+    }
+    rows = [Row("blurred, noisy", d, None, 0.0)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return [
-            Row("blurred, noisy", d, None, 0.0),
-            _timed("direct inverse", lambda: (direct_inverse(blur, d), None)),
-            _timed("gradient descent, stopped early", descend),
-            _timed(f"Tikhonov at its best λ = {best:.3f}", lambda: (tikhonov(blur, d, best), None)),
-            _timed("DE-GRAD with JFB", lambda: implicit(Anderson())),
-            _timed("DE-GRAD with JFB, run on to 100", lambda: implicit(Anderson(tol=0, max_iter=100))),
-        ]
+        for method, restore in methods.items():
+            start = time.perf_counter()
+            image, iterations = restore()
+            rows.append(Row(method, image, iterations, time.perf_counter() - start))
+    return rows
 
 
 def table(rows: list[Row], x: Tensor) -> Table:
+    """The comparison with the truth x (1, 3, H, W)."""
     printed = Table(title=f"{UNSEEN}, which the network never saw (PSNR at the true range)")
     printed.add_column("method")
     for heading in ("PSNR, dB", "SSIM", "iterations", "seconds"):
         printed.add_column(heading, justify="right")
     for method, image, iterations, seconds in rows:
-        printed.add_row(
-            method,
-            f"{float(psnr(image, x)):.2f}",
-            f"{float(ssim(image, x)):.3f}",
-            "" if iterations is None else str(iterations),
-            f"{seconds:.2f}" if seconds else "",
-        )
+        quality = f"{float(psnr(image, x)):.2f}", f"{float(ssim(image, x)):.3f}"
+        effort = "" if iterations is None else str(iterations), f"{seconds:.2f}" if seconds else ""
+        printed.add_row(method, *quality, *effort)
     return printed
 
 
 def run(directory: Path, seed: int, console: Console) -> list[Row]:
-    """The whole demo; writes jfbfast-demo.png and jfbfast-demo.safetensors into ``directory``."""
+    """Run the whole demo, and write jfbfast-demo.png and jfbfast-demo.safetensors into ``directory``."""
     L.seed_everything(seed, verbose=False)
     x = 2 * photograph(UNSEEN)[None] - 1
     d = measure(x, CONFIG.blur(), CONFIG.noise, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))

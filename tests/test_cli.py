@@ -1,4 +1,4 @@
-"""The command line on real files, and a demo in small."""
+"""The command line on real files, and a small demo."""
 
 import json
 import subprocess
@@ -22,9 +22,28 @@ from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
 from jfbfast.models.config import ModelConfig
 
 
+def write_network(path, form="filtered", **values):
+    """A small network without training."""
+    config = ModelConfig(form, {**demo.CONFIG.denoiser, "features": 4, "depth": 3}, **values)
+    path.parent.mkdir(exist_ok=True)
+    save_checkpoint(path, config.model(), config)
+    return path
+
+
+def write_crops(folder, count, height, width):
+    """Photographs of this size, cut from one above each other."""
+    folder.mkdir()
+    step = (photographs.coffee().shape[0] - height) // (count - 1)
+    for i in range(count):
+        cv2.imwrite(
+            str(folder / f"{i}.png"), photographs.coffee()[step * i : step * i + height, 100 : 100 + width, ::-1]
+        )
+    return folder
+
+
 @pytest.fixture
 def blurred(tmp_path):
-    """A blurred, noisy photograph, its truth, and its path."""
+    """A sharp photograph, and the path of a blurred, noisy one."""
     truth = photographs.astronaut()[:160, 150:300].astype(np.float32) / 255
     d = cv2.GaussianBlur(truth, (5, 5), 1.0, borderType=cv2.BORDER_REFLECT_101)
     d = d + 0.005 * np.random.default_rng(0).standard_normal(d.shape).astype(np.float32)
@@ -73,11 +92,7 @@ def test_restore_leaves_its_photograph(blurred):
 
 def test_train_then_restore_with_the_checkpoint(blurred, tmp_path):
     truth, path = blurred
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for i in range(4):
-        part = photographs.coffee()[100 * i : 100 * i + 100, 100:300]
-        cv2.imwrite(str(folder / f"{i}.png"), part[:, :, ::-1])
+    folder = write_crops(tmp_path / "photographs", 4, 100, 200)
     checkpoint = tmp_path / "run" / "model.safetensors"
     options = "--features 8 --depth 3 --pretraining-steps 3 --steps 3 --batch-size 2 --crop 32 --validation 0.25"
     settings = tmp_path / "settings.yaml"
@@ -97,8 +112,7 @@ def test_train_then_restore_with_the_checkpoint(blurred, tmp_path):
 def test_restore_picks_the_shipped_model_for_the_blur(blurred, tmp_path, monkeypatch):
     truth, path = blurred
     monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
-    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3})
-    save_checkpoint(tmp_path / "small.safetensors", config.model(), config)
+    write_network(tmp_path / "small.safetensors")
     for options, name in (
         ((), "the shipped model small"),
         (("--checkpoint", "small", "--sigma", 2), "small was trained for other measurements (sigma = 1.0)"),
@@ -116,14 +130,9 @@ def test_restore_picks_the_shipped_model_for_the_blur(blurred, tmp_path, monkeyp
 
 
 def test_evaluate_prints_and_writes_one_table(tmp_path):
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for i in range(5):
-        part = photographs.coffee()[70 * i : 70 * i + 32, 100:132]
-        cv2.imwrite(str(folder / f"{i}.png"), part[:, :, ::-1])
+    folder = write_crops(tmp_path / "photographs", 5, 32, 32)
     for name, form in (("small", "filtered"), ("alone", "denoiser")):
-        config = ModelConfig(form, {**demo.CONFIG.denoiser, "features": 4, "depth": 3}, padding_mode="zeros")
-        save_checkpoint(tmp_path / f"{name}.safetensors", config.model(), config)
+        write_network(tmp_path / f"{name}.safetensors", form, padding_mode="zeros")
     methods = "blurred,direct-inverse,gradient-descent,tikhonov,tv,pnp"
     options = ("--methods", methods, "--denoiser", tmp_path / "alone.safetensors", "--validation", 2)
     out = tmp_path / "made" / "table.json"
@@ -144,10 +153,8 @@ def test_evaluate_prints_and_writes_one_table(tmp_path):
 
 
 def test_evaluate_leaves_out_what_a_network_was_trained_on(tmp_path):
-    folder, file = write_photographs(tmp_path / "photographs", 10, (4, 4), (20, 20)), tmp_path / "run" / "model"
-    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3})
-    file.parent.mkdir()
-    save_checkpoint(file, config.model(), config)
+    folder = write_photographs(tmp_path / "photographs", 10, (4, 4), (20, 20))
+    file = write_network(tmp_path / "run" / "model")
     for values, options, chosen, scored in (
         ({"train": 0.5, "validation": 2}, (), "56", "789"),
         ({}, (), "", "9"),  # nine to train on and one to validate on
@@ -169,10 +176,8 @@ def test_evaluate_leaves_out_what_a_network_was_trained_on(tmp_path):
 
 
 def test_evaluate_knows_a_runs_photographs_by_name(tmp_path, monkeypatch):
-    folder, file = write_photographs(tmp_path / "photographs", 8, (4, 4), (20, 20)), tmp_path / "run" / "model"
-    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3})
-    file.parent.mkdir()
-    save_checkpoint(file, config.model(), config)
+    folder = write_photographs(tmp_path / "photographs", 8, (4, 4), (20, 20))
+    file = write_network(tmp_path / "run" / "model")
     settings = make_settings({"data": str(folder), "train": 0.5, "validation": 2})
     write_settings(file.parent / "config.yaml", settings)
     seen = {"training": ["1.png", "3.png", "5.png", "gone.png"], "validation": ["2.png"]}
@@ -203,12 +208,10 @@ def test_bench_names_are_checked_before_any_runs(tmp_path):
 def test_two_models_are_diagnosed_in_two_pictures(tmp_path, monkeypatch):
     report = Mock(return_value=Mock(table=lambda: "measured"))
     monkeypatch.setattr("jfbfast.diagnostics.report", report)
-    config = ModelConfig(denoiser={**demo.CONFIG.denoiser, "features": 4, "depth": 3})
     photograph = next(write_photographs(tmp_path / "photographs", 1).iterdir())
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        save_checkpoint(tmp_path / name / "model.safetensors", config.model(), config)
-        result = run("diagnose", tmp_path / name / "model.safetensors", photograph, "--crop", 16, "--out", tmp_path)
+        file = write_network(tmp_path / name / "model.safetensors")
+        result = run("diagnose", file, photograph, "--crop", 16, "--out", tmp_path)
         assert result.exit_code == 0, result.output
     pictures = [call.args[0].name for call in report.return_value.plot.call_args_list]
     assert pictures == ["a-diagnosis.png", "b-diagnosis.png"]

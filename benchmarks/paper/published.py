@@ -20,9 +20,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jfbfast import DEGrad
-from jfbfast.experiments.optimization import Optimization
 from jfbfast.experiments.runs import Run
-from jfbfast.experiments.trainer import DeblurTask
+from jfbfast.experiments.tasks import DeblurTask, Optimization
 
 from .. import rivals
 
@@ -102,6 +101,6 @@ class PublishedRun(Run):
             rate = Optimization(settings.learning_rate, settings.schedule)
             task = DeblurTask(network, config.blur(), config.noise, rate, settings.seed)
             clock = Timer(timedelta(minutes=self.minutes), interval="epoch", verbose=False)
-            runner = self._fit("training", task, crops, val, settings.steps, [clock])
+            runner = self._fit(task, crops, val, settings.steps, [clock])
             quality = runner.callback_metrics.get("val_psnr")
             return None if quality is None else float(quality)

@@ -12,7 +12,7 @@ import matplotlib
 from rich.console import Console
 
 from jfbfast.experiments.comparison import evaluate_all, results_table, score_cells, tuning
-from jfbfast.experiments.evaluation import Scores, write_tuning
+from jfbfast.experiments.evaluation import Scores
 
 from .page import Section, markdown_table
 from .study import LABELS, Study
@@ -51,7 +51,7 @@ def run(study: Study, out: Path, console: Console) -> Section:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    write_tuning(out / "table2-tuning.csv", scores)
+    _write_tuning(out / "table2-tuning.csv", scores)
     plot(scores, missing, study.about(), out / "table2.png")
     return Section(
         "Table 2: quality",
@@ -59,6 +59,18 @@ def run(study: Study, out: Path, console: Console) -> Section:
         "table2.png",
         ("table2.csv", "table2-tuning.csv"),
     )
+
+
+def _write_tuning(path: Path, scores: Sequence[Scores]) -> None:
+    """Every candidate of every parameter: its mean PSNR on the validation images, and whether it was chosen."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("method", "parameter", "value", "validation_psnr", "chosen", "at_end"))
+        for found in scores:
+            for name, chosen in found.parameter.items():
+                for value, quality in found.trials.items():
+                    taken = value == chosen
+                    writer.writerow((found.method, name, value, quality, taken, taken and found.at_end))
 
 
 def _row(name: str, scores: Sequence[Scores], missing: Mapping[str, str], study: Study) -> dict[str, Any]:

@@ -32,26 +32,15 @@ from jfbfast.models.pretrained import load_model, measurement_setting, network_n
 from jfbfast.operators.blur import GaussianBlur
 
 
-def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
-    found = []
-    for checkpoint in checkpoints:
-        model, config = load_model(checkpoint)
-        if config.form == "denoiser":
-            raise ValueError(f"{checkpoint} is a denoiser alone, which --denoiser takes; give networks that undo blur")
-        if config.channels != 3:
-            raise ValueError(f"{checkpoint} takes images of {config.channels} channels; the photographs here have 3")
-        found.append((network_name(checkpoint), model, config))
-    return found
-
-
 def _seen_by(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Of a directory's files, those that a run trained on and those that it validated on; none of no run on it.
+    """The files of ``data`` that the run of a checkpoint trained on, and those that it validated on.
 
-    The run is that of the ``config.yaml`` beside the checkpoint; its ``photographs.json`` has the names, which
-    the split of the files that are there now may not give.
+    The run is described by the ``config.yaml`` beside the checkpoint, and its photographs by ``photographs.json``; runs
+    of older versions have none, and are split anew. Both lists are empty if there is no run, or if it used another
+    directory.
 
     Raises:
-        ValueError: either is damaged.
+        ValueError: one of the two files is damaged.
     """
     config, names = (Path(checkpoint).parent / name for name in ("config.yaml", "photographs.json"))
     if not (Path(checkpoint).is_file() and config.is_file()):
@@ -61,14 +50,14 @@ def _seen_by(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[list[P
     except ValueError:
         if names.is_file():
             raise
-        return [], []  # the settings of something else
+        return [], []  # another program's config.yaml
     if Path(settings.data).resolve() != data.resolve():
         return [], []
     if not names.is_file():
         kept, held_out, _ = split(files, settings.train, settings.validation)
         return kept, held_out
-    seen = read_photographs(names)
-    trained, validated = set(seen["training"]), set(seen["validation"])
+    found = read_photographs(names)
+    trained, validated = set(found["training"]), set(found["validation"])
     named = [(file.relative_to(data).as_posix(), file) for file in files]
     return [file for name, file in named if name in trained], [file for name, file in named if name in validated]
 
@@ -87,34 +76,38 @@ def unseen_photographs(
     validation: float | None,
     say: Callable[[str], object],
 ) -> tuple[list[Path], list[Path]]:
-    """The photographs of a directory that choose parameters, and those to score.
+    """The photographs of a directory that choose the parameters, and those to score.
+
+    If a network was trained on photographs of the directory, these are left out, and those that it validated on choose
+    the parameters; if no others remain to score, half of those choose and the other half is scored. If several networks
+    were, the one that trained on most of them counts.
 
     Args:
         data: the directory.
-        checkpoints: of the networks, shipped names or files.
-        train, validation: of `split`. None for those of the run on this directory that trained on most of it, as
-            the files beside its checkpoint tell; where it leaves none to score, one half of those that
-            it validated on chooses and the other is scored. Without such a run, or one that validated on none,
-            0 and 0.2.
-        say: is told of a run's split, taken or not.
+        checkpoints: the networks, as names of shipped models or as files.
+        train: the photographs to leave out instead, the first by name: a share, or a count.
+        validation: the photographs that choose instead, the next by name: a share, or a count. Its default is 0.2 where
+            no run tells.
+        say: called with what a run trained on.
 
     Raises:
-        ValueError: no photographs to score.
+        ValueError: no photographs remain to score.
     """
     files = image_files(data)
     runs = [(*_seen_by(checkpoint, data, files), checkpoint) for checkpoint in checkpoints]
     kept, held_out, checkpoint = max(runs, key=lambda run: len(run[0]), default=([], [], ""))
     seen = set(kept)
     if kept and train is None:
-        trained = kept
         others = [file for file in files if file not in seen.union(held_out)]
         rest = [*held_out, *others]
         if validation is None and held_out:
             validation = len(held_out) if any(map(_is_usable, others)) else len(held_out) // 2
         say(f"{checkpoint} was trained on {len(kept)} of these photographs: they are left out.")
+        left_out = len(kept)
     else:
         trained, _, rest = split(files, train or 0, 0)
-    count = len(split(files, len(trained), 0.2 if validation is None else validation)[1])
+        left_out = len(trained)
+    count = len(split(files, left_out, 0.2 if validation is None else validation)[1])
     chosen, scored = rest[:count], rest[count:]
     if not scored:
         raise ValueError(f"--train and --validation leave no photograph of {data} to score")
@@ -124,35 +117,45 @@ def unseen_photographs(
 
 
 def _device(name: str) -> torch.device:
-    """The device; ValueError where torch does not reach one of that name."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise ValueError(f"--device is {name}; it takes cpu or cuda ({str(error).splitlines()[0]})") from error
-    if device.type not in ("cpu", "cuda"):
+    """The device of that name; ValueError if torch cannot use it."""
+    if name.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device is {name}; it takes cpu or cuda")
-    return device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the latter
+        raise ValueError(f"--device is {name}; it takes cpu or cuda ({str(error).splitlines()[0]})") from error
 
 
-def _methods(names: Sequence[str], blur: GaussianBlur, denoiser: str | None, device: torch.device) -> list[Method]:
+def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
+    found = []
+    for checkpoint in checkpoints:
+        model, config = load_model(checkpoint)
+        if config.form == "denoiser":
+            raise ValueError(f"{checkpoint} is a denoiser alone, which --denoiser takes; give networks that undo blur")
+        if config.channels != 3:
+            raise ValueError(f"{checkpoint} takes images of {config.channels} channels; the photographs here have 3")
+        found.append((network_name(checkpoint), model, config))
+    return found
+
+
+def _baselines(names: Sequence[str], blur: GaussianBlur, denoiser: str | None, device: torch.device) -> list[Method]:
     network = None
     if denoiser is not None:
         network, config = load_model(denoiser)
         if config.form != "denoiser":
             raise ValueError(f"--denoiser is {denoiser}, a {config.form} network; it takes one trained as a denoiser")
         network = network.to(device)
-    known = baseline_methods(blur, network)
-    if "pnp" in names and network is None:
+    elif "pnp" in names:
         raise ValueError("--methods has pnp, which takes a --denoiser")
+    known = baseline_methods(blur, nn.Identity() if network is None else network)
     for name in names:
         if name not in known:
-            raise ValueError(f"--methods has {name!r}; it takes {', '.join(baseline_methods(blur, nn.Identity()))}")
+            raise ValueError(f"--methods has {name!r}; it takes {', '.join(known)}")
     return [known[name] for name in names]
 
 
 def score_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """The figures of a `Scores.summary` as text: psnr and ssim with their intervals, evaluations, and late solves."""
+    """A `Scores.summary` as the cells of a table: PSNR and SSIM with their intervals, evaluations, failed solves."""
     cells = {}
     for name, digits in (("psnr", 2), ("ssim", 4)):
         half = row[f"{name}_ci95"]
@@ -164,7 +167,7 @@ def score_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def results_table(scores: Sequence[Scores], title: str) -> Table:
-    """The rows as people read them, in 80 columns."""
+    """The scores as a table for a terminal of 80 columns."""
     caption = (
         "Means over all images, ± half of the 95% confidence interval. PSNR at the true range, 2: with a peak of 1, "
         f"as in the paper's code, it reads {PAPER_OFFSET:.2f} dB lower."
@@ -179,7 +182,7 @@ def results_table(scores: Sequence[Scores], title: str) -> Table:
 
 
 def tuning(scores: Sequence[Scores]) -> dict[str, str]:
-    """What was chosen for each method with a parameter, of which grid, and whether at an end of it."""
+    """For each method with a parameter: the chosen value, the grid, and whether the value is at an end of the grid."""
     found = {}
     for each in scores:
         for name, value in each.parameter.items():
@@ -201,23 +204,19 @@ def evaluate_all(
     choices: Mapping[str, Choice] | None = None,
     **options: Any,
 ) -> list[Scores]:
-    """`evaluate` for each method, with a bar.
+    """`evaluate` each method, with a progress bar; a method that fails does not stop the others.
 
-    Args:
-        methods, images, validation, blur, noise: as there.
-        say: is told the name of a method that cannot be scored, and why.
-        choices: of parameters, by name, where they are known.
-        options: batch_size and device of `evaluate`.
+    ``say`` gets the name of such a method and the reason; ``choices`` are parameters by the names of the methods, where
+    they are known; ``options`` are ``batch_size`` and ``device`` of `evaluate`.
     """
     scores = []
     with Progress(console=console, transient=True) as bar:
         for method in methods:
-            task = bar.add_task(method.name, total=len(images))
+            step = partial(bar.advance, bar.add_task(method.name, total=len(images)))
             choice = (choices or {}).get(method.name)
-            step = partial(bar.advance, task)
             try:
                 found = evaluate(method, images, validation, blur, noise, choice=choice, progress=step, **options)
-            except ValueError as error:  # one method's; the others' results are wanted all the same
+            except ValueError as error:
                 say(method.name, str(error))
             else:
                 scores.append(found)
@@ -231,36 +230,31 @@ def compare(
     methods: Sequence[str],
     denoiser: str | None,
     given: Mapping[str, Any],
-    held_out: tuple[float | None, float | None, int | None],
-    preprocessing: tuple[int | None, bool],
+    train: float | None,
+    validation: float | None,
+    limit: int | None,
+    resize: int | None,
+    squash: bool,
     batch_size: int,
     out: Path | None,
     device: str,
     seed: int,
     console: Console,
 ) -> list[Scores]:
-    """Score networks and baselines on the photographs that are left after training's and validation's.
+    """Score networks and baselines on the photographs of a directory that no network was trained on.
 
-    Args:
-        checkpoints: shipped names or files.
-        data: directory of photographs.
-        methods: names of baselines.
-        denoiser: checkpoint for "pnp".
-        given: kernel_size, sigma, noise and padding_mode; None for the first network's.
-        held_out: of `unseen_photographs`, train and validation, and the most images to score.
-        preprocessing: resize and squash, of `Photographs`.
-        out: .csv or .json to write, or None.
+    The arguments are the options of `jfbfast evaluate`; ``given`` has its kernel_size, sigma, noise and padding_mode.
 
     Raises:
-        ValueError: no images to score; a name that is none; options that contradict each other.
+        ValueError: no images to score, an unknown name, or options that contradict each other.
     """
     if not data.is_dir():
         raise ValueError(f"{data} is no directory; the last argument takes the one of the photographs")
     if out is not None and out.suffix.lower() not in (".csv", ".json"):
         raise ValueError(f"--out is {out}; it takes a .csv or a .json")
-    if batch_size < 1 or (held_out[2] is not None and held_out[2] < 1):
+    if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError("--batch-size and --limit take integers of at least 1")
-    if preprocessing[1] and preprocessing[0] is None:
+    if squash and resize is None:
         raise ValueError("--squash acts with --resize alone")
     if not methods and not checkpoints:
         known = ", ".join(baseline_methods(GaussianBlur(), nn.Identity()))
@@ -274,44 +268,37 @@ def compare(
     networks = _networks(checkpoints)
     setting = measurement_setting(given, [config for _, _, config in networks])
     blur = setting.blur()
-    chosen = _methods(methods, blur, denoiser, where)
+    chosen = _baselines(methods, blur, denoiser, where)
     for name, model, config in networks:
         set_network(name, model, config, setting, tell)
         chosen.append(network_method(name, model.to(where)))
     trained = [*checkpoints, *([] if denoiser is None else [denoiser])]
-    validation_files, files = unseen_photographs(data, trained, held_out[0], held_out[1], tell)
-    usable = partial(
-        usable_photographs,
-        say=tell,
-        resize=preprocessing[0],
-        squash=preprocessing[1],
-        least=max(LEAST_SIDE, setting.kernel_size // 2 + 1),
-        purpose="scoring",
-    )
-    scored, choosing = usable(files[: held_out[2]]), usable(validation_files, needed=False)
-    images, validation = Images(scored, seed=seed), Images(choosing, seed=seed + 1)
+    choosing, rest = unseen_photographs(data, trained, train, validation, tell)
+    least = max(LEAST_SIDE, setting.kernel_size // 2 + 1)
+    usable = partial(usable_photographs, say=tell, resize=resize, squash=squash, least=least, purpose="scoring")
+    scored, tuned = usable(rest[:limit]), usable(choosing, needed=False)
 
     def say(name: str, why: str) -> None:
         tell(f"{name} is not in the table: {why}")
 
-    scores = evaluate_all(
-        chosen, images, validation, blur, setting.noise, batch_size=batch_size, device=where, console=console, say=say
-    )
+    images, validation_images = Images(scored, seed=seed), Images(tuned, seed=seed + 1)
+    options: dict[str, Any] = {"batch_size": batch_size, "device": where}
+    scores = evaluate_all(chosen, images, validation_images, blur, setting.noise, console=console, say=say, **options)
     if not scores:
         raise ValueError("no method could be scored")
     title = (
-        f"{len(images)} images; blur {setting.kernel_size} × {setting.kernel_size}, σ = {setting.sigma:g}, "
-        f"{setting.padding_mode}; noise {setting.noise:g}; parameters chosen on {len(validation)} other images"
+        f"{len(scored)} images; blur {setting.kernel_size} × {setting.kernel_size}, σ = {setting.sigma:g}, "
+        f"{setting.padding_mode}; noise {setting.noise:g}; parameters chosen on {len(tuned)} other images"
     )
     console.print(results_table(scores, title))
-    for name, told in tuning(scores).items():
-        tell(f"{name}: {told}")
+    for name, text in tuning(scores).items():
+        tell(f"{name}: {text}")
     if out is not None:
         about = {
             **{name: getattr(setting, name) for name in SETTING},
             "seed": seed,
             "images": [str(f.relative_to(data)) for f in scored.files],
-            "validation": [str(f.relative_to(data)) for f in choosing.files],
+            "validation": [str(f.relative_to(data)) for f in tuned.files],
         }
         write_scores(out, scores, about)
     return scores

@@ -1,8 +1,16 @@
-"""The processes of a run: torchrun's, or one alone, whatever else a scheduler has set."""
+"""The process of a run: its place among those of torchrun, and the signals that ask it to end."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Ctrl-C, a closed terminal, and what schedulers send before they kill.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 def distributed() -> bool:
@@ -11,15 +19,59 @@ def distributed() -> bool:
 
 
 def rank() -> int:
-    """This process's place among torchrun's; 0 for one alone."""
+    """The rank of this process under torchrun; 0 for a process on its own, whatever a scheduler has set."""
     return int(os.environ["RANK"]) if distributed() else 0
 
 
 def check_launch() -> None:
-    """Raise ValueError where srun started several processes, each of which would train by itself."""
+    """Raise ValueError if srun started several processes, because each would train by itself."""
     tasks, place = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "PROCID"))
     if not distributed() and (tasks not in ("", "1") or place not in ("", "0")):
         raise ValueError(
             f"srun started {tasks or 'several'} processes, each of which would train by itself; "
             "start one a machine: srun --ntasks-per-node=1 torchrun … -m jfbfast train …"
         )
+
+
+class Interrupted(BaseException):
+    """A signal ends the program. Not an `Exception`, so that no handler for those stops it.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int, state: str = "training had not begun") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {state}")
+        self.signal = number
+
+
+def handle_signals(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Set ``handler`` for `SIGNALS`, except those that are ignored, as under nohup; return the previous handlers.
+
+    Only the main thread can do it; in another thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(number)
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Within this context, `SIGNALS` raise `Interrupted`."""
+    before = handle_signals(_interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """Make a process that loads images ignore `SIGNALS`, which reach the whole group: its parent ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,7 @@
-"""The files of a training run's directory, beside its settings and its networks: what is read of them is checked."""
+"""The lock and the checkpoints of a run's directory; whatever is read from them is checked."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import reprlib
 import zipfile
@@ -20,17 +19,13 @@ from jfbfast import checks
 from jfbfast.files import write_whole
 from jfbfast.models.checkpoint import CheckpointError, check_tensors
 
-_FORMAT = "run/2"
-_PATIENCE = 10.0  # seconds, in which the processes that load images for a killed run end
+_FORMAT = "run/3"
+_PATIENCE = 10.0  # seconds to wait for the image-loading processes of a killed run to end
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Within, no other process trains in a directory; the lock of a process that was killed is none.
-
-    Raises:
-        ValueError: another does.
-    """
+    """Within this context, no other process trains in the directory; ValueError if one that is alive does."""
     lock = FileLock(directory / "train.lock")
     try:
         lock.acquire(timeout=_PATIENCE, poll_interval=0.1)
@@ -42,19 +37,12 @@ def locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _packed(value: dict[str, Any]) -> bytes:
-    """What `torch.save` makes of it; in memory, since to a full disk it raises no OSError."""
-    content = io.BytesIO()
-    torch.save(value, content)
-    return content.getvalue()
-
-
 class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints of one phase of a run as files that are whole or absent, read as plain tensors and numbers.
+    """Writes the checkpoints of one phase of a run whole or not at all, and reads them as plain tensors and numbers.
 
     Args:
-        phase: of the run.
-        settings: of the run, which one that resumes must have.
+        phase: "pretraining" or "training".
+        settings: those that a resumed run must share.
     """
 
     def __init__(self, phase: str, settings: Mapping[str, Any]) -> None:
@@ -62,44 +50,35 @@ class CheckpointFiles(TorchCheckpointIO):
         self.run = {"jfbfast": _FORMAT, "phase": phase, **settings}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        state = _packed(checkpoint)
-        whole = {"run": self.run, "digest": hashlib.sha256(state).hexdigest(), "state": state}
-        content = _packed({**whole, "state": torch.frombuffer(bytearray(state), dtype=torch.uint8)})
-        write_whole(Path(path), lambda partial: partial.write_bytes(content))
+        content = io.BytesIO()  # torch.save raises no OSError when it writes to a full disk
+        torch.save({**checkpoint, "run": self.run}, content)
+        write_whole(Path(path), lambda partial: partial.write_bytes(content.getbuffer()))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
-            if not (Path(path).is_file() and zipfile.is_zipfile(path)):  # a pipe would keep it waiting
-                raise ValueError("it is no archive as torch writes them")
-            whole = torch.load(path, map_location="cpu", weights_only=True)
+            if not Path(path).is_file():  # reading a pipe would never end
+                raise ValueError("it is no file")
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # compares the checksums, as torch.load does not
+                    raise ValueError(f"its part {damaged} is damaged")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a broken pickle raises nearly anything
             raise CheckpointError(f"{path}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
-        run = whole.get("run") if isinstance(whole, dict) else None
+        run = checkpoint.pop("run", None) if isinstance(checkpoint, dict) else None
         if not isinstance(run, dict) or run.get("jfbfast") != _FORMAT:
             raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast that this version reads")
         for name in self.run.keys() | run.keys():
             mine, other = self.run.get(name), run.get(name)
             if isinstance(other, torch.Tensor) or mine != other:
-                told = f"whose {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"
-                raise CheckpointError(f"{path}: of another run, {told}")
-        try:
-            if not whole["state"].is_contiguous():
-                raise ValueError("its state is no row of bytes")
-            state = whole["state"].numpy().tobytes()
-            if hashlib.sha256(state).hexdigest() != whole["digest"]:
-                raise ValueError("its state is not the one that was written")
-            checkpoint: dict[str, Any] = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
-            if not isinstance(checkpoint, dict):
-                raise ValueError(f"its state is a {type(checkpoint).__name__}")
-        except Exception as error:
-            raise CheckpointError(f"{path}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
-        return checkpoint
+                difference = f"whose {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"
+                raise CheckpointError(f"{path}: of another run, {difference}")
+        return dict(checkpoint)
 
     def step(self, path: Path, task: nn.Module, steps: int) -> int:
-        """The steps that a checkpoint has behind it, of ``steps``.
+        """The number of steps, at most ``steps``, after which a checkpoint was written; it must fit this task.
 
         Raises:
-            CheckpointError: not a whole checkpoint of this phase of this run and of this task's network.
+            CheckpointError: it is damaged, or belongs to another phase, run or network.
         """
         checkpoint = self.load_checkpoint(path)
         try:

@@ -1,8 +1,9 @@
-"""A training run in a directory of its own: settings, metrics, checkpoints to resume from, and the trained network.
+"""A training run in a directory of its own.
 
-``config.yaml`` holds the resolved settings, ``photographs.json`` the names of those it trains and validates on,
-``metrics.csv`` a row every few steps, ``pretraining.ckpt`` and ``training.ckpt`` the state of each phase after its
-last interval or where a signal ended it, ``model.safetensors`` the result; who holds ``train.lock`` trains there.
+The directory holds ``config.yaml`` (the resolved settings), ``photographs.json`` (the names of the photographs it
+trains and validates on), ``metrics.csv`` (a row every few steps), ``pretraining.ckpt`` and ``training.ckpt`` (the state
+of each phase after its last interval, or where a signal ended it), ``pretrained.safetensors`` and
+``model.safetensors`` (the networks), and ``train.lock`` (locked by the process that trains there).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,19 @@ from torch import Tensor, nn
 
 from jfbfast import checks
 from jfbfast.backends.dispatch import ONEDNN_HAS_BFLOAT16
-from jfbfast.experiments.conditional_training import ConditionalDeblurTask
-from jfbfast.experiments.optimization import JacobianPenalty, Optimization
-from jfbfast.experiments.processes import check_launch, rank
-from jfbfast.experiments.run_callbacks import Checkpoints, Metrics, SoundSteps, TrainingError
+from jfbfast.experiments.callbacks import Checkpoints, Metrics
+from jfbfast.experiments.processes import Interrupted, check_launch, rank
 from jfbfast.experiments.run_files import CheckpointFiles, locked
 from jfbfast.experiments.settings import (
     CIRCUMSTANCES,
-    changed_settings,
     make_settings,
     read_photographs,
     read_run_settings,
-    read_settings,
     write_photographs,
     write_settings,
 )
-from jfbfast.experiments.stopping import Interrupted
-from jfbfast.experiments.trainer import DeblurTask, DenoiserTask, MovingAverage, fit
+from jfbfast.experiments.tasks import ConditionalDeblurTask, DeblurTask, DenoiserTask, JacobianPenalty, Optimization
+from jfbfast.experiments.trainer import MovingAverage, TrainingError, fit
 from jfbfast.imaging.datasets import Images, RandomCrops, least_side, split, usable_photographs
 from jfbfast.imaging.photographs import image_files
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -53,7 +50,7 @@ from jfbfast.models.unet import UNet
 
 
 class _Residual(nn.Module):
-    """y − R(y): what the paper's R removes at an image, as a denoiser."""
+    """y − R(y): the paper's regulariser R seen as a denoiser."""
 
     def __init__(self, regularizer: nn.Module) -> None:
         super().__init__()
@@ -65,7 +62,7 @@ class _Residual(nn.Module):
 
 
 def denoiser_of(model: nn.Module) -> nn.Module:
-    """The denoiser that a network of ours is built on."""
+    """The denoiser inside a network of this library."""
     if isinstance(model, DEGrad):
         regularizer: nn.Module = model.regularizer
         return regularizer.denoiser if isinstance(regularizer, RED) else _Residual(regularizer)
@@ -75,7 +72,7 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of the same network, or of one whose UNet is told less: no injection, or one setting alone."""
+    """Copy the weights of the same network, of one without injection, or of one for one setting; else RuntimeError."""
     weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
     if isinstance(inner, UNet) and isinstance(given, UNet):
         head = next(name for name in weights if name.endswith("head.weight"))
@@ -83,11 +80,11 @@ def _take_weights(model: nn.Module, source: nn.Module) -> None:
     if isinstance(model, ConditionalDEGrad) and not isinstance(source, ConditionalDEGrad):
         weights["regularizer.log_filter_damping"] = weights["regularizer.log_weight"]
         weights = model.state_dict() | weights
-    model.load_state_dict(dict(weights))  # without the record of A, which may be another here
+    model.load_state_dict(dict(weights))  # a plain dict has no metadata, which describes the source's blur
 
 
 def _start_from(model: nn.Module, config: ModelConfig, path: str, console: Console) -> None:
-    """Copy the weights of a shipped network or a file: one of the same form, or its denoiser."""
+    """Copy the weights of a shipped model or a file, which holds a network of the same form or a denoiser."""
     source, found = load_model(path)
     alone = found.form == "denoiser"
     try:
@@ -107,14 +104,14 @@ class Run:
     """A run of `jfbfast train` in a directory.
 
     Args:
-        values: settings by name, of those that were chosen.
+        values: the settings that were chosen, by name.
         out: the directory.
-        resume: go on with the run that is there, from its last checkpoints.
-        progress: show bars.
+        resume: go on with the run in the directory, from its last checkpoint.
+        progress: show progress bars.
 
     Raises:
-        ValueError: settings that are not valid; a directory that holds a run, without ``resume``, or
-            holds none with it; a setting that a resumed run may not change.
+        ValueError: a setting is not valid, or not the resumed run's; the directory holds a run already, or none to
+            resume.
     """
 
     def __init__(self, values: Mapping[str, Any], out: Path, *, resume: bool = False, progress: bool = True) -> None:
@@ -126,26 +123,27 @@ class Run:
         if resume:
             if not file.exists():
                 raise ValueError(f"{out} holds no run to resume")
-            old = read_run_settings(file)
-            self.settings = make_settings({**read_settings(file), **values}).resolved()
-            if changed := changed_settings(old, self.settings):
-                name = changed[0]
-                raise ValueError(
-                    f"{name} is {getattr(self.settings, name)}; the run in {out} was started with {getattr(old, name)}"
-                )
+            started = read_run_settings(file)
+            self.settings = make_settings({**vars(started), **values}).resolved()
+            for name, old in vars(started).items():
+                new = getattr(self.settings, name)
+                if new != old and name not in CIRCUMSTANCES:
+                    raise ValueError(f"{name} is {new}; the run in {out} was started with {old}")
         else:
             self._check_new()
             self.settings = make_settings(values).resolved()
-        self.settings = replace(self.settings, data=str(Path(self.settings.data).resolve()))  # from wherever it resumes
+        data = str(Path(self.settings.data).resolve())  # so that the run can resume from any directory
+        self.settings = replace(self.settings, data=data)
         self.config = self.settings.model_config()
         self.photographs: dict[str, list[str]] = {}
-        self.saved: tuple[str, int] | None = None  # the phase and the step that its files hold
+        self.saved: tuple[str, int] | None = None  # the phase and the step that the directory holds
 
     def _check_new(self) -> None:
         if not self.resume and rank() == 0 and (self.out / "config.yaml").exists():
             raise ValueError(f"{self.out} holds a run already; choose another directory, or resume it")
 
     def _data(self, console: Console) -> tuple[RandomCrops, Images | None]:
+        """The training crops and the validation images."""
         settings = self.settings
         kept, held_out, _ = split(image_files(settings.data), settings.train, settings.validation)
         if not kept:
@@ -167,20 +165,16 @@ class Run:
             say(f"They take more than {settings.cache:g} GiB decoded, and are decoded at each use.")
         length = settings.batch_size * max(settings.steps, settings.pretraining_steps or 0)
         crops = RandomCrops(photographs, settings.crop, length, settings.flips, settings.seed)
-        if not validation:
-            return crops, None
-        return crops, Images(validation, settings.resize or settings.crop, settings.seed)
+        return crops, Images(validation, settings.resize or settings.crop, settings.seed) if validation else None
 
     def _check_photographs(self, kept: Sequence[Path], held_out: Sequence[Path]) -> None:
-        """Keep the names, relative to the directory; a run that goes on takes those that it was started with."""
+        """Note the names of the photographs, relative to the directory; a resumed run must have the same ones."""
         data, file = self.settings.data, self.out / "photographs.json"
         self.photographs = {
             name: [path.relative_to(data).as_posix() for path in files]
             for name, files in (("training", kept), ("validation", held_out))
         }
-        if not (self.resume and file.exists()):  # a run of before there was that file has none
-            return
-        started = read_photographs(file)
+        started = read_photographs(file) if self.resume and file.exists() else self.photographs  # old runs have no file
         for name, names in self.photographs.items():
             if names != started[name]:
                 other = sorted(set(names).symmetric_difference(started[name]))
@@ -189,27 +183,20 @@ class Run:
                     f"started with: {len(other)} differ, such as {other[0]}"
                 )
 
-    def _contraction(self) -> JacobianPenalty | None:
-        weight, settings = self.settings.jacobian_penalty, self.settings
-        if not weight:
-            return None
-        return JacobianPenalty(weight, settings.jacobian_bound, settings.jacobian_interval, settings.jacobian_samples)
-
-    def _optimization(self, rate: float) -> Optimization:
-        return Optimization(rate, self.settings.schedule, self.settings.warmup, self.settings.beta2)
-
     def _fit(
         self,
-        phase: str,
         task: DeblurTask | DenoiserTask,
         train: RandomCrops,
         val: Images | None,
         steps: int,
         more: Sequence[Callback] = (),
     ) -> L.Trainer:
-        settings, file = self.settings, self.out / f"{phase}.ckpt"
-        chosen = {name: value for name, value in asdict(settings).items() if name not in CIRCUMSTANCES}
-        files, resuming = CheckpointFiles(phase, chosen), file.exists()
+        """Train, or go on training, from the task's last checkpoint if there is one."""
+        settings, phase = self.settings, task.phase
+        file = self.out / f"{phase}.ckpt"
+        resuming = file.exists()
+        kept = {name: value for name, value in vars(settings).items() if name not in CIRCUMSTANCES}
+        files = CheckpointFiles(phase, kept)
 
         def saved(step: int) -> None:
             self.saved = phase, step
@@ -219,7 +206,7 @@ class Run:
             step = files.step(file, task, steps)
             saved(step)
         checkpoints = Checkpoints(file, saved)
-        callbacks = [Metrics(self.out / "metrics.csv", phase, step, settings.log_every), SoundSteps(phase), *more]
+        callbacks = [Metrics(self.out / "metrics.csv", phase, step, settings.log_every), *more]
         if settings.ema:
             callbacks.append(MovingAverage(settings.ema))
         try:
@@ -240,63 +227,67 @@ class Run:
                 plugins=[files],
             )
         except TrainingError as error:
-            raise TrainingError(f"{error}; {self._instead(phase)}") from error
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainingError(f"{error}; {self._advice(phase)}") from error
+        except OSError:
+            raise
+        except Exception as error:
             if resuming and not checkpoints.started:
                 raise CheckpointError(f"{file}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
             raise
 
-    def _left(self) -> str:
-        """What of the run its files hold, and how it goes on."""
+    def _state(self) -> str:
+        """What is saved of the run, and how to go on with it."""
         command = f"jfbfast train --out {shlex.quote(str(self.out))} --resume"
         if self.saved is None:
             return f"no step is saved yet; start with: {command}"
         phase, step = self.saved
         return f"step {step} of {phase} is saved; go on with: {command}"
 
-    def _instead(self, phase: str) -> str:
-        """What to change where a phase cannot go on."""
-        settings, pretrained = self.settings, self.out / "pretrained.safetensors"
+    def _advice(self, phase: str) -> str:
+        """What to change in another run, after one in which the phase could not go on."""
+        settings, pretrained, training = self.settings, self.out / "pretrained.safetensors", phase == "training"
         saved = "no step is saved" if self.saved is None else f"{phase}.ckpt holds step {self.saved[1]}"
-        training = phase == "training"
         changes = ["a lower " + ("--learning-rate" if training else "--pretraining-rate")]
-        changes += ["--clip 1"] if not settings.clip else []
-        changes += (
-            ["--jacobian-penalty 1e-3"] if training and settings.implicit and not settings.jacobian_penalty else []
-        )
-        changes += ["--precision 32"] if settings.precision != "32" else []
+        if not settings.clip:
+            changes.append("--clip 1")
+        if training and settings.implicit and not settings.jacobian_penalty:
+            changes.append("--jacobian-penalty 1e-3")
+        if settings.precision != "32":
+            changes.append("--precision 32")
         kept = f" (--init {pretrained} keeps the pretraining)" if training and pretrained.exists() else ""
         return f"{saved}; start another run with {' or '.join(changes)}{kept}"
 
     def train(self, console: Console) -> float | None:
-        """Train, or go on training, up to ``model.safetensors``; the last validation's PSNR at the true range, in dB.
+        """Train, or go on training, until ``model.safetensors`` is written.
+
+        Returns:
+            The PSNR of the last validation in dB, at the true range 2 of images in [−1, 1]; None without validation.
 
         Raises:
-            CheckpointError: a checkpoint of the run, or the one to start from, is not whole, or is another run's.
-            ImageError: a photograph that cannot be used.
-            Interrupted: a signal asked for the end; the step before is saved.
-            TrainingError: the loss or the gradient is not finite, or the latter is 0.
-            OSError: a file that cannot be written, as on a full disk; those of before are whole.
-            ValueError: a split without photographs to train on, or other ones than a resumed run was started with; a
-                setting that the network does not take; another process trains in the directory.
+            CheckpointError: a checkpoint of the run, or the one to start from, is damaged or another run's.
+            ImageError: none of the photographs can be used.
+            Interrupted, TrainingError: a signal asked the run to end, or its weights would be spoiled.
+            OSError: a file cannot be written, as on a full disk; those written before are whole.
+            ValueError: other photographs than a resumed run's, a setting that the network does not take, or another
+                process trains in the directory.
         """
         settings, config = self.settings, self.config
         L.seed_everything(settings.seed, verbose=False)
         if settings.precision == "bf16" and not torch.accelerator.is_available() and not ONEDNN_HAS_BFLOAT16:
             console.print("This CPU has no bfloat16 convolutions in oneDNN: --precision 32 is several times faster.")
         model = config.model()
-        whole = ["pretrained.safetensors", "training.ckpt"]  # which hold every weight
-        whole += ["pretraining.ckpt"] if config.form == "denoiser" else []
-        if settings.init is not None and not any((self.out / name).exists() for name in whole):
+        with_all_weights = ["pretrained.safetensors", "training.ckpt"]
+        with_all_weights += ["pretraining.ckpt"] if config.form == "denoiser" else []
+        if settings.init is not None and not any((self.out / name).exists() for name in with_all_weights):
             _start_from(model, config, settings.init, console)
         crops, val = self._data(console)
         with self._claimed():
             return self._train(model, crops, val, console)
 
     def _train(self, model: nn.Module, crops: RandomCrops, val: Images | None, console: Console) -> float | None:
-        settings, config = self.settings, self.config
-        steps, runner = settings.pretraining_steps or 0, None
-        pretrained = self.out / "pretrained.safetensors"
+        settings, config, runner = self.settings, self.config, None
+        steps, pretrained = settings.pretraining_steps or 0, self.out / "pretrained.safetensors"
+        optimization = Optimization(settings.learning_rate, settings.schedule, settings.warmup, settings.beta2)
         if pretrained.exists():
             found, of = load_checkpoint(pretrained)
             if of != config:
@@ -306,47 +297,52 @@ class Run:
         elif steps and not (self.out / "training.ckpt").exists():
             console.print(f"Pretraining the denoiser: {steps} steps.", highlight=False)
             low, high = settings.pretraining_noise
-            task = DenoiserTask(
-                denoiser_of(model), (low, high), self._optimization(settings.pretraining_rate), settings.seed
-            )
-            runner = self._fit("pretraining", task, crops, val, steps)
-            self._save(pretrained, model, config)
+            pretraining = replace(optimization, learning_rate=settings.pretraining_rate)
+            task = DenoiserTask(denoiser_of(model), (low, high), pretraining, settings.seed)
+            runner = self._fit(task, crops, val, steps)
+            self._save(pretrained, model)
         if config.form != "denoiser":
             console.print(f"Training the {config.form} network: {settings.steps} steps.", highlight=False)
-            in_training: dict[str, Any] = {}
-            if isinstance(model, DEGrad):
-                assert settings.training_tol is not None and settings.training_max_iter is not None
-                solver = replace(model.solver, tol=settings.training_tol, max_iter=settings.training_max_iter)
-                dtype = None if settings.solve_dtype == "float32" else getattr(torch, settings.solve_dtype)
-                in_training = {"solver": solver, "solve_dtype": dtype}
-            options = self._optimization(settings.learning_rate), settings.seed, in_training, self._contraction()
-            deblur = (
-                ConditionalDeblurTask(model, *options, settings.measurements)
-                if isinstance(model, ConditionalDEGrad)
-                else DeblurTask(model, config.blur(), config.noise, *options)
-            )
-            runner = self._fit("training", deblur, crops, val, settings.steps)
-        self._save(self.out / "model.safetensors", model, config, settings.half)
+            runner = self._fit(self._deblurring(model, optimization), crops, val, settings.steps)
+        self._save(self.out / "model.safetensors", model, settings.half)
         quality = None if runner is None else runner.callback_metrics.get("val_psnr")
         return None if quality is None else float(quality)
 
+    def _deblurring(self, model: nn.Module, optimization: Optimization) -> DeblurTask:
+        """The task of the phase "training"."""
+        settings, config = self.settings, self.config
+        in_training: dict[str, Any] = {}
+        contraction = None
+        if isinstance(model, DEGrad):
+            assert settings.training_tol is not None and settings.training_max_iter is not None
+            solver = replace(model.solver, tol=settings.training_tol, max_iter=settings.training_max_iter)
+            dtype = None if settings.solve_dtype == "float32" else getattr(torch, settings.solve_dtype)
+            in_training = {"solver": solver, "solve_dtype": dtype}
+        if settings.jacobian_penalty:
+            interval, samples = settings.jacobian_interval, settings.jacobian_samples
+            contraction = JacobianPenalty(settings.jacobian_penalty, settings.jacobian_bound, interval, samples)
+        options: dict[str, Any] = {"seed": settings.seed, "in_training": in_training, "contraction": contraction}
+        if isinstance(model, ConditionalDEGrad):
+            return ConditionalDeblurTask(model, optimization, measurements=settings.measurements, **options)
+        return DeblurTask(model, config.blur(), config.noise, optimization, **options)
+
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """Within, the directory is this run's alone; what ends the run there says what is left of it."""
+        """Within this context, the directory is this run's alone, and an error says what is saved of the run."""
         with ExitStack() as stack:
             if rank() == 0:
                 self.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.out))
-                self._check_new()  # another can have come before
+                self._check_new()  # again, because another run may have started since
                 write_settings(self.out / "config.yaml", self.settings)
                 write_photographs(self.out / "photographs.json", self.photographs)
             try:
                 yield
             except Interrupted as stop:
-                raise Interrupted(stop.signal, self._left()) from None
+                raise Interrupted(stop.signal, self._state()) from None
             except OSError as error:
-                raise OSError(f"{checks.one_line(error)}; {self._left()}") from error
+                raise OSError(f"{checks.one_line(error)}; {self._state()}") from error
 
-    def _save(self, path: Path, model: nn.Module, config: ModelConfig, half: bool = False) -> None:
+    def _save(self, path: Path, model: nn.Module, half: bool = False) -> None:
         if rank() == 0:
-            save_checkpoint(path, model, config, half=half)
+            save_checkpoint(path, model, self.config, half=half)

@@ -1,4 +1,4 @@
-"""Settings of a training run by name, as flags and YAML files have them, and the file of its photographs' names."""
+"""Training settings by name, as the command line and YAML files have them, and the files of a run that hold them."""
 
 from __future__ import annotations
 
@@ -6,62 +6,75 @@ import json
 import reprlib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from jfbfast import checks
+from jfbfast.experiments.setting_checks import check_settings
 from jfbfast.experiments.training_settings import TrainingSettings
 from jfbfast.files import write_whole
 
-_MOST_TEXT = 1 << 20  # characters of a file
-_MOST_NAMES = 1 << 28  # characters of the names of a run's photographs
-_OF_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what YAML's own types raise
+_MOST_TEXT = 1 << 20  # characters in a file of settings
+_MOST_NAMES = 1 << 28  # characters in a file of photographs' names
+_YAML_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # from values such as dates
 
-# Of where and how a run computes; a resumed run may change them.
+# Where and how a run computes, not what: a resumed run may change these.
 CIRCUMSTANCES = frozenset({"data", "workers", "cache", "tensorboard"})
 
 
-def setting_types() -> dict[str, tuple[Any, str]]:
-    """Each setting's type and help."""
-    hints = get_type_hints(TrainingSettings, include_extras=True)
-    return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
+class Setting(NamedTuple):
+    """The type of a setting: ``kind`` itself, a tuple of it if ``several``, or None if ``optional``."""
+
+    kind: type[Any]
+    several: bool
+    optional: bool
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+def setting_types() -> dict[str, Setting]:
+    """The type of each setting, by name."""
+    found = {}
+    for name, hint in get_type_hints(TrainingSettings).items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        several = get_origin(kinds[0]) is tuple
+        found[name] = Setting(get_args(kinds[0])[0] if several else kinds[0], several, type(None) in kinds)
+    return found
 
 
-def _checked(name: str, value: Any) -> Any:
-    """The value as the setting's type; tuples from lists, single numbers, or text with commas."""
-    kinds = _alternatives(setting_types()[name][0])
-    if value is None and type(None) in kinds:
+def _convert(name: str, value: Any, setting: Setting) -> Any:
+    """The value in the setting's type; a tuple may come as a list, as one value, or as text with commas."""
+    if value is None and setting.optional:
         return None
-    kind = kinds[0]
-    if get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_single(name, part, get_args(kind)[0]) for part in parts)
-    return _single(name, value, kind)
-
-
-def _single(name: str, value: Any, kind: type[Any]) -> Any:
+    if setting.several:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(name, item, setting._replace(several=False, optional=False)) for item in items)
+    kind = setting.kind
     wrong = isinstance(value, bool) != (kind is bool) or (kind is int and isinstance(value, float) and value % 1)
     try:
         if not wrong and isinstance(value, (bool, int, float, str)):
             return kind(value)
     except (ValueError, OverflowError):
         pass
-    told = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
-    raise ValueError(f"{name} is {reprlib.repr(value)}; it takes {told}")
+    takes = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
+    raise ValueError(f"{name} is {reprlib.repr(value)}; it takes {takes}")
 
 
 def make_settings(values: Mapping[str, Any]) -> TrainingSettings:
-    """Settings from their names and values, as YAML or the command line has them.
+    """The settings of a training run, from their names and values.
+
+    Args:
+        values: as in a YAML file or on the command line; a number may be text, and a list may be text with commas.
 
     Raises:
-        ValueError: an unknown name, a value of another type, or one out of its range; no data directory.
+        ValueError: an unknown name, a value of the wrong type or out of its range, settings that contradict each
+            other, or no ``data``.
+
+    Example:
+        >>> from jfbfast.experiments.settings import make_settings
+        >>> settings = make_settings({"data": "photographs", "denoiser": "UNet", "learning_rate": "1e-3"})
+        >>> settings.learning_rate, settings.resolved().features
+        (0.001, (64, 96, 128))
     """
     known = setting_types()
     unknown = sorted(map(str, values.keys() - known.keys()))
@@ -69,11 +82,13 @@ def make_settings(values: Mapping[str, Any]) -> TrainingSettings:
         raise ValueError(f"{unknown[0]} is no setting; the settings are {', '.join(known)}")
     if values.get("data") is None:
         raise ValueError("data is missing; it takes a directory of photographs")
-    return TrainingSettings(**{name: _checked(name, value) for name, value in values.items()})
+    settings = TrainingSettings(**{name: _convert(name, value, known[name]) for name, value in values.items()})
+    check_settings(settings)
+    return settings
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
-    """YAML without references, which can stand for any amount of text, and without a name twice."""
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Refuses references, which can expand to any amount of text, and a name that appears twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -90,14 +105,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without ty
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The names and values of a YAML file.
-
-    Raises:
-        ValueError: no such file, one of more than a megabyte, or not a mapping in YAML.
-    """
+    """The names and values in a YAML file; ValueError if it is missing, over a megabyte, or not a mapping."""
     try:
         values = yaml.load(checks.read_text(Path(path), _MOST_TEXT), _Loader)
-    except (OSError, RecursionError, yaml.YAMLError, *_OF_VALUES) as error:
+    except (OSError, RecursionError, yaml.YAMLError, *_YAML_ERRORS) as error:
         raise ValueError(f"{path}: not a file of settings ({checks.one_line(error)})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a file of settings (it holds no names with values)")
@@ -105,7 +116,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def read_run_settings(path: Path) -> TrainingSettings:
-    """The settings of a run, from the file that `write_settings` wrote; raises ValueError, naming it, for another."""
+    """The settings in a run's ``config.yaml``; ValueError, with its path, if they are damaged."""
     values = read_settings(path)
     try:
         return make_settings(values)
@@ -114,37 +125,28 @@ def read_run_settings(path: Path) -> TrainingSettings:
 
 
 def write_settings(path: Path, settings: TrainingSettings) -> None:
-    """Every setting, as YAML that `read_settings` reads; a reader sees the old file or the whole new one."""
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
+    """Write all settings as YAML; a reader sees the old file or the whole new one."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(settings).items()}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def changed_settings(old: TrainingSettings, new: TrainingSettings) -> list[str]:
-    """The settings that a resumed run may not change, and that differ."""
-    names = [f.name for f in fields(TrainingSettings) if f.name not in CIRCUMSTANCES]
-    return [name for name in names if getattr(old, name) != getattr(new, name)]
-
-
 def write_photographs(path: Path, photographs: Mapping[str, Sequence[str]]) -> None:
-    """Write the names of a run's photographs, as `read_photographs` reads them."""
-    text = json.dumps(photographs, indent=1)  # in ASCII, which names that are not UTF-8 have escapes in
+    """Write the names of a run's photographs for `read_photographs`."""
+    text = json.dumps(photographs, indent=1)  # ASCII, with escapes for names that are not UTF-8
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def read_photographs(path: Path) -> dict[str, list[str]]:
-    """The names of a run's photographs: for "training" and for "validation".
-
-    Raises:
-        ValueError: another file.
-    """
+    """The names of a run's "training" and "validation" photographs; ValueError if the file is damaged."""
+    error = ValueError(f"{path}: not the names of a run's photographs")
     try:
         found = json.loads(checks.read_text(path, _MOST_NAMES))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not the names of a run's photographs ({checks.one_line(error)})") from error
+    except (ValueError, RecursionError) as cause:
+        raise ValueError(f"{error} ({checks.one_line(cause)})") from cause
     if not isinstance(found, dict) or found.keys() != {"training", "validation"}:
-        raise ValueError(f"{path}: not the names of a run's photographs (it takes training and validation)")
+        raise ValueError(f"{error} (it takes training and validation)")
     for name, names in found.items():
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-            raise ValueError(f"{path}: not the names of a run's photographs ({name} is no list of names)")
+            raise ValueError(f"{error} ({name} is no list of names)")
     return found

@@ -1,247 +1,143 @@
-"""The settings of a training run: one dataclass, from which come the flags of `jfbfast train` and its YAML file."""
+"""`TrainingSettings`: what a training run is asked to do. Each field is a flag of `jfbfast train`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, replace
+from typing import Any
 
-if TYPE_CHECKING:
-    from jfbfast.models.config import ModelConfig
+from jfbfast.models.conditional import CONDITIONS
+from jfbfast.models.config import ModelConfig
 
-# The most of a setting that has none by its nature, far beyond any use; `jfbfast.models.config` has the network's.
-_MOST: dict[str, float] = {
-    **dict.fromkeys(("train", "validation", "steps", "pretraining_steps", "warmup", "interval", "log_every"), 1e9),
-    **dict.fromkeys(("jacobian_interval", "jacobian_samples", "jacobian_penalty", "jacobian_bound"), 1e9),
-    **dict.fromkeys(("resize", "crop"), 16384),
-    **dict.fromkeys(("batch_size", "measurements"), 1e6),
-    **dict.fromkeys(("training_max_iter",), 10_000),
-    "seed": 2**32 - 1,
-    "workers": 256,
-    "cache": 1e6,
-}
+
+def _option(text: str, default: Any = MISSING) -> Any:
+    """A setting with its help text, to which the default is added."""
+    if default not in (None, MISSING):
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else shown
+        text = f"{text} (default: {shown})"
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Every setting of `jfbfast train`, each with its help; None stands for what the help calls the default."""
+    """The settings of a training run, each with its help text.
 
-    data: Annotated[str, "Directory of photographs, searched with its subdirectories."]
-    train: Annotated[
-        float | None, "Photographs to train on, first by name: a share or a count. (default: the rest)"
-    ] = None
-    validation: Annotated[float, "Photographs to validate on, next by name: a share or a count."] = 0.1
-    resize: Annotated[
-        int | None, "First resize each photograph to a square of this side in pixels. (default: as it is)"
-    ] = None
-    squash: Annotated[bool, "With --resize, stretch to that square, in place of keeping the centre."] = False
-    crop: Annotated[int, "Side of the random crops in pixels."] = 64
-    flips: Annotated[bool, "Mirror every other crop."] = True
+    None stands for the default that the help text describes. Build it with
+    `jfbfast.experiments.settings.make_settings`, which checks the values.
+    """
 
-    kernel_size: Annotated[int, "Side of the Gaussian blur in pixels, odd."] = 5
-    sigma: Annotated[float, "Standard deviation of the blur in pixels."] = 1.0
-    padding_mode: Annotated[
-        str, "What the blur sees beyond the edge: zeros (mid-grey), reflect, replicate or circular."
-    ] = "reflect"
-    noise: Annotated[float, "Standard deviation of the noise, for images in [−1, 1]."] = 0.01
-
-    sigma_range: Annotated[
-        tuple[float, ...] | None,
-        "Blurs to train one filtered UNet for, least and largest σ, as in 0.5,5; goes with --noise-range.",
-    ] = None
-    noise_range: Annotated[
-        tuple[float, ...] | None, "Noise levels to train for, least and largest, on [−1, 1]; goes with --sigma-range."
-    ] = None
-    measurements: Annotated[
-        int, "With --sigma-range: pairs of σ and noise in each batch, which they share out equally."
-    ] = 4
-
-    form: Annotated[
-        str, "Form of the network: filtered, preconditioned, paper, feed-forward, or denoiser, which is that alone."
-    ] = "filtered"
-    denoiser: Annotated[str, "The trained network within: DnCNN, UNet or NonexpansiveDenoiser."] = "DnCNN"
-    features: Annotated[
-        tuple[int, ...] | None, "Channels of the denoiser, of a UNet at each scale. (default: 64; of a UNet 64,96,128)"
-    ] = None
-    blocks: Annotated[tuple[int, ...], "Residual blocks of a UNet at each scale."] = (2, 2, 2)
-    injection: Annotated[
-        bool, "Give the UNet of a filtered or preconditioned layer the measurement too, as Tikhonov's restoration."
-    ] = False
-    depth: Annotated[int, "Convolutions of a DnCNN or NonexpansiveDenoiser."] = 17
-    batch_norm: Annotated[bool | None, "Batch norms in a DnCNN. (default: only in the paper's form)"] = None
-    spectral_norm: Annotated[
-        str | None,
-        "Spectral norms in a DnCNN: matrix, as the paper; conv, which bounds the convolution's norm; none. "
-        "(default: matrix in the paper's form, else none)",
-    ] = None
-    bias: Annotated[bool | None, "Biases in the convolutions. (default: except in the paper's form)"] = None
-    weight: Annotated[float, "λ, the weight of the regulariser, at the start of training."] = 0.05
-    step_size: Annotated[float, "η, the step size of the paper's form, at the start of training."] = 1.0
-    averaging: Annotated[float, "α of the averaged layer (1 − α)x + αT(x); 1 is T itself."] = 1.0
-    solver: Annotated[
-        str,
-        "Solver of the fixed point: Anderson, Broyden, Inertial or Picard, and arguments, as in Anderson:memory=3.",
-    ] = "Anderson"
-    tol: Annotated[float, "Relative residual at which a solve stops."] = 1e-3
-    max_iter: Annotated[int, "Evaluations of the layer in a solve at most."] = 50
-    training_tol: Annotated[float | None, "--tol in training. (default: that of --tol)"] = None
-    training_max_iter: Annotated[int | None, "--max-iter in training. (default: that of --max-iter)"] = None
-    solve_dtype: Annotated[
-        str, "What a solve in training computes its first evaluations in: float32, bfloat16 or float16."
-    ] = "float32"
-    gradient: Annotated[
-        str,
-        "Gradient method: jfb, neumann, phantom, implicit, shine or unrolled, and arguments, as in unrolled:steps=10.",
-    ] = "jfb"
-
-    init: Annotated[
-        str | None,
-        "A shipped model or a file to start from: the same network, also one without injection or for one "
-        "setting, or its denoiser.",
-    ] = None
-    pretraining_steps: Annotated[
-        int | None,
-        "Batches of denoising before the training. "
-        "(default: 1000; 0 with --init, --sigma-range or --injection, but for a denoiser alone)",
-    ] = None
-    pretraining_rate: Annotated[float, "Highest learning rate of pretraining."] = 1e-3
-    pretraining_noise: Annotated[tuple[float, ...], "Noise levels to pretrain on, least and largest, on [−1, 1]."] = (
-        0.01,
-        0.12,
+    data: str = _option("Directory of photographs; its subdirectories are searched too.")
+    train: float | None = _option(
+        "Photographs to train on, the first by name: a share below 1, or a count. (default: the others)", None
     )
-    steps: Annotated[int, "Batches of training the network itself."] = 500
-    batch_size: Annotated[int, "Crops in a batch, over all processes together."] = 16
-    learning_rate: Annotated[float, "Highest learning rate."] = 3e-4
-    schedule: Annotated[str, "Schedule of the learning rate: onecycle, cosine or constant."] = "onecycle"
-    warmup: Annotated[int, "Steps of linear warm-up, of the schedules cosine and constant."] = 0
-    beta2: Annotated[float, "β₂ of Adam."] = 0.999
-    clip: Annotated[float, "Largest norm of a gradient, which a larger one is scaled to; 0 for any."] = 1.0
-    jacobian_penalty: Annotated[
-        float, "Weight of the penalty on ∂T/∂x that trains the layer T to contract; 0 for none."
-    ] = 0.0
-    jacobian_bound: Annotated[float, "Norm of vᵀ∂T/∂x up to which --jacobian-penalty is zero."] = 0.7
-    jacobian_interval: Annotated[int, "Steps between two penalties on ∂T/∂x, each counted that many times."] = 1
-    jacobian_samples: Annotated[
-        int | None, "Samples of a batch that --jacobian-penalty is taken on. (default: all)"
-    ] = None
-    ema: Annotated[float, "Decay of the weights' exponential moving average; 0 for none."] = 0.0
-    precision: Annotated[str, "Precision of training: 32 bits, or bf16 or fp16 under autocast."] = "32"
-    half: Annotated[bool, "Store the trained weights in float16."] = False
+    validation: float = _option("Photographs to validate on, the next by name: a share below 1, or a count.", 0.1)
+    resize: int | None = _option("Resize to a square of this side in pixels. (default: keep the size)", None)
+    squash: bool = _option("With --resize: stretch to the square instead of cropping the centre.", False)
+    crop: int = _option("Side of the random crops in pixels.", 64)
+    flips: bool = _option("Mirror half of the crops, left to right.", True)
 
-    seed: Annotated[int, "Seed of all random numbers."] = 0
-    interval: Annotated[int, "Steps between two checkpoints, each with a validation."] = 200
-    log_every: Annotated[int, "Steps between two rows of metrics."] = 10
-    workers: Annotated[int, "Processes that load images; 0 for the one that trains."] = 0
-    cache: Annotated[float, "GiB of memory for decoded images; more are decoded at each use."] = 2.0
-    tensorboard: Annotated[bool, "Write TensorBoard files too."] = True
+    kernel_size: int = _option("Side of the Gaussian blur kernel in pixels, odd.", 5)
+    sigma: float = _option("Standard deviation of the blur in pixels.", 1.0)
+    padding_mode: str = _option(
+        "What the blur sees beyond the edges: zeros (mid-grey), reflect, replicate or circular.", "reflect"
+    )
+    noise: float = _option("Standard deviation of the noise, for images in [−1, 1].", 0.01)
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise ValueError(f"{name} is {value}; it takes finite numbers")
-        for name in (
-            "crop",
-            "batch_size",
-            "interval",
-            "log_every",
-            "steps",
-            "jacobian_interval",
-            "jacobian_samples",
-            "max_iter",
-            "training_max_iter",
-        ):
-            least = self.form != "denoiser" or name != "steps"
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it takes an integer of at least 1")
-        for name in (
-            "seed",
-            "workers",
-            "warmup",
-            "pretraining_steps",
-            "clip",
-            "cache",
-            "jacobian_penalty",
-            "jacobian_bound",
-            "noise",
-            "tol",
-            "training_tol",
-        ):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it takes a number of at least 0")
-        for name, most in _MOST.items():
-            if (getattr(self, name) or 0) > most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it takes {most:.0f} at most")
-        for name in ("data", "init"):
-            if getattr(self, name) == "" or "\0" in (getattr(self, name) or ""):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it takes a path")
-        for name, choices in (
-            ("denoiser", ("DnCNN", "UNet", "NonexpansiveDenoiser")),
-            ("schedule", ("onecycle", "cosine", "constant")),
-            ("precision", ("32", "bf16", "fp16")),
-            ("solve_dtype", ("float32", "bfloat16", "float16")),
-            ("spectral_norm", (None, "matrix", "conv", "none")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it takes one of {', '.join(filter(None, choices))}"
-                )
-        for name in ("learning_rate", "pretraining_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive number")
-        for name in ("ema", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it takes a number in [0, 1)")
-        levels = self.pretraining_noise
-        if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:
-            raise ValueError(f"pretraining_noise is {levels}; it takes two non-negative numbers, the lesser first")
-        self._check_idle()
-        solver, gradient = _description("solver", self.solver), _description("gradient", self.gradient)
-        for name in ("tol", "max_iter"):
-            if name in solver:
-                raise ValueError(f"solver is {self.solver!r}; {name} is a setting of its own")
-        if self.implicit and gradient["kind"] == "shine" and solver["kind"] in ("Inertial", "Picard"):
-            raise ValueError(f"solver is {self.solver!r}; gradient={self.gradient} takes Anderson or Broyden")
-        if (self.sigma_range is None) != (self.noise_range is None):
-            raise ValueError("sigma_range and noise_range are for one network; it takes both, or neither")
-        if self.conditional and (self.form, self.denoiser) != ("filtered", "UNet"):
-            raise ValueError(f"form is {self.form} with a {self.denoiser}; sigma_range takes filtered with a UNet")
-        if self.conditional and (self.measurements < 1 or self.batch_size % self.measurements):
-            raise ValueError(f"measurements is {self.measurements}; it takes a divisor of batch_size={self.batch_size}")
-        for name, given in (("sigma_range", self.conditional), ("injection", self.injection)):
-            if given and self.pretraining_steps:
-                raise ValueError(f"pretraining_steps is {self.pretraining_steps}; with {name} it takes 0")
-        if self.form == "denoiser" and self.pretraining_steps == 0:
-            raise ValueError("pretraining_steps is 0; with form=denoiser it takes an integer of at least 1")
+    sigma_range: tuple[float, ...] | None = _option(
+        "Train one filtered UNet for blurs from the smaller to the larger σ, as in 0.5,5. (default: --sigma alone)",
+        None,
+    )
+    noise_range: tuple[float, ...] | None = _option(
+        "With --sigma-range: the noise levels, from the smaller to the larger, as in 0,0.1.", None
+    )
+    measurements: int = _option("With --sigma-range: how many pairs of σ and noise share a batch equally.", 4)
 
-    def _check_idle(self) -> None:
-        """A setting that has no effect beside the others must have its default."""
-        default, chosen = TrainingSettings.__dataclass_fields__, self._dependent_defaults()
-        for told, acts, names in _CONDITIONS:
-            for name in () if acts(self) else names:
-                idle = (default[name].default, chosen.get(name), 0 if name == "steps" else None)
-                if getattr(self, name) not in idle:
-                    raise ValueError(f"{name} is {getattr(self, name)!r}; {told}")
+    form: str = _option(
+        "What to train: the filtered, preconditioned or paper form of DE-GRAD; feed-forward, the network applied once "
+        "to Tikhonov's restoration; or denoiser, the network alone.",
+        "filtered",
+    )
+    denoiser: str = _option("The trained network: DnCNN, UNet or NonexpansiveDenoiser.", "DnCNN")
+    features: tuple[int, ...] | None = _option(
+        "Channels of the network; for a UNet at each scale. (default: 64; for a UNet 64,96,128)", None
+    )
+    blocks: tuple[int, ...] = _option("Residual blocks of a UNet at each scale.", (2, 2, 2))
+    injection: bool = _option("Give a filtered or preconditioned layer's UNet Tikhonov's restoration too.", False)
+    depth: int = _option("Number of convolutions in a DnCNN or NonexpansiveDenoiser.", 17)
+    batch_norm: bool | None = _option("Use batch norm in a DnCNN. (default: only in the paper's form)", None)
+    spectral_norm: str | None = _option(
+        "Spectral normalisation in a DnCNN: matrix, as in the paper; conv, which bounds the convolution's norm; or "
+        "none. (default: matrix in the paper's form, else none)",
+        None,
+    )
+    bias: bool | None = _option("Use biases in the convolutions. (default: except in the paper's form)", None)
+    weight: float = _option("λ, the weight of the regulariser, at the start of training.", 0.05)
+    step_size: float = _option("η, the step size of the paper's form, at the start of training.", 1.0)
+    averaging: float = _option("α of the averaged layer (1 − α)x + αT(x); 1 means T itself.", 1.0)
+    solver: str = _option(
+        "Fixed-point solver, with arguments as in Anderson:memory=3: Anderson, Broyden, Inertial or Picard.", "Anderson"
+    )
+    tol: float = _option("Relative residual at which a solve stops.", 1e-3)
+    max_iter: int = _option("Largest number of evaluations of the layer in a solve.", 50)
+    training_tol: float | None = _option("--tol during training. (default: --tol)", None)
+    training_max_iter: int | None = _option("--max-iter during training. (default: --max-iter)", None)
+    solve_dtype: str = _option(
+        "Number format of a solve's first evaluations in training: float32, bfloat16 or float16.", "float32"
+    )
+    gradient: str = _option(
+        "Gradient method, with arguments as in unrolled:steps=10: jfb, neumann, phantom, implicit, shine or unrolled.",
+        "jfb",
+    )
+
+    init: str | None = _option(
+        "Start from a shipped model or a file: the same network, the same without --injection or for one setting, or "
+        "its denoiser. (default: random weights)",
+        None,
+    )
+    pretraining_steps: int | None = _option(
+        "Batches of denoising before the training. (default: 1000; 0 with --init, --sigma-range or --injection, except "
+        "for --form denoiser)",
+        None,
+    )
+    pretraining_rate: float = _option("Highest learning rate of pretraining.", 1e-3)
+    pretraining_noise: tuple[float, ...] = _option(
+        "Smallest and largest noise level of pretraining, for images in [−1, 1].", (0.01, 0.12)
+    )
+    steps: int = _option("Batches of training the network itself.", 500)
+    batch_size: int = _option("Crops in a batch, over all processes together.", 16)
+    learning_rate: float = _option("Highest learning rate.", 3e-4)
+    schedule: str = _option("Schedule of the learning rate: onecycle, cosine or constant.", "onecycle")
+    warmup: int = _option("Steps of linear warm-up, with the schedules cosine and constant.", 0)
+    beta2: float = _option("β₂ of Adam.", 0.999)
+    clip: float = _option("Scale a gradient of a larger norm down to this norm; 0 means never.", 1.0)
+    jacobian_penalty: float = _option("Weight of the penalty on ∂T/∂x that trains T to contract; 0 means none.", 0.0)
+    jacobian_bound: float = _option("With --jacobian-penalty: the norm of vᵀ∂T/∂x up to which it is 0.", 0.7)
+    jacobian_interval: int = _option("With --jacobian-penalty: take it every so many steps, so many times as heavy.", 1)
+    jacobian_samples: int | None = _option("With --jacobian-penalty: samples of a batch to use. (default: all)", None)
+    ema: float = _option("Decay of the exponential moving average of the weights; 0 means no average.", 0.0)
+    precision: str = _option("Number format of training: 32 (float32), or autocast to bf16 or fp16.", "32")
+    half: bool = _option("Store the trained weights in float16.", False)
+
+    seed: int = _option("Seed of all random numbers.", 0)
+    interval: int = _option("Steps between two checkpoints, each with a validation.", 200)
+    log_every: int = _option("Steps between two rows of metrics.csv.", 10)
+    workers: int = _option("Processes that load images; 0 loads them in the training process.", 0)
+    cache: float = _option("GiB of memory for decoded photographs; if that is too little, each use decodes them.", 2.0)
+    tensorboard: bool = _option("Write TensorBoard files too.", True)
 
     @property
     def conditional(self) -> bool:
-        """Whether the network is for a range of measurements."""
+        """Whether the network is for a range of blurs and noise levels."""
         return self.sigma_range is not None
 
     @property
     def implicit(self) -> bool:
-        """Whether the network is a fixed point."""
+        """Whether the network's output is a fixed point."""
         return self.form not in ("feed-forward", "denoiser")
 
-    @property
-    def pretrains(self) -> bool:
-        """Whether the denoiser is trained first."""
-        steps = self.pretraining_steps
-        return bool(self._dependent_defaults()["pretraining_steps"] if steps is None else steps)
-
-    def _dependent_defaults(self) -> dict[str, Any]:
-        """What None stands for where that depends on other settings."""
+    def dependent_defaults(self) -> dict[str, Any]:
+        """The values that None stands for, where they depend on other settings."""
         paper = self.form == "paper"
         pretrained = self.conditional or self.injection or (self.init is not None and self.form != "denoiser")
         return {
@@ -255,31 +151,25 @@ class TrainingSettings:
         }
 
     def resolved(self) -> TrainingSettings:
-        """With each default that depends on another setting in its place."""
-        chosen = self._dependent_defaults()
-        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
-
-    def _within(self, name: str, limits: tuple[float, ...] | None) -> float:
-        """σ or ν; of a network for a range, a default that lies beyond its range is the end that is next to it."""
-        value: float = getattr(self, name)
-        if limits is None or value != TrainingSettings.__dataclass_fields__[name].default:
-            return value
-        return min(max(value, limits[0]), limits[-1])
+        """The same settings with the dependent defaults filled in."""
+        defaults = self.dependent_defaults()
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def model_config(self) -> ModelConfig:
-        """The network's description."""
-        from jfbfast.models.conditional import CONDITIONS
-        from jfbfast.models.config import ModelConfig
+        """The description of the network.
 
+        A network for a range starts at ``sigma`` and ``noise``; their defaults move to the nearest end of the range.
+
+        Raises:
+            ValueError: several numbers of features for a network that takes one, or a value that `ModelConfig` refuses.
+        """
         settings = self.resolved()
         assert settings.features is not None
         network: dict[str, Any] = {"kind": self.denoiser}
         if self.denoiser == "UNet":
             network |= {"features": list(settings.features), "blocks": list(self.blocks)}
-            if self.injection:
-                network["injection"] = True
-            if self.conditional:
-                network["conditions"] = CONDITIONS
+            network |= {"injection": True} if self.injection else {}
+            network |= {"conditions": CONDITIONS} if self.conditional else {}
         elif len(settings.features) != 1:
             raise ValueError(f"features is {settings.features}; a {self.denoiser} takes one number")
         else:
@@ -290,78 +180,30 @@ class TrainingSettings:
                 "spectral_norm": {"matrix": True, "conv": "conv", "none": False}[str(settings.spectral_norm)],
                 "residual": self.form != "paper",
             }
+        sigma, noise = self.sigma, self.noise
+        if self.sigma_range and sigma == TrainingSettings.sigma:
+            sigma = min(max(sigma, self.sigma_range[0]), self.sigma_range[-1])
+        if self.noise_range and noise == TrainingSettings.noise:
+            noise = min(max(noise, self.noise_range[0]), self.noise_range[-1])
+        same = ("form", "kernel_size", "padding_mode", "weight", "step_size", "averaging")
         return ModelConfig(
-            form=self.form,  # type: ignore[arg-type]  # checked where the model is made
+            **{name: getattr(self, name) for name in same},
             denoiser=network,
-            kernel_size=self.kernel_size,
-            sigma=self._within("sigma", self.sigma_range),
-            padding_mode=self.padding_mode,
-            noise=self._within("noise", self.noise_range),
-            weight=self.weight,
-            step_size=self.step_size,
-            averaging=self.averaging,
-            solver={**_description("solver", self.solver), "tol": self.tol, "max_iter": self.max_iter},
-            gradient=_description("gradient", self.gradient),
+            sigma=sigma,
+            noise=noise,
+            solver={**parse_kind("solver", self.solver), "tol": self.tol, "max_iter": self.max_iter},
+            gradient=parse_kind("gradient", self.gradient),
             sigma_range=None if self.sigma_range is None else list(self.sigma_range),
             noise_range=None if self.noise_range is None else list(self.noise_range),
         )
 
 
-# Settings that act beside certain others alone: what is said where they do not, whether they do, and their names.
-_CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], tuple[str, ...]], ...] = (
-    ("it acts with resize alone", lambda s: s.resize is not None, ("squash",)),
-    ("it acts with sigma_range alone", lambda s: s.conditional, ("measurements",)),
-    ("it acts with denoiser=UNet alone", lambda s: s.denoiser == "UNet", ("blocks",)),
-    ("it acts with denoiser=DnCNN alone", lambda s: s.denoiser == "DnCNN", ("batch_norm", "spectral_norm")),
-    ("with denoiser=UNet it has no effect", lambda s: s.denoiser != "UNet", ("depth", "bias")),
-    (
-        "it acts with denoiser=UNet and form=filtered or preconditioned alone",
-        lambda s: s.denoiser == "UNet" and s.form in ("filtered", "preconditioned"),
-        ("injection",),
-    ),
-    ("it acts with form=paper alone", lambda s: s.form == "paper", ("step_size",)),
-    ("with form=paper or denoiser it has no effect", lambda s: s.form not in ("paper", "denoiser"), ("weight",)),
-    (
-        "it acts with form=filtered, preconditioned or paper alone",
-        lambda s: s.implicit,
-        (
-            "averaging",
-            "solver",
-            "tol",
-            "max_iter",
-            "training_tol",
-            "training_max_iter",
-            "solve_dtype",
-            "gradient",
-            "jacobian_penalty",
-        ),
-    ),
-    (
-        "with gradient=unrolled, which applies the layer a fixed number of times, it has no effect",
-        lambda s: not s.gradient.startswith("unrolled"),
-        ("solver", "max_iter", "training_max_iter", "training_tol", "solve_dtype"),
-    ),
-    (
-        "with form=denoiser, which trains by pretraining_steps and pretraining_rate, it has no effect",
-        lambda s: s.form != "denoiser",
-        ("steps", "learning_rate", "kernel_size", "sigma", "padding_mode", "noise"),
-    ),
-    (
-        "it acts with pretraining_steps alone",
-        lambda s: s.pretrains,
-        ("pretraining_rate", "pretraining_noise"),
-    ),
-    ("it acts with schedule=cosine or constant alone", lambda s: s.schedule != "onecycle", ("warmup",)),
-    (
-        "it acts with jacobian_penalty alone",
-        lambda s: s.jacobian_penalty > 0,
-        ("jacobian_bound", "jacobian_interval", "jacobian_samples"),
-    ),
-)
+def parse_kind(name: str, text: str) -> dict[str, Any]:
+    """Parse the setting ``name``, such as "unrolled:steps=10", into {"kind": "unrolled", "steps": 10}.
 
-
-def _description(name: str, text: str) -> dict[str, Any]:
-    """{"kind": "unrolled", "steps": 10} from unrolled:steps=10."""
+    Raises:
+        ValueError: an argument without a value.
+    """
     kind, _, arguments = text.partition(":")
     found: dict[str, Any] = {"kind": kind}
     for argument in filter(None, arguments.split(",")):
@@ -374,8 +216,6 @@ def _description(name: str, text: str) -> dict[str, Any]:
 
 def _number(text: str) -> int | float | str:
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text

@@ -92,6 +92,7 @@ def test_a_bad_setting_is_named(values, message):
         ({"gradient": "jfb:terms"}, "NAME:KEY=VALUE"),
         ({"form": "paper", "denoiser": "UNet"}, "takes a DnCNN, not residual"),
         ({"features": "4,8"}, "a DnCNN takes one number"),
+        ({"denoiser": "UNet", "sigma_range": [], "noise_range": []}, r"sigma_range is \[\]; it takes 2 values"),
         ({"solver": "Newton"}, "solver is of kind 'Newton'"),
         ({"solver": "Picard:memory=3"}, "Picard does not take"),
     ],

@@ -1,4 +1,4 @@
-"""How a run ends before its end: signals, locks, schedulers, full disks, and numbers that are not finite."""
+"""What ends a run early: signals, locks, schedulers, full disks, and numbers that are not finite."""
 
 import errno
 import signal
@@ -8,28 +8,18 @@ import torch
 
 from helpers import small_runs
 from helpers.command_line import run
-from helpers.small_runs import rows, write_photographs
+from helpers.small_runs import assert_same, flags, write_photographs
 from jfbfast.experiments import run_files
-from jfbfast.experiments.run_callbacks import Metrics, SoundSteps, TrainingError
+from jfbfast.experiments.callbacks import Metrics
+from jfbfast.experiments.processes import SIGNALS, Interrupted, signals_interrupt
 from jfbfast.experiments.runs import Run
-from jfbfast.experiments.stopping import SIGNALS, Interrupted, signals_interrupt
-from jfbfast.models.checkpoint import load_checkpoint
+from jfbfast.experiments.tasks import DenoiserTask
+from jfbfast.experiments.trainer import SoundSteps, TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = {
-    "features": 4,
-    "depth": 3,
-    "crop": 16,
-    "batch_size": 2,
-    "validation": 1,
-    "pretraining_steps": 3,
-    "steps": 7,
-    "interval": 3,
-    "log_every": 1,
-    "tensorboard": False,
-}
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name != "tensorboard"]
+TINY = {**small_runs.TINY, "pretraining_steps": 3, "steps": 7, "interval": 3}
+FLAGS = flags(TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +40,6 @@ def folder(tmp_path):
 
 def train(folder, out, resume=False, **values):
     return small_runs.train(folder, out, resume, **{**TINY, **values})
-
-
-def assert_same(a, b):
-    assert rows(a) == rows(b)
-    first, second = (load_checkpoint(out / "model.safetensors")[0].state_dict() for out in (a, b))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def signalled(monkeypatch, number, hook, phase, step, times=1):
@@ -89,7 +73,7 @@ def test_a_signal_ends_a_run_which_resumes_as_if_it_had_not_come(
     train(folder, whole, ema=0.9)
     signalled(monkeypatch, number, hook, phase, step)
     before = {each: signal.getsignal(each) for each in SIGNALS}
-    result = run("train", folder, "--out", out, *FLAGS, "--no-tensorboard", "--ema=0.9")
+    result = run("train", folder, "--out", out, *FLAGS, "--ema=0.9")
     assert result.exit_code == 128 + number
     told = f"stopped by {number.name}; step {saved} of {phase} is saved; go on with: jfbfast train --out {out} --resume"
     assert told in result.stderr and "Traceback" not in result.output
@@ -169,7 +153,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(folder, tmp_
 
     genuine = run_files.write_whole
     monkeypatch.setattr(run_files, "write_whole", fills)
-    result = run("train", folder, "--out", out, *FLAGS, "--no-tensorboard")
+    result = run("train", folder, "--out", out, *FLAGS)
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert "No space left on device; step 3 of training is saved; go on with: jfbfast train" in result.stderr
     monkeypatch.setattr(run_files, "write_whole", genuine)
@@ -211,14 +195,14 @@ def test_float16_may_leave_out_a_few_steps():
             def reduce_boolean_decision(decision, all):
                 return decision
 
-    task = torch.nn.Linear(1, 1)
+    task = DenoiserTask(torch.nn.Linear(1, 1))
     for parameter in task.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)
-    steps = SoundSteps("training")
+    steps = SoundSteps(1.0)
     for _ in range(19):
         steps.on_before_optimizer_step(Trainer, task)
     with pytest.raises(TrainingError, match="the gradient's norm inf at step 1"):
         steps.on_before_optimizer_step(Trainer, task)
     Trainer.precision = "32-true"
     with pytest.raises(TrainingError):
-        SoundSteps("training").on_before_optimizer_step(Trainer, task)
+        SoundSteps(1.0).on_before_optimizer_step(Trainer, task)

@@ -1,6 +1,5 @@
 """Checkpoints, run directories and settings that are damaged, foreign or hostile: one sentence, and no traceback."""
 
-import hashlib
 import io
 import json
 import struct
@@ -182,23 +181,13 @@ def test_a_changed_run_checkpoint_is_refused(runs):
     file = runs[0] / "training.ckpt"
     whole = file.read_bytes()
 
-    def changed(digested, **values):
-        outer = torch.load(io.BytesIO(whole), weights_only=True)
-        inner = torch.load(io.BytesIO(outer["state"].numpy().tobytes()), weights_only=True) | values
-        content = io.BytesIO()
-        torch.save(inner, content)
-        outer["state"] = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
-        outer["digest"] = hashlib.sha256(content.getvalue()).hexdigest() if digested else outer["digest"]
-        torch.save(outer, file)
-
     try:
-        for digested, values, message in (
-            (False, {"global_step": 1}, "its state is not the one that was written"),
-            (True, {"global_step": 10**9}, "global_step is 1000000000; it takes an integer from 0 to 2"),
-            (True, {"state_dict": {}}, "its network has a tensor"),
-            (True, {"optimizer_states": "x"}, "not a whole checkpoint of a run"),
+        for values, message in (
+            ({"global_step": 10**9}, "global_step is 1000000000; it takes an integer from 0 to 2"),
+            ({"state_dict": {}}, "its network has a tensor"),
+            ({"optimizer_states": "x"}, "not a whole checkpoint of a run"),
         ):
-            changed(digested, **values)
+            torch.save(torch.load(io.BytesIO(whole), weights_only=True) | values, file)
             with pytest.raises(CheckpointError, match=message):
                 resume(runs[0])
         file.write_bytes((runs[0] / "pretraining.ckpt").read_bytes())
