@@ -135,7 +135,7 @@ class UsersLayer(nn.Module):
 
     def solve(self, b: Tensor) -> Tensor:
         """P b."""
-        return reference.solve(b, self.log_weight.exp(), *self.factors)
+        return reference.tikhonov(b, self.log_weight.exp(), *self.factors)
 
     def denoise(self, x: Tensor, given: Tensor) -> Tensor:
         """D(x), or D(x, z)."""
