@@ -13,7 +13,7 @@ train() belongs to one thread at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -216,7 +216,7 @@ class TrainingState:
     def __init__(self, module: nn.Module | None) -> None:
         training = [m for m in _in_training(module) if m._buffers]
         self.norms = [m for m in training if has_running_statistics(m)]
-        self.kept = buffers.buffers_of(self.norms)
+        self.kept = buffers.buffers_of(self.norms) if self.norms else []
         self.kept += [(m, name, m._buffers[name]) for m in training for name in _iterated(m)]
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:
             raise ValueError(
@@ -230,7 +230,7 @@ class TrainingState:
 
     def used(self) -> AbstractContextManager[None]:
         """Give the module this state within the context."""
-        return buffers.used(self.kept)
+        return buffers.used(self.kept) if self.kept else nullcontext()
 
     @contextmanager
     def updated(self) -> Iterator[None]:

@@ -71,17 +71,18 @@ class Convolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        transformed, precision = None, _NOTHING
+        winograd, transformed, precision = self.winograd, None, _NOTHING
         relu, self.relu = self.relu, False
         if prepared := self.weights.get(id(weight)):
             _, weight, transformed = prepared
+            winograd = transformed is not None
             layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
             input = input.to(weight.dtype, memory_format=layout)
             bias = None if bias is None else bias.to(weight.dtype)
             if self.dtype not in (None, weight.dtype):  # autocast would change it
                 precision = torch.autocast(input.device.type, enabled=False)
         with precision:
-            return convolution(input, weight, bias, stride, padding, dilation, groups, relu, self.winograd, transformed)
+            return convolution(input, weight, bias, stride, padding, dilation, groups, relu, winograd, transformed)
 
 
 class _SolveConvolutions(Convolutions):

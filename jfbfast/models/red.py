@@ -99,9 +99,11 @@ class RED(nn.Module):
             ValueError: an ``operator`` that lacks one of the methods in ``needs``; no d with an injection; a denoiser
                 that changes the shape.
         """
-        if not all(callable(getattr(operator, method, None)) for method in self.needs):
-            raise ValueError(f"operator is {type(operator).__name__}; this RED takes one with {', '.join(self.needs)}")
-        seen = x if self.filter_damping is None else operator.filter(x, self.filter_damping)
+        for method in self.needs:
+            if not callable(getattr(operator, method, None)):
+                kind, needed = type(operator).__name__, ", ".join(self.needs)
+                raise ValueError(f"operator is {kind}; this RED takes one with {needed}")
+        seen = operator.filter(x, self.filter_damping) if self.filtered else x
         denoised = self.denoise(seen, *self.injected(operator, d))
         if denoised.shape != x.shape:
             raise ValueError(

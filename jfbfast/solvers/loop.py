@@ -226,7 +226,8 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
         if inverse is not None and ended.any():
             inverse.put(samples.rows[ended], iteration.inverse(ended.nonzero()[:, 0], f))
 
-        free = next(b for b in buffers if all(b is not used for used in (x, samples.value, samples.following)))
+        used = {id(x), id(samples.value), id(samples.following)}
+        free = next(buffer for buffer in buffers if id(buffer) not in used)
         following = iteration.advance(x, f, samples.grown(residual), out=free)
         x = samples.step(following, before, improved)
         remaining = int(samples.active.sum())
