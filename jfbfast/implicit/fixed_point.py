@@ -193,8 +193,8 @@ def _advance(
 
 def _check_claims(
     solution: FixedPointSolution, rows: Tensor, pair: Pair, solver: FixedPointSolver
-) -> tuple[FixedPointSolution, Tensor]:
-    """Compare the residuals that the solve claims with (x, T(x)) at its values; also return who fails, (B,).
+) -> tuple[FixedPointSolution, int]:
+    """Compare the residuals that the solve claims with (x, T(x)) at its values; also return how many samples fail.
 
     Samples that fail end as MAX_ITER with the residual found here. Twice the claim and some rounding are allowed,
     because the solve evaluates a prepared form of the layer.
@@ -209,7 +209,7 @@ def _check_claims(
         rows,
         residual=torch.where(contradicted, relative, claimed),
         status=status.masked_fill(contradicted, Status.MAX_ITER),
-    ), torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), contradicted)
+    ), int(contradicted.sum())
 
 
 @torch.compiler.disable
@@ -260,26 +260,28 @@ def solve_fixed_point(
             out = _apply(implicit, solution, x0, inputs)[0]
         return out, solution
 
-    # Solve; apply the layer once, one step beyond the solve's last iterate, with its gradient; verify.
+    # 1. Solve, without gradients.
     state = TrainingState(implicit.module)
     forward = ForwardSolve(implicit, solver, solve_dtype, compile_solve)
     solution = forward.find(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
         solution = solution._replace(following=solution.value)
-    following = None if autocast_dtype(x0) is not None else solution.following
-    points = solution.value if following is None else following
+    # 2. Apply the layer once with its gradient: one step after the last iterate, except under autocast.
+    ahead = solution.following is not None and autocast_dtype(x0) is None
+    points = solution.value if solution.following is None or not ahead else solution.following
     out, rows, pair = _apply(implicit, solution, points, inputs)
-    contradicted = None
-    if following is None:
-        solution, contradicted = _check_claims(solution, rows, pair, solver)
-    else:
+    # 3. Verify. A sample that the step has led astray goes back to its value.
+    contradicted = 0
+    if ahead:
         solution, rejected = _advance(solution, rows, pair, solver)
         if rejected.any():
             state.restore()
             solution = forward.finish(solution, rejected, inputs)
             out, rows, pair = _apply(implicit, solution, solution.value, inputs)
-            solution, contradicted = _check_claims(solution, rows, pair, solver)
-    _warn(solution, solver, 0 if contradicted is None else int(contradicted.sum()))
+            ahead = False
+    if not ahead:
+        solution, contradicted = _check_claims(solution, rows, pair, solver)
+    _warn(solution, solver, contradicted)
     return out, solution._replace(inverse=None, following=None)  # only the backward keeps the estimate
 
 
