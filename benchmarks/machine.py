@@ -1,4 +1,4 @@
-"""What was measured on: the machine, and how fast its memory is."""
+"""What a benchmark ran on: the machine, and the bandwidth of its memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 import jfbfast
 from jfbfast.backends import native
 
-from .timing import spread, timed
+from .timing import timed
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 _TRIAD_SAMPLES = 7
-_BUSY = 0.5  # of the cores, as a load average
+_BUSY = 0.5  # share of the cores, as a load average
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What names a run; every row of the CSV carries it."""
+    """Device and versions; every row of a CSV repeats them."""
 
     device: str
     instruction_sets: str
@@ -31,33 +31,36 @@ class Machine:
     torch: str
     jfbfast: str
 
+    def __str__(self) -> str:
+        return f"{self.device} ({self.instruction_sets}), {self.threads} threads; {self.kernels}; torch {self.torch}"
 
-def _cpu() -> tuple[str, str]:
-    """The CPU's name and those of its instruction sets that matter here."""
-    fields = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        key, _, value = line.partition(":")
-        fields[key.strip()] = value.strip()
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    known = [name for name in _INSTRUCTION_SETS if name in flags]
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, " ".join(known) or torch.backends.cpu.get_cpu_capability()
+
+def default_device() -> torch.device:
+    """CUDA where there is a GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe(device: torch.device) -> Machine:
-    name, instruction_sets = _cpu()
-    kernels = native.describe()
+    """Name the device, its instruction sets, and the versions in use."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        name, instruction_sets = torch.cuda.get_device_name(device), f"sm_{major}{minor}"
-        kernels = "Triton"
-    version = str(torch.__version__)
-    return Machine(name, instruction_sets, torch.get_num_threads(), kernels, version, jfbfast.__version__)
+        name, instruction_sets, kernels = torch.cuda.get_device_name(device), f"sm_{major}{minor}", "Triton"
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        flags = fields.get("flags", fields.get("Features", "")).split()
+        known = " ".join(name for name in _INSTRUCTION_SETS if name in flags)
+        instruction_sets = known or torch.backends.cpu.get_cpu_capability()
+        name = fields.get("model name") or platform.processor() or platform.machine()
+        kernels = native.describe()
+    return Machine(
+        name, instruction_sets, torch.get_num_threads(), kernels, str(torch.__version__), jfbfast.__version__
+    )
 
 
 def disturbance() -> str | None:
-    """What to say of a machine that other programs are using, by the load average of the last minute."""
+    """A warning if the load average of the last minute shows that other programs use the machine; else None."""
     cores = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load < _BUSY * cores:
@@ -66,17 +69,13 @@ def disturbance() -> str | None:
 
 
 def triad(size: int, device: torch.device) -> Callable[[], object]:
-    """STREAM's triad a = b + s·c by ``torch.add(b, c, alpha=s, out=a)``; all three arrays take ``size`` bytes."""
+    """STREAM's triad a = b + s·c as ``torch.add(b, c, alpha=s, out=a)``; the three arrays take ``size`` bytes."""
     a, b, c = (torch.rand(max(size // 12, 1), device=device) for _ in range(3))
     return lambda: torch.add(b, c, alpha=0.5, out=a)
 
 
 def bandwidth_samples(size: int, device: torch.device) -> list[float]:
-    """Bytes a second of the triad on arrays of ``size`` bytes, which are to be larger than the caches."""
+    """Measure the triad in bytes per second; ``size`` in bytes should exceed the caches."""
     sampler = timed(triad(size, device), device)
     sampler.sample()
     return [size / sampler.sample() for _ in range(_TRIAD_SAMPLES)]
-
-
-def bandwidth(samples: list[float]) -> float:
-    return spread(samples).median

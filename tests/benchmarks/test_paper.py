@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from helpers.small_runs import write_photographs
 from jfbfast import DEGrad, DnCNN, GaussianBlur
 from jfbfast.benchmarks import __main__, paper, rivals
-from jfbfast.benchmarks.paper import curves, figure1, figure2, published, table1
+from jfbfast.benchmarks.paper import figure1, figure2, published, tables
 from jfbfast.benchmarks.paper.plan import QUICK, Plan
 from jfbfast.benchmarks.paper.study import LABELS, Study, load_networks, measurement
 from jfbfast.cli import app
@@ -153,10 +153,10 @@ def test_table1_restores_the_measurements_of_table2(plan, tmp_path):
     paper.run(tmp_path, True, QUIET, plan, ("table1",))
     rows = read(tmp_path / "table1.csv")
     assert [(row["method"], row["image"]) for row in rows] == [
-        (name, image) for name in table1.METHODS for image in ("4.png", "5.png")
+        (name, image) for name in tables.METHODS for image in ("4.png", "5.png")
     ]
     study = Study(plan, QUIET)
-    for name in table1.METHODS:
+    for name in tables.METHODS:
         scores = evaluate(study.methods[name], study.images, study.validation, study.blur, 0.01, **study.options)
         mine = [row for row in rows if row["method"] == name]
         for column in ("psnr", "ssim"):
@@ -164,7 +164,7 @@ def test_table1_restores_the_measurements_of_table2(plan, tmp_path):
             assert found == pytest.approx(getattr(scores, column).tolist(), abs=1e-3), (name, column)
         assert float(mine[0]["psnr_paper"]) == pytest.approx(float(mine[0]["psnr"]) - PAPER_OFFSET)
         assert mine[0]["parameter"] == scores.summary()["parameter"]
-    truth, restored = table1.restore(study, 1)
+    truth, restored = tables.restore(Study(replace(plan, pictures=1), QUIET))
     assert len(truth) == 1 and torch.equal(truth[0], study.images[0].x)
     assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG")
     assert all(len(each.images) == 1 and each.images[0].isfinite().all() for each in restored)
@@ -201,7 +201,7 @@ def test_figure1_reads_the_phases_of_a_run(folder, tmp_path):
     metrics_of_a_run(tmp_path / "run")
     settings = {"data": str(folder), "train": 4, "validation": 2, "batch_size": 8}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
-    curve = curves.read("a", tmp_path / "run")
+    curve = figure1.read("a", tmp_path / "run")
     points = curve.points
     assert curve.photographs == 4
     assert [p.phase for p in points] == ["pretraining"] * 4 + ["training"] * 6
@@ -213,24 +213,19 @@ def test_figure1_reads_the_phases_of_a_run(folder, tmp_path):
     assert [(p.total_step, p.val_loss) for p in points if p.val_loss] == [(2, 0.5), (5, 0.09), (7, 0.05)]
     # Of the losses since the validation before, in the phase.
     means = [p.mean_loss for p in points if p.mean_loss]
-    assert means == pytest.approx([0.3, 0.07, 0.04]) and not any(p.from_psnr for p in points)
+    assert means == pytest.approx([0.3, 0.07, 0.04])
 
-    lines = [line.split(",") for line in METRICS.splitlines()]
-    older = [",".join(line[:2] + line[3:6] + line[7:]) for line in lines]  # without seconds and val_loss
-    (tmp_path / "run" / "metrics.csv").write_text("\n".join(older) + "\n")
     (tmp_path / "run" / "config.yaml").unlink()
-    old = curves.read("b", tmp_path / "run")
-    assert old.photographs is None and all(p.epoch is None and p.seconds is None for p in old.points)
-    assert [p.val_loss for p in old.points if p.val_loss] == pytest.approx([4 * 10**-v for v in (0.9, 1.65, 1.9)])
-    assert [p.from_psnr for p in old.points] == [p.val_psnr is not None for p in points]
+    unknown = figure1.read("b", tmp_path / "run")
+    assert unknown.photographs is None and all(p.epoch is None for p in unknown.points)
 
-    figure1.plot([curve, old], tmp_path / "figure1.png")
+    figure1.figure([curve, unknown]).savefig(tmp_path / "figure1.png")
     assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"holds no metrics\.csv"):
-        curves.read("c", tmp_path)
-    (tmp_path / "run" / "metrics.csv").write_text("a,b\n1,2\n")
+        figure1.read("c", tmp_path)
+    (tmp_path / "run" / "metrics.csv").write_text("phase,step,loss,val_psnr\ntraining,1,0.1,20\n")  # of another version
     with pytest.raises(ValueError, match="not the metrics of a run"):
-        curves.read("d", tmp_path / "run")
+        figure1.read("d", tmp_path / "run")
 
 
 def small_recipes(monkeypatch):
@@ -323,7 +318,7 @@ def test_figure1_has_the_measurements_of_ours(plan, folder):
     setting = measurement(shipped, networks)
     assert (setting.sigma, setting.noise, setting.padding_mode) == (5.0, 0.01, "zeros")
     assert measurement(replace(shipped, sigma=2.0), networks).sigma == 2.0
-    values = figure1.settings("ours", replace(plan, sigma=5.0, noise=0.02, resize=None, squash=True), 10)
+    values = figure1.settings("ours", replace(plan, resize=None, squash=True), 10, replace(setting, noise=0.02))
     assert (values["sigma"], values["noise"], values["squash"]) == (5.0, 0.02, False)
 
 
@@ -333,7 +328,7 @@ def test_figure1_trains_as_the_documented_settings_say():
         pytest.skip("outside the repository")
     plan = Plan(data=Path("faces"), steps=5000)
     for recipe, file in (("paper", "paper.yaml"), ("ours", "filtered.yaml")):
-        mine = make_settings(figure1.settings(recipe, plan, 10_000)).resolved()
+        mine = make_settings(figure1.settings(recipe, plan, 10_000, CONFIGS["ours"])).resolved()
         assert (mine.train, mine.validation, mine.crop, mine.log_every) == (1600, 400, 128, 1)
         values = {"data": "faces", **read_settings(documented / file)}
         theirs = make_settings({**values, "train": 1600, "validation": 400, "crop": 128}).resolved()
@@ -356,21 +351,23 @@ def test_figure2_measures_below_the_cap_and_marks_what_it_extrapolates(tmp_path,
         assert beyond.seconds == pytest.approx(measured.seconds * (16 / 12) ** 2)
         assert beyond.ratio == pytest.approx(beyond.seconds / found[figure2.OURS, 16].seconds)
     assert found[figure2.PUBLISHED, 16].how in ("rounds", "once") and found[figure2.OURS, 16].how == "rounds"
-    figure2.plot(times, "title", tmp_path / "figure2.png")
+    figure2.figure(times, "title").savefig(tmp_path / "figure2.png")
     assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
     table = figure2._markdown(times)
     assert table.count("≈") == 2 and "| 12² | 16² |" in table
 
 
 def test_the_jacobian_based_side_solves_the_normal_equations_and_the_others_do_not(monkeypatch):
-    from jfbfast.benchmarks import implicit_rivals, problem
+    from jfbfast.benchmarks import problem, step_sides
     from jfbfast.implicit.methods import Implicit
 
-    seen = {}
-    monkeypatch.setattr(implicit_rivals, "ours", lambda given, layer, half, **options: seen.update(options) or options)
+    monkeypatch.setattr(step_sides, "ours", lambda given, **options: options)
     given = problem.problem(problem.Weights(torch.nn.Identity(), 0.05, 3, 0.7, 0.01), 12, 1, torch.device("cpu"))
-    made = {name: make() for name, make in implicit_rivals.jacobian_sides(given, "paper")}
-    assert made[figure2.CG]["gradient"] == Implicit("cg") and made[figure2.GMRES]["gradient"] == Implicit("gmres")
+    made = step_sides.sides(given, exact=True)
+    assert made[figure2.CG]() == {"gradient": Implicit("cg")} and made[figure2.GMRES]() == {
+        "gradient": Implicit("gmres")
+    }
+    assert made[figure2.OURS]() == {}
 
 
 @pytest.mark.filterwarnings("ignore")
