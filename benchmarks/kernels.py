@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from jfbfast import backend
@@ -25,10 +28,12 @@ from jfbfast.operators.tables import bands
 from jfbfast.solvers import Anderson
 
 from . import machine, report, rivals
-from .kernels_report import OURS_BF16, PARAMETERS, figure, tables
-from .report import OURS, Row
+from .report import OURS, Row, distinct, where
 from .timing import Sampler, Timing, between_evaluations, interleave, spread, timed
 
+OURS_BF16 = "jfbfast bf16"
+PARAMETERS = {"blur": "radius", "data step": "radius", "Anderson step": "memory", "conv3x3": "channels"}
+_BOUNDS = ("triad", "launch", "the map", "direct at peak")  # sides that are lower bounds, not rivals
 _STEP_SIZE = 0.5
 _STEPS = 6  # of Anderson's method with a full history, in one solve
 
@@ -261,15 +266,13 @@ def measure(plan: Plan, device: torch.device, console: Console) -> list[Row]:
     missing = rivals.missing(("kornia", "torchvision", "torchdeq", "deepinv"), say)
     triads: list[float] = []
     measured: dict[Case, dict[str, Timing]] = {}
-    kernel = None
-    for case in plan.cases():
-        if case.kernel != kernel:
-            triads += machine.bandwidth_samples(plan.triad_bytes, device)
-            kernel = case.kernel
-        with console.status(str(case)):
-            torch.compiler.reset()  # otherwise the shapes of earlier cases make it compile a general function
-            sides = _SIDES[kernel](case, plan, device, missing) | _bounds(case, device)
-            measured[case] = interleave(sides, plan.seconds, partial(say, f"{case}:"))
+    for kernel, cases in groupby(plan.cases(), lambda case: case.kernel):
+        triads += machine.bandwidth_samples(plan.triad_bytes, device)
+        for case in cases:
+            with console.status(str(case)):
+                torch.compiler.reset()  # otherwise the shapes of earlier cases make it compile a general function
+                sides = _SIDES[kernel](case, plan, device, missing) | _bounds(case, device)
+                measured[case] = interleave(sides, plan.seconds, partial(say, f"{case}:"))
     triads += machine.bandwidth_samples(plan.triad_bytes, device)
 
     about, bandwidth = vars(machine.describe(device)), spread(triads).median
@@ -280,10 +283,85 @@ def measure(plan: Plan, device: torch.device, console: Console) -> list[Row]:
     ]
 
 
-def run(out: Path, quick: bool, console: Console, plan: Plan | None = None) -> None:
-    """Measure ``plan``, or else `QUICK` or `FULL`, and write kernels.csv and kernels.png into the directory."""
+def _case(row: Row) -> str:
+    name = PARAMETERS[row["kernel"]]
+    return f"{row['shape'].replace('x', '×')}, {name[0]} = {row[name]}"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table for each kernel and parameter, with a column per image shape.
+
+    The first lines are jfbfast's float32 time, its interquartile range, its bytes and its share of the bandwidth;
+    then follows the ratio of every other side.
+    """
+    for kernel in distinct(rows, "kernel"):
+        name = PARAMETERS[kernel]
+        for parameter in distinct(where(rows, kernel=kernel), name):
+            chosen = where(rows, kernel=kernel, **{name: parameter})
+            yield _table(f"{kernel}, {name} {parameter}", chosen)
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    ours = where(rows, side=OURS)
+    shapes = [row["shape"].split("x") for row in ours]
+    lines = [
+        [OURS, *(report.seconds(row["median_us"] / 1e6) for row in ours)],
+        ["  interquartile", *(f"{(row['q3_us'] - row['q1_us']) / row['median_us']:.0%}" for row in ours)],
+        ["  bytes", *(f"{report.digits(row['bytes'] / 1e6)} MB" for row in ours)],
+        ["  of bandwidth", *(f"{row['bandwidth_fraction']:.0%}" for row in ours)],
+        None,
+        *report.pivot([row for row in rows if row["side"] != OURS], lambda row: row["shape"], report.ratio),
+    ]
+    return report.table(title, ["images", *(f"{b}×{c}\n{h}×{w}" for b, c, h, w in shapes)], lines)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Two panels per kernel: the rivals' times over jfbfast's, and jfbfast's share of the bandwidth."""
+    kernels = distinct(rows, "kernel")
+    heights = [len(where(rows, kernel=kernel, side=OURS)) + 3 for kernel in kernels]
+    made = Figure(figsize=(13, 0.3 * sum(heights) + 1), layout="constrained")
+    axes = made.subplots(len(kernels), 2, squeeze=False, height_ratios=heights, width_ratios=(3, 1))
+    for (left, right), kernel in zip(axes, kernels, strict=True):
+        plot_ratios(left, where(rows, kernel=kernel))
+        report.titled(left, f"{kernel}: time of the others over jfbfast's (float32)")
+        plot_bandwidth(right, where(rows, kernel=kernel))
+        report.titled(right, "counted bytes/s over the triad's")
+    return made
+
+
+def plot_ratios(axis: Any, rows: Sequence[Row]) -> None:
+    """A line per case: each rival's ratio with its quartiles; hollow markers were measured once."""
+    cases = list(dict.fromkeys(map(_case, rows)))
+    rivals = [side for side in distinct(rows, "side") if not side.startswith(OURS) and side not in _BOUNDS]
+    axis.axvline(1, color="black", linewidth=1)
+    for i, rival in enumerate(rivals):
+        style: Row = {"marker": report.MARKERS[i % 8], "linestyle": "", "color": f"C{i}"}
+        axis.plot([], [], **style, label=rival)
+        for row in where(rows, side=rival):
+            y = cases.index(_case(row))
+            axis.plot((row["ratio_q1"], row["ratio_q3"]), (y, y), color=f"C{i}", linewidth=1)
+            axis.plot(row["ratio"], y, **style, fillstyle="none" if row["samples"] == 1 else "full")
+    axis.set_xscale("log")
+    report.listed(axis, dict(enumerate(cases)), len(cases))
+    report.logarithmic(axis.xaxis, lambda value: f"{value:g}×")
+
+
+def plot_bandwidth(axis: Any, rows: Sequence[Row]) -> None:
+    """A bar per case and dtype."""
+    cases = list(dict.fromkeys(map(_case, rows)))
+    for side, offset in ((OURS, -0.2), (OURS_BF16, 0.2)):
+        bars = {cases.index(_case(row)) + offset: row["bandwidth_fraction"] for row in where(rows, side=side)}
+        if bars:
+            axis.barh(list(bars), list(bars.values()), 0.4, label=side)
+    axis.axvline(1, color="black", linewidth=1)
+    report.listed(axis, {}, len(cases))
+
+
+def run(out: Path, quick: bool, console: Console) -> None:
+    """Measure `QUICK` or `FULL`, and write kernels.csv and kernels.png into the directory."""
     torch.manual_seed(0)
-    device, warning = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
-    rows = measure(plan or (QUICK if quick else FULL), device, console)
+    device, warnings = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
+    rows = measure(QUICK if quick else FULL, device, console)
     about = f"{machine.describe(device)}; triad {rows[0]['triad_gb_per_s']:.1f} GB/s"
-    report.publish("kernels", out, console, rows, tables(rows, about, warning), figure(rows, about))
+    note = "n×: the side's time over jfbfast's in float32, the median of interleaved rounds; ~ measured once"
+    report.publish("kernels", out, console, rows, tables(rows), figure(rows), about, note, *warnings)

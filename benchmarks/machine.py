@@ -59,13 +59,12 @@ def describe(device: torch.device) -> Machine:
     )
 
 
-def disturbance() -> str | None:
-    """A warning if the load average of the last minute shows that other programs use the machine; else None."""
+def disturbance() -> list[str]:
+    """A warning if the load average of the last minute shows that other programs use the machine."""
     cores = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load < _BUSY * cores:
-        return None
-    return f"other programs are using this machine (load {load:.1f} on {cores} cores): do not trust these figures"
+    warning = f"other programs are using this machine (load {load:.1f} on {cores} cores): do not trust these figures"
+    return [warning] if load >= _BUSY * cores else []
 
 
 def triad(size: int, device: torch.device) -> Callable[[], object]:

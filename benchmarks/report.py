@@ -51,13 +51,16 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], significant: int = 
 
 
 def publish(
-    name: str, out: Path, console: Console, rows: Sequence[Row], tables: Iterable[Table], figure: Figure
+    name: str, out: Path, console: Console, rows: Sequence[Row], tables: Iterable[Table], figure: Figure, *notes: str
 ) -> None:
-    """Print the tables, and write ``name``.csv and ``name``.png into the directory."""
+    """Print the tables and notes, and write ``name``.csv and ``name``.png; the first note also heads the picture."""
     for each in tables:
         console.print(each)
+    for note in notes:
+        console.print(note, highlight=False)
     data, picture = out / f"{name}.csv", out / f"{name}.png"
     write_csv(data, rows, significant=6)
+    figure.suptitle(notes[0], fontsize=9)
     figure.savefig(picture, dpi=110)
     console.print(f"Every side of every case: {data}\nPicture: {picture}", highlight=False)
 
@@ -78,14 +81,6 @@ def table(
     return made
 
 
-def notes(*lines: str | None) -> Table:
-    """Lines of text below the tables."""
-    made = Table.grid()
-    for line in filter(None, lines):
-        made.add_row(line)
-    return made
-
-
 def distinct(rows: Iterable[Row], *columns: str) -> list[Any]:
     """The values of a column, or tuples of those of several, in order of appearance."""
     return list(dict.fromkeys(row[columns[0]] if len(columns) == 1 else tuple(row[c] for c in columns) for row in rows))
@@ -101,6 +96,18 @@ def pivot(rows: Sequence[Row], column: Callable[[Row], Hashable], cell: Callable
     values = dict.fromkeys(map(column, rows))
     cells = {(row["side"], column(row)): cell(row) for row in rows}
     return [[side, *(cells.get((side, value), "–") for value in values)] for side in distinct(rows, "side")]
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown: text in the first column, numbers in the others."""
+    every = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every)
+
+
+def section(title: str, text: str, name: str, *more: str) -> str:
+    """A section in Markdown, with the picture ``name``.png and the data ``name``.csv and ``more``."""
+    data = ", ".join(f"[{file}]({file})" for file in (f"{name}.csv", *more))
+    return f"## {title}\n\n{text}\n\n![{title}]({name}.png)\n\nData: {data}."
 
 
 def listed(axis: Any, labels: Mapping[float, str], height: float) -> None:

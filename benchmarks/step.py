@@ -19,14 +19,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jfbfast import ConvergenceWarning
+from jfbfast import ConvergenceWarning, checks
 
 from . import machine, report, rivals
 from .memory import peak_megabytes
 from .problem import Problem, Weights, fixed_point, has_batch_statistics, problem, trained, untrained
 from .report import OURS, Row
 from .split import split
-from .step_report import figure, tables
+from .step_report import NOTE, figure, tables
 from .step_sides import Side, sides
 from .timing import first_line, interleave, timed
 
@@ -278,11 +278,10 @@ def run(
         ValueError: a batch below 1; weights with which no layer has a fixed point.
     """
     torch.manual_seed(0)
-    device, warning = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
+    device, busy = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
     plan = plan or (QUICK if quick else FULL)
     if batch is not None:
-        if batch < 1:
-            raise ValueError(f"batch is {batch}; it takes an integer of at least 1")
+        checks.integer("batch", batch, 1)
         plan = replace(plan, batch=batch)
     weights = untrained(plan.features, plan.depth) if checkpoint is None else trained(checkpoint)
     with warnings.catch_warnings():
@@ -291,4 +290,4 @@ def run(
     if not rows:
         raise ValueError("no layer has a fixed point with these weights; there is nothing to measure")
     about = str(machine.describe(device))
-    report.publish("step", out, console, rows, tables(rows, about, warning), figure(rows, about))
+    report.publish("step", out, console, rows, tables(rows), figure(rows), about, NOTE, *busy)

@@ -15,10 +15,14 @@ from .report import OURS, Row, distinct, where
 from .split import PARTS
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
+NOTE = (
+    "n× in k: the side's time over jfbfast's of the same dtype, the median of interleaved rounds, and its "
+    "evaluations of the layer; ~ measured once. Errors: ‖x − x*‖/‖x*‖, the largest of the batch"
+)
 _GRIDS = ("size", "evaluations")  # experiments, named by the column that changes
 
 
-def tables(rows: Sequence[Row], about: str, warning: str | None = None) -> Iterator[Table]:
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Each layer at equal error; the split of our step; time against size and against evaluations; memory."""
     steps = where(rows, experiment="step")
     for title, block in _blocks(steps).items():
@@ -39,11 +43,6 @@ def tables(rows: Sequence[Row], about: str, warning: str | None = None) -> Itera
         lines = [[row["side"], str(row["evaluations"]), f"{row['peak_mb']:.0f} MB"] for row in memory]
         title = f"memory of a step, {_title(memory[0])}, float32"
         yield report.table(title, ["side", "evaluations", "peak"], lines, min_width=60)
-    note = (
-        "n× in k: the side's time over jfbfast's of the same dtype, the median of interleaved rounds, and its "
-        "evaluations of the layer; ~ measured once. Errors: ‖x − x*‖/‖x*‖, the largest of the batch"
-    )
-    yield report.notes(about, note, warning and f"[yellow]{warning}[/]")
 
 
 def _title(row: Row) -> str:
@@ -82,7 +81,7 @@ def _grid_case(row: Row, column: str) -> str:
     return f"{row['layer']} layer, batch {row['batch']}, {held}, float32"
 
 
-def figure(rows: Sequence[Row], about: str) -> Figure:
+def figure(rows: Sequence[Row]) -> Figure:
     """Four panels: the step at equal error, time against image size and against evaluations, and our split."""
     steps = where(rows, experiment="step")
     colours = {side: "black" if side == OURS else f"C{i}" for i, side in enumerate(distinct(rows, "side"))}
@@ -96,7 +95,6 @@ def figure(rows: Sequence[Row], about: str) -> Figure:
         _plot_grid(axis, where(rows, experiment=column), column, colours, legend=i == 0)
     lowest = min(distinct(steps, "target_error"))
     _plot_split(made.add_subplot(grid[-1, 1]), where(steps, side=OURS, target_error=lowest))
-    made.suptitle(about, fontsize=9)
     return made
 
 

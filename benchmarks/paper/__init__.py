@@ -16,20 +16,13 @@ PARTS = ("figure1", "table1", "table2", "figure2")
 
 
 def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, parts: tuple[str, ...] = PARTS) -> None:
-    """Make the parts; all of them together also make the page ``out``/paper.md.
-
-    Args:
-        out: the directory, created if missing.
-        quick: small sizes, if no ``plan`` is given.
-        console: for progress and tables.
-        plan: what to make the parts of.
-        parts: any of `PARTS`.
+    """Make the ``parts`` of ``plan``, or else of a small or the default one; the directory is created if missing.
 
     Raises:
         ValueError: an unknown part, options that contradict each other, or a checkpoint for another role.
         ImageError: a photograph that cannot be used.
     """
-    from . import figure1, figure2, page, tables
+    from . import figure1, figure2, tables
     from .study import LABELS, Study, free_photographs, load_networks, measurement
 
     for part in parts:
@@ -53,6 +46,22 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
             make = tables.table1 if part == "table1" else tables.table2
             sections.append(make(study, out))
     if study is not None and set(parts) == set(PARTS):
-        missing = {LABELS[name]: why for name, why in study.missing.items()}
-        page.write(out / "paper.md", sections, plan.seed, missing)
+        missing = [f"- {LABELS[name]}: {why}." for name, why in study.missing.items()]
+        if missing:
+            sections.insert(0, "Missing:\n\n" + "\n".join(missing))
+        (out / "paper.md").write_text("\n\n".join([_heading(plan.seed), *sections]) + "\n", encoding="utf-8")
         console.print(f"The page: {out / 'paper.md'}", highlight=False)
+
+
+def _heading(seed: int) -> str:
+    from ..machine import default_device, describe
+
+    about = describe(default_device())
+    return (
+        "# The paper's tables and figures, measured here\n\n"
+        "By `jfbfast bench paper`, after Liu, Tong and Zhao (2024), "
+        "[arXiv 2402.02065](https://arxiv.org/abs/2402.02065). "
+        "PSNR at the true range 2 of images in [−1, 1] and, where marked, with a peak of 1, as in the paper's code.\n\n"
+        f"jfbfast {about.jfbfast}, torch {about.torch}, {about.device} ({about.instruction_sets}), "
+        f"{about.threads} threads, seed {seed}."
+    )

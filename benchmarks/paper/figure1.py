@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -20,8 +19,8 @@ from jfbfast.models.checkpoint import ModelConfig
 from jfbfast.models.pretrained import SETTING
 
 from .. import report
+from ..report import Row, distinct, where
 from . import published
-from .page import Section, markdown_table
 from .plan import Plan
 
 # As docs/training/paper.yaml and filtered.yaml, but for the sizes.
@@ -52,29 +51,16 @@ NAMES = {"paper": "DE-GRAD by the paper's recipe", "ours": "filtered DE-GRAD (ou
 PUBLISHED = "DE-GRAD by the published loop"
 
 
-@dataclass(frozen=True)
-class Point:
-    """A row of a run's metrics.csv."""
+class Curve(NamedTuple):
+    """A run, with the rows of its metrics.csv, and how many photographs it trains on, if these are found.
 
-    phase: str  # "pretraining" or "training"
-    step: int  # within the phase
-    total_step: int  # including the phases before
-    epoch: float | None  # passes over the training photographs; None if these are not found
-    seconds: float  # since the run began
-    loss: float | None  # of one batch, as psnr
-    psnr: float | None
-    mean_loss: float | None  # in the row of a validation: the mean since the validation before
-    val_loss: float | None  # of a validation, a mean over its images, as val_psnr
-    val_psnr: float | None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A run."""
+    The rows have three more columns: ``total_step`` counts the steps of all phases, ``epoch`` the passes over the
+    training photographs, and ``mean_loss``, in the row of a validation, is the mean loss since the one before.
+    """
 
     name: str
-    points: tuple[Point, ...]  # in order
-    photographs: int | None  # how many it trains on, if these are found
+    points: list[Row]
+    photographs: int | None
 
 
 def read(name: str, directory: Path) -> Curve:
@@ -100,28 +86,24 @@ def read(name: str, directory: Path) -> Curve:
             batches = photographs / settings.batch_size
         except (ImageError, ValueError):
             pass
-    return Curve(name, tuple(_points(rows, batches)), photographs)
+    return Curve(name, list(_points(rows, batches)), photographs)
 
 
-def _number(row: Mapping[str, str], name: str) -> float | None:
-    value = float(row[name] or "nan")
-    return value if math.isfinite(value) else None
-
-
-def _points(rows: Sequence[Mapping[str, str]], batches: float | None) -> Iterator[Point]:
+def _points(rows: Sequence[Mapping[str, str]], batches: float | None) -> Iterator[Row]:
     phase, before, step, losses = rows[0]["phase"], 0, 0, list[float]()
     for row in rows:
         if row["phase"] != phase:
             phase, before, losses = row["phase"], before + step, []
         step = int(row["step"])
-        loss, psnr, val_loss, val_psnr = (_number(row, name) for name in ("loss", "psnr", "val_loss", "val_psnr"))
-        if loss is not None:
-            losses.append(loss)
+        numbers = {name: float(row[name] or "nan") for name in ("seconds", "loss", "psnr", "val_loss", "val_psnr")}
+        point: Row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        if point["loss"] is not None:
+            losses.append(point["loss"])
         mean = None
-        if val_loss is not None and losses:
+        if point["val_loss"] is not None and losses:
             mean, losses = sum(losses) / len(losses), []
-        epoch = None if batches is None else (before + step) / batches
-        yield Point(phase, step, before + step, epoch, float(row["seconds"]), loss, psnr, mean, val_loss, val_psnr)
+        epoch = batches and (before + step) / batches
+        yield {"phase": phase, "step": step, "total_step": before + step, "epoch": epoch, **point, "mean_loss": mean}
 
 
 def settings(recipe: str, plan: Plan, photographs: int, setting: ModelConfig) -> dict[str, Any]:
@@ -176,10 +158,10 @@ def _curves(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> It
         yield read(name, directory)
 
 
-def run(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> Section:
+def run(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> str:
     """Write figure1.csv and figure1.png; ``setting`` holds the measurements that it trains for."""
     curves = list(_curves(plan, setting, out, console))
-    rows = ({"run": curve.name, **vars(point)} for curve in curves for point in curve.points)
+    rows = ({"run": curve.name, **point} for curve in curves for point in curve.points)
     report.write_csv(out / "figure1.csv", rows)
     figure(curves).savefig(out / "figure1.png", dpi=130)
     console.print(f"Picture: {out / 'figure1.png'}", highlight=False)
@@ -187,7 +169,7 @@ def run(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> Sectio
         "The mean squared error of images in [−1, 1]. The training loss is the mean since the validation before; "
         f"pretraining, by denoising, is dotted.\n\n{_markdown(curves)}"
     )
-    return Section("Figure 1: training", text, "figure1.png", ("figure1.csv",))
+    return report.section("Figure 1: training", text, "figure1")
 
 
 def _markdown(curves: Sequence[Curve]) -> str:
@@ -195,29 +177,41 @@ def _markdown(curves: Sequence[Curve]) -> str:
     lines = []
     for curve in curves:
         last = curve.points[-1]
-        epochs = "" if last.epoch is None else f"{last.epoch:.1f}"
-        cells = [str(curve.photographs or ""), str(last.total_step), epochs, f"{last.seconds / 60:.1f}", "", "", ""]
-        validations = [point for point in curve.points if point.val_loss is not None and point.phase == last.phase]
-        if validations:
-            at = validations[-1]
-            mean = "" if at.mean_loss is None else f"{at.mean_loss:.2e}"
-            cells[-3:] = mean, f"{at.val_loss:.2e}", f"{at.val_psnr:.2f} dB"
-        lines.append([curve.name, *cells])
-    return markdown_table(header, lines)
+        validated: Row = {"mean_loss": None, "val_loss": None, "val_psnr": None}
+        for point in curve.points:
+            if point["phase"] == last["phase"] and point["val_loss"] is not None:
+                validated = point
+        lines.append(
+            [
+                curve.name,
+                _told(curve.photographs, "d"),
+                _told(last["total_step"], "d"),
+                _told(last["epoch"], ".1f"),
+                _told(last["seconds"] / 60, ".1f"),
+                _told(validated["mean_loss"], ".2e"),
+                _told(validated["val_loss"], ".2e"),
+                _told(validated["val_psnr"], ".2f", " dB"),
+            ]
+        )
+    return report.markdown_table(header, lines)
+
+
+def _told(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def figure(curves: Sequence[Curve]) -> Figure:
     """The losses of all runs, on the left against steps, on the right against time."""
     made = Figure(figsize=(12, 4.9), layout="constrained")
     left, right = made.subplots(1, 2, sharey=True)
-    longest = max(point.seconds for curve in curves for point in curve.points)
+    longest = max(point["seconds"] for curve in curves for point in curve.points)
     unit, scale = ("hours", 3600) if longest > 5400 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     for i, curve in enumerate(curves):
-        _plot_curve(left, curve, lambda point: point.total_step, f"C{i}")
-        _plot_curve(right, curve, lambda point: point.seconds / scale, f"C{i}")
+        _plot_curve(left, curve, "total_step", 1, f"C{i}")
+        _plot_curve(right, curve, "seconds", scale, f"C{i}")
         size = ""
         if curve.photographs is not None:
-            size = f", {curve.photographs:,} photographs, {curve.points[-1].epoch:.1f} epochs"
+            size = f", {curve.photographs:,} photographs, {curve.points[-1]['epoch']:.1f} epochs"
         left.plot([], [], color=f"C{i}", linewidth=3, label=f"{curve.name}{size}")
     for axis, label in ((left, "steps"), (right, f"{unit} of training and validation")):
         axis.set_yscale("log")
@@ -232,17 +226,16 @@ def figure(curves: Sequence[Curve]) -> Figure:
     return made
 
 
-def _plot_curve(axis: Any, curve: Curve, place: Callable[[Point], float], colour: str) -> None:
+def _plot_curve(axis: Any, curve: Curve, column: str, scale: float, colour: str) -> None:
     """Batches as a faint line, their means and the validations as strong ones; phases before the last are dotted."""
-    last = curve.points[-1].phase
-    for phase in dict.fromkeys(point.phase for point in curve.points):
-        for name, line, marker, width, alpha in (
-            ("loss", "-", "", 0.8, 0.35),
-            ("mean_loss", "-", ".", 1.8, 1.0),
-            ("val_loss", "--", "o", 1.3, 1.0),
+    last = curve.points[-1]["phase"]
+    for phase in distinct(curve.points, "phase"):
+        for loss, line, width, style in (
+            ("loss", "-", 0.8, {"alpha": 0.35}),
+            ("mean_loss", "-", 1.8, {"marker": "."}),
+            ("val_loss", "--", 1.3, {"marker": "o", "markersize": 4}),
         ):
-            points = [point for point in curve.points if point.phase == phase and getattr(point, name) is not None]
-            style = {"color": colour, "linewidth": width, "alpha": alpha, "marker": marker}
-            style["markersize"] = 4 if marker == "o" else 6
-            losses = [getattr(point, name) for point in points]
-            axis.plot(list(map(place, points)), losses, line if phase == last else ":", **style)
+            points = [point for point in where(curve.points, phase=phase) if point[loss] is not None]
+            places = [point[column] / scale for point in points]
+            line = line if phase == last else ":"
+            axis.plot(places, [point[loss] for point in points], line, color=colour, linewidth=width, **style)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
+
+from jfbfast import checks
 
 SIZES = (16, 32, 48, 64, 80, 96, 112, 128)
 
@@ -69,15 +70,13 @@ class Plan:
     seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "steps", "crop", "training_batch", "step_batch", "evaluations", "batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                also = "None or " if name == "limit" else ""
-                raise ValueError(f"{name} is {value}; it takes {also}an integer of at least 1")
-        if self.images < 2:
-            raise ValueError(f"images is {self.images}; it takes an integer of at least 2")
-        if self.published is not None and not 0 < self.published < math.inf:
-            raise ValueError(f"published is {self.published}; it takes a positive number of minutes")
+        for name in ("pictures", "steps", "crop", "training_batch", "step_batch", "evaluations", "batch_size"):
+            checks.integer(name, getattr(self, name), 1)
+        checks.integer("images", self.images, 2)
+        if self.limit is not None:
+            checks.integer("limit", self.limit, 1)
+        if self.published is not None:
+            checks.positive("published", self.published)
         if not self.sizes or min(self.sizes) < 8:
             raise ValueError(f"sizes is {self.sizes}; it takes integers of at least 8")
 

@@ -19,8 +19,7 @@ from jfbfast.experiments.evaluation import Scores, measurements, write_tuning
 from jfbfast.imaging.quality import PAPER_OFFSET, psnr, ssim
 from jfbfast.solvers import ConvergenceWarning, Status
 
-from ..report import write_csv
-from .page import Section, markdown_table
+from ..report import markdown_table, section, write_csv
 from .study import LABELS, Study
 
 METHODS = ("blurred", "direct-inverse", "gradient-descent", "paper", "ours")  # of Table 1
@@ -78,7 +77,7 @@ def _restored(study: Study, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -
     return Restored("measurement" if name == "blurred" else LABELS[name], images, rows)
 
 
-def table1(study: Study, out: Path) -> Section:
+def table1(study: Study, out: Path) -> str:
     """Write table1.csv and table1.png."""
     with study.console.status("restoring"):
         truth, found = restore(study)
@@ -89,7 +88,7 @@ def table1(study: Study, out: Path) -> Section:
     images = zip(*(restored.rows for restored in found), strict=True)
     lines = [[rows[0]["image"], *map(_quality, rows)] for rows in images]
     text = f"PSNR in dB at range 2, and SSIM. {study.about()}\n\n{markdown_table(header, lines)}"
-    return Section("Table 1: pictures", text, "table1.png", ("table1.csv",))
+    return section("Table 1: pictures", text, "table1")
 
 
 def _quality(row: Mapping[str, Any]) -> str:
@@ -112,7 +111,7 @@ def _pictures(truth: Sequence[Tensor], found: Sequence[Restored]) -> Figure:
     return figure
 
 
-def table2(study: Study, out: Path) -> Section:
+def table2(study: Study, out: Path) -> str:
     """Write table2.csv, table2-tuning.csv and table2.png."""
     missing, choices = dict(study.missing), {}
     for name in [name for name in LABELS if name in study.methods]:
@@ -142,7 +141,7 @@ def table2(study: Study, out: Path) -> Section:
     write_tuning(out / "table2-tuning.csv", scores)
     _comparison(found, study.about()).savefig(out / "table2.png", dpi=130)
     text = f"{study.about()} Means, ± half of the 95% confidence interval.\n\n{_markdown(rows)}\n\n{_tuned(scores)}"
-    return Section("Table 2: quality", text, "table2.png", ("table2.csv", "table2-tuning.csv"))
+    return section("Table 2: quality", text, "table2", "table2-tuning.csv")
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:

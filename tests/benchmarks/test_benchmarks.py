@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from helpers.rivals import optional
 from jfbfast import Anderson, GaussianBlur
-from jfbfast.benchmarks import kernels, kernels_report, machine, report, rivals, run
+from jfbfast.benchmarks import kernels, machine, report, rivals, run
 from jfbfast.benchmarks.timing import between_evaluations, compare, interleave, spread, timed
 from jfbfast.cli import app
 
@@ -164,7 +164,8 @@ def test_a_tiny_benchmark_writes_its_table_csv_and_picture(tmp_path, monkeypatch
     import_ = rivals.quiet_import
     monkeypatch.setattr(rivals, "quiet_import", lambda n: "kornia is not installed" if n == "kornia" else import_(n))
     console = Console(record=True, width=80)
-    kernels.run(tmp_path, True, console, TINY)
+    monkeypatch.setattr(kernels, "QUICK", TINY)
+    kernels.run(tmp_path, True, console)
     text = console.export_text()
     assert "kornia is not installed; it is left out" in text
     assert "Anderson step, memory 3" in text and torch.__version__ in text and "…" not in text
@@ -200,7 +201,7 @@ def test_a_rival_is_not_charged_for_the_layout_of_its_tensors(monkeypatch):
 def test_the_panels_of_a_kernel_without_bfloat16_do_not_name_it():
     case, timing = kernels.Case("conv3x3", 16, (2, 16, 8, 8)), compare("wall", [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     rows = [case.row(name, timing, 1.0) for name in ("jfbfast", "jfbfast with its transform", "conv2d NHWC")]
-    for draw, names in ((kernels_report.plot_ratios, ["conv2d NHWC"]), (kernels_report.plot_bandwidth, ["jfbfast"])):
+    for draw, names in ((kernels.plot_ratios, ["conv2d NHWC"]), (kernels.plot_bandwidth, ["jfbfast"])):
         axis = Figure().subplots()
         draw(axis, rows)
         assert axis.get_legend_handles_labels()[1] == names

@@ -204,20 +204,20 @@ def test_figure1_reads_the_phases_of_a_run(folder, tmp_path):
     curve = figure1.read("a", tmp_path / "run")
     points = curve.points
     assert curve.photographs == 4
-    assert [p.phase for p in points] == ["pretraining"] * 4 + ["training"] * 6
-    assert [p.step for p in points] == [1, 2, 2, 3, 1, 2, 2, 3, 4, 4]
-    assert [p.total_step for p in points] == [1, 2, 2, 3, 4, 5, 5, 6, 7, 7]
-    assert [p.epoch for p in points] == [2.0 * p.total_step for p in points]  # 8 of 4 photographs a step
-    assert [p.seconds for p in points] == [2.5, 5, 6, 8, 10, 12, 13, 15, 17, 18]
-    assert [p.loss for p in points] == [0.4, 0.2, None, 0.1, 0.08, 0.06, None, None, 0.04, None]
-    assert [(p.total_step, p.val_loss) for p in points if p.val_loss] == [(2, 0.5), (5, 0.09), (7, 0.05)]
+    assert [p["phase"] for p in points] == ["pretraining"] * 4 + ["training"] * 6
+    assert [p["step"] for p in points] == [1, 2, 2, 3, 1, 2, 2, 3, 4, 4]
+    assert [p["total_step"] for p in points] == [1, 2, 2, 3, 4, 5, 5, 6, 7, 7]
+    assert [p["epoch"] for p in points] == [2.0 * p["total_step"] for p in points]  # 8 of 4 photographs a step
+    assert [p["seconds"] for p in points] == [2.5, 5, 6, 8, 10, 12, 13, 15, 17, 18]
+    assert [p["loss"] for p in points] == [0.4, 0.2, None, 0.1, 0.08, 0.06, None, None, 0.04, None]
+    assert [(p["total_step"], p["val_loss"]) for p in points if p["val_loss"]] == [(2, 0.5), (5, 0.09), (7, 0.05)]
     # Of the losses since the validation before, in the phase.
-    means = [p.mean_loss for p in points if p.mean_loss]
+    means = [p["mean_loss"] for p in points if p["mean_loss"]]
     assert means == pytest.approx([0.3, 0.07, 0.04])
 
     (tmp_path / "run" / "config.yaml").unlink()
     unknown = figure1.read("b", tmp_path / "run")
-    assert unknown.photographs is None and all(p.epoch is None for p in unknown.points)
+    assert unknown.photographs is None and all(p["epoch"] is None for p in unknown.points)
 
     figure1.figure([curve, unknown]).savefig(tmp_path / "figure1.png")
     assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
@@ -340,17 +340,17 @@ def test_figure1_trains_as_the_documented_settings_say():
 def test_figure2_measures_below_the_cap_and_marks_what_it_extrapolates(tmp_path, monkeypatch):
     plan = replace(Plan(), sizes=(16, 12), step_batch=1, evaluations=2, seconds=0.05, cap=1e9)
     times = figure2.measure(plan, QUIET, 4, 3)
-    assert [(t.size, t.side) for t in times] == [(size, side) for size in (12, 16) for side in figure2.LABELS]
-    assert all(t.how in ("rounds", "once") and t.seconds > 0 and t.ratio > 0 for t in times)
+    assert [(t["size"], t["side"]) for t in times] == [(size, side) for size in (12, 16) for side in figure2.LABELS]
+    assert all(t["how"] in ("rounds", "once") and t["seconds"] > 0 and t["ratio"] > 0 for t in times)
 
     times = figure2.measure(replace(plan, cap=1e-9), QUIET, 4, 3)
-    found = {(t.side, t.size): t for t in times}
+    found = {(t["side"], t["size"]): t for t in times}
     for side in (figure2.CG, figure2.GMRES):
         measured, beyond = found[side, 12], found[side, 16]
-        assert measured.how != "extrapolated" and beyond.how == "extrapolated" and beyond.q1 is None
-        assert beyond.seconds == pytest.approx(measured.seconds * (16 / 12) ** 2)
-        assert beyond.ratio == pytest.approx(beyond.seconds / found[figure2.OURS, 16].seconds)
-    assert found[figure2.PUBLISHED, 16].how in ("rounds", "once") and found[figure2.OURS, 16].how == "rounds"
+        assert measured["how"] != "extrapolated" and beyond["how"] == "extrapolated" and beyond["q1"] is None
+        assert beyond["seconds"] == pytest.approx(measured["seconds"] * (16 / 12) ** 2)
+        assert beyond["ratio"] == pytest.approx(beyond["seconds"] / found[figure2.OURS, 16]["seconds"])
+    assert found[figure2.PUBLISHED, 16]["how"] in ("rounds", "once") and found[figure2.OURS, 16]["how"] == "rounds"
     figure2.figure(times, "title").savefig(tmp_path / "figure2.png")
     assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
     table = figure2._markdown(times)
