@@ -135,11 +135,11 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _compiled(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    """The function compiled for exactly these shapes."""
-    compiled = torch.compile(function, dynamic=False)
-    compiled(*arguments)
-    return lambda: compiled(*arguments)
+def _compiled(call: partial[Tensor], device: torch.device) -> Sampler:
+    """The call, compiled for exactly its shapes before it is timed."""
+    compiled = partial(torch.compile(call.func, dynamic=False), *call.args)
+    compiled()
+    return timed(compiled, device)
 
 
 def operator_sides(case: Case, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
@@ -152,18 +152,17 @@ def operator_sides(case: Case, plan: Plan, device: torch.device, missing: set[st
     forward, adjoint = (bands(blur.taps, case.shape[2:], torch.float32, device, a) for a in (False, True))
     if step:
         ours: Callable[..., Tensor] = partial(blur.gradient_step, step_size=eta)
-        definition: Callable[..., Tensor] = reference.gradient_step
-        arguments = (*images, eta, forward, adjoint)
+        definition = partial(reference.gradient_step, images[0], images[1], images[2], eta, forward, adjoint)
     else:
-        ours, definition, arguments = blur, reference.blur, (*images, forward)
+        ours, definition = blur, partial(reference.blur, images[0], forward)
 
     sides: Sides = {
         OURS: partial(timed, partial(ours, *images), device),
         OURS_BF16: partial(timed, partial(ours, *halves), device),
-        "PyTorch": partial(timed, partial(definition, *arguments), device),
+        "PyTorch": partial(timed, definition, device),
     }
     if case.parameter <= plan.compiled_radius:
-        sides["compiled"] = lambda: timed(_compiled(definition, *arguments), device)
+        sides["compiled"] = partial(_compiled, definition, device)
     for name, make, given in (
         ("conv2d", rivals.conv2d, images),
         ("conv2d NHWC", rivals.conv2d, last),
@@ -242,15 +241,6 @@ def conv3x3_sides(case: Case, plan: Plan, device: torch.device, missing: set[str
     }
 
 
-def _bounds(case: Case, device: torch.device) -> Sides:
-    """Lower bounds of the time: the triad on as many bytes, and on a GPU the launch of one kernel."""
-    sides: Sides = {"triad": lambda: timed(machine.triad(case.bytes(4), device), device)}
-    if device.type == "cuda":
-        one = torch.rand(1, device=device)
-        sides["launch"] = lambda: timed(lambda: one.add_(1), device)
-    return sides
-
-
 _SIDES: dict[str, Callable[[Case, Plan, torch.device, set[str]], Sides]] = {
     "blur": operator_sides,
     "data step": operator_sides,
@@ -271,16 +261,16 @@ def measure(plan: Plan, device: torch.device, console: Console) -> list[Row]:
         for case in cases:
             with console.status(str(case)):
                 torch.compiler.reset()  # otherwise the shapes of earlier cases make it compile a general function
-                sides = _SIDES[kernel](case, plan, device, missing) | _bounds(case, device)
+                sides = _SIDES[kernel](case, plan, device, missing)
+                sides["triad"] = partial(timed, machine.triad(case.bytes(4), device), device)
+                if device.type == "cuda":
+                    sides["launch"] = partial(timed, partial(torch.rand(1, device=device).add_, 1), device)
                 measured[case] = interleave(sides, plan.seconds, partial(say, f"{case}:"))
     triads += machine.bandwidth_samples(plan.triad_bytes, device)
 
-    about, bandwidth = vars(machine.describe(device)), spread(triads).median
-    return [
-        {**case.row(side, timing, bandwidth), **about}
-        for case, timings in measured.items()
-        for side, timing in timings.items()
-    ]
+    bandwidth = spread(triads).median
+    rows = [case.row(side, timing, bandwidth) for case, timings in measured.items() for side, timing in timings.items()]
+    return [row | machine.describe(device) for row in rows]
 
 
 def _case(row: Row) -> str:
@@ -362,6 +352,6 @@ def run(out: Path, quick: bool, console: Console) -> None:
     torch.manual_seed(0)
     device, warnings = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
     rows = measure(QUICK if quick else FULL, device, console)
-    about = f"{machine.describe(device)}; triad {rows[0]['triad_gb_per_s']:.1f} GB/s"
+    about = f"{machine.about(device)}; triad {rows[0]['triad_gb_per_s']:.1f} GB/s"
     note = "n×: the side's time over jfbfast's in float32, the median of interleaved rounds; ~ measured once"
     report.publish("kernels", out, console, rows, tables(rows), figure(rows), about, note, *warnings)

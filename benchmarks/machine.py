@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,28 +20,13 @@ _TRIAD_SAMPLES = 7
 _BUSY = 0.5  # share of the cores, as a load average
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Device and versions; every row of a CSV repeats them."""
-
-    device: str
-    instruction_sets: str
-    threads: int
-    kernels: str
-    torch: str
-    jfbfast: str
-
-    def __str__(self) -> str:
-        return f"{self.device} ({self.instruction_sets}), {self.threads} threads; {self.kernels}; torch {self.torch}"
-
-
 def default_device() -> torch.device:
     """CUDA where there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def describe(device: torch.device) -> Machine:
-    """Name the device, its instruction sets, and the versions in use."""
+def describe(device: torch.device) -> dict[str, Any]:
+    """The device and the versions in use, as every row of a CSV repeats them."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name, instruction_sets, kernels = torch.cuda.get_device_name(device), f"sm_{major}{minor}", "Triton"
@@ -54,9 +39,19 @@ def describe(device: torch.device) -> Machine:
         instruction_sets = known or torch.backends.cpu.get_cpu_capability()
         name = fields.get("model name") or platform.processor() or platform.machine()
         kernels = native.describe()
-    return Machine(
-        name, instruction_sets, torch.get_num_threads(), kernels, str(torch.__version__), jfbfast.__version__
-    )
+    return {
+        "device": name,
+        "instruction_sets": instruction_sets,
+        "threads": torch.get_num_threads(),
+        "kernels": kernels,
+        "torch": str(torch.__version__),
+        "jfbfast": jfbfast.__version__,
+    }
+
+
+def about(device: torch.device) -> str:
+    """The same in one line."""
+    return "{device} ({instruction_sets}), {threads} threads; {kernels}; torch {torch}".format(**describe(device))
 
 
 def disturbance() -> list[str]:

@@ -95,7 +95,7 @@ def untrained(features: int, depth: int) -> Weights:
     """The paper's DnCNN at initialisation, made a contraction, so that every layer has a fixed point."""
     x = photographs(32, 4)
     network = DnCNN(3, features, depth)
-    for norm in _batch_norms(network):
+    for norm in batch_norms(network):
         norm.momentum = 1.0
     with torch.no_grad():
         network(x)  # sets the running statistics
@@ -119,18 +119,14 @@ def trained(checkpoint: str) -> Weights:
     return Weights(_settled(model.regularizer.denoiser), weight, config.kernel_size, config.sigma, config.noise)
 
 
-def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Those layers that couple the samples of a batch in train()."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm)]
-
-
-def has_batch_statistics(module: nn.Module) -> bool:
-    """Whether the module in train() couples the samples of a batch."""
-    return bool(_batch_norms(module))
 
 
 def _settled(denoiser: nn.Module) -> nn.Module:
     """Freeze the running statistics and let the spectral norms converge."""
-    for norm in _batch_norms(denoiser):
+    for norm in batch_norms(denoiser):
         norm.momentum = 0.0
     for conv in denoiser.modules():
         if isinstance(conv, SpectralNormConv2d):

@@ -68,13 +68,6 @@ def gilton_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int, tol: f
     It keeps the whole history, (B, m, N). Each step computes the whole Gram matrix GGᵀ + λI again and borders it
     with the constraint Σ αᵢ = 1. The loop ends after ``max_iter`` evaluations of the layer; from the fourth on, also
     once the batch's largest change of an iterate is below ``tol`` times its largest iterate.
-
-    Args:
-        layer: maps (B, …) to the same shape.
-        x0: where to start.
-        memory: m, the number of iterates to keep.
-        max_iter: evaluations of the layer, at most.
-        tol: relative change at which to stop; 0 never stops early.
     """
     batch, size = x0.shape[0], x0[0].numel()
     xs = x0.new_zeros(batch, memory, size)
@@ -128,20 +121,16 @@ def deepinv_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int) -> Te
     return solver()[0]["est"][0]
 
 
-def quiet_import(name: str) -> str | None:
-    """Import an optional package without its warnings; return why it cannot be imported, or None."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import_module(name)
-        except ImportError as error:
-            return f"{name} is not installed" if error.name == name else f"{name} does not load: {error}"
-    return None
-
-
 def missing(packages: Iterable[str], say: Callable[[str], object]) -> set[str]:
-    """Import the packages before anything is timed; report and return those that cannot be imported."""
-    reasons = {name: quiet_import(name) for name in packages}
-    for reason in filter(None, reasons.values()):
-        say(f"{reason}; it is left out")
-    return {name for name, reason in reasons.items() if reason}
+    """Import the packages before anything is timed, without their warnings; report and return those that fail."""
+    failed = set()
+    for name in packages:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import_module(name)
+        except ImportError as error:
+            reason = "is not installed" if error.name == name else f"does not load: {error}"
+            say(f"{name} {reason}; it is left out")
+            failed.add(name)
+    return failed

@@ -23,7 +23,7 @@ from jfbfast import ConvergenceWarning, checks
 
 from . import machine, report, rivals
 from .memory import peak_megabytes
-from .problem import Problem, Weights, fixed_point, has_batch_statistics, problem, trained, untrained
+from .problem import Problem, Weights, batch_norms, fixed_point, problem, trained, untrained
 from .report import OURS, Row
 from .split import split
 from .step_report import NOTE, figure, tables
@@ -151,16 +151,15 @@ class Benchmark:
     ) -> None:
         self.plan, self.weights, self.device, self.console = plan, weights, device, console
         self.say: Callable[..., Any] = partial(console.print, highlight=False)
-        self.machine = machine.describe(device)
         self.missing = {"torchdeq", "deepinv"} - set(libraries) | rivals.missing(libraries, self.say)
         self.rows: list[Row] = []
 
     def run(self) -> list[Row]:
         """Measure everything; the later experiments take the first layer with a fixed point."""
         for layer, size in self.plan.cases:
-            given = self._problem(size, layer)
+            given = problem(self.weights, size, self.plan.batch, self.device, layer)
             with self.console.status(f"{layer} layer, {size}²: its fixed points in float64"):
-                coupled = has_batch_statistics(self.weights.denoiser)
+                coupled = bool(batch_norms(self.weights.denoiser))
                 fixed = {statistics: fixed_point(given, statistics) for statistics in {False, coupled}}
             plain = fixed[False]
             if plain is None:
@@ -169,17 +168,13 @@ class Benchmark:
             if fixed[coupled] is None:
                 self.say(f"published loop, {layer} layer: no fixed point was found with batch statistics")
             for half in (False, True):
-                with self.console.status(f"{layer} layer, {size}², {'bfloat16' if half else 'float32'}"):
-                    self._at_equal_error(replace(given, half=half), plain, fixed[coupled])
+                self._at_equal_error(replace(given, half=half), plain, fixed[coupled])
         if self.rows:
             first = self.rows[0]  # jfbfast in float32, at the largest target
             self._against_evaluations(first["layer"])
             self.against_size(first["layer"], first["evaluations"])
             self._memory(first["layer"])
         return self.rows
-
-    def _problem(self, size: int, layer: str, batch: int | None = None) -> Problem:
-        return problem(self.weights, size, batch or self.plan.batch, self.device, layer)
 
     def _leave_out(self, name: str, failure: Exception) -> None:
         """Report a rival that cannot be measured; raise the error if it is jfbfast."""
@@ -206,7 +201,7 @@ class Benchmark:
             "dtype": "bfloat16" if given.half else "float32",
             "evaluations": evaluations,
         }
-        self.rows.append({**case, **cells, **vars(self.machine)})
+        self.rows.append({**case, **cells, **machine.describe(self.device)})
 
     def _time(self, given: Problem, made: Mapping[str, Side], counts: Mapping[str, int], label: str) -> dict[str, Row]:
         """The cells of each side's time, with that many evaluations."""
@@ -220,12 +215,13 @@ class Benchmark:
         torch.compiler.reset()
         compiling = given.layer in self.plan.compiled and not given.half
         made, found = self._make(sides(given, self.missing, compiling)), {}
-        for name, side in made.items():
-            target = coupled if side.batch_statistics and coupled is not None else fixed
-            try:
-                found[name] = find(side, target, self.plan.targets, self.plan.limit)
-            except Exception as failure:
-                self._leave_out(name, failure)
+        with self.console.status(f"{given.layer} layer: the evaluations of each side"):
+            for name, side in made.items():
+                target = coupled if side.batch_statistics and coupled is not None else fixed
+                try:
+                    found[name] = find(side, target, self.plan.targets, self.plan.limit)
+                except Exception as failure:
+                    self._leave_out(name, failure)
         for i, target_error in enumerate(self.plan.targets):
             counts = {name: each[i].evaluations for name, each in found.items()}
             times = self._time(given, made, counts, f"{given.layer} layer, error {target_error:g}")
@@ -234,7 +230,7 @@ class Benchmark:
                 self._add("step", given, name, target_error=target_error, **found[name][i]._asdict(), **time)
 
     def _against_evaluations(self, layer: str) -> None:
-        given = self._problem(self.plan.counts_size, layer)
+        given = problem(self.weights, self.plan.counts_size, self.plan.batch, self.device, layer)
         made = self._make(sides(given, self.missing))
         for count in self.plan.counts:
             for name, time in self._time(given, made, dict.fromkeys(made, count), f"{count} evaluations").items():
@@ -243,14 +239,14 @@ class Benchmark:
     def against_size(self, layer: str, evaluations: int, wanted: Collection[str] | None = None) -> None:
         """Time the sides of these names, or all, with that many evaluations at each size of the plan."""
         for size in self.plan.sizes:
-            given = self._problem(size, layer, self.plan.sizes_batch)
+            given = problem(self.weights, size, self.plan.sizes_batch, self.device, layer)
             makers = sides(given, self.missing, exact=size in self.plan.exact)
             made = self._make({name: make for name, make in makers.items() if wanted is None or name in wanted})
             for name, time in self._time(given, made, dict.fromkeys(made, evaluations), f"{size}²").items():
                 self._add("size", given, name, evaluations, **time)
 
     def _memory(self, layer: str) -> None:
-        given = self._problem(self.plan.counts_size, layer)
+        given = problem(self.weights, self.plan.counts_size, self.plan.batch, self.device, layer)
         for name, evaluations in self.plan.memory:
             if name.lower() in self.missing:
                 continue
@@ -289,5 +285,4 @@ def run(
         rows = Benchmark(plan, weights, device, console).run()
     if not rows:
         raise ValueError("no layer has a fixed point with these weights; there is nothing to measure")
-    about = str(machine.describe(device))
-    report.publish("step", out, console, rows, tables(rows), figure(rows), about, NOTE, *busy)
+    report.publish("step", out, console, rows, tables(rows), figure(rows), machine.about(device), NOTE, *busy)

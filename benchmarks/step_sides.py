@@ -21,16 +21,14 @@ from jfbfast.models.lipschitz import NormalisedConv2d
 from jfbfast.operators import inverse
 
 from . import rivals
-from .problem import Problem, has_batch_statistics, model
+from .problem import Problem, batch_norms, model
 from .report import OURS
 
 OURS_LOW, PUBLISHED = "jfbfast, solve in bf16", "published loop"
 CG, GMRES = f"{OURS}, CG", f"{OURS}, GMRES"
 
 TOL = 1e-3  # the default; our layer is prepared for it
-_REGULARIZATION = (
-    1e-10  # of the rivals' Gram matrices: between 1e-4, their default, and 1e-10 it needs fewest evaluations
-)
+_REGULARIZATION = 1e-10  # of the rivals' Gram matrices; their default of 1e-4 needs more evaluations
 
 Observer = Callable[[Tensor], None] | None  # called with the layer's value at each evaluation of a solve
 
@@ -114,7 +112,7 @@ class UsersLayer(nn.Module):
             self.log_step_size = log_parameter("step_size", 1.0)
         self.norms = [] if published else [m for m in self.modules() if isinstance(m, NormalisedConv2d)]
         self.injection = bool(getattr(self.denoiser, "injection", False))
-        self.restoration: Tensor | None = None
+        self.z: tuple[Tensor, ...] | None = None  # kept during a solve
         self.blur = rivals.conv2d(weights.kernel_size, weights.sigma, d.contiguous(memory_format=self.format))
         taps = GaussianBlur(weights.kernel_size, weights.sigma).taps
         self.factors = inverse.factors(taps, (d.shape[-2], d.shape[-1]), d.dtype, d.device)
@@ -131,14 +129,14 @@ class UsersLayer(nn.Module):
         x0, beside = (adjoint, d) if self.given.layer == "paper" else (self.solve(adjoint), adjoint)
         for conv in self.norms:
             conv.materialise()
-        self.see, self.restoration = see, self.restored(beside) if self.injection else None
+        self.see, self.z = see, self.restored(beside)
         return x0, beside
 
     def release(self) -> None:
         """Compute spectral norms and z at each evaluation again."""
         for conv in self.norms:
             conv.release()
-        self.restoration = None
+        self.z = None
 
     def evaluate(self, x: Tensor, beside: Tensor) -> Tensor:
         """T(x); the evaluation with the gradient computes spectral norms and z again, and is not observed."""
@@ -154,15 +152,13 @@ class UsersLayer(nn.Module):
         """P b."""
         return reference.solve(b, self.log_weight.exp(), *self.factors)
 
-    def restored(self, beside: Tensor) -> Tensor:
-        """z."""
-        if self.restoration is not None:
-            return self.restoration
-        return self.solve(self.blur(beside) if self.given.layer == "paper" else beside)
+    def restored(self, beside: Tensor) -> tuple[Tensor, ...]:
+        """(z,), or () if D takes no z."""
+        return (self.solve(self.blur(beside) if self.given.layer == "paper" else beside),) if self.injection else ()
 
     def denoise(self, x: Tensor, beside: Tensor) -> Tensor:
         """D(x), or D(x, z)."""
-        z = (self.restored(beside),) if self.injection else ()
+        z = self.restored(beside) if self.z is None else self.z
         with self.given.autocast():
             return self.denoiser(x, *z).to(x.dtype)
 
@@ -186,7 +182,7 @@ def _users_side(given: Problem, run: Run, published: bool = False, least: int = 
         x0, beside = users.start(see)
         return run(lambda x: users.evaluate(x, beside), x0, evaluations)
 
-    return Side(forward, list(users.parameters()), least, published and has_batch_statistics(users))
+    return Side(forward, list(users.parameters()), least, published and bool(batch_norms(users)))
 
 
 def published(given: Problem) -> Side:
@@ -201,10 +197,7 @@ def published(given: Problem) -> Side:
 
 
 def torchdeq(given: Problem) -> Side:
-    """`torchdeq.get_deq` with its Anderson (with its own memory of 6) and the gradient of one step.
-
-    Its default regularisation does not scale with the residuals, which keeps it from small errors.
-    """
+    """`torchdeq.get_deq` with its Anderson (with its own memory of 6) and the gradient of one step."""
     deq = import_module("torchdeq").get_deq(
         core="sliced", f_solver="anderson", f_tol=0.0, f_stop_mode="rel", ift=False, grad=1, tau=1.0
     )
@@ -257,8 +250,7 @@ def compiled(given: Problem) -> Side:
     def forward(evaluations: int, see: Observer) -> Tensor:
         x0, beside = users.start(None)
         users.release()  # the compiled layer is also the one with the gradient
-        solver = Watched(tol=0.0, max_iter=evaluations, see=see)
-        return fixed_point(whole, x0, inputs=(beside,), solver=solver)
+        return fixed_point(whole, x0, inputs=(beside,), solver=Watched(tol=0.0, max_iter=evaluations, see=see))
 
     return Side(forward, list(users.parameters()), context=partial(backend, "reference"))
 

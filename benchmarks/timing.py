@@ -38,9 +38,7 @@ class Spread(NamedTuple):
 
 def spread(samples: list[float]) -> Spread:
     """Median and quartiles; all three are the same for a single sample."""
-    if len(samples) == 1:
-        return Spread(samples[0], samples[0], samples[0])
-    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    q1, median, q3 = statistics.quantiles(samples * (2 if len(samples) == 1 else 1), n=4, method="inclusive")
     return Spread(median, q1, q3)
 
 
@@ -69,18 +67,14 @@ def compare(clock: str, samples: list[float], reference: list[float]) -> Timing:
     return Timing(clock, len(samples), spread(samples), spread(ratios))
 
 
-def _repeated(many: Callable[[int], float]) -> Callable[[], float]:
-    """Turn ``many(n)``, the seconds of n calls, into a sampler of seconds per call.
+def _sample(many: Callable[[int], float]) -> float:
+    """Seconds of one call, from the seconds of ``many(n)`` calls.
 
     The first call warms the caches and decides how many more make a sample. A long call is itself the sample.
     """
-
-    def sample() -> float:
-        seconds = many(1)
-        count = min(_MOST_CALLS, int(_SHORTEST / max(seconds, 1e-9)))
-        return seconds if count < 2 else many(count) / count
-
-    return sample
+    seconds = many(1)
+    count = min(_MOST_CALLS, int(_SHORTEST / max(seconds, 1e-9)))
+    return seconds if count < 2 else many(count) / count
 
 
 def _wall(call: Callable[[], object]) -> Sampler:
@@ -90,7 +84,7 @@ def _wall(call: Callable[[], object]) -> Sampler:
             call()
         return time.perf_counter() - start
 
-    return Sampler("wall", _repeated(many))
+    return Sampler("wall", lambda: _sample(many))
 
 
 def _on_device(call: Callable[[], object]) -> Sampler:
@@ -125,8 +119,7 @@ def _on_device(call: Callable[[], object]) -> Sampler:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    repeated = _repeated(many)
-    return Sampler(clock, lambda: repeated() / _GRAPH_CALLS)
+    return Sampler(clock, lambda: _sample(many) / _GRAPH_CALLS)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> Sampler:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+import jfbfast
+
 from .plan import QUICK, Plan
 
 PARTS = ("figure1", "table1", "table2", "figure2")
@@ -54,14 +56,12 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
 
 
 def _heading(seed: int) -> str:
-    from ..machine import default_device, describe
+    from ..machine import about, default_device
 
-    about = describe(default_device())
     return (
         "# The paper's tables and figures, measured here\n\n"
         "By `jfbfast bench paper`, after Liu, Tong and Zhao (2024), "
         "[arXiv 2402.02065](https://arxiv.org/abs/2402.02065). "
         "PSNR at the true range 2 of images in [−1, 1] and, where marked, with a peak of 1, as in the paper's code.\n\n"
-        f"jfbfast {about.jfbfast}, torch {about.torch}, {about.device} ({about.instruction_sets}), "
-        f"{about.threads} threads, seed {seed}."
+        f"jfbfast {jfbfast.__version__}; {about(default_device())}; seed {seed}."
     )

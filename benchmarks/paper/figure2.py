@@ -45,14 +45,17 @@ def measure(plan: Plan, console: Console, features: int = 64, depth: int = 17) -
             benchmark.against_size("paper", plan.evaluations, LABELS.keys() - beyond.keys())
         found = {row["side"]: row for row in benchmark.rows}
         for side in LABELS:
-            how, cells = "left out", [None] * 4
+            time: Row = {"size": size, "side": side, "how": "left out"} | dict.fromkeys(
+                ("seconds", "q1", "q3", "ratio")
+            )
             if side in found:
-                how = "once" if found[side]["samples"] == 1 else "rounds"
-                cells = [found[side][name] for name in ("median_s", "q1_s", "q3_s", "ratio")]
+                time["how"] = "once" if found[side]["samples"] == 1 else "rounds"
+                time |= {name.removesuffix("_s"): found[side][name] for name in ("q1_s", "q3_s", "ratio")}
+                time["seconds"] = found[side]["median_s"]
             elif side in beyond:
-                how, cells = "extrapolated", [beyond[side], None, None, beyond[side] / found[OURS]["median_s"]]
-            seconds, q1, q3, ratio = cells
-            times.append(dict(size=size, side=side, how=how, seconds=seconds, q1=q1, q3=q3, ratio=ratio))
+                ratio = beyond[side] / found[OURS]["median_s"]
+                time |= {"how": "extrapolated", "seconds": beyond[side], "ratio": ratio}
+            times.append(time)
     return times
 
 
@@ -67,10 +70,10 @@ def run(plan: Plan, out: Path, console: Console) -> str:
     busy = machine.disturbance()  # before the benchmark itself keeps the machine busy
     times = measure(plan, console)
     about = machine.describe(machine.default_device())
-    constants = {"batch": plan.step_batch, "evaluations": plan.evaluations, **vars(about)}
+    constants = {"batch": plan.step_batch, "evaluations": plan.evaluations, **about}
     report.write_csv(out / "figure2.csv", ({**time, **constants} for time in times))
     title = f"training step of the paper's layer, batch {plan.step_batch}, {plan.evaluations} evaluations in the solve"
-    picture = figure(times, f"a {title}\n{about.device}, threads: {about.threads}, float32")
+    picture = figure(times, f"a {title}\n{about['device']}, threads: {about['threads']}, float32")
     picture.savefig(out / "figure2.png", dpi=130)
     console.print(*busy, f"Picture: {out / 'figure2.png'}", sep="\n", highlight=False)
     text = (

@@ -161,8 +161,7 @@ def test_ratios_are_taken_round_by_round():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tiny_benchmark_writes_its_table_csv_and_picture(tmp_path, monkeypatch):
-    import_ = rivals.quiet_import
-    monkeypatch.setattr(rivals, "quiet_import", lambda n: "kornia is not installed" if n == "kornia" else import_(n))
+    monkeypatch.setitem(sys.modules, "kornia", None)
     console = Console(record=True, width=80)
     monkeypatch.setattr(kernels, "QUICK", TINY)
     kernels.run(tmp_path, True, console)
@@ -227,9 +226,9 @@ def test_a_logarithmic_axis_is_marked_by_how_much_it_spans(high, ticks):
 def test_a_busy_machine_is_said(monkeypatch):
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.5, 9.0, 9.0))
-    assert machine.disturbance() is None
+    assert machine.disturbance() == []
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (3.0, 0.0, 0.0))
-    assert "load 3.0 on 4 cores" in (machine.disturbance() or "")
+    assert "load 3.0 on 4 cores" in machine.disturbance()[0]
 
 
 def test_an_unknown_benchmark_is_one_sentence(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import sys
 import time
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from helpers.rivals import optional
 from jfbfast import DnCNN
-from jfbfast.benchmarks import memory, problem, rivals, run, split, step, step_sides
+from jfbfast.benchmarks import memory, problem, run, split, step, step_sides
 from jfbfast.cli import app
 from jfbfast.models.checkpoint import ModelConfig, save_checkpoint
 
@@ -183,8 +184,7 @@ TINY_STEP = step.Plan(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monkeypatch):
-    import_ = rivals.quiet_import
-    monkeypatch.setattr(rivals, "quiet_import", lambda n: "deepinv is not installed" if n == "deepinv" else import_(n))
+    monkeypatch.setitem(sys.modules, "deepinv", None)
     console = Console(record=True, width=80)
     monkeypatch.setattr(step, "QUICK", replace(TINY_STEP, batch=9))
     run("step", tmp_path, True, console, batch=2)
