@@ -17,7 +17,7 @@ from torch import Tensor
 from jfbfast import RED, SeparableBlur
 
 from .problem import Problem, model
-from .step_sides import TOL, Watched
+from .step_sides import TOL, Counted
 
 PARTS = {
     "denoiser": "denoiser",  # the network and RED's arithmetic, without gradients
@@ -64,7 +64,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class _Timed(Watched):
+class _Timed(Counted):
     watch: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda part, function: function
 
     def start(self, x: Tensor) -> Any:

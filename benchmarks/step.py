@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,7 @@ from .step_report import NOTE, figure, tables
 from .step_sides import Side, sides
 from .timing import first_line, interleave, timed
 
-_TRIES = 8  # at most, each with a twentieth more evaluations, if the recorded count falls short
-_NEAREST = 1.1  # times the lowest error of a side, if that is above the target
+_NEAREST = 1.1  # times a side's lowest error is near enough, if that is above the target
 
 
 @dataclass(frozen=True)
@@ -101,37 +99,28 @@ class Found(NamedTuple):
     reached: bool
 
 
-class _Enough(Exception):
-    """Ends a solve that reached the lowest target."""
+def find(side: Side, fixed: Tensor, target: float, limit: int) -> Found:
+    """Find the fewest evaluations that reach the target, by doubling and then bisection."""
+    tried: dict[int, Tensor] = {}
 
-
-def find(side: Side, fixed: Tensor, targets: tuple[float, ...], limit: int) -> list[Found]:
-    """The fewest evaluations for each target, read off one recorded solve and then tried."""
-    record: list[float] = []
-
-    def see(f: Tensor) -> None:
-        record.append(float(errors(f, fixed).max()))
-        if record[-1] <= min(targets):
-            raise _Enough
+    def reached(evaluations: int) -> bool:
+        tried[evaluations] = errors(side.forward(evaluations), fixed)
+        return float(tried[evaluations].max()) <= target
 
     with side.context():
-        with suppress(_Enough):
-            side.forward(limit, see)
-        return [_tried(side, fixed, target, record, limit) for target in targets]
-
-
-def _tried(side: Side, fixed: Tensor, target: float, record: list[float], limit: int) -> Found:
-    within = min(record) <= target
-    aim = target if within else _NEAREST * min(record)
-    first = next((k for k, value in enumerate(record, 1) if value <= aim), len(record))
-    least = min(max(first - 1, side.least), limit)  # the evaluation with the gradient is one more
-    more = max(least // 20, 1)
-    for evaluations in range(least, min(least + _TRIES * more, limit) + 1, more):
-        found = errors(side.forward(evaluations, None), fixed)
-        reached = float(found.max()) <= target
-        if reached or not within:
-            break
-    return Found(evaluations, float(found.max()), float(found.median()), reached)
+        low, high = side.least - 1, side.least
+        while not reached(high):
+            if high == limit:  # no number of evaluations will do
+                lowest = min(float(each.max()) for each in tried.values())
+                high = min(k for k, each in tried.items() if float(each.max()) <= _NEAREST * lowest)
+                break
+            low, high = high, min(2 * high, limit)
+        else:
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if reached(middle) else (middle, high)
+    largest = float(tried[high].max())
+    return Found(high, largest, float(tried[high].median()), largest <= target)
 
 
 class Benchmark:
@@ -219,7 +208,7 @@ class Benchmark:
             for name, side in made.items():
                 target = coupled if side.batch_statistics and coupled is not None else fixed
                 try:
-                    found[name] = find(side, target, self.plan.targets, self.plan.limit)
+                    found[name] = [find(side, target, error, self.plan.limit) for error in self.plan.targets]
                 except Exception as failure:
                     self._leave_out(name, failure)
         for i, target_error in enumerate(self.plan.targets):

@@ -30,14 +30,12 @@ CG, GMRES = f"{OURS}, CG", f"{OURS}, GMRES"
 TOL = 1e-3  # the default; our layer is prepared for it
 _REGULARIZATION = 1e-10  # of the rivals' Gram matrices; their default of 1e-4 needs more evaluations
 
-Observer = Callable[[Tensor], None] | None  # called with the layer's value at each evaluation of a solve
-
 
 @dataclass(frozen=True)
 class Side:
     """One way to take a training step."""
 
-    forward: Callable[[int, Observer], Tensor]  # restores with so many evaluations, and one more with its gradient
+    forward: Callable[[int], Tensor]  # restores with so many evaluations, and one more with its gradient
     parameters: list[nn.Parameter]  # get a gradient
     least: int = 1  # evaluations
     batch_statistics: bool = False  # whether its layer normalises by the current batch
@@ -48,41 +46,24 @@ class Side:
         for parameter in self.parameters:
             parameter.grad = None
         with self.context():
-            F.mse_loss(self.forward(evaluations, None), x).backward()
+            F.mse_loss(self.forward(evaluations), x).backward()
         if x.is_cuda:
             torch.cuda.synchronize()
 
 
-@dataclass(frozen=True)
-class Watched(Anderson):
-    """Anderson's method with exactly ``max_iter`` evaluations, each of which is shown to ``see``.
+class Counted(Anderson):
+    """Anderson's method with exactly ``max_iter`` evaluations; the tolerance only decides how the layer is prepared.
 
-    The tolerance only decides how the layer is prepared. A solve that does not verify the coarse layer's solution
-    evaluates only the coarse layer.
+    A solve that does not verify the coarse layer's solution evaluates only the coarse layer.
     """
-
-    see: Observer = None
 
     def solve(
         self, layer: Any, x0: Tensor, inputs: Any = (), *, coarse: Any = None, verify: bool = True, **options: Any
     ) -> Any:
         if coarse is not None and not verify:
             layer, coarse = coarse, None
-        layer, coarse = self._shown(layer), self._shown(coarse)
         exactly = replace(self, tol=0.0)
-        return super(Watched, exactly).solve(layer, x0, inputs, coarse=coarse, verify=verify, **options)
-
-    def _shown(self, layer: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
-        see = self.see
-        if layer is None or see is None:
-            return layer
-
-        def shown(*arguments: Tensor) -> Tensor:
-            f = layer(*arguments)
-            see(f)
-            return f
-
-        return shown
+        return super(Counted, exactly).solve(layer, x0, inputs, coarse=coarse, verify=verify, **options)
 
 
 class UsersLayer(nn.Module):
@@ -104,7 +85,6 @@ class UsersLayer(nn.Module):
         super().__init__()
         weights, d = given.weights, given.d
         self.given = given
-        self.see: Observer = None
         self.format = torch.contiguous_format if published else torch.channels_last
         self.denoiser = copy.deepcopy(weights.denoiser).to(memory_format=self.format).train(published)
         self.log_weight = log_parameter("weight", weights.weight)
@@ -119,7 +99,7 @@ class UsersLayer(nn.Module):
         self.to(d.device, d.dtype)
 
     @torch.no_grad()
-    def start(self, see: Observer) -> tuple[Tensor, Tensor]:
+    def start(self) -> tuple[Tensor, Tensor]:
         """Begin a solve: return its start and the layer's other input, which is d, or Aᵀd with P.
 
         Spectral norms and z are computed here and kept until the evaluation with the gradient.
@@ -129,7 +109,7 @@ class UsersLayer(nn.Module):
         x0, beside = (adjoint, d) if self.given.layer == "paper" else (self.solve(adjoint), adjoint)
         for conv in self.norms:
             conv.materialise()
-        self.see, self.z = see, self.restored(beside)
+        self.z = self.restored(beside)
         return x0, beside
 
     def release(self) -> None:
@@ -139,14 +119,10 @@ class UsersLayer(nn.Module):
         self.z = None
 
     def evaluate(self, x: Tensor, beside: Tensor) -> Tensor:
-        """T(x); the evaluation with the gradient computes spectral norms and z again, and is not observed."""
+        """T(x); the evaluation with the gradient computes spectral norms and z again."""
         if torch.is_grad_enabled():
             self.release()
-            return self(x, beside)
-        f: Tensor = self(x, beside)
-        if self.see is not None:
-            self.see(f)
-        return f
+        return self(x, beside)
 
     def solve(self, b: Tensor) -> Tensor:
         """P b."""
@@ -178,8 +154,8 @@ Run = Callable[[Callable[[Tensor], Tensor], Tensor, int], Tensor]  # layer, star
 def _users_side(given: Problem, run: Run, published: bool = False, least: int = 1) -> Side:
     users = UsersLayer(given, published)
 
-    def forward(evaluations: int, see: Observer) -> Tensor:
-        x0, beside = users.start(see)
+    def forward(evaluations: int) -> Tensor:
+        x0, beside = users.start()
         return run(lambda x: users.evaluate(x, beside), x0, evaluations)
 
     return Side(forward, list(users.parameters()), least, published and bool(batch_norms(users)))
@@ -247,10 +223,10 @@ def compiled(given: Problem) -> Side:
     users = UsersLayer(given)
     whole = torch.compile(users, dynamic=False)
 
-    def forward(evaluations: int, see: Observer) -> Tensor:
-        x0, beside = users.start(None)
+    def forward(evaluations: int) -> Tensor:
+        x0, beside = users.start()
         users.release()  # the compiled layer is also the one with the gradient
-        return fixed_point(whole, x0, inputs=(beside,), solver=Watched(tol=0.0, max_iter=evaluations, see=see))
+        return fixed_point(whole, x0, inputs=(beside,), solver=Anderson(tol=0.0, max_iter=evaluations))
 
     return Side(forward, list(users.parameters()), context=partial(backend, "reference"))
 
@@ -259,8 +235,8 @@ def ours(given: Problem, kernels: str = "auto", **options: Any) -> Side:
     """`DEGrad` as a user calls it; ``options`` as there."""
     net = model(given, **options).train()
 
-    def forward(evaluations: int, see: Observer) -> Tensor:
-        net.solver = Watched(tol=TOL, max_iter=evaluations, see=see)
+    def forward(evaluations: int) -> Tensor:
+        net.solver = Counted(tol=TOL, max_iter=evaluations)
         with given.autocast():
             return net(given.d)
 

@@ -173,31 +173,17 @@ def run(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> str:
 
 
 def _markdown(curves: Sequence[Curve]) -> str:
-    header = ("run", "photographs", "steps", "epochs", "minutes", "training loss", "validation loss", "validation PSNR")
+    names = ("photographs", "steps", "epochs", "minutes", "training loss", "validation loss", "validation PSNR, dB")
     lines = []
     for curve in curves:
-        last = curve.points[-1]
-        validated: Row = {"mean_loss": None, "val_loss": None, "val_psnr": None}
-        for point in curve.points:
-            if point["phase"] == last["phase"] and point["val_loss"] is not None:
-                validated = point
-        lines.append(
-            [
-                curve.name,
-                _told(curve.photographs, "d"),
-                _told(last["total_step"], "d"),
-                _told(last["epoch"], ".1f"),
-                _told(last["seconds"] / 60, ".1f"),
-                _told(validated["mean_loss"], ".2e"),
-                _told(validated["val_loss"], ".2e"),
-                _told(validated["val_psnr"], ".2f", " dB"),
-            ]
-        )
-    return report.markdown_table(header, lines)
-
-
-def _told(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
+        last, validated = curve.points[-1], dict.fromkeys(("mean_loss", "val_loss", "val_psnr"))
+        for point in where(curve.points, phase=last["phase"]):
+            validated = validated if point["val_loss"] is None else point
+        cells = [(curve.photographs, "d"), (last["total_step"], "d"), (last["epoch"], ".1f")]
+        cells += [(last["seconds"] / 60, ".1f"), (validated["mean_loss"], ".2e")]
+        cells += [(validated["val_loss"], ".2e"), (validated["val_psnr"], ".2f")]
+        lines.append([curve.name, *("" if value is None else format(value, form) for value, form in cells)])
+    return report.markdown_table(["run", *names], lines)
 
 
 def figure(curves: Sequence[Curve]) -> Figure:
