@@ -27,7 +27,9 @@ from .report import OURS, Row
 from .split import split
 from .step_report import NOTE, figure, tables
 from .step_sides import Side, sides
-from .timing import first_line, interleave, timed
+from .timing import Sampler, first_line, interleave, timed
+
+Makers = Mapping[str, Callable[[], Side]]
 
 _NEAREST = 1.1  # times a side's lowest error is near enough, if that is above the target
 
@@ -165,21 +167,6 @@ class Benchmark:
             self._memory(first["layer"])
         return self.rows
 
-    def _leave_out(self, name: str, failure: Exception) -> None:
-        """Report a rival that cannot be measured; raise the error if it is jfbfast."""
-        if name == OURS:
-            raise failure
-        self.say(f"{name} is left out: {first_line(failure)}")
-
-    def _make(self, makers: Mapping[str, Callable[[], Side]]) -> dict[str, Side]:
-        made = {}
-        for name, make in makers.items():
-            try:
-                made[name] = make()
-            except Exception as failure:
-                self._leave_out(name, failure)
-        return made
-
     def _add(self, experiment: str, given: Problem, side: str, evaluations: int, **cells: Any) -> None:
         case = {
             "experiment": experiment,
@@ -192,37 +179,44 @@ class Benchmark:
         }
         self.rows.append({**case, **cells, **machine.describe(self.device)})
 
-    def _time(self, given: Problem, made: Mapping[str, Side], counts: Mapping[str, int], label: str) -> dict[str, Row]:
+    def _time(self, given: Problem, makers: Makers, counts: Mapping[str, int], label: str) -> dict[str, Row]:
         """The cells of each side's time, with that many evaluations."""
-        cpu = torch.device("cpu")  # its clock, since a step waits for the device
-        samplers = {name: partial(timed, partial(made[name].step, given.x, n), cpu) for name, n in counts.items()}
+
+        def sampler(name: str) -> Sampler:  # with the CPU's clock, since a step waits for the device
+            return timed(partial(makers[name]().step, given.x, counts[name]), torch.device("cpu"))
+
         with self.console.status(label):
+            samplers = {name: partial(sampler, name) for name in counts}
             timings = interleave(samplers, self.plan.seconds, lambda text: self.say(f"{label}: {text}"))
         return {name: timing.columns("s") for name, timing in timings.items()}
 
     def _at_equal_error(self, given: Problem, fixed: Tensor, coupled: Tensor | None) -> None:
         torch.compiler.reset()
         compiling = given.layer in self.plan.compiled and not given.half
-        made, found = self._make(sides(given, self.missing, compiling)), {}
+        makers, found = sides(given, self.missing, compiling), dict[str, list[Found]]()
         with self.console.status(f"{given.layer} layer: the evaluations of each side"):
-            for name, side in made.items():
-                target = coupled if side.batch_statistics and coupled is not None else fixed
+            for name, make in makers.items():
                 try:
+                    side = make()
+                    target = coupled if side.batch_statistics and coupled is not None else fixed
                     found[name] = [find(side, target, error, self.plan.limit) for error in self.plan.targets]
+                    makers[name] = partial(replace, side)  # the same side again, which may be compiled by now
                 except Exception as failure:
-                    self._leave_out(name, failure)
+                    if name == OURS:
+                        raise
+                    self.say(f"{name} is left out: {first_line(failure)}")
         for i, target_error in enumerate(self.plan.targets):
             counts = {name: each[i].evaluations for name, each in found.items()}
-            times = self._time(given, made, counts, f"{given.layer} layer, error {target_error:g}")
+            times = self._time(given, makers, counts, f"{given.layer} layer, error {target_error:g}")
             times[OURS] |= {f"split_{part}": share for part, share in split(given, counts[OURS]).items()}
             for name, time in times.items():
                 self._add("step", given, name, target_error=target_error, **found[name][i]._asdict(), **time)
 
     def _against_evaluations(self, layer: str) -> None:
         given = problem(self.weights, self.plan.counts_size, self.plan.batch, self.device, layer)
-        made = self._make(sides(given, self.missing))
+        makers = sides(given, self.missing)
         for count in self.plan.counts:
-            for name, time in self._time(given, made, dict.fromkeys(made, count), f"{count} evaluations").items():
+            for name, time in self._time(given, makers, dict.fromkeys(makers, count), f"{count} evaluations").items():
                 self._add("evaluations", given, name, count, **time)
 
     def against_size(self, layer: str, evaluations: int, wanted: Collection[str] | None = None) -> None:
@@ -230,8 +224,8 @@ class Benchmark:
         for size in self.plan.sizes:
             given = problem(self.weights, size, self.plan.sizes_batch, self.device, layer)
             makers = sides(given, self.missing, exact=size in self.plan.exact)
-            made = self._make({name: make for name, make in makers.items() if wanted is None or name in wanted})
-            for name, time in self._time(given, made, dict.fromkeys(made, evaluations), f"{size}²").items():
+            counts = {name: evaluations for name in makers if wanted is None or name in wanted}
+            for name, time in self._time(given, makers, counts, f"{size}²").items():
                 self._add("size", given, name, evaluations, **time)
 
     def _memory(self, layer: str) -> None:
@@ -246,15 +240,8 @@ class Benchmark:
                 self.say(f"memory of {name}: {failure}")
 
 
-def run(
-    out: Path,
-    quick: bool,
-    console: Console,
-    plan: Plan | None = None,
-    checkpoint: str | None = None,
-    batch: int | None = None,
-) -> None:
-    """Measure ``plan``, or else `QUICK` or `FULL`, and write step.csv and step.png into the directory.
+def run(out: Path, quick: bool, console: Console, checkpoint: str | None = None, batch: int | None = None) -> None:
+    """Measure `QUICK` or `FULL`, and write step.csv and step.png into the directory.
 
     ``checkpoint`` is a shipped model's name or a file of trained weights, instead of an untrained network that is
     made a contraction; ``batch`` overrides the plan's.
@@ -264,7 +251,7 @@ def run(
     """
     torch.manual_seed(0)
     device, busy = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
-    plan = plan or (QUICK if quick else FULL)
+    plan = QUICK if quick else FULL
     if batch is not None:
         checks.integer("batch", batch, 1)
         plan = replace(plan, batch=batch)

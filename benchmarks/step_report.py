@@ -19,6 +19,7 @@ NOTE = (
     "n× in k: the side's time over jfbfast's of the same dtype, the median of interleaved rounds, and its "
     "evaluations of the layer; ~ measured once. Errors: ‖x − x*‖/‖x*‖, the largest of the batch"
 )
+_target = itemgetter("dtype", "target_error")
 _GRIDS = ("size", "evaluations")  # experiments, named by the column that changes
 
 
@@ -53,10 +54,6 @@ def _blocks(steps: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each layer and batch, by its title."""
     titles = dict.fromkeys(map(_title, steps))
     return {title: [row for row in steps if _title(row) == title] for title in titles}
-
-
-def _target(row: Row) -> tuple[str, float]:
-    return row["dtype"], row["target_error"]
 
 
 def _time_or_ratio(row: Row) -> str:

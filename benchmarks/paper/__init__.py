@@ -14,6 +14,10 @@ import jfbfast
 
 from .plan import QUICK, Plan
 
+_HEADING = """# The paper's tables and figures, measured here
+
+By `jfbfast bench paper`, after Liu, Tong and Zhao (2024), [arXiv 2402.02065](https://arxiv.org/abs/2402.02065).
+PSNR at the true range 2 of images in [−1, 1] and, where marked, with a peak of 1, as in the paper's code."""
 PARTS = ("figure1", "table1", "table2", "figure2")
 
 
@@ -24,6 +28,7 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
         ValueError: an unknown part, options that contradict each other, or a checkpoint for another role.
         ImageError: a photograph that cannot be used.
     """
+    from .. import machine
     from . import figure1, figure2, tables
     from .study import LABELS, Study, free_photographs, load_networks, measurement
 
@@ -51,17 +56,6 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
         missing = [f"- {LABELS[name]}: {why}." for name, why in study.missing.items()]
         if missing:
             sections.insert(0, "Missing:\n\n" + "\n".join(missing))
-        (out / "paper.md").write_text("\n\n".join([_heading(plan.seed), *sections]) + "\n", encoding="utf-8")
+        about = f"jfbfast {jfbfast.__version__}; {machine.about(machine.default_device())}; seed {plan.seed}."
+        (out / "paper.md").write_text("\n\n".join([_HEADING, about, *sections]) + "\n", encoding="utf-8")
         console.print(f"The page: {out / 'paper.md'}", highlight=False)
-
-
-def _heading(seed: int) -> str:
-    from ..machine import about, default_device
-
-    return (
-        "# The paper's tables and figures, measured here\n\n"
-        "By `jfbfast bench paper`, after Liu, Tong and Zhao (2024), "
-        "[arXiv 2402.02065](https://arxiv.org/abs/2402.02065). "
-        "PSNR at the true range 2 of images in [−1, 1] and, where marked, with a peak of 1, as in the paper's code.\n\n"
-        f"jfbfast {jfbfast.__version__}; {about(default_device())}; seed {seed}."
-    )

@@ -96,16 +96,9 @@ def measurement(plan: Plan, networks: Networks) -> ModelConfig:
 
 
 class Study:
-    """What the tables restore, and with which methods.
+    """What the tables restore: ``images`` to score, ``validation`` to choose parameters, and the ``methods``.
 
-    Attributes:
-        setting, blur: of the measurements.
-        images, files: to score.
-        validation, validation_files: to choose parameters.
-        methods: by their names in `LABELS`.
-        missing: why a method of `LABELS` has no network.
-        checkpoints: the given network, by method.
-        options: batch_size and device of `jfbfast.experiments.evaluation.evaluate`.
+    Methods have their names in `LABELS`; ``missing`` says why one has no network.
     """
 
     def __init__(self, plan: Plan, console: Console) -> None:

@@ -5,33 +5,31 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from jfbfast.experiments.comparison import evaluate_all, results_table, score_cells, tuning
-from jfbfast.experiments.evaluation import Scores, measurements, write_tuning
+from jfbfast.experiments.evaluation import measurements, write_tuning
 from jfbfast.imaging.quality import PAPER_OFFSET, psnr, ssim
 from jfbfast.solvers import ConvergenceWarning, Status
 
-from ..report import markdown_table, section, write_csv
+from ..report import Row, markdown_table, section, write_csv
 from .study import LABELS, Study
 
 METHODS = ("blurred", "direct-inverse", "gradient-descent", "paper", "ours")  # of Table 1
 
 
-@dataclass(frozen=True)
-class Restored:
+class Restored(NamedTuple):
     """One method's images (3, H, W) in Table 1, and their rows in the CSV."""
 
     heading: str
-    images: Sequence[Tensor]
-    rows: Sequence[Mapping[str, Any]]
+    images: list[Tensor]
+    rows: list[Row]
 
 
 @torch.inference_mode()
@@ -55,13 +53,13 @@ def restore(study: Study) -> tuple[list[Tensor], list[Restored]]:
 def _restored(study: Study, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Restored:
     choice, method = study.choice(name), study.methods[name]
     restoration = method.restore(choice.value)
-    images, rows = [], []
+    found = Restored("measurement" if name == "blurred" else LABELS[name], [], [])
     for (x, d), file in zip(pairs, study.files, strict=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the column "status" tells
             each = restoration(d)
         quality = float(psnr(each.images, x))
-        rows.append(
+        found.rows.append(
             {
                 "image": file.name,
                 "method": name,
@@ -73,8 +71,8 @@ def _restored(study: Study, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -
                 "status": None if each.status is None else Status(int(each.status)).name,
             }
         )
-        images.append(each.images[0].cpu())
-    return Restored("measurement" if name == "blurred" else LABELS[name], images, rows)
+        found.images.append(each.images[0].cpu())
+    return found
 
 
 def table1(study: Study, out: Path) -> str:
@@ -91,7 +89,7 @@ def table1(study: Study, out: Path) -> str:
     return section("Table 1: pictures", text, "table1")
 
 
-def _quality(row: Mapping[str, Any]) -> str:
+def _quality(row: Row) -> str:
     return f"{row['psnr']:.2f} dB / {row['ssim']:.3f}"
 
 
@@ -140,11 +138,13 @@ def table2(study: Study, out: Path) -> str:
     write_csv(out / "table2.csv", rows)
     write_tuning(out / "table2-tuning.csv", scores)
     _comparison(found, study.about()).savefig(out / "table2.png", dpi=130)
-    text = f"{study.about()} Means, ± half of the 95% confidence interval.\n\n{_markdown(rows)}\n\n{_tuned(scores)}"
+    text = f"{study.about()} Means, ± half of the 95% confidence interval.\n\n{_markdown(rows)}\n\n"
+    text += "Parameters, by the best mean PSNR on the validation images alone:\n\n"
+    text += "\n".join(f"- {LABELS[method]}: {told}." for method, told in tuning(scores).items())
     return section("Table 2: quality", text, "table2", "table2-tuning.csv")
 
 
-def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def _markdown(rows: Sequence[Row]) -> str:
     header = ("PSNR, dB (range 2)", "PSNR, dB (peak 1)", "SSIM", "evaluations, median (largest)", "not converged")
     lines = []
     for row in rows:
@@ -156,12 +156,7 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["method", *header], lines)
 
 
-def _tuned(scores: Sequence[Scores]) -> str:
-    lines = [f"- {LABELS[method]}: {told}." for method, told in tuning(scores).items()]
-    return "Parameters, by the best mean PSNR on the validation images alone:\n\n" + "\n".join(lines)
-
-
-def _comparison(found: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
+def _comparison(found: Mapping[str, Row], title: str) -> Figure:
     """A row per method: its mean PSNR and SSIM with intervals, its evaluations, and its solves not converged."""
     figure = Figure(figsize=(13, 0.42 * len(LABELS) + 1.9), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 1.9), sharey=True)
@@ -184,7 +179,7 @@ def _comparison(found: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _plot_means(axis: Any, found: Mapping[str, Mapping[str, Any]], column: str, heading: str) -> None:
+def _plot_means(axis: Any, found: Mapping[str, Row], column: str, heading: str) -> None:
     """Each mean with its interval; one below the axis, which starts just below the measurement's, is an arrow."""
     values = [row[column] for row in found.values() if math.isfinite(row[column])]
     least = found["blurred"][column] if "blurred" in found else min(values, default=0.0)
