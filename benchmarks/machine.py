@@ -16,7 +16,6 @@ from jfbfast.backends import native
 from .timing import timed
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
-_TRIAD_SAMPLES = 7
 _BUSY = 0.5  # share of the cores, as a load average
 
 
@@ -72,4 +71,4 @@ def bandwidth_samples(size: int, device: torch.device) -> list[float]:
     """Measure the triad in bytes per second; ``size`` in bytes should exceed the caches."""
     sampler = timed(triad(size, device), device)
     sampler.sample()
-    return [size / sampler.sample() for _ in range(_TRIAD_SAMPLES)]
+    return [size / sampler.sample() for _ in range(7)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,13 +71,12 @@ class Problem:
         return torch.autocast(self.d.device.type, torch.bfloat16, enabled=self.half)
 
 
-def photographs(size: int, batch: int, seed: int = 0) -> Tensor:
+def photographs(size: int, batch: int) -> Tensor:
     """Random crops of scikit-image's astronaut, (batch, 3, size, size) in [−1, 1]."""
     from skimage import data
 
     image = torch.from_numpy(data.astronaut()).permute(2, 0, 1).float() / 127.5 - 1
-    generator = torch.Generator().manual_seed(seed)
-    corners = torch.randint(image.shape[-1] - size + 1, (batch, 2), generator=generator).tolist()
+    corners = torch.randint(image.shape[-1] - size + 1, (batch, 2), generator=torch.Generator().manual_seed(0)).tolist()
     return torch.stack([image[:, top : top + size, left : left + size] for top, left in corners])
 
 
@@ -105,11 +104,7 @@ def untrained(features: int, depth: int) -> Weights:
 
 
 def trained(checkpoint: str) -> Weights:
-    """The denoiser, λ and blur of a shipped model, or of a file of `jfbfast train` or `jfbfast demo`.
-
-    Raises:
-        ValueError: no such checkpoint; it is not a `DEGrad` with `RED`, or is for a range of measurements.
-    """
+    """The denoiser, λ and blur of a shipped model or a file; ValueError for one that is no DE-GRAD of ours."""
     model, config = load_model(checkpoint)
     if not (isinstance(model, DEGrad) and isinstance(model.regularizer, RED)):
         raise ValueError(f"checkpoint is of the form {config.form!r}; it takes 'filtered' or 'preconditioned'")
@@ -158,12 +153,12 @@ def fixed_point(given: Problem, batch_statistics: bool) -> Tensor | None:
         twin = model(given.to(dtype)).train(batch_statistics)
         d, x0 = given.d.to(dtype), x0.to(dtype)
         if batch_statistics:
-            solution = solver.solve(_as_one_sample(twin, d), x0.reshape(1, -1))
+            solution = solver.solve(partial(_as_one_sample, twin, d), x0.reshape(1, -1))
         else:
             solution = solver.solve(twin.layer, x0, (d,))
         x0 = solution.value.view(d.shape)
     return x0 if bool((solution.status == Status.CONVERGED).all()) else None
 
 
-def _as_one_sample(twin: DEGrad, d: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: twin.layer(x.view(d.shape), d).reshape(1, -1)
+def _as_one_sample(twin: DEGrad, d: Tensor, x: Tensor) -> Tensor:
+    return twin.layer(x.view(d.shape), d).reshape(1, -1)

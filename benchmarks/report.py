@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def table(
 
 def distinct(rows: Iterable[Row], *columns: str) -> list[Any]:
     """The values of a column, or tuples of those of several, in order of appearance."""
-    return list(dict.fromkeys(row[columns[0]] if len(columns) == 1 else tuple(row[c] for c in columns) for row in rows))
+    return list(dict.fromkeys(map(itemgetter(*columns), rows)))
 
 
 def where(rows: Iterable[Row], **cells: Any) -> list[Row]:

@@ -185,11 +185,9 @@ def torchdeq(given: Problem) -> Side:
 
 
 def deepinv(given: Problem) -> Side:
-    """`deepinv.optim.BaseOptim` as a DEQ, Jacobian-free, with its Anderson at a memory of 5, undamped.
-
-    Its default damping of 0.9 and regularisation of 0.1 converge later.
-    """
+    """`deepinv.optim.BaseOptim` as a Jacobian-free DEQ, with its Anderson; its default damping converges later."""
     optim = import_module("deepinv.optim")
+    configs = optim.optimizers
     layers: list[rivals.Layer] = []
 
     class LayerIteration(nn.Module):
@@ -198,16 +196,14 @@ def deepinv(given: Problem) -> Side:
         def forward(self, X: dict[str, Any], *_: Any) -> dict[str, Any]:
             return {"est": (layers[-1](X["est"][0]),), "cost": None}
 
-    deq = optim.optimizers.BaseOptim(
+    deq = configs.BaseOptim(
         LayerIteration(),
         params_algo={},
         prior=optim.Prior(),
         trainable_params=[],
         early_stop=False,
-        DEQ=optim.optimizers.DEQConfig(jacobian_free=True),
-        anderson_acceleration=optim.optimizers.AndersonAccelerationConfig(
-            history_size=5, beta=1.0, eps=_REGULARIZATION
-        ),
+        DEQ=configs.DEQConfig(jacobian_free=True),
+        anderson_acceleration=configs.AndersonAccelerationConfig(history_size=5, beta=1.0, eps=_REGULARIZATION),
     )
 
     def run(layer: rivals.Layer, x0: Tensor, evaluations: int) -> Tensor:

@@ -22,10 +22,10 @@ _PRECISION = 0.005  # rounds end once interquartile range / √rounds is below t
 
 
 class Sampler(NamedTuple):
-    """A way to time a call: ``sample()`` measures once and returns seconds per call; ``clock`` names the method."""
+    """A way to time a call."""
 
-    clock: str
-    sample: Callable[[], float]
+    clock: str  # "wall", "events" or "graph"
+    sample: Callable[[], float]  # measures once, in seconds per call
 
 
 class Spread(NamedTuple):

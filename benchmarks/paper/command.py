@@ -11,8 +11,6 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 
-from jfbfast.config import keep_freed_memory
-
 from . import PARTS, run
 from .plan import QUICK, Plan
 from .study import ROLES
@@ -22,13 +20,10 @@ def _parameters() -> Iterator[Parameter]:
     def parameter(name: str, kind: Any, default: Any, info: Any) -> Parameter:
         return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
-    told = (
-        f"Any of {', '.join(PARTS)} (default: all), then a directory of photographs (default: three of scikit-image's)."
-    )
+    told = f"Any of {', '.join(PARTS)} (default: all); then a directory of photographs (default: scikit-image's)."
     yield parameter("arguments", list[str] | None, None, typer.Argument(metavar="[PART]… [DATA_DIR]", help=told))
     yield parameter("out", Path, Path("paper"), typer.Option(help="Directory for everything that is made."))
-    told = "Small sizes and few images, to see that it works."
-    yield parameter("quick", bool, False, typer.Option(help=told))
+    yield parameter("quick", bool, False, typer.Option(help="Small sizes and few images, to see that it works."))
     for role, takes in ROLES.items():
         default = f" (default: {Plan().checkpoints[role]})" if role in Plan().checkpoints else ""
         info = typer.Option(metavar="NAME|FILE", help=f"{takes.label}: {takes.takes}.{default}")
@@ -49,7 +44,6 @@ def _parameters() -> Iterator[Parameter]:
 
 def paper(arguments: list[str] | None, out: Path, quick: bool, **options: Any) -> None:
     """Make the two tables and two figures of Liu, Tong and Zhao (2024), and the page paper.md of all four."""
-    keep_freed_memory()
     words = arguments or []
     parts = tuple(dict.fromkeys(word for word in words if word in PARTS))
     rest = [word for word in words if word not in PARTS]

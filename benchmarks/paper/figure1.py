@@ -145,15 +145,15 @@ def _curves(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> It
         raise ValueError(f"{plan.data} holds {photographs} photograph; Figure 1 takes at least 2 to train and validate")
     for recipe, name in names.items():
         directory = out / f"figure1-{recipe}"
+        resume = (directory / "config.yaml").exists()
+        console.print(f"{'Going on with' if resume else 'Starting'} {name} in {directory}.", highlight=False)
         values = settings(recipe, plan, photographs, setting)
-        going = "Going on with" if (directory / "config.yaml").exists() else "Starting"
-        console.print(f"{going} {name} in {directory}.", highlight=False)
         if plan.published is not None and recipe == "published":
             few = min(values["validation"], values["batch_size"])
             values |= {"validation": few, "steps": published.STEPS, "interval": published.INTERVAL}
             run: Run = published.PublishedRun(values, directory, plan.published)
         else:
-            run = Run(values, directory, resume=(directory / "config.yaml").exists())
+            run = Run(values, directory, resume=resume)
         run.train(console)
         yield read(name, directory)
 

@@ -14,18 +14,10 @@ SIZES = (16, 32, 48, 64, 80, 96, 112, 128)
 
 @dataclass(frozen=True)
 class Plan:
-    """Every annotated field is an option of `jfbfast bench paper`, and its annotation is the help.
+    """Every annotated field is an option of `jfbfast bench paper`, and its annotation is the help."""
 
-    Attributes:
-        data: directory of photographs; None takes three of scikit-image's.
-        checkpoints: shipped names or files, by a role of `ROLES`.
-        training_batch, training_max_iter: of Figure 1's training.
-        step_batch: images in Figure 2.
-        seconds: for the rounds at one size in Figure 2.
-    """
-
-    data: Path | None = None
-    checkpoints: Mapping[str, str] = field(default_factory=lambda: {"ours": "gaussian5-sigma1"})
+    data: Path | None = None  # directory of photographs; None takes three of scikit-image's
+    checkpoints: Mapping[str, str] = field(default_factory=lambda: {"ours": "gaussian5-sigma1"})  # by role of `ROLES`
     runs: Annotated[
         tuple[str, ...],
         "Directory of jfbfast train for figure1, as [NAME=]DIR; may be repeated. (default: figure1 trains two)",
@@ -64,10 +56,10 @@ class Plan:
     evaluations: Annotated[int, "Evaluations of the layer in figure2's solves."] = 20
     cap: Annotated[float, "Seconds; figure2 extrapolates a Jacobian-based step that would take longer."] = 120.0
     seed: Annotated[int, "Seed of all random numbers."] = 0
-    training_batch: int = 16
+    training_batch: int = 16  # in figure1
     training_max_iter: int = 50
-    step_batch: int = 16
-    seconds: float = 20.0
+    step_batch: int = 16  # in figure2
+    seconds: float = 20.0  # for the rounds at one size
 
     def __post_init__(self) -> None:
         for name in ("pictures", "steps", "crop", "training_batch", "step_batch", "evaluations", "batch_size"):

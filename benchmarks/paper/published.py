@@ -26,7 +26,6 @@ from jfbfast.imaging.datasets import Images, RandomCrops
 
 from .. import rivals
 
-MEMORY = 5
 RECIPE: dict[str, Any] = {
     "form": "paper",
     "gradient": "jfb",
@@ -65,7 +64,7 @@ class PublishedDEGrad(nn.Module):
             return x - self.step_size * (blur(blur(x) - d) + self.regularizer(x))
 
         with torch.no_grad():
-            x = rivals.gilton_anderson(layer, blur(d), MEMORY, self.max_iter, self.tol)
+            x = rivals.gilton_anderson(layer, blur(d), 5, self.max_iter, self.tol)
         return layer(x)
 
 
