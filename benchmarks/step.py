@@ -96,9 +96,9 @@ class Found(NamedTuple):
     """The fewest evaluations with which a side reaches the target, or else comes near its lowest error."""
 
     evaluations: int
+    reached: bool
     error: float  # the batch's largest
     error_median: float
-    reached: bool
 
 
 def find(side: Side, fixed: Tensor, target: float, limit: int) -> Found:
@@ -122,7 +122,7 @@ def find(side: Side, fixed: Tensor, target: float, limit: int) -> Found:
                 middle = (low + high) // 2
                 low, high = (low, middle) if reached(middle) else (middle, high)
     largest = float(tried[high].max())
-    return Found(high, largest, float(tried[high].median()), largest <= target)
+    return Found(high, largest <= target, largest, float(tried[high].median()))
 
 
 class Benchmark:
