@@ -2,12 +2,13 @@
 
 Every side computes in float32 on the same random data, which are in the caches if they fit; jfbfast is also measured
 in bfloat16. A time covers everything from the user's call on: dispatch, allocation of the result, arithmetic. On CUDA
-it is the time of the device alone, of calls replayed from a graph where one can hold them; see the column ``clock``.
+it is the time on the device, with calls replayed from a CUDA graph where possible; see the column ``clock``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -192,8 +193,8 @@ def anderson_sides(case: Case, plan: Plan, device: torch.device, missing: set[st
     layer = linear_map(x0)
     max_iter = memory + _STEPS
 
-    def ours(layer: rivals.Layer, kernels: str = "auto", history: torch.dtype | None = None) -> None:
-        with backend(kernels):
+    def ours(layer: rivals.Layer, kernels: str | None = None, history: torch.dtype | None = None) -> None:
+        with backend(kernels) if kernels else nullcontext():
             Anderson(tol=0.0, max_iter=max_iter, memory=memory, history_dtype=history).solve(layer, x0)
 
     solvers: dict[str, Callable[[rivals.Layer], object]] = {

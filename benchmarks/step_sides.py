@@ -245,7 +245,7 @@ def sides(
     """What makes each side, by its name; jfbfast is the first.
 
     ``missing`` names the libraries to leave out, "torchdeq" or "deepinv". ``compiling`` adds the sides that use
-    torch.compile. ``exact`` adds the exact gradient in place of JFB, by solving with (I − ∂T/∂x)ᵀ; the paper solves
+    torch.compile. ``exact`` adds the exact gradient instead of JFB, by solving with (I − ∂T/∂x)ᵀ; the paper solves
     the normal equations by CG.
     """
     every: dict[str, Callable[[], Side]] = {

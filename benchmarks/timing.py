@@ -171,7 +171,7 @@ def interleave(
 
     The rounds take about ``seconds``; at least three are run. The first side is the reference: it is always repeated,
     and its errors are raised. Another side that fails (out of memory, no compiler) is reported by ``say`` and left
-    out. One whose sample takes over a sixth of the time is not repeated.
+    out. A side that needs over a sixth of the time for one sample is not repeated.
     """
     reference, limit = next(iter(sides)), seconds / 6
     samplers: dict[str, Sampler] = {}

@@ -1,4 +1,4 @@
-"""The command line of `paper`, whose options are the fields of `Plan` and the roles of networks."""
+"""The command line of `paper`: an option for each field of `Plan` and each role of a network."""
 
 from __future__ import annotations
 

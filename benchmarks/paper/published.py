@@ -1,6 +1,6 @@
 """DE-GRAD as the paper's code trains it, rewritten: a curve of Figure 1.
 
-The recipe is that of the first 20 epochs of `scripts/script_fixlr.py` in
+The recipe follows the first 20 epochs of `scripts/script_fixlr.py` in
 lliu58b/Jacobian-free-Backprop-Implicit-Networks (later solves take up to 150 evaluations): η starts at 0.001 and is
 itself a parameter, not its logarithm; Adam has a constant rate; validation uses the batch norms' running statistics.
 Unlike there, the solve sees d and not Aᵀd, and the blur and the crops are those of Figure 1's other curves.

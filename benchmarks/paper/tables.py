@@ -36,7 +36,7 @@ class Restored(NamedTuple):
 def restore(study: Study) -> tuple[list[Tensor], list[Restored]]:
     """The first images that Table 2 scores, and what `METHODS` restore from the same measurements.
 
-    A method that cannot restore them, or whose parameter nothing chooses, is reported and left out.
+    A method is reported and left out if it cannot restore them, or if there are no images to choose its parameter.
     """
     every = measurements(study.images, study.blur, study.setting.noise, 1, study.options["device"])
     pairs = list(islice(every, study.plan.pictures))
@@ -139,7 +139,7 @@ def table2(study: Study, out: Path) -> str:
     write_tuning(out / "table2-tuning.csv", scores)
     _comparison(found, study.about()).savefig(out / "table2.png", dpi=130)
     text = f"{study.about()} Means, ± half of the 95% confidence interval.\n\n{_markdown(rows)}\n\n"
-    text += "Parameters, by the best mean PSNR on the validation images alone:\n\n"
+    text += "Parameters, by the best mean PSNR on only the validation images:\n\n"
     text += "\n".join(f"- {LABELS[method]}: {told}." for method, told in tuning(scores).items())
     return section("Table 2: quality", text, "table2", "table2-tuning.csv")
 

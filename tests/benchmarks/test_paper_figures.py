@@ -127,7 +127,7 @@ def test_figure1_has_the_published_loop_for_some_time(plan, tmp_path, monkeypatc
     assert mine[0]["epoch"] == "0.5"  # 2 of 4 photographs
     kept = read_settings(tmp_path / "figure1-published" / "config.yaml")
     assert (kept["sigma"], kept["step_size"], kept["learning_rate"], kept["validation"]) == (2.0, 1e-3, 1e-4, 1)
-    paper.run(tmp_path, True, QUIET, plan, ("figure1",))  # whose time is over
+    paper.run(tmp_path, True, QUIET, plan, ("figure1",))  # its time is over
     assert read(tmp_path / "figure1.csv") == rows
     paper.run(tmp_path, True, QUIET, replace(plan, published=60.0), ("figure1",))
     longer = [row for row in read(tmp_path / "figure1.csv") if row["run"] == figure1.PUBLISHED]
