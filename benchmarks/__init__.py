@@ -1,7 +1,7 @@
-"""Benchmarks: `python -m jfbfast.benchmarks`, or `jfbfast bench`.
+"""Benchmarks: `jfbfast bench`, or `python -m jfbfast.benchmarks`.
 
-A benchmark is a module here with a function ``run(out, quick, console)`` that writes its files into
-the directory ``out``; it is entered below by its name.
+A benchmark is a module here with a function ``run(out, quick, console)`` that writes its files into the directory
+``out``; `BENCHMARKS` lists them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,7 +21,7 @@ BENCHMARKS = {
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise ValueError, before any of them runs, for a name that is none, and for paper behind an option or a name."""
+    """Raise ValueError for an unknown name, and for paper among other names, before any benchmark runs."""
     for name in names:
         if name not in BENCHMARKS:
             raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
@@ -28,21 +29,19 @@ def check(names: Sequence[str]) -> None:
             raise ValueError("paper has options of its own; it takes the first place, as in `bench paper --quick`")
 
 
-def run(
-    name: str, out: Path, quick: bool, console: Console, checkpoint: str | None = None, batch: int | None = None
-) -> None:
-    """Run one benchmark, write its files into ``out`` (made where missing) and print its tables.
+def run(name: str, out: Path, quick: bool, console: Console, **options: Any) -> None:
+    """Run one benchmark, write its files into ``out`` (created if missing) and print its tables.
+
+    The benchmark step takes the options ``checkpoint`` and ``batch``; None is the same as none given.
 
     Raises:
-        ValueError: a name that is not in `BENCHMARKS`; for another than step, a ``checkpoint`` of trained weights or
-            a ``batch`` of images; a batch below 1.
+        ValueError: an unknown name; an option of step for another benchmark; a batch below 1.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
-    given = {"checkpoint": checkpoint, "batch": batch}
-    options = {option: value for option, value in given.items() if value is not None}
-    if options and name != "step":
-        option, value = next(iter(options.items()))
+    given = {option: value for option, value in options.items() if value is not None}
+    if given and name != "step":
+        option, value = next(iter(given.items()))
         raise ValueError(f"{option} is {value}; the benchmark step alone takes one, not {name}")
     out.mkdir(parents=True, exist_ok=True)
-    import_module(f"jfbfast.benchmarks.{name}").run(out, quick, console, **options)
+    import_module(f"jfbfast.benchmarks.{name}").run(out, quick, console, **given)

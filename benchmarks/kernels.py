@@ -1,20 +1,24 @@
-"""`kernels`: each kernel against the pure-PyTorch path and against what users write or call today.
+"""`kernels`: each kernel against its definition in PyTorch and against what users write or call today.
 
-Every side computes in float32 on the same random data, which lie in the caches where they fit;
-jfbfast is measured in bfloat16 too. A time covers everything from the user's call on: dispatch,
-allocation of the result, arithmetic. On CUDA it is that of the device alone, of calls replayed from a
-graph, but for a side that a graph cannot hold; the column ``clock`` tells.
+Every side computes in float32 on the same random data, which are in the caches if they fit; jfbfast is also measured
+in bfloat16. A time covers everything from the user's call on: dispatch, allocation of the result, arithmetic. On CUDA
+it is the time on the device, with calls replayed from a CUDA graph where possible; see the column ``clock``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from jfbfast import backend
@@ -24,35 +28,88 @@ from jfbfast.operators.blur import GaussianBlur
 from jfbfast.operators.tables import bands
 from jfbfast.solvers import Anderson
 
-from . import machine, rivals
-from .report import OURS, OURS_BF16, Row, make_row, plot, tables, write_csv
-from .timing import Measured, Sampler, between_evaluations, interleave, timed
+from . import machine, report, rivals
+from .report import OURS, Row, distinct, where
+from .timing import Sampler, Timing, between_evaluations, interleave, spread, timed
 
+OURS_BF16 = "jfbfast bf16"
+PARAMETERS = {"blur": "radius", "data step": "radius", "Anderson step": "memory", "conv3x3": "channels"}
+_BOUNDS = ("triad", "launch", "the map", "direct at peak")  # sides that are lower bounds, not rivals
 _STEP_SIZE = 0.5
 _STEPS = 6  # of Anderson's method with a full history, in one solve
 
-Shape = tuple[int, int, int, int]
 Sides = dict[str, Callable[[], Sampler]]
 
 
 @dataclass(frozen=True)
+class Case:
+    """One kernel on one shape of images."""
+
+    kernel: str
+    parameter: int  # the blur's radius, Anderson's memory, or the convolution's channels
+    shape: tuple[int, int, int, int]  # (B, C, H, W)
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {'×'.join(map(str, self.shape))}, {self.parameter}"
+
+    def bytes(self, itemsize: int) -> int:
+        """The bytes that any implementation must move, for elements of ``itemsize`` bytes.
+
+        The band tables of one operator are float32: (H + W) rows of 2r + 1 weights. Anderson's step with a full
+        history of m reads x and f, writes the residual f − x and reads the m − 1 others; then it reads the m images
+        and writes the next x. A history in bfloat16 keeps m − 1 differences of images instead: the newest is
+        written, from f and the image before it, and the others are read.
+        """
+        size, n = torch.Size(self.shape).numel(), self.parameter
+        tables = 4 * (self.shape[2] + self.shape[3]) * (2 * n + 1)
+        if self.kernel == "blur":  # reads x, writes A x
+            return 2 * itemsize * size + tables
+        if self.kernel == "data step":  # reads x, d and r, writes the result; tables of A and Aᵀ
+            return 4 * itemsize * size + 2 * tables
+        if self.kernel == "conv3x3":  # reads x and the weight, writes the result
+            return itemsize * (2 * size + 9 * n**2)
+        if itemsize == 2:
+            return size * ((4 + 4 + 2 + 2 * (n - 1)) + (4 + 4 + 2 + 2 * (n - 2) + 4))
+        return size * (2 * n + 3) * itemsize
+
+    def row(self, side: str, timing: Timing, bandwidth: float) -> Row:
+        """The cells of the CSV; ``bandwidth`` in bytes per second. A fraction above 1 means data in a cache."""
+        dtype = torch.bfloat16 if side.endswith("bf16") else torch.float32
+        count = self.bytes(dtype.itemsize)
+        rate = count / timing.seconds.median
+        return {
+            "kernel": self.kernel,
+            "shape": "x".join(map(str, self.shape)),
+            **dict.fromkeys(("radius", "memory", "channels")),
+            PARAMETERS[self.kernel]: self.parameter,
+            "side": side,
+            "dtype": str(dtype).removeprefix("torch."),
+            "clock": timing.clock,
+            **timing.columns("us"),
+            "bytes": count,
+            "gb_per_s": rate / 1e9,
+            "bandwidth_fraction": rate / bandwidth,
+            "triad_gb_per_s": bandwidth / 1e9,
+        }
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What is measured: image shapes, radii of the blur, memories of Anderson's method, shapes of features.
+    """What to measure."""
 
-    Attributes:
-        features: of the convolution, to as many channels.
-        seconds: for the rounds of one case.
-        compiled_radius: the largest radius whose unrolled taps torch.compile gets; 31 take it a minute.
-        triad_bytes: of the arrays by which the memory's bandwidth is measured.
-    """
+    shapes: tuple[tuple[int, int, int, int], ...]  # (B, C, H, W) of the images
+    radii: tuple[int, ...]  # of the blur and the data step
+    memories: tuple[int, ...]  # of Anderson's method
+    features: tuple[tuple[int, int, int, int], ...]  # (B, C, H, W) of the convolution, to as many channels
+    seconds: float  # for the rounds of one case
+    compiled_radius: int  # the largest to give torch.compile, which unrolls the taps; 31 taps take it a minute
+    triad_bytes: int  # of the arrays that measure the memory's bandwidth
 
-    shapes: tuple[Shape, ...]
-    radii: tuple[int, ...]
-    memories: tuple[int, ...]
-    features: tuple[Shape, ...]
-    seconds: float
-    compiled_radius: int
-    triad_bytes: int
+    def cases(self) -> Iterator[Case]:
+        """Every kernel with every parameter and shape."""
+        for kernel, parameters in (("blur", self.radii), ("data step", self.radii), ("Anderson step", self.memories)):
+            yield from (Case(kernel, parameter, shape) for parameter in parameters for shape in self.shapes)
+        yield from (Case("conv3x3", shape[1], shape) for shape in self.features)
 
 
 FULL = Plan(
@@ -75,139 +132,50 @@ QUICK = Plan(
 )
 
 
-def table_bytes(shape: Shape, radius: int) -> int:
-    """The float32 band tables of one operator: (H + W) rows of 2r + 1 weights."""
-    return 4 * (shape[-2] + shape[-1]) * (2 * radius + 1)
-
-
-def blur_bytes(shape: Shape, radius: int, itemsize: int) -> int:
-    """x is read, A x written, and the tables of A are read."""
-    return 2 * itemsize * torch.Size(shape).numel() + table_bytes(shape, radius)
-
-
-def data_step_bytes(shape: Shape, radius: int, itemsize: int) -> int:
-    """x, d and r are read, the result written, and the tables of A and Aᵀ are read."""
-    return 4 * itemsize * torch.Size(shape).numel() + 2 * table_bytes(shape, radius)
-
-
-def anderson_bytes(shape: Shape, memory: int, itemsize: int) -> int:
-    """A step with a full history: the pass over the residuals, then the mix.
-
-    x and f are read, the residual f − x is written and the m − 1 others are read; then the m images
-    are read and the next x is written. A history in bfloat16 keeps m − 1 differences of images: the
-    newest is written, from f and the image before it, and the others are read.
-    """
-    if itemsize == 2:
-        per_pixel = (4 + 4 + 2 + 2 * (memory - 1)) + (4 + 4 + 2 + 2 * (memory - 2) + 4)
-    else:
-        per_pixel = (2 * memory + 3) * itemsize
-    return per_pixel * torch.Size(shape).numel()
-
-
-def conv3x3_bytes(shape: Shape, channels: int, itemsize: int) -> int:
-    """x is read, the result of as many channels written, and the weight read."""
-    return itemsize * (2 * torch.Size(shape).numel() + 9 * channels**2)
-
-
-def conv3x3_flops(shape: Shape, channels: int) -> int:
-    """Of the direct convolution; Winograd's F(4 × 4, 3 × 3) needs a quarter of them in its products."""
-    return 18 * channels * torch.Size(shape).numel()
-
-
-def _scaled(sampler: Sampler, factor: float) -> Sampler:
-    return Sampler(sampler.clock, lambda: factor * sampler.sample())
-
-
-def _bytes_of(kernel: str, shape: Shape, parameter: int, dtype: torch.dtype) -> int:
-    count = {
-        "blur": blur_bytes,
-        "data step": data_step_bytes,
-        "Anderson step": anderson_bytes,
-        "conv3x3": conv3x3_bytes,
-    }[kernel]
-    return count(shape, parameter, dtype.itemsize)
-
-
-def _images(shape: Shape, device: torch.device, count: int) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(shape, device=device) for _ in range(count))
-
-
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _compiled(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    """The function compiled for these very shapes."""
-    compiled = torch.compile(function, dynamic=False)
-    compiled(*arguments)
-    return lambda: compiled(*arguments)
+def _compiled(call: partial[Tensor], device: torch.device) -> Sampler:
+    """The call, compiled for exactly its shapes before it is timed."""
+    compiled = partial(torch.compile(call.func, dynamic=False), *call.args)
+    compiled()
+    return timed(compiled, device)
 
 
-def _floor(count: int, device: torch.device) -> Sides:
-    """What no kernel can beat: the triad on as many bytes, and on a GPU the launch of a kernel."""
-    sides: Sides = {"triad": lambda: timed(machine.triad(count, device), device)}
-    if device.type == "cuda":
-        one = torch.rand(1, device=device)
-        sides["launch"] = lambda: timed(lambda: one.add_(1), device)
+def operator_sides(case: Case, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
+    """Blur: A x. Data step: x − η(Aᵀ(A x − d) + r)."""
+    step = case.kernel == "data step"
+    images: Sequence[Tensor] = torch.randn(3 if step else 1, *case.shape, device=device).unbind()
+    halves, last = [x.bfloat16() for x in images], [_channels_last(x) for x in images]
+    size, sigma = 2 * case.parameter + 1, max(case.parameter / 2, 1.0)
+    blur, eta = GaussianBlur(size, sigma), torch.tensor(_STEP_SIZE, device=device)
+    forward, adjoint = (bands(blur.taps, case.shape[2:], torch.float32, device, a) for a in (False, True))
+    if step:
+        ours: Callable[..., Tensor] = partial(blur.gradient_step, step_size=eta)
+        definition = partial(reference.gradient_step, images[0], images[1], images[2], eta, forward, adjoint)
+    else:
+        ours, definition = blur, partial(reference.blur, images[0], forward)
+
+    sides: Sides = {
+        OURS: partial(timed, partial(ours, *images), device),
+        OURS_BF16: partial(timed, partial(ours, *halves), device),
+        "PyTorch": partial(timed, definition, device),
+    }
+    if case.parameter <= plan.compiled_radius:
+        sides["compiled"] = partial(_compiled, definition, device)
+    for name, make, given in (
+        ("conv2d", rivals.conv2d, images),
+        ("conv2d NHWC", rivals.conv2d, last),
+        ("conv2d separable", rivals.separable_conv2d, images),
+        ("kornia", rivals.kornia, images),
+        ("torchvision", rivals.torchvision, images),
+    ):
+        if name not in missing:
+            theirs = make(size, sigma, given[0])
+            call: Callable[..., Tensor] = partial(rivals.data_step, theirs, step_size=_STEP_SIZE) if step else theirs
+            sides[name] = partial(timed, partial(call, *given), device)
     return sides
-
-
-def blur_sides(shape: Shape, radius: int, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
-    """A x."""
-    (x,) = _images(shape, device, 1)
-    half, last = x.bfloat16(), _channels_last(x)
-    size, sigma = 2 * radius + 1, max(radius / 2, 1.0)
-    blur = GaussianBlur(size, sigma)
-    tables = bands(blur.taps, (shape[2], shape[3]), x.dtype, device, False)
-
-    sides: Sides = {
-        OURS: partial(timed, partial(blur, x), device),
-        OURS_BF16: partial(timed, partial(blur, half), device),
-        "PyTorch": partial(timed, partial(reference.blur, x, tables), device),
-    }
-    if radius <= plan.compiled_radius:
-        sides["compiled"] = lambda: timed(_compiled(reference.blur, x, tables), device)
-    for name, image, make in _users_blurs(x, last, missing):
-        sides[name] = partial(timed, partial(make(size, sigma, image), image), device)
-    return sides | _floor(blur_bytes(shape, radius, 4), device)
-
-
-def data_step_sides(shape: Shape, radius: int, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
-    """x − η(Aᵀ(A x − d) + r)."""
-    x, d, r = _images(shape, device, 3)
-    half = x.bfloat16(), d.bfloat16(), r.bfloat16()
-    last = _channels_last(x), _channels_last(d), _channels_last(r)
-    size, sigma = 2 * radius + 1, max(radius / 2, 1.0)
-    blur = GaussianBlur(size, sigma)
-    step_size = torch.tensor(_STEP_SIZE, device=device)
-    forward, adjoint = (bands(blur.taps, (shape[2], shape[3]), x.dtype, device, a) for a in (False, True))
-    arguments = (x, d, r, step_size, forward, adjoint)
-
-    sides: Sides = {
-        OURS: partial(timed, partial(blur.gradient_step, x, d, r, step_size), device),
-        OURS_BF16: partial(timed, partial(blur.gradient_step, *half, step_size), device),
-        "PyTorch": partial(timed, partial(reference.gradient_step, *arguments), device),
-    }
-    if radius <= plan.compiled_radius:
-        sides["compiled"] = lambda: timed(_compiled(reference.gradient_step, *arguments), device)
-    for name, image, make in _users_blurs(x, last[0], missing):
-        given = (x, d, r) if image is x else last
-        call = partial(rivals.data_step, make(size, sigma, image), *given, _STEP_SIZE)
-        sides[name] = partial(timed, call, device)
-    return sides | _floor(data_step_bytes(shape, radius, 4), device)
-
-
-def _users_blurs(
-    x: Tensor, last: Tensor, missing: set[str]
-) -> Iterator[tuple[str, Tensor, Callable[[int, float, Tensor], rivals.Blur]]]:
-    """What users blur with: its name, its image and what makes it."""
-    yield "conv2d", x, rivals.conv2d
-    yield "conv2d NHWC", last, rivals.conv2d
-    yield "conv2d separable", x, rivals.separable_conv2d
-    if "kornia" not in missing:
-        yield "kornia", x, rivals.kornia
-    if "torchvision" not in missing:
-        yield "torchvision", x, rivals.torchvision
 
 
 def linear_map(x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -216,123 +184,175 @@ def linear_map(x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.addcmul(b, c, x)
 
 
-def anderson_sides(shape: Shape, memory: int, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
-    """One step of Anderson's method with a full history, without the map, on one linear map.
+def anderson_sides(case: Case, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
+    """One step of Anderson's method with a full history, without the map; all sides solve the same linear map.
 
-    Each side is its whole solver, stopping rule included; torch.compile takes none of these loops.
+    Each side is its whole solver with its stopping rule. torch.compile cannot take any of these loops.
     """
-    (x0,) = _images(shape, device, 1)
+    x0, memory = torch.randn(case.shape, device=device), case.parameter
     layer = linear_map(x0)
     max_iter = memory + _STEPS
-    solver, half = (
-        Anderson(tol=0.0, max_iter=max_iter, memory=memory, history_dtype=history) for history in (None, torch.bfloat16)
-    )
 
-    def pure(layer: rivals.Layer) -> None:
-        with backend("reference"):
-            solver.solve(layer, x0)
+    def ours(layer: rivals.Layer, kernels: str | None = None, history: torch.dtype | None = None) -> None:
+        with backend(kernels) if kernels else nullcontext():
+            Anderson(tol=0.0, max_iter=max_iter, memory=memory, history_dtype=history).solve(layer, x0)
 
-    def side(solve: Callable[[rivals.Layer], object]) -> Callable[[], Sampler]:
-        return lambda: between_evaluations(solve, layer, device, first=memory - 1)
-
-    sides: Sides = {
-        OURS: side(lambda layer: solver.solve(layer, x0)),
-        OURS_BF16: side(lambda layer: half.solve(layer, x0)),  # the history alone
-        "PyTorch": side(pure),
-        "published loop": side(lambda layer: rivals.gilton_anderson(layer, x0, memory, max_iter)),
+    solvers: dict[str, Callable[[rivals.Layer], object]] = {
+        OURS: ours,
+        OURS_BF16: partial(ours, history=torch.bfloat16),  # only the history
+        "PyTorch": partial(ours, kernels="reference"),
+        "published loop": lambda layer: rivals.gilton_anderson(layer, x0, memory, max_iter),
+        "TorchDEQ": lambda layer: rivals.torchdeq_anderson(layer, x0, memory, max_iter),
+        "deepinv": lambda layer: rivals.deepinv_anderson(layer, x0, memory, max_iter),
     }
-    if "torchdeq" not in missing:
-        sides["TorchDEQ"] = side(lambda layer: rivals.torchdeq_anderson(layer, x0, memory, max_iter))
-    if "deepinv" not in missing:
-        sides["deepinv"] = side(lambda layer: rivals.deepinv_anderson(layer, x0, memory, max_iter))
+    sides: Sides = {
+        name: partial(between_evaluations, solve, layer, device, first=memory - 1)
+        for name, solve in solvers.items()
+        if name.lower() not in missing
+    }
     sides["the map"] = lambda: timed(lambda: layer(x0), device)
-    return sides | _floor(anderson_bytes(shape, memory, 4), device)
+    return sides
 
 
-def conv3x3_sides(shape: Shape, channels: int, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
-    """ReLU(weight ∗ x + bias) from and to as many channels, with the weight transformed before, as a solve has it."""
-    x = _channels_last(torch.randn(shape, device=device))
+def conv3x3_sides(case: Case, plan: Plan, device: torch.device, missing: set[str]) -> Sides:
+    """ReLU(weight ∗ x + bias) from and to ``channels``; the weight is already transformed, as during a solve."""
+    channels = case.parameter
+    x = _channels_last(torch.randn(case.shape, device=device))
     weight = _channels_last(torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5)
     bias = torch.randn(channels, device=device)
     transformed = winograd.transformed_weight(weight)
     half = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
     planar = x.contiguous(), weight.contiguous()
-    side = 1024 if device.type == "cpu" else 8192  # a GPU is full with that
-    a, b = torch.randn(2, side, side, device=device)
+    size = 1024 if device.type == "cpu" else 8192  # large enough to occupy a whole GPU
+    a, b = torch.randn(2, size, size, device=device)
+    # Winograd's F(4 × 4, 3 × 3) needs a quarter of the direct convolution's multiplications.
+    share = 18 * channels * x.numel() / (2 * size**3)
 
-    sides: Sides = {
+    def at_peak() -> Sampler:
+        sampler = timed(lambda: a @ b, device)
+        return Sampler(sampler.clock, lambda: share * sampler.sample())
+
+    return {
         OURS: lambda: timed(lambda: winograd.conv3x3(x, weight, bias, True, transformed), device),
         f"{OURS} with its transform": lambda: timed(lambda: winograd.conv3x3(x, weight, bias, True), device),
         "conv2d NHWC": lambda: timed(lambda: reference.conv3x3(x, weight, bias, True), device),
         "conv2d NCHW": lambda: timed(lambda: reference.conv3x3(*planar, bias, True), device),
         "conv2d bf16": lambda: timed(lambda: reference.conv3x3(*half, True), device),
-        "direct at peak": lambda: _scaled(timed(lambda: a @ b, device), conv3x3_flops(shape, channels) / (2 * side**3)),
+        "direct at peak": at_peak,
     }
-    return sides | _floor(conv3x3_bytes(shape, channels, 4), device)
 
 
-_KERNELS: Mapping[str, Callable[[Shape, int, Plan, torch.device, set[str]], Sides]] = {
-    "blur": blur_sides,
-    "data step": data_step_sides,
+_SIDES: dict[str, Callable[[Case, Plan, torch.device, set[str]], Sides]] = {
+    "blur": operator_sides,
+    "data step": operator_sides,
     "Anderson step": anderson_sides,
     "conv3x3": conv3x3_sides,
 }
 
 
-def _cases(plan: Plan) -> Iterator[tuple[str, int, Shape]]:
-    """Each kernel with its parameter and the shape of its images."""
-    for kernel, parameters in (("blur", plan.radii), ("data step", plan.radii), ("Anderson step", plan.memories)):
-        yield from ((kernel, parameter, shape) for parameter in parameters for shape in plan.shapes)
-    yield from (("conv3x3", shape[1], shape) for shape in plan.features)
-
-
 @torch.no_grad()
 def measure(plan: Plan, device: torch.device, console: Console) -> list[Row]:
-    """All cases of the plan, one after another; the memory's bandwidth is taken before, between and after."""
-    missing = set()
-    for name in ("kornia", "torchvision", "torchdeq", "deepinv"):
-        if reason := rivals.quiet_import(name):
-            console.print(f"{reason}; it is left out", highlight=False)
-            missing.add(name)
-
-    triads = machine.bandwidth_samples(plan.triad_bytes, device)
-    found: list[tuple[str, Shape, int, dict[str, Measured]]] = []
-    before = None
-    for kernel, parameter, shape in _cases(plan):
-        if before not in (None, kernel):
-            triads += machine.bandwidth_samples(plan.triad_bytes, device)
-        before = kernel
-        case = f"{kernel}, {'×'.join(map(str, shape))}, {parameter}"
-        with console.status(case):
-            torch.compiler.reset()  # else the shapes of earlier cases make it compile a general one
-            sides = _KERNELS[kernel](shape, parameter, plan, device, missing)
-            say = partial(console.print, f"{case}:", highlight=False)
-            found.append((kernel, shape, parameter, interleave(sides, plan.seconds, tuple(sides)[:1], say)))
+    """Measure all cases of the plan; the memory's bandwidth is measured before, between and after the kernels."""
+    say: Callable[..., Any] = partial(console.print, highlight=False)
+    missing = rivals.missing(("kornia", "torchvision", "torchdeq", "deepinv"), say)
+    triads: list[float] = []
+    measured: dict[Case, dict[str, Timing]] = {}
+    for kernel, cases in groupby(plan.cases(), lambda case: case.kernel):
+        triads += machine.bandwidth_samples(plan.triad_bytes, device)
+        for case in cases:
+            with console.status(str(case)):
+                torch.compiler.reset()  # otherwise the shapes of earlier cases make it compile a general function
+                sides = _SIDES[kernel](case, plan, device, missing)
+                sides["triad"] = partial(timed, machine.triad(case.bytes(4), device), device)
+                if device.type == "cuda":
+                    sides["launch"] = partial(timed, partial(torch.rand(1, device=device).add_, 1), device)
+                measured[case] = interleave(sides, plan.seconds, partial(say, f"{case}:"))
     triads += machine.bandwidth_samples(plan.triad_bytes, device)
 
-    about, bandwidth = machine.describe(device), machine.bandwidth(triads)
-    rows = []
-    for kernel, shape, parameter, measured in found:
-        for side, samples in measured.items():
-            dtype = torch.bfloat16 if side.endswith("bf16") else torch.float32
-            count = _bytes_of(kernel, shape, parameter, dtype)
-            rows.append(
-                make_row(kernel, shape, parameter, side, dtype, count, samples, measured[OURS], about, bandwidth)
-            )
-    return rows
+    bandwidth = spread(triads).median
+    rows = [case.row(side, timing, bandwidth) for case, timings in measured.items() for side, timing in timings.items()]
+    return [row | machine.describe(device) for row in rows]
 
 
-def run(out: Path, quick: bool, console: Console, plan: Plan | None = None) -> None:
-    """Measure and write kernels.csv and kernels.png; ``plan`` in place of the full or the quick one."""
+def _case(row: Row) -> str:
+    name = PARAMETERS[row["kernel"]]
+    return f"{row['shape'].replace('x', '×')}, {name[0]} = {row[name]}"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table for each kernel and parameter, with a column per image shape.
+
+    The first lines are jfbfast's float32 time, its interquartile range, its bytes and its share of the bandwidth;
+    then follows the ratio of every other side.
+    """
+    for kernel in distinct(rows, "kernel"):
+        name = PARAMETERS[kernel]
+        for parameter in distinct(where(rows, kernel=kernel), name):
+            chosen = where(rows, kernel=kernel, **{name: parameter})
+            yield _table(f"{kernel}, {name} {parameter}", chosen)
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    ours = where(rows, side=OURS)
+    shapes = [row["shape"].split("x") for row in ours]
+    lines = [
+        [OURS, *(report.seconds(row["median_us"] / 1e6) for row in ours)],
+        ["  interquartile", *(f"{(row['q3_us'] - row['q1_us']) / row['median_us']:.0%}" for row in ours)],
+        ["  bytes", *(f"{report.digits(row['bytes'] / 1e6)} MB" for row in ours)],
+        ["  of bandwidth", *(f"{row['bandwidth_fraction']:.0%}" for row in ours)],
+        None,
+        *report.pivot([row for row in rows if row["side"] != OURS], lambda row: row["shape"], report.ratio),
+    ]
+    return report.table(title, ["images", *(f"{b}×{c}\n{h}×{w}" for b, c, h, w in shapes)], lines)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Two panels per kernel: the rivals' times over jfbfast's, and jfbfast's share of the bandwidth."""
+    kernels = distinct(rows, "kernel")
+    heights = [len(where(rows, kernel=kernel, side=OURS)) + 3 for kernel in kernels]
+    made = Figure(figsize=(13, 0.3 * sum(heights) + 1), layout="constrained")
+    axes = made.subplots(len(kernels), 2, squeeze=False, height_ratios=heights, width_ratios=(3, 1))
+    for (left, right), kernel in zip(axes, kernels, strict=True):
+        plot_ratios(left, where(rows, kernel=kernel))
+        report.titled(left, f"{kernel}: time of the others over jfbfast's (float32)")
+        plot_bandwidth(right, where(rows, kernel=kernel))
+        report.titled(right, "counted bytes/s over the triad's")
+    return made
+
+
+def plot_ratios(axis: Any, rows: Sequence[Row]) -> None:
+    """A line per case: each rival's ratio with its quartiles; hollow markers were measured once."""
+    cases = list(dict.fromkeys(map(_case, rows)))
+    rivals = [side for side in distinct(rows, "side") if not side.startswith(OURS) and side not in _BOUNDS]
+    axis.axvline(1, color="black", linewidth=1)
+    for i, rival in enumerate(rivals):
+        style: Row = {"marker": report.MARKERS[i % 8], "linestyle": "", "color": f"C{i}"}
+        axis.plot([], [], **style, label=rival)
+        for row in where(rows, side=rival):
+            y = cases.index(_case(row))
+            axis.plot((row["ratio_q1"], row["ratio_q3"]), (y, y), color=f"C{i}", linewidth=1)
+            axis.plot(row["ratio"], y, **style, fillstyle="none" if row["samples"] == 1 else "full")
+    axis.set_xscale("log")
+    report.listed(axis, dict(enumerate(cases)), len(cases))
+    report.logarithmic(axis.xaxis, lambda value: f"{value:g}×")
+
+
+def plot_bandwidth(axis: Any, rows: Sequence[Row]) -> None:
+    """A bar per case and dtype."""
+    cases = list(dict.fromkeys(map(_case, rows)))
+    for side, offset in ((OURS, -0.2), (OURS_BF16, 0.2)):
+        bars = {cases.index(_case(row)) + offset: row["bandwidth_fraction"] for row in where(rows, side=side)}
+        if bars:
+            axis.barh(list(bars), list(bars.values()), 0.4, label=side)
+    axis.axvline(1, color="black", linewidth=1)
+    report.listed(axis, {}, len(cases))
+
+
+def run(out: Path, quick: bool, console: Console) -> None:
+    """Measure `QUICK` or `FULL`, and write kernels.csv and kernels.png into the directory."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    warning = machine.disturbance()
-    rows = measure(plan or (QUICK if quick else FULL), device, console)
-    for table in tables(rows):
-        console.print(table)
-    if warning:
-        console.print(f"[yellow]{warning}[/]", highlight=False)
-    csv, png = out / "kernels.csv", out / "kernels.png"
-    write_csv(rows, csv)
-    plot(rows, png)
-    console.print(f"Every side of every case: {csv}\nPicture: {png}", highlight=False)
+    device, warnings = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
+    rows = measure(QUICK if quick else FULL, device, console)
+    about = f"{machine.about(device)}; triad {rows[0]['triad_gb_per_s']:.1f} GB/s"
+    note = "n×: the side's time over jfbfast's in float32, the median of interleaved rounds; ~ measured once"
+    report.publish("kernels", out, console, rows, tables(rows), figure(rows), about, note, *warnings)

@@ -1,6 +1,6 @@
-"""The peak memory of one training step, each in a process of its own: `peak_megabytes`.
+"""The peak memory of one training step, measured in a process of its own.
 
-As a program it takes a file that `peak_megabytes` wrote, takes the step, and prints the megabytes.
+Run as a program, it takes the file that `peak_megabytes` writes, takes one step, and prints the megabytes.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from .implicit_rivals import jacobian_sides, sides
 from .problem import Problem
+from .step_sides import sides
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_megabytes(given: Problem, layer: str, half: bool, side: str, evaluations: int) -> float:
-    """What a process that holds the problem and the side's modules needs beside them for its first step.
+def peak_megabytes(given: Problem, side: str, evaluations: int) -> float:
+    """Megabytes that the first step of a side needs beyond the problem and the side's modules.
 
     Raises:
         RuntimeError: the process failed; the message is its last line.
     """
     with TemporaryDirectory() as directory:
         path = Path(directory) / "step.pt"
-        torch.save((given, layer, half, side, evaluations, torch.get_num_threads()), path)
+        torch.save((given, side, evaluations, torch.get_num_threads()), path)
         command = [sys.executable, "-m", "jfbfast.benchmarks.memory", str(path)]
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     if done.returncode:
@@ -36,39 +36,29 @@ def peak_megabytes(given: Problem, layer: str, half: bool, side: str, evaluation
     return float(done.stdout.split()[-1])
 
 
-def _restart_peak() -> None:
-    """Linux: let the peak of the resident memory begin anew."""
-    if _CLEAR.exists():
-        _CLEAR.write_text("5")
-
-
-def _peak() -> float:
-    """In megabytes. Not ru_maxrss where there is another: on Linux a child inherits its parent's."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return float(line.split()[1]) / 1024
-    scale = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+def _peak(cuda: bool) -> float:
+    """The peak so far, in megabytes: of the GPU's memory, or of the resident memory."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    if _STATUS.exists():  # on Linux, where ru_maxrss includes the parent's peak
+        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return float(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
 def main() -> None:
-    """The program."""
+    """Take the step of the file in the first argument, and print the megabytes."""
     warnings.simplefilter("ignore")
-    given, layer, half, name, evaluations, threads = torch.load(sys.argv[1], weights_only=False)
+    given, name, evaluations, threads = torch.load(sys.argv[1], weights_only=False)
     torch.set_num_threads(threads)
-    made = dict([*sides(given, layer, half, set()), *jacobian_sides(given, layer)])
-    side = made[name]()
-    if given.d.is_cuda:
-        before = torch.cuda.memory_allocated() / 2**20
+    side, cuda = sides(given)[name](), given.d.is_cuda
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-        side.step(given.x, evaluations)
-        print(torch.cuda.max_memory_allocated() / 2**20 - before)
-    else:
-        _restart_peak()
-        before = _peak()
-        side.step(given.x, evaluations)
-        print(_peak() - before)
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")  # resets the peak of the resident memory
+    before = _peak(cuda)
+    side.step(given.x, evaluations)
+    print(_peak(cuda) - before)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the end-to-end benchmark restores: a network, a batch of photographs, the layers, and their fixed points."""
+"""What the benchmark `step` restores: a network, a batch of photographs, the layer, and its fixed point."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +14,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, Status
 from jfbfast.imaging.quality import measure
 from jfbfast.models.lipschitz import SpectralNormConv2d
+from jfbfast.models.pretrained import load_model
+from jfbfast.spectrum import operator_norm
 
 LAYERS = ("preconditioned", "filtered", "paper")
 
 _SHRINKAGE, _DEPARTURE = 0.8, 0.2  # D(x) = c(x − γN(x)) with γ‖∂N‖ = 0.2, so that ‖∂D‖ ≤ 0.96
-_POWER_ITERATIONS = 300  # after which one more step leaves a spectral norm as it is
-_REFERENCE = Anderson(tol=1e-8, max_iter=400)  # with ‖∂T‖ ≤ 0.995, an error of 2e-6
+_POWER_ITERATIONS = 300  # enough that one more does not change a spectral norm
+_REFERENCE = Anderson(tol=1e-8, max_iter=400)  # with ‖∂T‖ ≤ 0.995, an error of at most 2e-6
 
 
 class Contraction(nn.Module):
-    """D(x) = c(x − γ N(x)): a contraction around an untrained network, in place of a trained denoiser."""
+    """D(x) = c(x − γ N(x)): makes an untrained network a contraction, to stand for a trained denoiser."""
 
     def __init__(self, network: nn.Module, departure: float) -> None:
         super().__init__()
@@ -36,72 +38,73 @@ class Contraction(nn.Module):
 
 @dataclass(frozen=True)
 class Weights:
-    """A denoiser and the operator that it goes with; zeros beyond the edge, as in the paper.
+    """A denoiser and the blur that it was made for; the blur pads with zeros, as in the paper.
 
-    Attributes:
-        denoiser: D. Its batch norms keep their running statistics and its spectral norms have converged,
-            so that every training step is the same step.
-        weight: λ of RED.
+    The denoiser's batch norms keep their running statistics and its spectral norms have converged, so that all
+    training steps are equal.
     """
 
     denoiser: nn.Module
-    weight: float
-    kernel_size: int
-    sigma: float
-    noise: float
+    weight: float  # λ of RED
+    kernel_size: int  # of the blur in pixels
+    sigma: float  # of the blur in pixels
+    noise: float  # standard deviation on [−1, 1]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch for the weights: images x and measurements d = A x + ν ε, (B, 3, size, size) in [−1, 1]."""
+    """One batch to restore, and the layer that restores it."""
 
     weights: Weights
-    x: Tensor
-    d: Tensor
+    x: Tensor  # images (B, 3, size, size) in [−1, 1]
+    d: Tensor  # measurements A x + ν ε, (B, 3, size, size)
+    layer: str = "preconditioned"  # one of `LAYERS`
+    half: bool = False  # whether the denoiser runs in bfloat16, by autocast
 
     def to(self, *target: Any) -> Problem:
-        denoiser = copy.deepcopy(self.weights.denoiser).to(*target)
-        return Problem(replace(self.weights, denoiser=denoiser), self.x.to(*target), self.d.to(*target))
+        """The problem on another device or in another dtype, with a copy of the denoiser."""
+        weights = replace(self.weights, denoiser=copy.deepcopy(self.weights.denoiser).to(*target))
+        return replace(self, weights=weights, x=self.x.to(*target), d=self.d.to(*target))
+
+    def autocast(self) -> torch.autocast:
+        """The precision in which the denoiser runs."""
+        return torch.autocast(self.d.device.type, torch.bfloat16, enabled=self.half)
 
 
-def photographs(size: int, batch: int, seed: int = 0) -> Tensor:
+def photographs(size: int, batch: int) -> Tensor:
     """Random crops of scikit-image's astronaut, (batch, 3, size, size) in [−1, 1]."""
     from skimage import data
 
     image = torch.from_numpy(data.astronaut()).permute(2, 0, 1).float() / 127.5 - 1
-    generator = torch.Generator().manual_seed(seed)
-    corners = torch.randint(image.shape[-1] - size + 1, (batch, 2), generator=generator).tolist()
+    corners = torch.randint(image.shape[-1] - size + 1, (batch, 2), generator=torch.Generator().manual_seed(0)).tolist()
     return torch.stack([image[:, top : top + size, left : left + size] for top, left in corners])
 
 
-def problem(weights: Weights, size: int, batch: int, device: torch.device) -> Problem:
+def problem(
+    weights: Weights, size: int, batch: int, device: torch.device, layer: str = "preconditioned", half: bool = False
+) -> Problem:
+    """Blur ``batch`` crops of ``size`` × ``size`` pixels and add noise; equal arguments give equal problems."""
     x = photographs(size, batch)
     white = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     d = measure(x, GaussianBlur(weights.kernel_size, weights.sigma), weights.noise, white)
-    return Problem(weights, x, d).to(device)
+    return Problem(weights, x, d, layer, half).to(device)
 
 
 def untrained(features: int, depth: int) -> Weights:
-    """The paper's DnCNN as it is initialised, made a contraction: the layers have fixed points, and well-known ones."""
+    """The paper's DnCNN at initialisation, made a contraction, so that every layer has a fixed point."""
     x = photographs(32, 4)
     network = DnCNN(3, features, depth)
-    for norm in _batch_norms(network):
+    for norm in batch_norms(network):
         norm.momentum = 1.0
     with torch.no_grad():
-        network(x)
+        network(x)  # sets the running statistics
     network.eval()
-    denoiser = Contraction(network, _DEPARTURE / _jacobian_norm(network, x))
+    denoiser = Contraction(network, _DEPARTURE / float(operator_norm(network, x, steps=10).max()))
     return Weights(_settled(denoiser), weight=0.05, kernel_size=5, sigma=1.0, noise=0.01)
 
 
 def trained(checkpoint: str) -> Weights:
-    """The denoiser of a shipped model, or of a file of `jfbfast train` or `jfbfast demo`, with its λ and its blur.
-
-    Raises:
-        ValueError: neither, or one of another form than a `DEGrad` with `RED`, or for a range of measurements.
-    """
-    from jfbfast.models.pretrained import load_model
-
+    """The denoiser, λ and blur of a shipped model or a file; ValueError for one that is no DE-GRAD of ours."""
     model, config = load_model(checkpoint)
     if not (isinstance(model, DEGrad) and isinstance(model.regularizer, RED)):
         raise ValueError(f"checkpoint is of the form {config.form!r}; it takes 'filtered' or 'preconditioned'")
@@ -111,17 +114,14 @@ def trained(checkpoint: str) -> Weights:
     return Weights(_settled(model.regularizer.denoiser), weight, config.kernel_size, config.sigma, config.noise)
 
 
-def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Those layers that couple the samples of a batch in train()."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
 
-def has_batch_statistics(module: nn.Module) -> bool:
-    """Whether in train() the module couples the samples of a batch."""
-    return bool(_batch_norms(module))
-
-
 def _settled(denoiser: nn.Module) -> nn.Module:
-    for norm in _batch_norms(denoiser):
+    """Freeze the running statistics and let the spectral norms converge."""
+    for norm in batch_norms(denoiser):
         norm.momentum = 0.0
     for conv in denoiser.modules():
         if isinstance(conv, SpectralNormConv2d):
@@ -132,50 +132,33 @@ def _settled(denoiser: nn.Module) -> nn.Module:
     return denoiser
 
 
-def _jacobian_norm(network: nn.Module, x: Tensor, iterations: int = 10) -> float:
-    """The largest singular value of ∂N at x, by power iterations on ∂Nᵀ∂N."""
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    norm = torch.tensor(1.0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")  # of torch.func.jvp itself
-        for _ in range(iterations):
-            image = torch.func.jvp(network, (x,), (v / v.norm(),))[1].detach()
-            norm = image.norm()
-            v = torch.func.vjp(network, x)[1](image)[0].detach()
-    return float(norm)
-
-
-def model(given: Problem, layer: str, **options: Any) -> DEGrad:
-    """The DE-GRAD of that layer, with weights of its own; ``options`` as in `DEGrad`."""
+def model(given: Problem, **options: Any) -> DEGrad:
+    """A DE-GRAD with the problem's layer and a copy of its weights; ``options`` as in `DEGrad`."""
     weights = given.weights
     denoiser = copy.deepcopy(weights.denoiser).to(memory_format=torch.channels_last)
-    regularizer = RED(denoiser, weights.weight, "weight" if layer == "filtered" else None)
-    form: Any = {} if layer == "paper" else {"preconditioner": "exact"}
+    regularizer = RED(denoiser, weights.weight, "weight" if given.layer == "filtered" else None)
+    form: Any = {} if given.layer == "paper" else {"preconditioner": "exact"}
     blur = GaussianBlur(weights.kernel_size, weights.sigma)
     return DEGrad(blur, regularizer, **form, **options).to(given.d.device, given.d.dtype)
 
 
 @torch.no_grad()
-def fixed_point(given: Problem, layer: str, batch_statistics: bool) -> Tensor | None:
-    """x* of the layer in float64, or None where Anderson's method does not find it.
+def fixed_point(given: Problem, batch_statistics: bool) -> Tensor | None:
+    """Find the layer's fixed point x* in float64, or None if Anderson's method does not converge.
 
-    Args:
-        batch_statistics: of the map whose batch norms normalise by the batch at hand, of which the
-            whole batch is one sample; else by their running statistics.
+    With ``batch_statistics``, batch norms normalise by the current batch, which then is solved as one sample.
     """
     x0 = given.d
     for dtype, solver in ((torch.float32, Anderson(tol=1e-6, max_iter=100)), (torch.float64, _REFERENCE)):
-        twin = model(given.to(dtype), layer).train(batch_statistics)
-        d = given.d.to(dtype)
-        x0 = x0.to(dtype)
+        twin = model(given.to(dtype)).train(batch_statistics)
+        d, x0 = given.d.to(dtype), x0.to(dtype)
         if batch_statistics:
-            flat = _as_one_sample(twin, d)
-            solution = solver.solve(flat, x0.reshape(1, -1))
+            solution = solver.solve(partial(_as_one_sample, twin, d), x0.reshape(1, -1))
         else:
             solution = solver.solve(twin.layer, x0, (d,))
         x0 = solution.value.view(d.shape)
     return x0 if bool((solution.status == Status.CONVERGED).all()) else None
 
 
-def _as_one_sample(twin: DEGrad, d: Tensor) -> Any:
-    return lambda x: twin.layer(x.view(d.shape), d).reshape(1, -1)
+def _as_one_sample(twin: DEGrad, d: Tensor, x: Tensor) -> Tensor:
+    return twin.layer(x.view(d.shape), d).reshape(1, -1)

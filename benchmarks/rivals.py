@@ -1,9 +1,9 @@
-"""What users write, or call, today for the same operations."""
+"""The same operations as users write or call them today: blurs, the data step, Anderson's method."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 
 import torch
@@ -15,11 +15,11 @@ from jfbfast.backends.reference import gaussian_taps
 Blur = Callable[[Tensor], Tensor]
 Layer = Callable[[Tensor], Tensor]
 
-LAM = 1e-4  # what the published Anderson loops add to the Gram matrix
+LAM = 1e-4  # what the published Anderson loops add to the diagonal of the Gram matrix
 
 
 def conv2d(kernel_size: int, sigma: float, x: Tensor) -> Blur:
-    """The depthwise convolution with the k × k Gaussian, for images like x; channels-last where x is."""
+    """Depthwise convolution with the k × k Gaussian, for images like x; the weight is channels-last if x is."""
     channels = x.shape[1]
     taps = torch.tensor(gaussian_taps(kernel_size, sigma), dtype=x.dtype, device=x.device)
     weight = torch.outer(taps, taps).expand(channels, 1, -1, -1)
@@ -29,7 +29,7 @@ def conv2d(kernel_size: int, sigma: float, x: Tensor) -> Blur:
 
 
 def separable_conv2d(kernel_size: int, sigma: float, x: Tensor) -> Blur:
-    """Two depthwise convolutions, with k × 1 and 1 × k taps."""
+    """Two depthwise convolutions, with kernels of k × 1 and 1 × k."""
     channels, radius = x.shape[1], kernel_size // 2
     taps = torch.tensor(gaussian_taps(kernel_size, sigma), dtype=x.dtype, device=x.device)
     columns = taps[:, None].expand(channels, 1, -1, -1).contiguous()
@@ -43,7 +43,7 @@ def separable_conv2d(kernel_size: int, sigma: float, x: Tensor) -> Blur:
 
 
 def kornia(kernel_size: int, sigma: float, x: Tensor) -> Blur:
-    """`kornia.filters.gaussian_blur2d`, with zeros beyond the edge."""
+    """`kornia.filters.gaussian_blur2d` with zero padding."""
     from kornia.filters import gaussian_blur2d
 
     size, sigmas = (kernel_size, kernel_size), (sigma, sigma)
@@ -51,24 +51,23 @@ def kornia(kernel_size: int, sigma: float, x: Tensor) -> Blur:
 
 
 def torchvision(kernel_size: int, sigma: float, x: Tensor) -> Blur:
-    """`torchvision.transforms.functional.gaussian_blur`; it can only reflect at the edge."""
+    """`torchvision.transforms.functional.gaussian_blur`, which always pads by reflection."""
     from torchvision.transforms.functional import gaussian_blur
 
     return lambda x: gaussian_blur(x, [kernel_size, kernel_size], [sigma, sigma])
 
 
 def data_step(blur: Blur, x: Tensor, d: Tensor, r: Tensor, step_size: float) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r), with Aᵀ = A, which holds for a Gaussian with zeros beyond the edge."""
+    """x − η(Aᵀ(A x − d) + r), with Aᵀ = A, which holds for a Gaussian with zero padding."""
     return x - step_size * (blur(blur(x) - d) + r)
 
 
 def gilton_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int, tol: float = 0.0) -> Tensor:
     """The batched Anderson loop of the deep-equilibrium literature (Gilton, Ongie and Willett, 2021).
 
-    The whole history is kept, (B, m, N), and at each step the whole Gram matrix GGᵀ + λI is
-    computed anew and bordered by the constraint Σ αᵢ = 1. It ends after ``max_iter`` evaluations of
-    the layer, or, after the fourth, where the largest change of an iterate in the batch is below
-    ``tol`` of the largest iterate.
+    It keeps the whole history, (B, m, N). Each step computes the whole Gram matrix GGᵀ + λI again and borders it
+    with the constraint Σ αᵢ = 1. The loop ends after ``max_iter`` evaluations of the layer; from the fourth on, also
+    once the batch's largest change of an iterate is below ``tol`` times its largest iterate.
     """
     batch, size = x0.shape[0], x0[0].numel()
     xs = x0.new_zeros(batch, memory, size)
@@ -122,12 +121,16 @@ def deepinv_anderson(layer: Layer, x0: Tensor, memory: int, max_iter: int) -> Te
     return solver()[0]["est"][0]
 
 
-def quiet_import(name: str) -> str | None:
-    """Import an optional package before anything is timed; why it cannot be, or None."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def missing(packages: Iterable[str], say: Callable[[str], object]) -> set[str]:
+    """Import the packages before anything is timed, without their warnings; report and return those that fail."""
+    failed = set()
+    for name in packages:
         try:
-            import_module(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import_module(name)
         except ImportError as error:
-            return f"{name} is not installed" if error.name == name else f"{name} does not load: {error}"
-    return None
+            reason = "is not installed" if error.name == name else f"does not load: {error}"
+            say(f"{name} {reason}; it is left out")
+            failed.add(name)
+    return failed

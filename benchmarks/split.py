@@ -1,11 +1,12 @@
-"""Where the time of jfbfast's own step goes: the step once more, with a stopwatch around its parts."""
+"""Where jfbfast's training step spends its time: the same step with a stopwatch around its parts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -13,45 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jfbfast import RED, DEGrad, SeparableBlur
+from jfbfast import RED, SeparableBlur
 
-from .implicit_rivals import TOL, Watched, autocast
 from .problem import Problem, model
-from .timing import spread
+from .step_sides import TOL, Counted
 
+PARTS = {
+    "denoiser": "denoiser",  # the network and RED's arithmetic, without gradients
+    "data_step": "data step",  # the blurs, the preconditioner and the filter, without gradients
+    "anderson": "Anderson",  # residuals, Gram matrices, weights and mixing
+    "gradient": "gradient, backward",  # the one layer with its gradient, the loss, and backward
+    "overhead": "overhead",  # the rest: statuses, bookkeeping, spectral norms, allocations of the solve
+}
 _STEPS = 3
 _BLUR = ("forward", "adjoint", "gradient", "gradient_step", "solve", "filter")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Shares of a step's time, which sum to 1.
-
-    Attributes:
-        denoiser: the network and RED's arithmetic, without gradients.
-        data_step: the blurs, the preconditioner and the filter, without gradients.
-        anderson: residuals, Gram matrices, weights and mixing.
-        gradient: the one layer that is traced, the loss, and backward.
-        overhead: what is left: statuses, bookkeeping, spectral norms, the solve's own tensors.
-    """
-
-    denoiser: float
-    data_step: float
-    anderson: float
-    gradient: float
-    overhead: float
 
 
 class Stopwatch:
     """Seconds by part; entering a part pauses the one around it. With gradients on, every part is "gradient"."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(Split.__dataclass_fields__, 0.0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self.device = device
         self.parts: list[str] = []
         self.since = 0.0
 
     def _book(self) -> None:
+        """Add the time since the last call to the current part."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -75,7 +64,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class _Timed(Watched):
+class _Timed(Counted):
     watch: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda part, function: function
 
     def start(self, x: Tensor) -> Any:
@@ -87,9 +76,9 @@ class _Timed(Watched):
 
 @contextmanager
 def _instrumented(watch: Stopwatch) -> Iterator[None]:
-    """The classes, and not a model, since a solve evaluates a twin of it.
+    """Time the classes' methods, since a solve evaluates a copy of the model.
 
-    On CUDA, where the solver takes its decisions on the device, its share is within the overhead's.
+    On CUDA the solver decides on the device, and its share counts as overhead.
     """
     parts: list[tuple[type, str, str]] = [(RED, "forward", "denoiser")]
     parts += [(SeparableBlur, name, "data_step") for name in _BLUR]
@@ -99,28 +88,23 @@ def _instrumented(watch: Stopwatch) -> Iterator[None]:
         yield
 
 
-def split(given: Problem, layer: str, half: bool, evaluations: int) -> Split:
-    """The medians of a few steps, after one to warm up."""
-    net = model(given, layer).train()
+def split(given: Problem, evaluations: int) -> dict[str, float]:
+    """The share of each of `PARTS` in a step's time: medians of a few steps after a warm-up, scaled to sum to 1."""
+    net = model(given).train()
     shares: list[dict[str, float]] = []
     for _ in range(_STEPS + 1):
         watch = Stopwatch(given.d.device)
         net.solver = _Timed(tol=TOL, max_iter=evaluations, watch=watch)
+
+        def step(watch: Stopwatch = watch) -> None:
+            net.zero_grad()
+            with given.autocast():
+                out = net(given.d)
+            watch("gradient", lambda: F.mse_loss(out, given.x).backward())()
+
         with _instrumented(watch):
-            watch("overhead", _step)(net, given, half, watch)
+            watch("overhead", step)()
         total = sum(watch.seconds.values())
         shares.append({part: seconds / total for part, seconds in watch.seconds.items()})
-    medians = {part: spread([s[part] for s in shares[1:]]).median for part in shares[0]}
-    return Split(**{part: share / sum(medians.values()) for part, share in medians.items()})
-
-
-def _step(net: DEGrad, given: Problem, half: bool, watch: Stopwatch) -> None:
-    net.zero_grad()
-    with autocast(given.d, half):
-        out = net(given.d)
-    watch("gradient", lambda: F.mse_loss(out, given.x).backward())()
-
-
-def as_columns(shares: Split | None) -> dict[str, float | None]:
-    """By the names of the CSV's columns."""
-    return {f"split_{part}": None if shares is None else asdict(shares)[part] for part in Split.__dataclass_fields__}
+    medians = {part: median(share[part] for share in shares[1:]) for part in PARTS}
+    return {part: share / sum(medians.values()) for part, share in medians.items()}

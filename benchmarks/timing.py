@@ -1,4 +1,4 @@
-"""Measuring: how one call is timed, and how several sides are timed against each other."""
+"""Time one call, and time several sides of a comparison against each other."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from itertools import pairwise
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Layer = Callable[[Tensor], Tensor]
 
-_SHORTEST = 4e-3  # seconds a sample should last, so that neither the clock nor waking threads shows in it
+_SHORTEST = 4e-3  # seconds a sample should last, so that clock resolution and thread wake-up do not matter
 _MOST_CALLS = 1000
-_GRAPH_CALLS = 20  # in one CUDA graph, so that replaying it costs nothing beside them
+_GRAPH_CALLS = 20  # in one CUDA graph, so that the cost of replaying it is negligible
 _LEAST_ROUNDS = 5
-_PRECISION = 0.005  # of a median, as interquartile range / √rounds; below it the rounds end
+_PRECISION = 0.005  # rounds end once interquartile range / √rounds is below this share of every median
 
 
 class Sampler(NamedTuple):
-    """``sample()`` measures anew and returns seconds a call; ``clock`` says how."""
+    """A way to time a call."""
 
-    clock: str
-    sample: Callable[[], float]
+    clock: str  # "wall", "events" or "graph"
+    sample: Callable[[], float]  # measures once, in seconds per call
 
 
 class Spread(NamedTuple):
-    """The median of some samples and their quartiles."""
+    """Median and quartiles of some samples."""
 
     median: float
     q1: float
@@ -37,24 +37,44 @@ class Spread(NamedTuple):
 
 
 def spread(samples: list[float]) -> Spread:
-    if len(samples) == 1:
-        return Spread(samples[0], samples[0], samples[0])
-    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    """Median and quartiles; all three are the same for a single sample."""
+    q1, median, q3 = statistics.quantiles(samples * (2 if len(samples) == 1 else 1), n=4, method="inclusive")
     return Spread(median, q1, q3)
 
 
-def _repeated(many: Callable[[int], float]) -> Callable[[], float]:
-    """Seconds of one repetition, of which ``many(n)`` takes n.
+@dataclass(frozen=True)
+class Timing:
+    """The measured time of one side of a case."""
 
-    The first warms the caches and says how many more make a sample; a long one is the sample itself.
+    clock: str  # "wall", "events" or "graph"
+    samples: int  # rounds; 1 for a side so slow that it was measured once
+    seconds: Spread  # of one call
+    ratio: Spread  # of this side's time to the reference's, taken round by round
+
+    def columns(self, unit: str) -> dict[str, Any]:
+        """The cells of a CSV, with times in ``unit``: "s" or "us"."""
+        scale = {"s": 1, "us": 1e6}[unit]
+        times = {f"{name}_{unit}": scale * value for name, value in self.seconds._asdict().items()}
+        ratios = {"ratio": self.ratio.median, "ratio_q1": self.ratio.q1, "ratio_q3": self.ratio.q3}
+        return {"samples": self.samples, **times, **ratios}
+
+
+def compare(clock: str, samples: list[float], reference: list[float]) -> Timing:
+    """Summarise a side's samples; without one reference sample per round, ratios use the reference's median."""
+    if len(samples) != len(reference):
+        reference = [spread(reference).median] * len(samples)
+    ratios = [side / other for side, other in zip(samples, reference, strict=True)]
+    return Timing(clock, len(samples), spread(samples), spread(ratios))
+
+
+def _sample(many: Callable[[int], float]) -> float:
+    """Seconds of one call, from the seconds of ``many(n)`` calls.
+
+    The first call warms the caches and decides how many more make a sample. A long call is itself the sample.
     """
-
-    def sample() -> float:
-        seconds = many(1)
-        count = min(_MOST_CALLS, int(_SHORTEST / max(seconds, 1e-9)))
-        return seconds if count < 2 else many(count) / count
-
-    return sample
+    seconds = many(1)
+    count = min(_MOST_CALLS, int(_SHORTEST / max(seconds, 1e-9)))
+    return seconds if count < 2 else many(count) / count
 
 
 def _wall(call: Callable[[], object]) -> Sampler:
@@ -64,11 +84,11 @@ def _wall(call: Callable[[], object]) -> Sampler:
             call()
         return time.perf_counter() - start
 
-    return Sampler("wall", _repeated(many))
+    return Sampler("wall", lambda: _sample(many))
 
 
 def _on_device(call: Callable[[], object]) -> Sampler:
-    """Between two events, from a CUDA graph of several calls where the call can be captured."""
+    """Time between two CUDA events, replaying a CUDA graph of several calls if the call can be captured."""
 
     def launch() -> None:
         for _ in range(_GRAPH_CALLS):
@@ -82,9 +102,10 @@ def _on_device(call: Callable[[], object]) -> Sampler:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):  # the outer: a failure leaves the inner
+        # A failed capture leaves its own stream current; the outer context restores the caller's.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
             launch()
-    except RuntimeError:  # the call waits for the device, which a graph cannot hold
+    except RuntimeError:  # the call waits for the device, which a graph cannot do
         torch.cuda.synchronize()
     else:
         replay, clock = graph.replay, "graph"
@@ -98,113 +119,90 @@ def _on_device(call: Callable[[], object]) -> Sampler:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    repeated = _repeated(many)
-    return Sampler(clock, lambda: repeated() / _GRAPH_CALLS)
+    return Sampler(clock, lambda: _sample(many) / _GRAPH_CALLS)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> Sampler:
-    """Seconds of ``call()``: by the wall clock on the CPU, by device events on CUDA."""
+    """Time ``call()``: by the wall clock on the CPU, by device events on CUDA."""
     return _on_device(call) if device.type == "cuda" else _wall(call)
 
 
 def between_evaluations(solve: Callable[[Layer], object], layer: Layer, device: torch.device, first: int) -> Sampler:
-    """What a solver spends from one evaluation of its layer to the next: its own step, without the layer.
-
-    Args:
-        solve: runs the solver on the layer that it is given, for more than ``first`` + 1 evaluations.
-        layer: the map.
-        first: how many gaps to leave out, while the history is filling; a sample is the others' median.
-    """
+    """Time a solver's own step: the median gap between two evaluations of its layer, after the ``first`` gaps."""
     cuda = device.type == "cuda"
 
-    def stamp() -> float | torch.cuda.Event:
-        if not cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        if isinstance(start, float) and isinstance(end, float):
-            return end - start
-        assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1e3
+    def seconds(start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if cuda else end - start
 
     def sample() -> float:
-        evaluations: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        marks: list[Any] = []  # the layer's start and end in turn, as seconds or CUDA events
 
-        def stamped(x: Tensor) -> Tensor:
-            entered = stamp()
+        def mark() -> None:
+            if cuda:
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+            else:
+                marks.append(time.perf_counter())
+
+        def marked(x: Tensor) -> Tensor:
+            mark()
             f = layer(x)
-            evaluations.append((entered, stamp()))
+            mark()
             return f
 
-        solve(stamped)
+        solve(marked)
         if cuda:
             torch.cuda.synchronize()
-        gaps = [seconds(left, entered) for (_, left), (entered, _) in pairwise(evaluations)]
+        gaps = [seconds(left, entered) for left, entered in zip(marks[1:-1:2], marks[2::2], strict=True)]
         return statistics.median(gaps[first:])
 
     return Sampler("events" if cuda else "wall", sample)
 
 
-class Measured(NamedTuple):
-    """The samples of one side, in seconds; round by round with the other sides unless there is one alone."""
-
-    clock: str
-    samples: list[float]
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 100 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], Sampler]],
-    seconds: float,
-    required: tuple[str, ...],
-    say: Callable[[str], None],
-) -> dict[str, Measured]:
-    """Time the sides in turn, A B C A B C …, after a warm-up, until their medians stand or time is up.
+    sides: Mapping[str, Callable[[], Sampler]], seconds: float, say: Callable[[str], object]
+) -> dict[str, Timing]:
+    """Time the sides in turn, A B C A B C …, after a warm-up, until their medians settle or time is up.
 
-    A side that fails (no memory, no compiler) is said and left out. One that takes a sixth of the
-    time by itself is not repeated: its warm-up is its only sample. Neither holds for ``required``.
-
-    Args:
-        sides: what makes each side's sampler.
-        seconds: for the rounds; at least three are run.
+    The rounds take about ``seconds``; at least three are run. The first side is the reference: it is always repeated,
+    and its errors are raised. Another side that fails (out of memory, no compiler) is reported by ``say`` and left
+    out. A side that needs over a sixth of the time for one sample is not repeated.
     """
+    reference, limit = next(iter(sides)), seconds / 6
     samplers: dict[str, Sampler] = {}
-    alone: dict[str, Measured] = {}
-    limit = seconds / 6
+    samples: dict[str, list[float]] = {}
     for name, make in sides.items():
         try:
-            sampler = make()
+            sampler = samplers[name] = make()
             value, took = _warm_up(sampler)
             if limit < took < seconds:  # a first call, or a busy moment
                 value, took = _warm_up(sampler)
         except Exception as error:
-            if name in required:
+            if name == reference:
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            say(f"{name} is left out: {reason[:100]}")
+            say(f"{name} is left out: {first_line(error)}")
             continue
-        if name not in required and took > limit:
-            alone[name] = Measured(sampler.clock, [value])
-        else:
-            samplers[name] = sampler
+        samples[name] = [value] if name != reference and took > limit else []
 
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    repeated = [name for name, values in samples.items() if not values]
     end = time.perf_counter() + seconds
     for done in range(1, 10_000):
-        for name, sampler in samplers.items():
-            samples[name].append(sampler.sample())
+        for name in repeated:
+            samples[name].append(samplers[name].sample())
         if done >= 3 and time.perf_counter() > end:
             break
-        if done >= _LEAST_ROUNDS and all(_settled(s) for s in samples.values()):
+        if done >= _LEAST_ROUNDS and all(_settled(samples[name]) for name in repeated):
             break
-    rounds = {name: Measured(samplers[name].clock, values) for name, values in samples.items()}
-    return {name: (rounds | alone)[name] for name in sides if name in rounds or name in alone}
+    return {name: compare(samplers[name].clock, values, samples[reference]) for name, values in samples.items()}
 
 
 def _warm_up(sampler: Sampler) -> tuple[float, float]:
-    """A sample, and the seconds that it took to take."""
+    """A sample, and the seconds that taking it took."""
     start = time.perf_counter()
     return sampler.sample(), time.perf_counter() - start
 
@@ -212,11 +210,3 @@ def _warm_up(sampler: Sampler) -> tuple[float, float]:
 def _settled(samples: list[float]) -> bool:
     median, q1, q3 = spread(samples)
     return (q3 - q1) / math.sqrt(len(samples)) < _PRECISION * median
-
-
-def ratios(side: Measured, ours: Measured) -> Spread:
-    """The side's time over ours, round by round."""
-    if len(side.samples) != len(ours.samples):
-        median = spread(ours.samples).median
-        return spread([s / median for s in side.samples])
-    return spread([s / o for s, o in zip(side.samples, ours.samples, strict=True)])

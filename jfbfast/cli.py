@@ -315,8 +315,9 @@ class _Bench(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         if args[:1] != ["paper"]:
             return super().make_context(info_name, args, parent, **extra)
-        paper = typer.main.get_command(import_module("jfbfast.benchmarks.paper.command").app)
-        return paper.make_context(f"{info_name} paper", args[1:], parent, **extra)
+        paper = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        paper.command()(_one_sentence()(import_module("jfbfast.benchmarks.paper.command").paper))
+        return typer.main.get_command(paper).make_context(f"{info_name} paper", args[1:], parent, **extra)
 
 
 @app.command(cls=_Bench)
@@ -340,7 +341,7 @@ def bench(
         names = names or ["kernels"]
         benchmarks.check(names)
         for name in names:
-            benchmarks.run(name, out, quick, console, checkpoint, batch)
+            benchmarks.run(name, out, quick, console, checkpoint=checkpoint, batch=batch)
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:

@@ -1,6 +1,6 @@
 """`paper`: the two tables and two figures of Liu, Tong and Zhao (2024), measured here.
 
-Each part writes its figures as CSV and a picture; together they write the page paper.md.
+Each part writes its numbers as CSV and a picture; all parts together also write the page paper.md.
 """
 
 from __future__ import annotations
@@ -10,29 +10,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jfbfast.models.config import SETTING
+import jfbfast
 
 from .plan import QUICK, Plan
 
+_HEADING = """# The paper's tables and figures, measured here
+
+By `jfbfast bench paper`, after Liu, Tong and Zhao (2024), [arXiv 2402.02065](https://arxiv.org/abs/2402.02065).
+PSNR at the true range 2 of images in [−1, 1] and, where marked, with a peak of 1, as in the paper's code."""
 PARTS = ("figure1", "table1", "table2", "figure2")
 
 
 def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, parts: tuple[str, ...] = PARTS) -> None:
-    """Make the parts, and of all of them together the page ``out``/paper.md.
-
-    Args:
-        out: the directory, made where missing.
-        quick: small, where no ``plan`` is given.
-        plan: what to make the parts of.
-        parts: of `PARTS`.
+    """Make the ``parts`` of ``plan``, or else of a small or the default one; the directory is created if missing.
 
     Raises:
-        ValueError: a part that is none, options that contradict each other, or a checkpoint of another kind
-            than its option takes.
+        ValueError: an unknown part, options that contradict each other, or a checkpoint for another role.
         ImageError: a photograph that cannot be used.
     """
-    from . import figure1, figure2, page, table1, table2
-    from .study import Study, free_photographs, load_networks, measurement
+    from .. import machine
+    from . import figure1, figure2, tables
+    from .study import LABELS, Study, free_photographs, load_networks, measurement
 
     for part in parts:
         if part not in PARTS:
@@ -43,19 +41,21 @@ def run(out: Path, quick: bool, console: Console, plan: Plan | None = None, part
         plan = replace(plan, data=free_photographs(out / "photographs", plan.resize))
         console.print("No directory of photographs is given; taking three of scikit-image's.", highlight=False)
     study = Study(plan, console) if {"table1", "table2"} & set(parts) else None
-    if "figure1" in parts:
-        setting = measurement(plan, load_networks(plan)) if study is None else study.setting
-        plan = replace(plan, **{name: getattr(setting, name) for name in SETTING})
     sections = []
     for part in parts:
         console.rule(part)
         if part == "figure1":
-            sections.append(figure1.run(plan, out, console))
+            setting = study.setting if study else measurement(plan, load_networks(plan))
+            sections.append(figure1.run(plan, setting, out, console))
         elif part == "figure2":
             sections.append(figure2.run(plan, out, console))
-        else:
-            assert study is not None
-            sections.append((table1 if part == "table1" else table2).run(study, out, console))
-    if set(parts) == set(PARTS):
-        page.write(out / "paper.md", sections, plan, study)
+        elif study is not None:
+            make = tables.table1 if part == "table1" else tables.table2
+            sections.append(make(study, out))
+    if study is not None and set(parts) == set(PARTS):
+        missing = [f"- {LABELS[name]}: {why}." for name, why in study.missing.items()]
+        if missing:
+            sections.insert(0, "Missing:\n\n" + "\n".join(missing))
+        about = f"jfbfast {jfbfast.__version__}; {machine.about(machine.default_device())}; seed {plan.seed}."
+        (out / "paper.md").write_text("\n\n".join([_HEADING, about, *sections]) + "\n", encoding="utf-8")
         console.print(f"The page: {out / 'paper.md'}", highlight=False)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from jfbfast.experiments.runs import Run
-from jfbfast.imaging.photographs import image_files
-from jfbfast.models.config import SETTING
+from jfbfast.experiments.settings import make_settings, read_settings
+from jfbfast.imaging.datasets import split
+from jfbfast.imaging.photographs import ImageError, image_files
+from jfbfast.models.config import SETTING, ModelConfig
 
-from ..display import logarithmic
+from .. import report
+from ..report import Row, distinct, where
 from . import published
-from .curves import Curve, Point, read
-from .page import Section, markdown_table
 from .plan import Plan
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
-# As docs/training/paper.yaml and filtered.yaml, without the sizes; the steps of pretraining for each step of training.
+# As docs/training/paper.yaml and filtered.yaml, but for the sizes.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"form": "paper", "gradient": "jfb", "padding_mode": "zeros", "training_max_iter": 20},
     "ours": {
@@ -48,25 +45,76 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "published": published.RECIPE,
 }
-PRETRAINING = {"paper": 0.2, "ours": 0.0, "published": 0.0}
+PRETRAINING = {"paper": 0.2, "ours": 0.0, "published": 0.0}  # steps of pretraining per step of training
 NAMES = {"paper": "DE-GRAD by the paper's recipe", "ours": "filtered DE-GRAD (ours)"}
 PUBLISHED = "DE-GRAD by the published loop"
 
 
-def settings(recipe: str, plan: Plan, photographs: int) -> dict[str, Any]:
+class Curve(NamedTuple):
+    """A run, with the rows of its metrics.csv, and how many photographs it trains on, if these are found.
+
+    The rows have three more columns: ``total_step`` counts the steps of all phases, ``epoch`` the passes over the
+    training photographs, and ``mean_loss``, in the row of a validation, is the mean loss since the one before.
+    """
+
+    name: str
+    points: list[Row]
+    photographs: int | None
+
+
+def read(name: str, directory: Path) -> Curve:
+    """Read the curve of the run in a directory.
+
+    Raises:
+        ValueError: there is no metrics.csv of a run.
+    """
+    path = directory / "metrics.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill can cut the last line
+    except OSError as error:
+        raise ValueError(f"{directory} holds no metrics.csv of a run ({error.strerror})") from error
+    needed = {"phase", "step", "seconds", "loss", "psnr", "val_loss", "val_psnr"}
+    if not rows or not needed <= rows[0].keys():
+        raise ValueError(f"{path}: not the metrics of a run of jfbfast train, or empty")
+    photographs = batches = None
+    if (directory / "config.yaml").exists():
+        settings = make_settings(read_settings(directory / "config.yaml"))
+        try:
+            photographs = len(split(image_files(settings.data), settings.train, settings.validation)[0])
+            batches = photographs / settings.batch_size
+        except (ImageError, ValueError):
+            pass
+    return Curve(name, list(_points(rows, batches)), photographs)
+
+
+def _points(rows: Sequence[Mapping[str, str]], batches: float | None) -> Iterator[Row]:
+    phase, before, step, losses = rows[0]["phase"], 0, 0, list[float]()
+    for row in rows:
+        if row["phase"] != phase:
+            phase, before, losses = row["phase"], before + step, []
+        step = int(row["step"])
+        numbers = {name: float(row[name] or "nan") for name in ("seconds", "loss", "psnr", "val_loss", "val_psnr")}
+        point: Row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        if point["loss"] is not None:
+            losses.append(point["loss"])
+        mean = None
+        if point["val_loss"] is not None and losses:
+            mean, losses = sum(losses) / len(losses), []
+        epoch = batches and (before + step) / batches
+        yield {"phase": phase, "step": step, "total_step": before + step, "epoch": epoch, **point, "mean_loss": mean}
+
+
+def settings(recipe: str, plan: Plan, photographs: int, setting: ModelConfig) -> dict[str, Any]:
     """The settings of `jfbfast train` for one of `RECIPES`: 80 photographs to train on for 20 to validate on."""
     count = min(plan.images, photographs)
     validation = max(1, round(0.2 * count))
-    epoch = max(1, (count - validation) // plan.training_batch)
     chosen = RECIPES[recipe]
-    limits = {
-        "warmup": min(chosen.get("warmup", 0), plan.steps // 10),
-        "training_max_iter": min(chosen["training_max_iter"], plan.training_max_iter),
-    }
     return {
         **chosen,
-        **limits,
-        **{name: getattr(plan, name) for name in SETTING if getattr(plan, name) is not None},
+        **{name: getattr(setting, name) for name in SETTING},
+        "warmup": min(chosen.get("warmup", 0), plan.steps // 10),
+        "training_max_iter": min(chosen["training_max_iter"], plan.training_max_iter),
         "data": str(plan.data),
         "train": count - validation,
         "validation": validation,
@@ -76,147 +124,103 @@ def settings(recipe: str, plan: Plan, photographs: int) -> dict[str, Any]:
         "batch_size": plan.training_batch,
         "pretraining_steps": round(PRETRAINING[recipe] * plan.steps),
         "steps": plan.steps,
-        "interval": epoch,
+        "interval": max(1, (count - validation) // plan.training_batch),  # an epoch
         "log_every": 1,
         "seed": plan.seed,
         "tensorboard": False,
     }
 
 
-def _trained(plan: Plan, out: Path, console: Console) -> list[Curve]:
+def _curves(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> Iterator[Curve]:
+    """The given runs, or else two that are trained here; then the published loop, if asked for."""
     assert plan.data is not None
-    photographs = len(image_files(plan.data))
-    if photographs < 2:
+    for given in plan.runs:
+        name, equals, path = given.partition("=")
+        yield read(name, Path(path)) if equals else read(Path(name).name, Path(name))
+    names = {} if plan.runs else NAMES
+    names |= {"published": PUBLISHED} if plan.published is not None else {}
+    photographs = len(image_files(plan.data)) if names else 0
+    if not plan.runs and photographs < 2:
         raise ValueError(f"{plan.data} holds {photographs} photograph; Figure 1 takes at least 2 to train and validate")
-    curves = []
-    for recipe, name in NAMES.items():
+    for recipe, name in names.items():
         directory = out / f"figure1-{recipe}"
         resume = (directory / "config.yaml").exists()
         console.print(f"{'Going on with' if resume else 'Starting'} {name} in {directory}.", highlight=False)
-        Run(settings(recipe, plan, photographs), directory, resume=resume).train(console)
-        curves.append(read(name, directory))
-    return curves
+        values = settings(recipe, plan, photographs, setting)
+        if plan.published is not None and recipe == "published":
+            few = min(values["validation"], values["batch_size"])
+            values |= {"validation": few, "steps": published.STEPS, "interval": published.INTERVAL}
+            run: Run = published.PublishedRun(values, directory, plan.published)
+        else:
+            run = Run(values, directory, resume=resume)
+        run.train(console)
+        yield read(name, directory)
 
 
-def _published(plan: Plan, minutes: float, out: Path, console: Console) -> Curve:
-    assert plan.data is not None
-    directory = out / "figure1-published"
-    values = settings("published", plan, len(image_files(plan.data)))
-    few = min(values["validation"], values["batch_size"])
-    values |= {"validation": few, "steps": published.STEPS, "interval": published.INTERVAL}
-    run = published.PublishedRun(values, directory, minutes)
-    going = "Going on with" if run.resume else "Starting"
-    console.print(f"{going} {PUBLISHED} in {directory}, up to {minutes:g} minutes.", highlight=False)
-    run.train(console)
-    return read(PUBLISHED, directory)
-
-
-def _given(run: str) -> Curve:
-    name, equals, directory = run.partition("=")
-    path = Path(directory if equals else name)
-    return read(name if equals else path.name, path)
-
-
-def run(plan: Plan, out: Path, console: Console) -> Section:
-    """Write figure1.csv and figure1.png."""
-    curves = [_given(each) for each in plan.runs] or _trained(plan, out, console)
-    if plan.published is not None:
-        curves.append(_published(plan, plan.published, out, console))
-    with (out / "figure1.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["run", *Point.__dataclass_fields__])
-        writer.writeheader()
-        for curve in curves:
-            writer.writerows({"run": curve.name, **asdict(point)} for point in curve.points)
-    plot(curves, out / "figure1.png")
+def run(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> str:
+    """Write figure1.csv and figure1.png; ``setting`` holds the measurements that it trains for."""
+    curves = list(_curves(plan, setting, out, console))
+    rows = ({"run": curve.name, **point} for curve in curves for point in curve.points)
+    report.write_csv(out / "figure1.csv", rows)
+    figure(curves).savefig(out / "figure1.png", dpi=130)
+    console.print(f"Picture: {out / 'figure1.png'}", highlight=False)
     text = (
         "The mean squared error of images in [−1, 1]. The training loss is the mean since the validation before; "
         f"pretraining, by denoising, is dotted.\n\n{_markdown(curves)}"
     )
-    if any(point.from_psnr for curve in curves for point in curve.points):
-        text += (
-            "\n\nA validation loss with a * comes from the mean PSNR: it is the geometric mean over the images, "
-            "at most their mean."
-        )
-    console.print(f"Picture: {out / 'figure1.png'}", highlight=False)
-    return Section("Figure 1: training", text, "figure1.png", ("figure1.csv",))
+    return report.section("Figure 1: training", text, "figure1")
 
 
 def _markdown(curves: Sequence[Curve]) -> str:
-    header = ("run", "photographs", "steps", "epochs", "minutes", "training loss", "validation loss", "validation PSNR")
+    names = ("photographs", "steps", "epochs", "minutes", "training loss", "validation loss", "validation PSNR, dB")
     lines = []
     for curve in curves:
-        last = curve.points[-1]
-        validated = next((p for p in reversed(curve.points) if p.val_loss is not None and p.phase == last.phase), None)
-        cells = [str(curve.photographs or ""), str(last.total_step)]
-        cells.append("" if last.epoch is None else f"{last.epoch:.1f}")
-        cells.append("" if last.seconds is None else f"{last.seconds / 60:.1f}")
-        if validated is None:
-            cells += ["", "", ""]
-        else:
-            cells.append("" if validated.mean_loss is None else f"{validated.mean_loss:.2e}")
-            cells.append(f"{validated.val_loss:.2e}{'*' if validated.from_psnr else ''}")
-            cells.append(f"{validated.val_psnr:.2f} dB")
-        lines.append([curve.name, *cells])
-    return markdown_table(header, lines)
+        last, validated = curve.points[-1], dict.fromkeys(("mean_loss", "val_loss", "val_psnr"))
+        for point in where(curve.points, phase=last["phase"]):
+            validated = validated if point["val_loss"] is None else point
+        cells = [(curve.photographs, "d"), (last["total_step"], "d"), (last["epoch"], ".1f")]
+        cells += [(last["seconds"] / 60, ".1f"), (validated["mean_loss"], ".2e")]
+        cells += [(validated["val_loss"], ".2e"), (validated["val_psnr"], ".2f")]
+        lines.append([curve.name, *("" if value is None else format(value, form) for value, form in cells)])
+    return report.markdown_table(["run", *names], lines)
 
 
-def plot(curves: Sequence[Curve], path: Path) -> None:
-    """The losses of all runs, on the left against steps, on the right against time where a run has it."""
-    timed = [curve for curve in curves if any(point.seconds is not None for point in curve.points)]
-    figure, axes = plt.subplots(
-        1, 2 if timed else 1, figsize=(12 if timed else 7.5, 4.9), layout="constrained", sharey=True, squeeze=False
-    )
-    colours = {curve.name: f"C{i}" for i, curve in enumerate(curves)}
-    longest = max((p.seconds or 0 for curve in timed for p in curve.points), default=0)
+def figure(curves: Sequence[Curve]) -> Figure:
+    """The losses of all runs, on the left against steps, on the right against time."""
+    made = Figure(figsize=(12, 4.9), layout="constrained")
+    left, right = made.subplots(1, 2, sharey=True)
+    longest = max(point["seconds"] for curve in curves for point in curve.points)
     unit, scale = ("hours", 3600) if longest > 5400 else ("minutes", 60) if longest > 120 else ("seconds", 1)
-    for curve in curves:
-        _plot_curve(axes[0, 0], curve, lambda point: point.total_step, colours[curve.name])
-        if curve in timed:
-            _plot_curve(
-                axes[0, 1],
-                curve,
-                lambda point: None if point.seconds is None else point.seconds / scale,
-                colours[curve.name],
-            )
-    for axis, label in zip(axes[0], ("steps", f"{unit} of training and validation"), strict=False):
+    for i, curve in enumerate(curves):
+        _plot_curve(left, curve, "total_step", 1, f"C{i}")
+        _plot_curve(right, curve, "seconds", scale, f"C{i}")
+        size = ""
+        if curve.photographs is not None:
+            size = f", {curve.photographs:,} photographs, {curve.points[-1]['epoch']:.1f} epochs"
+        left.plot([], [], color=f"C{i}", linewidth=3, label=f"{curve.name}{size}")
+    for axis, label in ((left, "steps"), (right, f"{unit} of training and validation")):
         axis.set_yscale("log")
-        logarithmic(axis.yaxis, lambda value: f"{value:g}")
+        report.logarithmic(axis.yaxis, lambda value: f"{value:g}")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("mean squared error, images in [−1, 1]")
-    for curve in curves:
-        axes[0, 0].plot([], [], color=colours[curve.name], linewidth=3, label=f"{curve.name}{_size(curve)}")
-    styles: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"linestyle": "-"}, "training"),
-        ({"linestyle": "--", "marker": "o", "markersize": 4}, "validation"),
-        ({"linestyle": ":"}, "pretraining, by denoising"),
-    )
-    for style, label in styles:
-        axes[0, 0].plot([], [], color="dimgrey", label=label, **style)
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    left.set_ylabel("mean squared error, images in [−1, 1]")
+    left.plot([], [], "-", color="dimgrey", label="training")
+    left.plot([], [], "--o", color="dimgrey", markersize=4, label="validation")
+    left.plot([], [], ":", color="dimgrey", label="pretraining, by denoising")
+    made.legend(loc="outside upper left", ncols=2, fontsize=9)
+    return made
 
 
-def _size(curve: Curve) -> str:
-    if curve.photographs is None:
-        return ""
-    return f", {curve.photographs:,} photographs, {curve.points[-1].epoch:.1f} epochs"
-
-
-def _plot_curve(axis: Any, curve: Curve, place: Callable[[Point], float | None], colour: str) -> None:
+def _plot_curve(axis: Any, curve: Curve, column: str, scale: float, colour: str) -> None:
     """Batches as a faint line, their means and the validations as strong ones; phases before the last are dotted."""
-    markers: dict[str, dict[str, Any]] = {"mean_loss": {"marker": "."}, "val_loss": {"marker": "o", "markersize": 4}}
-    points = [(x, point) for point in curve.points if (x := place(point)) is not None]
-    last = curve.points[-1].phase
-    for phase in dict.fromkeys(point.phase for _, point in points):
-        style = "-" if phase == last else ":"
-        for name, line, width, alpha in (
-            ("loss", style, 0.8, 0.35),
-            ("mean_loss", style, 1.8, 1.0),
-            ("val_loss", "--" if phase == last else ":", 1.3, 1.0),
+    last = curve.points[-1]["phase"]
+    for phase in distinct(curve.points, "phase"):
+        for loss, line, width, style in (
+            ("loss", "-", 0.8, {"alpha": 0.35}),
+            ("mean_loss", "-", 1.8, {"marker": "."}),
+            ("val_loss", "--", 1.3, {"marker": "o", "markersize": 4}),
         ):
-            found = [(x, getattr(p, name)) for x, p in points if p.phase == phase and getattr(p, name) is not None]
-            if found:
-                marker = markers.get(name, {})
-                axis.plot(*zip(*found, strict=True), line, color=colour, linewidth=width, alpha=alpha, **marker)
+            points = [point for point in where(curve.points, phase=phase) if point[loss] is not None]
+            places = [point[column] / scale for point in points]
+            line = line if phase == last else ":"
+            axis.plot(places, [point[loss] for point in points], line, color=colour, linewidth=width, **style)

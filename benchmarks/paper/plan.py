@@ -1,74 +1,74 @@
-"""What the paper's parts are made of."""
+"""What the paper's parts are made of: photographs, networks and sizes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+from jfbfast import checks
+
+SIZES = (16, 32, 48, 64, 80, 96, 112, 128)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Photographs, networks and sizes.
+    """Every annotated field is an option of `jfbfast bench paper`, and its annotation is the help."""
 
-    Attributes:
-        data: directory of photographs; None takes three of scikit-image's.
-        checkpoints: role, of `jfbfast.benchmarks.paper.study.ROLES`, to a shipped name or a file.
-        kernel_size, sigma, noise, padding_mode: of the measurements; None for the first network's.
-        train, validation, limit: of `jfbfast evaluate`: photographs that are left out, that choose parameters,
-            and that are scored at most; None for a run's on the same photographs, or 0 and 0.2.
-        resize, squash: of `jfbfast evaluate`; the paper's images are 128 × 128, squashed.
-        batch_size: images restored together.
-        pictures: images in Table 1.
-        runs: directories of `jfbfast train`, or NAME=DIRECTORY, whose curves Figure 1 shows; with none, it trains.
-        published: minutes to train the published loop for, as one more curve of Figure 1; None for no such curve.
-        images: photographs that Figure 1 trains on and validates on, 80 to 20, first by name.
-        steps, crop, training_batch, training_max_iter: of that training.
-        sizes, step_batch: of the images in Figure 2.
-        evaluations: of the layer in each solve of Figure 2.
-        seconds: for the rounds at one size.
-        cap: seconds; a Jacobian-based step that is expected to take longer is extrapolated.
-        seed: of measurements and training.
-    """
-
-    data: Path | None = None
-    checkpoints: Mapping[str, str] = field(default_factory=lambda: {"ours": "gaussian5-sigma1"})
-    kernel_size: int | None = None
-    sigma: float | None = None
-    noise: float | None = None
-    padding_mode: str | None = None
-    train: float | None = None
-    validation: float | None = None
-    limit: int | None = None
-    resize: int | None = 128
-    squash: bool = True
-    batch_size: int = 16
-    pictures: int = 3
-    runs: tuple[str, ...] = ()
-    published: float | None = None
-    images: int = 2000
-    steps: int = 2000
-    crop: int = 128
-    training_batch: int = 16
+    data: Path | None = None  # directory of photographs; None takes three of scikit-image's
+    checkpoints: Mapping[str, str] = field(default_factory=lambda: {"ours": "gaussian5-sigma1"})  # by role of `ROLES`
+    runs: Annotated[
+        tuple[str, ...],
+        "Directory of jfbfast train for figure1, as [NAME=]DIR; may be repeated. (default: figure1 trains two)",
+    ] = ()
+    published: Annotated[
+        float | None,
+        "Minutes for figure1 to train the paper's layer by its published loop too. (default: it does not)",
+    ] = None
+    kernel_size: Annotated[int | None, "Side of the blur in pixels, odd. (default: as for --ours)"] = None
+    sigma: Annotated[float | None, "Standard deviation of the blur in pixels. (default: as for --ours)"] = None
+    noise: Annotated[float | None, "Standard deviation of the noise on [−1, 1]. (default: as for --ours)"] = None
+    padding_mode: Annotated[str | None, "What the blur sees beyond the edge. (default: as for --ours)"] = None
+    train: Annotated[
+        float | None,
+        "Photographs that the tables leave out, first by name: a share or a count. "
+        "(default: those that a network's run trained on, or 0)",
+    ] = None
+    validation: Annotated[
+        float | None,
+        "Photographs that choose parameters, next by name: a share or a count. "
+        "(default: those that it validated on, or 0.2)",
+    ] = None
+    limit: Annotated[int | None, "Most photographs to score, of the rest. (default: all)"] = None
+    resize: Annotated[
+        int | None, "First resize to a square of this side in pixels, like the paper; 0 for no resizing."
+    ] = 128
+    squash: Annotated[bool, "With --resize, stretch to that square, like the paper, instead of keeping the centre."] = (
+        True
+    )
+    batch_size: Annotated[int, "Images restored together."] = 16
+    pictures: Annotated[int, "Images in table1."] = 3
+    images: Annotated[int, "Photographs that figure1 trains and validates on, 80 to 20, first by name."] = 2000
+    steps: Annotated[int, "Batches of figure1's training."] = 2000
+    crop: Annotated[int, "Side of figure1's crops in pixels."] = 128
+    sizes: Annotated[tuple[int, ...], "Sides of figure2's images in pixels, with commas between."] = SIZES
+    evaluations: Annotated[int, "Evaluations of the layer in figure2's solves."] = 20
+    cap: Annotated[float, "Seconds; figure2 extrapolates a Jacobian-based step that would take longer."] = 120.0
+    seed: Annotated[int, "Seed of all random numbers."] = 0
+    training_batch: int = 16  # in figure1
     training_max_iter: int = 50
-    sizes: tuple[int, ...] = (16, 32, 48, 64, 80, 96, 112, 128)
-    step_batch: int = 16
-    evaluations: int = 20
-    seconds: float = 20.0
-    cap: float = 120.0
-    seed: int = 0
+    step_batch: int = 16  # in figure2
+    seconds: float = 20.0  # for the rounds at one size
 
     def __post_init__(self) -> None:
         for name in ("pictures", "steps", "crop", "training_batch", "step_batch", "evaluations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it takes an integer of at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; it takes None or an integer of at least 1")
-        if self.images < 2:
-            raise ValueError(f"images is {self.images}; it takes an integer of at least 2")
-        if self.published is not None and not 0 < self.published < math.inf:
-            raise ValueError(f"published is {self.published}; it takes a positive number of minutes")
+            checks.integer(name, getattr(self, name), 1)
+        checks.integer("images", self.images, 2)
+        if self.limit is not None:
+            checks.integer("limit", self.limit, 1)
+        if self.published is not None:
+            checks.positive("published", self.published)
         if not self.sizes or min(self.sizes) < 8:
             raise ValueError(f"sizes is {self.sizes}; it takes integers of at least 8")
 

@@ -1,4 +1,4 @@
-"""The photographs, the measurements and the methods that Tables 1 and 2 share."""
+"""The photographs, the measurements and the methods that both tables share."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from jfbfast.imaging.datasets import Images, Photographs
 from jfbfast.models.config import DEGRAD_FORMS, SETTING, ModelConfig
 from jfbfast.models.pretrained import load_model, measurement_setting, set_network
 
+from ..machine import default_device
 from .plan import Plan
 
 
 @dataclass(frozen=True)
 class Role:
-    """A network's part in the comparison.
-
-    Attributes:
-        label: of its row.
-        takes: what a checkpoint for it is.
-        accepts: whether one is.
-    """
+    """What a network stands for in the comparison: the label of its row, and which checkpoints it takes."""
 
     label: str
     takes: str
@@ -61,9 +56,11 @@ LABELS = {
     **{name: role.label for name, role in ROLES.items() if name != "denoiser"},
 }
 
+Networks = dict[str, tuple[nn.Module, ModelConfig]]
+
 
 def free_photographs(directory: Path, size: int | None) -> Path:
-    """Centre squares of three of scikit-image's photographs, which anyone may use, as PNG files."""
+    """Write the centre squares of three of scikit-image's photographs, which anyone may use, as PNG files."""
     from skimage import data
     from torchvision.transforms import v2
 
@@ -77,82 +74,73 @@ def free_photographs(directory: Path, size: int | None) -> Path:
     return directory
 
 
-Networks = dict[str, tuple[nn.Module, ModelConfig]]
-
-
 def load_networks(plan: Plan) -> Networks:
-    """The plan's networks by their roles; raises ValueError for a role that is none, or takes another network."""
-    return {role: _network(role, given) for role, given in plan.checkpoints.items()}
+    """The plan's networks by role; raises ValueError for an unknown role, or one that takes another network."""
+    networks = {}
+    for role, given in plan.checkpoints.items():
+        if role not in ROLES:
+            raise ValueError(f"checkpoints has the role {role!r}; it takes {', '.join(ROLES)}")
+        networks[role] = load_model(given)
+        config = networks[role][1]
+        if not ROLES[role].accepts(config):
+            gradient = "" if config.form in ("denoiser", "feed-forward") else f", gradient {config.gradient['kind']}"
+            raise ValueError(f"--{role} is {given}, of the form {config.form}{gradient}; it takes {ROLES[role].takes}")
+    return networks
 
 
 def measurement(plan: Plan, networks: Networks) -> ModelConfig:
-    """The measurements of every part: as the plan says, or else as ours, or the paper's, or the first network's."""
+    """The measurements of all parts: the plan's, or else those of "ours", of "paper", or of the first network."""
     configs = [networks[role][1] for role in ("ours", "paper", *networks) if role in networks]
     given = {name: getattr(plan, name) for name in SETTING}
     return measurement_setting(given, [config for config in configs if config.form != "denoiser"])
 
 
 class Study:
-    """What Tables 1 and 2 restore, and by what.
+    """What the tables restore: ``images`` to score, ``validation`` to choose parameters, and the ``methods``.
 
-    Attributes:
-        setting: of the measurements.
-        images, files: to score; validation, validation_files: to choose parameters.
-        methods: by their names in `LABELS`.
-        missing: names in `LABELS` of methods that no checkpoint is given for, and why.
-        checkpoints: names in `LABELS` to what was given.
+    Methods have their names in `LABELS`; ``missing`` says why one has no network.
     """
 
     def __init__(self, plan: Plan, console: Console) -> None:
         assert plan.data is not None
         self.plan, self.console = plan, console
-        say = partial(console.print, highlight=False, markup=False)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.say: Callable[..., Any] = partial(console.print, highlight=False, markup=False)
+        device = default_device()
+        self.options: dict[str, Any] = {"batch_size": plan.batch_size, "device": device}
         networks = load_networks(plan)
         self.setting = measurement(plan, networks)
         self.blur = self.setting.blur()
 
         self.missing: dict[str, str] = {}
         self.checkpoints: dict[str, str] = {}
-        denoiser = networks["denoiser"][0].to(self.device) if "denoiser" in networks else None
+        denoiser = networks["denoiser"][0].to(device) if "denoiser" in networks else None
         self.methods = baseline_methods(self.blur, denoiser)
         for role in ROLES:
             name = "pnp" if role == "denoiser" else role
             if role not in networks:
                 self.missing[name] = f"no --{role} is given, which takes {ROLES[role].takes}"
-                console.print(f"{LABELS[name]}: missing, since {self.missing[name]}.", highlight=False)
+                self.say(f"{LABELS[name]}: missing, since {self.missing[name]}.")
                 continue
             self.checkpoints[name] = plan.checkpoints[role]
             model, config = networks[role]
             if role != "denoiser":
-                set_network(f"--{role}", model, config, self.setting, say)
-                self.methods[name] = network_method(name, model.to(self.device))
+                set_network(f"--{role}", model, config, self.setting, self.say)
+                self.methods[name] = network_method(name, model.to(device))
 
-        validation, files = unseen_photographs(
-            plan.data, list(plan.checkpoints.values()), plan.train, plan.validation, say
-        )
+        checkpoints = list(plan.checkpoints.values())
+        validation, files = unseen_photographs(plan.data, checkpoints, plan.train, plan.validation, self.say)
         self.files, self.validation_files = files[: plan.limit], validation
         options: dict[str, Any] = {"resize": plan.resize, "squash": plan.squash}
         self.images = Images(Photographs(self.files, **options), seed=plan.seed)
         self.validation = Images(Photographs(validation, **options), seed=plan.seed + 1)
         self._choices: dict[str, Choice] = {}
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """batch_size and device of `jfbfast.experiments.evaluation.evaluate`."""
-        return {"batch_size": self.plan.batch_size, "device": self.device}
-
     def choice(self, name: str) -> Choice:
-        """The parameter of a method, which the validation images choose once.
-
-        Raises:
-            ValueError: as `jfbfast.experiments.evaluation.choose`.
-        """
+        """A method's parameter, chosen once on the validation images; raises ValueError without such images."""
         if name not in self._choices:
             with self.console.status(f"choosing the parameter of {LABELS[name]}"):
-                self._choices[name] = choose(
-                    self.methods[name], self.validation, self.blur, self.setting.noise, **self.options
-                )
+                method, noise = self.methods[name], self.setting.noise
+                self._choices[name] = choose(method, self.validation, self.blur, noise, **self.options)
         return self._choices[name]
 
     def about(self) -> str:
@@ -163,13 +151,3 @@ class Study:
             f"beyond the edge; noise {s.noise:g} on [−1, 1]; parameters chosen on {len(self.validation_files)} "
             "other images."
         )
-
-
-def _network(role: str, given: str) -> tuple[nn.Module, ModelConfig]:
-    if role not in ROLES:
-        raise ValueError(f"checkpoints has the role {role!r}; it takes {', '.join(ROLES)}")
-    model, config = load_model(given)
-    if not ROLES[role].accepts(config):
-        gradient = "" if config.form in ("denoiser", "feed-forward") else f", gradient {config.gradient.get('kind')}"
-        raise ValueError(f"--{role} is {given}, of the form {config.form}{gradient}; it takes {ROLES[role].takes}")
-    return model, config

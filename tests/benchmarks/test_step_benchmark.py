@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import sys
 import time
 from dataclasses import replace
 
@@ -12,8 +13,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from helpers.rivals import optional
-from jfbfast import DnCNN
-from jfbfast.benchmarks import implicit_rivals, memory, problem, rivals, run, split, step
+from jfbfast import RED, DnCNN
+from jfbfast.benchmarks import memory, problem, run, split, step, step_sides
 from jfbfast.cli import app
 from jfbfast.models.checkpoint import save_checkpoint
 from jfbfast.models.config import ModelConfig
@@ -35,16 +36,20 @@ class OfTwoImages(nn.Module):
         return 0.8 * x + 0.05 * self.network(torch.cat([x, z], 1))[:, :3]
 
 
-def tiny_problem(injection=False):
+def tiny_problem(layer="preconditioned", injection=False):
     network = OfTwoImages() if injection else problem.Contraction(DnCNN(3, 4, 3, None).eval(), 0.05)
     weights = problem.Weights(problem._settled(network), 0.5, 3, 0.7, 0.01)
-    return problem.problem(weights, 12, 2, CPU).to(torch.float64)
+    return problem.problem(weights, 12, 2, CPU, layer).to(torch.float64)
 
 
-def make_side(name, given, layer, half=False):
+def make_side(name, given):
     if name in ("TorchDEQ", "deepinv"):
         optional(name.lower())
-    return dict(implicit_rivals.sides(given, layer, half, set()))[name]()
+    return step_sides.sides(given)[name]()
+
+
+def largest_error(x, fixed):
+    return float(step.errors(x, fixed).max())
 
 
 def gradients(side, x, evaluations):
@@ -63,47 +68,51 @@ RIVALS = ("PyTorch", "published loop", "TorchDEQ", "deepinv")
 @pytest.mark.parametrize("layer", problem.LAYERS)
 @pytest.mark.parametrize("injection", [False, True])
 def test_every_side_has_the_same_fixed_point_and_gradient(injection, layer, name):
-    given = tiny_problem(injection)
-    side, ours = make_side(name, given, layer), make_side("jfbfast", given, layer)
+    given = tiny_problem(layer, injection)
+    side, ours = make_side(name, given), make_side("jfbfast", given)
     assert not side.batch_statistics
     evaluations = 400 if name == "published loop" else 80  # its regularisation slows it down
-    found = step.error(side.forward(evaluations, None), problem.fixed_point(given, layer, False))
-    assert found.largest < 1e-5
+    assert largest_error(side.forward(evaluations), problem.fixed_point(given, False)) < 1e-5
     for theirs, own in zip(gradients(side, given.x, evaluations), gradients(ours, given.x, 80), strict=True):
         torch.testing.assert_close(theirs, own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layer", problem.LAYERS)
-def test_every_side_counts_its_evaluations(layer):
-    given = tiny_problem()
+def test_every_side_counts_its_evaluations(layer, monkeypatch):
+    given, seen = tiny_problem(layer), []
+    for owner in (RED, step_sides.UsersLayer):
+        forward = owner.forward
+        monkeypatch.setattr(owner, "forward", lambda *x, forward=forward: seen.append(x) or forward(*x))
     for name in ("jfbfast", *RIVALS):
-        seen = []
-        make_side(name, given, layer).forward(7, seen.append)
-        assert len(seen) == 7, name
+        seen.clear()
+        make_side(name, given).forward(7)
+        assert len(seen) == 7 + 1, name  # and the one with the gradient
 
 
 def test_the_published_loop_normalises_by_the_batch():
     given = problem.problem(problem.untrained(4, 4), 12, 3, CPU).to(torch.float64)
-    side = make_side("published loop", given, "preconditioned")
-    exact = problem.fixed_point(given, "preconditioned", True)
-    assert side.batch_statistics and step.error(side.forward(80, None), exact).largest < 1e-4
-    assert step.error(exact, problem.fixed_point(given, "preconditioned", False)).largest > 1e-3
+    side = make_side("published loop", given)
+    exact = problem.fixed_point(given, True)
+    assert side.batch_statistics and largest_error(side.forward(80), exact) < 1e-4
+    assert largest_error(exact, problem.fixed_point(given, False)) > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_side_gets_the_fewest_evaluations_that_reach_the_target():
     given = tiny_problem()
-    exact = problem.fixed_point(given, "preconditioned", False)
+    exact = problem.fixed_point(given, False)
     for name in ("jfbfast", "published loop", "TorchDEQ", "deepinv"):
-        side = make_side(name, given, "preconditioned")
-        (found,) = step.find(side, exact, (1e-3,), 30)
-        again = step.error(side.forward(found.evaluations, None), exact)
-        assert found.reached and found.error == pytest.approx(again)
-        assert found.error.median <= found.error.largest <= 1e-3
-        assert found.evaluations == side.least or step.error(side.forward(found.evaluations - 1, None), exact)[0] > 1e-3
-        (beyond,) = step.find(side, exact, (1e-30,), 4)
-        assert not beyond.reached and beyond.error.largest > 1e-30
+        side = make_side(name, given)
+        found = step.find(side, exact, 1e-3, 30)
+        again = step.errors(side.forward(found.evaluations), exact)
+        assert found.reached and found.error == pytest.approx(float(again.max()))
+        assert found.error_median == pytest.approx(float(again.median()))
+        assert found.error_median <= found.error <= 1e-3
+        fewer = found.evaluations - 1
+        assert found.evaluations == side.least or largest_error(side.forward(fewer), exact) > 1e-3
+        beyond = step.find(side, exact, 1e-30, 4)
+        assert not beyond.reached and beyond.error > 1e-30
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
@@ -131,7 +140,7 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="checkpoint is gaussian5, for a range of measurements; it takes one for a"):
         problem.trained("gaussian5")
     with pytest.raises(ValueError, match="the benchmark step alone takes one"):
-        run("kernels", tmp_path, True, Console(), tmp_path / "weights")
+        run("kernels", tmp_path, True, Console(), checkpoint=tmp_path / "weights")
 
 
 @pytest.mark.parametrize(
@@ -155,8 +164,8 @@ def test_a_part_of_the_step_pauses_the_one_around_it():
     inner()
     assert watch.seconds["denoiser"] >= 0.02 and watch.seconds["gradient"] >= 0.02
     assert watch.seconds["data_step"] >= 0.01 and watch.seconds["anderson"] == 0
-    shares = split.split(tiny_problem(), "filtered", True, 3)
-    assert sum(vars(shares).values()) == pytest.approx(1) and min(vars(shares).values()) > 0
+    shares = split.split(replace(tiny_problem("filtered"), half=True), 3)
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
 
 
 TINY_STEP = step.Plan(
@@ -172,15 +181,14 @@ TINY_STEP = step.Plan(
     counts_size=12,
     sizes=(12, 16),
     sizes_batch=2,
-    jacobian=(12,),
+    exact=(12,),
     memory=(("jfbfast", 3),),
 )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monkeypatch):
-    import_ = rivals.quiet_import
-    monkeypatch.setattr(rivals, "quiet_import", lambda n: "deepinv is not installed" if n == "deepinv" else import_(n))
+    monkeypatch.setitem(sys.modules, "deepinv", None)
     console = Console(record=True, width=80)
     monkeypatch.setattr(step, "QUICK", replace(TINY_STEP, batch=9))
     run("step", tmp_path, True, console, batch=2)
@@ -214,4 +222,4 @@ def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monke
 
 def test_a_step_that_fails_in_its_own_process_is_said():
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        memory.peak_megabytes(tiny_problem(), "filtered", False, "nobody", 2)
+        memory.peak_megabytes(tiny_problem("filtered"), "nobody", 2)
