@@ -153,7 +153,7 @@ def operator_sides(case: Case, plan: Plan, device: torch.device, missing: set[st
     forward, adjoint = (bands(blur.taps, case.shape[2:], torch.float32, device, a) for a in (False, True))
     if step:
         ours: Callable[..., Tensor] = partial(blur.gradient_step, step_size=eta)
-        definition = partial(reference.gradient_step, images[0], images[1], images[2], eta, forward, adjoint)
+        definition = partial(reference.gradient, images[0], images[1], images[2], forward, adjoint, eta)
     else:
         ours, definition = blur, partial(reference.blur, images[0], forward)
 

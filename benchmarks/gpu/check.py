@@ -181,8 +181,8 @@ def sanitize() -> None:
         adjoint = reference.Bands(y, x, forward.circular)
         x, d, r = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
         eta = torch.tensor(0.5, device=DEVICE)
-        ours = (reference if CPU else kernels).gradient_step(x, d, r, eta, forward, adjoint)
-        error = relative(ours, reference.gradient_step(x, d, r, eta, forward, adjoint))
+        ours = (reference if CPU else kernels).gradient(x, d, r, forward, adjoint, eta)
+        error = relative(ours, reference.gradient(x, d, r, forward, adjoint, eta))
         say("sanitize", name=f"{mode} {dtype}", ok=error <= 1e-2, error=error)
     for history, memory, size in ((None, 5, 3000), (None, 3, 301), (torch.bfloat16, 5, 2050), (None, 10, 4096)):
         q, b = torch.rand(3, size, device=DEVICE) * 1.5 - 0.6, torch.randn(3, size, device=DEVICE)

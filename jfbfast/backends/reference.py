@@ -125,13 +125,6 @@ def gradient(
     return (g if step_size is None else x.to(g.dtype) - step_size * g).to(x.dtype)
 
 
-def gradient_step(
-    x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor, bands: Bands, adjoint: Bands
-) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r)."""
-    return gradient(x, d, r, bands, adjoint, step_size)
-
-
 def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
 ) -> Tensor:

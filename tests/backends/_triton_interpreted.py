@@ -55,7 +55,7 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def check(shape: tuple[int, ...], ry: int, rx: int, mode: str, dtype: torch.dtype, allocated: list[Tensor]) -> None:
-    """blur and gradient_step against float64, with NaN around the inputs and guards around outputs."""
+    """blur and gradient against float64, with NaN around the inputs and guards around outputs."""
     exact_bands = operator(shape[-2:], (ry, rx), mode)
     bands, adjoint = (cast(b, dtype) for b in exact_bands)
     torch.manual_seed(0)
@@ -70,9 +70,8 @@ def check(shape: tuple[int, ...], ry: int, rx: int, mode: str, dtype: torch.dtyp
     plain = error(reference.blur(x, bands), exact)
     assert error(kernels.blur(x, bands), exact) <= 2 * plain + ulp
 
-    arguments = (x.double(), d.double(), r.double(), eta.double())
-    exact = reference.gradient_step(*arguments, *exact_bands)
-    plain = error(reference.gradient_step(x, d, r, eta, bands, adjoint), exact)
+    exact = reference.gradient(x.double(), d.double(), r.double(), *exact_bands, eta.double())
+    plain = error(reference.gradient(x, d, r, bands, adjoint, eta), exact)
     assert error(kernels.gradient(x, d, r, bands, adjoint, eta), exact) <= 2 * plain + ulp
     assert allocated and all(margins_intact(t) for t in allocated)
 
@@ -134,7 +133,7 @@ def test_missing_terms_and_plain_gradient(radius):
             exact = reference.gradient(x, data, added, bands, adjoint)
             torch.testing.assert_close(kernels.gradient(x, data, added, bands, adjoint), exact)
     eta = torch.tensor(0.3, dtype=torch.bfloat16)
-    exact = reference.gradient_step(x, None, None, eta, bands, adjoint)
+    exact = reference.gradient(x, None, None, bands, adjoint, eta)
     torch.testing.assert_close(kernels.gradient(x, None, None, bands, adjoint, eta), exact)
 
 
@@ -147,7 +146,7 @@ def test_strided_inputs():
     eta = torch.tensor(0.3)
     out = kernels.gradient(x, d, r, bands, adjoint, eta)
     assert out.is_contiguous()
-    torch.testing.assert_close(out, reference.gradient_step(x, d, r, eta, bands, adjoint))
+    torch.testing.assert_close(out, reference.gradient(x, d, r, bands, adjoint, eta))
     torch.testing.assert_close(kernels.blur(x, bands), reference.blur(x, bands))
 
 
@@ -184,7 +183,7 @@ def test_radius_beyond_the_largest_raises():
 
 
 def issued_loads(monkeypatch: pytest.MonkeyPatch, columns: int, strips: int) -> float:
-    """Image elements that gradient_step asks for, over the least: x, d and r once each. Circular: all is interior."""
+    """Image elements that a gradient step asks for, over the least: x, d and r once each. Circular: all is interior."""
     bands, adjoint = operator((24 * strips, columns), (2, 2), "circular")
     count = 0
 
@@ -197,7 +196,7 @@ def issued_loads(monkeypatch: pytest.MonkeyPatch, columns: int, strips: int) -> 
     x = torch.randn(1, 24 * strips, columns, dtype=torch.float64).float()
     bands, adjoint = cast(bands, torch.float32), cast(adjoint, torch.float32)
     out = kernels.gradient(x, x, x, bands, adjoint, torch.tensor(0.5))
-    torch.testing.assert_close(out, reference.gradient_step(x, x, x, torch.tensor(0.5), bands, adjoint))
+    torch.testing.assert_close(out, reference.gradient(x, x, x, bands, adjoint, torch.tensor(0.5)))
     return count / (3 * x.numel())
 
 

@@ -39,9 +39,8 @@ def test_against_float64(shape, ry, rx, mode, dtype):
     exact = reference.blur(x.double(), exact_bands[0])
     assert error(kernels.blur(x, bands), exact) <= 2 * error(reference.blur(x, bands), exact) + floor
 
-    wide = (x.double(), d.double(), r.double(), eta.double(), *exact_bands)
-    exact = reference.gradient_step(*wide)
-    plain = reference.gradient_step(x, d, r, eta, bands, adjoint)
+    exact = reference.gradient(x.double(), d.double(), r.double(), *exact_bands, eta.double())
+    plain = reference.gradient(x, d, r, bands, adjoint, eta)
     assert error(kernels.gradient(x, d, r, bands, adjoint, eta), exact) <= 2 * error(plain, exact) + floor
 
 
@@ -58,7 +57,7 @@ def test_cuda_graph(radius):
     x.normal_()
     eta.fill_(0.25)
     graph.replay()
-    torch.testing.assert_close(out, reference.gradient_step(x, d, r, eta, bands, adjoint))
+    torch.testing.assert_close(out, reference.gradient(x, d, r, bands, adjoint, eta))
 
 
 @pytest.mark.slow
