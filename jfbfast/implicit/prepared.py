@@ -136,6 +136,7 @@ class _SolveConvolutions(Convolutions):
         return weight, bias
 
     def __enter__(self) -> _SolveConvolutions:
+        self.relu = False  # an evaluation that raised may have left it
         for sequential, chain in self.chains.items():
             vars(sequential).setdefault("forward", chain)
         super().__enter__()
