@@ -58,7 +58,8 @@ class NormalisedConv2d(nn.Conv2d):
 
     def current_weight(self) -> Tensor:
         """The weight that `materialise` fixed, or else a newly computed one."""
-        return self.normalised_weight() if self._materialised is None else self._materialised
+        weight = self._materialised  # read once: another thread may release it
+        return self.normalised_weight() if weight is None else weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._materialised is None:
@@ -93,6 +94,9 @@ def _in_training(module: nn.Module | None) -> list[nn.Module]:
     return [m for m in submodules(module) if getattr(m, "training", False)]  # torch.jit.freeze takes it away
 
 
+_SETATTR: object = nn.Module.__setattr__
+
+
 @contextmanager
 def assigned(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     """Set an attribute of the objects to ``value`` within the context, and restore it after."""
@@ -100,7 +104,7 @@ def assigned(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     try:
         for each in objects:
             earlier = getattr(each, name)
-            plain = name in vars(each) and "__setattr__" not in vars(type(each))
+            plain = name in vars(each) and type(each).__setattr__ is _SETATTR
             if plain:  # torch's own __setattr__ costs more than the rest of a solve
                 vars(each)[name] = value
             else:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from itertools import pairwise
-from threading import get_ident
+from threading import local
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
@@ -52,12 +54,12 @@ class Convolutions(TorchFunctionMode):
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source
         self.dtype: torch.dtype | None = None  # of the autocast that the solve evaluates the layer under
-        self.relu = False  # whether the next convolution is to apply a ReLU too
+        self.relu = False  # whether the next convolution with a prepared weight is to apply a ReLU too
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.conv2d:
+        if func is torch.conv2d and not torch.compiler.is_compiling():  # what a user compiles stays torch's
             return self._conv2d(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -71,9 +73,9 @@ class Convolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        winograd, transformed, precision = self.winograd, None, _NOTHING
-        relu, self.relu = self.relu, False
+        winograd, transformed, precision, relu = self.winograd, None, _NOTHING, False
         if prepared := self.weights.get(id(weight)):
+            relu, self.relu = self.relu, False
             _, weight, transformed = prepared
             winograd = transformed is not None
             layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
@@ -97,19 +99,17 @@ class _SolveConvolutions(Convolutions):
     def __init__(self, module: nn.Module, tol: float, dtype: torch.dtype | None) -> None:
         super().__init__(tol)
         self.dtype = dtype
-        modules = submodules(module)
+        self.outer: _SolveConvolutions | None = None
+        compiled = {inner for m in submodules(module) if _is_compiled(m) for inner in submodules(m)}
+        modules = [m for m in submodules(module) if m not in compiled]
         convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
         low = self._low_precision(module, modules, convolutions) if dtype else set()
-        self.chains = {}
-        for sequential in modules:
-            if not isinstance(sequential, nn.Sequential) or "forward" in vars(sequential):
-                continue
-            if type(sequential).forward is nn.Sequential.forward:
-                pairs = _foldable_pairs(sequential)
-                folded = {conv: self._fold(conv, norm, conv in low) for conv, norm in pairs.items()}
-                self.chains[sequential] = _Chain(self, sequential, folded)
+        self.chains = {m: self._steps(m, low) for m in modules if isinstance(m, nn.Sequential) and _is_chain(m)}
+        self.forwards = {m: MethodType(forward, m) for m in self.chains}
         for conv in convolutions:
-            self._prepare(_weight_of(conv), conv in low)
+            weight = _weight_of(conv)
+            if isinstance(weight, Tensor) and not is_lazy(weight):
+                self._prepare(weight, conv in low)
 
     @staticmethod
     def _low_precision(module: nn.Module, modules: list[nn.Module], convolutions: list[nn.Conv2d]) -> set[nn.Conv2d]:
@@ -135,56 +135,96 @@ class _SolveConvolutions(Convolutions):
         self._prepare(weight, low)
         return weight, bias
 
+    def _steps(self, sequential: nn.Sequential, low: set[nn.Conv2d]) -> list[_Step]:
+        """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
+        pairs = _foldable_pairs(sequential)
+        members = [m for m in sequential._modules.values() if m is not None]
+        steps = []
+        while members:
+            module, *members = members
+            parameters: tuple[Tensor, Tensor | None] | None = None
+            relu = False
+            if isinstance(module, nn.Conv2d) and _plain_convolution(module):
+                if module in pairs:
+                    parameters, members = self._fold(module, pairs[module], module in low), members[1:]
+                elif isinstance(module, NormalisedConv2d):  # which another thread may release
+                    parameters = _weight_of(module), module.bias
+                relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
+                members = members[relu:]
+            steps.append(_Step(module, parameters, relu))
+        return steps
+
+    def run(self, steps: list[_Step], input: Any) -> Any:
+        """Apply the steps of a Sequential."""
+        try:
+            for module, parameters, self.relu in steps:
+                input = module(input) if parameters is None else module._conv_forward(input, *parameters)
+                if self.relu:  # something else has computed the convolution: a mode of the layer's, or an inner solve
+                    input = torch.relu(input)
+        finally:
+            self.relu = False
+        return input
+
     def __enter__(self) -> _SolveConvolutions:
-        self.relu = False  # an evaluation that raised may have left it
-        for sequential, chain in self.chains.items():
-            vars(sequential).setdefault("forward", chain)
+        self.outer, _thread.innermost = _thread.innermost, self
+        for sequential, method in self.forwards.items():
+            vars(sequential).setdefault("forward", method)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for sequential, chain in self.chains.items():
-            if vars(sequential).get("forward") is chain:
+        for sequential, method in self.forwards.items():
+            if vars(sequential).get("forward") is method:
                 del vars(sequential)["forward"]
+        self.outer, _thread.innermost = None, self.outer
 
 
-class _Chain:
-    """The forward of a Sequential for one thread: batch norms folded, and ReLUs fused, into the convolutions before.
+class _Step(NamedTuple):
+    """One module of a Sequential in a solve.
 
-    Other threads get the Sequential's own forward.
-
-    Args:
-        convolutions: what computes the convolutions.
-        sequential: the Sequential.
-        folded: for a convolution that a batch norm follows, the weight and the bias of both.
+    Attributes:
+        module: the module.
+        parameters: the weight and the bias to convolve with, of a convolution; None to call the module.
+        relu: whether a ReLU follows, which the convolution may apply.
     """
 
-    def __init__(
-        self,
-        convolutions: Convolutions,
-        sequential: nn.Sequential,
-        folded: dict[nn.Conv2d, tuple[Tensor, Tensor]],
-    ) -> None:
-        self.convolutions, self.sequential, self.thread = convolutions, sequential, get_ident()
-        members = [m for m in sequential._modules.values() if m is not None]
-        self.steps: list[tuple[nn.Module, tuple[Tensor, Tensor] | None, bool]] = []
-        while members:
-            module, *members = members
-            if module in folded:
-                members = members[1:]  # the batch norm
-            relu = isinstance(module, nn.Conv2d) and _plain_convolution(module) and bool(members)
-            relu = relu and type(members[0]) is nn.ReLU and _plain(members[0])
-            members = members[relu:]
-            self.steps.append((module, folded.get(module), relu))  # type: ignore[call-overload]
+    module: Any
+    parameters: tuple[Tensor, Tensor | None] | None
+    relu: bool
 
-    def __call__(self, input: Any) -> Any:
-        if get_ident() != self.thread:
-            return nn.Sequential.forward(self.sequential, input)
-        for module, folded, relu in self.steps:
-            self.convolutions.relu = relu
-            input = module(input) if folded is None else module._conv_forward(input, *folded)  # type: ignore[operator]
-        return input
+
+class _Thread(local):
+    """The solve whose layer this thread evaluates; the innermost one where a layer solves itself."""
+
+    innermost: _SolveConvolutions | None = None
+
+
+_thread = _Thread()
+
+
+def forward(sequential: nn.Sequential, input: Any) -> Any:
+    """The forward of a Sequential during a solve: this thread's solve has prepared it, and other threads get its own.
+
+    A function of the name that it replaces, and not an object of the solve: a copy of the module that is made, or
+    pickled, within the solve works on its own afterwards, and torch.compile does not compile anew for every solve.
+    """
+    solve = None if torch.compiler.is_compiling() else _thread.innermost
+    steps = None if solve is None else solve.chains.get(sequential)
+    return nn.Sequential.forward(sequential, input) if steps is None else solve.run(steps, input)  # type: ignore
+
+
+def _is_chain(sequential: nn.Sequential) -> bool:
+    """Whether a Sequential has torch's forward, or the one that a solve gave it."""
+    own = vars(sequential).get("forward")
+    return type(sequential).forward is nn.Sequential.forward and (
+        own is None or getattr(own, "__func__", None) is forward
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was applied to a module: to it as a function, or by its method ``compile``."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
@@ -219,8 +259,9 @@ def _plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _weight_of(conv: nn.Conv2d) -> Tensor:
-    return conv.current_weight() if isinstance(conv, NormalisedConv2d) else conv.weight
+def _weight_of(conv: nn.Conv2d) -> Any:
+    """The weight that a convolution uses; None where a class of a user's has none."""
+    return conv.current_weight() if isinstance(conv, NormalisedConv2d) else getattr(conv, "weight", None)
 
 
 def convolutions_for(tol: float) -> AbstractContextManager[object]:

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import cv2
@@ -192,7 +194,32 @@ def test_interlaced_rows_are_put_in_order(tmp_path):
     data = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows))
     header = chunk(b"IHDR", struct.pack(">2I5B", 6, 5, 16, 2, 0, 0, 1))
     content = SIGNATURE + header + chunk(b"IDAT", data) + END
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", READING, str(tmp_path / "b.png")], input=content, capture_output=True, check=True
+    )
+    assert not process.stdout + process.stderr  # the decoder's own remarks stay with it
     np.testing.assert_allclose(values(read(tmp_path / "a.png", content)), to_floats(array), atol=1e-6)
+
+
+READING = """
+import pathlib, sys
+from jfbfast.imaging.photographs import read_photograph
+path = pathlib.Path(sys.argv[1])
+path.write_bytes(sys.stdin.buffer.read())
+read_photograph(path)
+"""
+
+
+def with_a_damaged_tag(content, tag):
+    """The TIFF with a type of that tag that there is not."""
+    (start,) = struct.unpack_from("<L", content, 4)
+    (count,) = struct.unpack_from("<H", content, start)
+    damaged = bytearray(content)
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        if struct.unpack_from("<H", content, entry)[0] == tag:
+            struct.pack_into("<H", damaged, entry + 2, 99)
+    assert damaged != content
+    return bytes(damaged)
 
 
 BOTH = Image.fromarray(RGB[::-1])
@@ -234,6 +261,8 @@ RGBA16 = samples("uint16", 4)
         (with_an_empty_strip(DEEP), "some of its pixels are missing"),
         (tiff(np.stack([RGB, RGB]), photometric="rgb"), "2 pages"),
         (tiff(RGB, subfiletype=1), "a preview of another image"),
+        (with_a_damaged_tag(tiff(RGB, compression="zlib"), 259), "tag 259 is damaged"),
+        (SIGNATURE + chunk(b"IHDR", struct.pack(">2I5B", 5, 5, 8, 0, 0, 0, 0)) * 2 + END, "broken PNG file"),
         *[(tiff(np.zeros((6, 9), kind)), "neither 8-bit") for kind in ("int8", "int16", "uint32", "float16", "double")],
         (pillow(Image.fromarray(RGB).convert("1"), "TIFF"), "neither 8-bit"),
         (b"II*\0\x08\0\0\0\xff\0", "ends too early, or is damaged"),

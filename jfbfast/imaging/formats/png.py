@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ _PALETTE = 3  # a colour type
 _LONGEST_PROFILE = 1 << 20  # bytes; Pillow reads no longer one
 _INCHES_PER_METRE = 100 / 2.54
 _HEADER_END = 33  # where the chunks after the header go, in bytes
+
+logging.getLogger("imagecodecs").addHandler(logging.NullHandler())  # else it writes of interlaced files to stderr
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -45,7 +48,7 @@ def decode(content: bytes) -> Decoded:
         raise ImageError(f"has a transparent colour and {depth} bits a sample; it takes an alpha channel")
     try:
         array = imagecodecs.png_decode(content)
-    except imagecodecs.PngError as error:
+    except (imagecodecs.PngError, UnicodeDecodeError) as error:  # the latter by the decoder's own message
         raise ImageError("broken PNG file (it has fewer rows than it tells of, or its pixels are damaged)") from error
     info = PngImageFile(BytesIO(content)).info
     # A decoder uses the first of these that is there: cICP, iCCP, sRGB, and last gAMA with cHRM.

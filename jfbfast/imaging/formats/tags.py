@@ -97,3 +97,11 @@ def read_directory(content: bytes, start: int | None = None, inner: tuple[int, .
         if 0 < size <= len(content) - place:
             found[tag] = Value(kind, content[place : place + size])
     return found
+
+
+def codes(content: bytes) -> list[int]:
+    """The tags of the first directory, whether or not their values can be read."""
+    order = "<" if content[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(f"{order}L", content, 4)
+    (count,) = struct.unpack_from(f"{order}H", content, start)
+    return [struct.unpack_from(f"{order}H", content, start + 2 + 12 * entry)[0] for entry in range(count)]

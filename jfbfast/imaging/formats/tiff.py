@@ -14,12 +14,14 @@ import tifffile
 from PIL.ExifTags import Base as Tag
 
 from jfbfast.imaging.formats.metadata import RESOLUTION, Decoded, ImageError, Metadata, check_size, put_dpi, read_exif
-from jfbfast.imaging.formats.tags import UNDEFINED, Directory, Value, read_directory
+from jfbfast.imaging.formats.tags import UNDEFINED, Directory, Value, codes, read_directory
 
 _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6  # photometric interpretations
 _CHANNELS: dict[float, int] = {_WHITE_IS_ZERO: 1, _GREY: 1, _RGB: 3, _PALETTE: 1, _YCBCR: 3}
 _JPEG = 7  # the compression that turns YCbCr into RGB when it decodes
 _STRAIGHT_ALPHA = 2
+# The tags that say how samples are stored: tifffile leaves out one that is damaged, and takes its default.
+_STORAGE = frozenset((*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347))
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damage raises, and needs no log
 
@@ -60,6 +62,9 @@ def decode(content: bytes) -> Decoded:
         check_size(page.imagewidth, page.imagelength)
         if len(file.pages) > 1:
             raise ImageError(f"has {len(file.pages)} pages; it takes one image a file")
+        damaged = _STORAGE.intersection(codes(content)).difference(tag.code for tag in page.tags)
+        if damaged:
+            raise ImageError(f"its tag {min(damaged)} is damaged")
         _check_layout(page, tags)
         array = page.asarray()
     white = array.dtype.type(1 if array.dtype == np.float32 else np.iinfo(array.dtype).max)
