@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.backends.precision import precision_for
-from jfbfast.backends.reference import per_sample
+from jfbfast.backends.tensors import per_sample
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
 from jfbfast.implicit.frozen import TrainingState, frozen, materialised_weights, step_spectral_norms

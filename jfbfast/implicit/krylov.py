@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 
 Product = Callable[[Tensor], Tensor]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import flat, per_sample
+from jfbfast.backends.tensors import flat, per_sample
 from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.models.degrad import DEGrad
 from jfbfast.operators.blur import SeparableBlur

@@ -16,6 +16,7 @@ from jfbfast.backends import reference
 from jfbfast.backends.dispatch import kernels
 from jfbfast.backends.precision import full_precision
 from jfbfast.backends.reference import SVD
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.operators.tables import Taps, axis_table, bands
 
@@ -53,7 +54,7 @@ def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
     """(AᵀA + λI)⁻¹ b for b (…, H, W) and λ broadcastable against b; no gradient is recorded."""
-    dtype, shape, device = reference.band_dtype(b.dtype), b.shape[-2:], b.device
+    dtype, shape, device = compute_dtype(b.dtype), b.shape[-2:], b.device
     with full_precision(device), torch.no_grad():
         if max(shape) <= SVD_LIMIT:
             return reference.tikhonov(b, damping.to(dtype), *factors(taps, shape, dtype, device))
@@ -63,13 +64,13 @@ def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
 
 def scalar_gradient(u: Tensor, v: Tensor, like: Tensor) -> Tensor:
     """−⟨u, v⟩ in the shape of ``like``: for u = (AᵀA + λI)⁻¹ g and v = (AᵀA + λI)⁻¹ b the derivative of ⟨g, v⟩ in λ."""
-    wide = reference.band_dtype(u.dtype)
+    wide = compute_dtype(u.dtype)
     return -(u.to(wide) * v.to(wide)).sum_to_size(like.shape).to(like.dtype)
 
 
 def direct(d: Tensor, taps: Taps) -> Tensor:
     """A⁻¹ d = V₁[(U₁ᵀ d U₂) ⊘ (s₁ s₂ᵀ)]V₂ᵀ for d (…, H, W), through the SVD of each B."""
-    dtype, shape = reference.band_dtype(d.dtype), d.shape[-2:]
+    dtype, shape = compute_dtype(d.dtype), d.shape[-2:]
     check_invertible(taps, shape, dtype)
     with full_precision(d.device):
         y, x = factors(taps, shape, dtype, d.device)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends import dispatch, reference
+from jfbfast.backends import dispatch
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration, Phase, Stall
@@ -163,7 +164,7 @@ class _AndersonIteration(Iteration):
         weights, by at least the rounding of the history. It is used through its Cholesky factor: with
         LLᵀ = ΔGᵀΔG, U = ΔF L⁻ᵀ and V = ΔG L⁻ᵀ.
         """
-        wide = reference.band_dtype(f.dtype)
+        wide = compute_dtype(f.dtype)
         memory = len(self.residuals)
         older = [(self.slot - age) % memory for age in range(1, self.filled)]
         residual = self.residuals[self.slot][rows].to(wide)

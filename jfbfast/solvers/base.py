@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import band_dtype
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.solvers.loop import Iteration, Layer, Phase, iterate
 from jfbfast.solvers.solution import FixedPointSolution, Status
 
@@ -182,5 +182,5 @@ def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
     return found._replace(
         value=torch.where(unusable[:, None], torch.nan, found.value).view(start.shape),
         following=None if found.following is None else found.following.view(start.shape),
-        residual=found.residual.to(band_dtype(start.dtype)),
+        residual=found.residual.to(compute_dtype(start.dtype)),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 from jfbfast.solvers.estimate import InverseEstimate, LowRank
 from jfbfast.solvers.solution import FixedPointSolution, Status
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 from jfbfast.solvers import FixedPointSolution, Status
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -16,6 +16,7 @@ from helpers import processes
 from helpers.bands import cast, operator
 from jfbfast.backends import native, reference
 from jfbfast.backends.reference import PADDING_MODES, Bands
+from jfbfast.backends.tensors import compute_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((1, 1), (1, 37), (7, 13), (33, 65), (40, 3))
@@ -39,7 +40,7 @@ def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, what: object = "")
     if not got.numel():
         return
     error, allowed = ((y.double() - exact).abs().max().item() for y in (got, plain))
-    floor = 4 * torch.finfo(reference.band_dtype(got.dtype)).eps + torch.finfo(got.dtype).eps
+    floor = 4 * torch.finfo(compute_dtype(got.dtype)).eps + torch.finfo(got.dtype).eps
     assert error <= 2 * allowed + floor * exact.abs().max().item(), what
 
 
