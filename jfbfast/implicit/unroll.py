@@ -22,10 +22,10 @@ def unroll(
     A diverged sample has the value x0. If any sample diverged, the running statistics are restored.
     """
     before = TrainingState(implicit.module)
-    out, first, last = implicit.apply(x0, inputs)
-    first_residual, first_size = norms(*first)
+    out, trace = implicit.apply(x0, inputs)
+    first_residual, first_size = norms(*trace.first)
     bound = DIVERGED_GROWTH * (first_residual + first_size)
-    x, image = last
+    x, image = trace.last
     residual, size = norms(x, image)
     diverged = ~(residual.isfinite() & size.isfinite()) | (residual > bound) | (size > bound)
     converged = ~diverged & (residual <= solver.tol * size + solver.atol)
