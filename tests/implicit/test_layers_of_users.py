@@ -22,7 +22,6 @@ from jfbfast import (
     solve_fixed_point,
 )
 from jfbfast.backends import conv3x3 as winograd
-from jfbfast.backends.precision import ieee
 from jfbfast.implicit import frozen
 from jfbfast.implicit.methods import GRADIENTS
 from jfbfast.operators import ops
@@ -371,29 +370,3 @@ def test_a_models_operations_are_counted():
     solves = (1 + 4) * 4 * d.numel() * (16 + 16)
     blurs = (1 + 4 * 2) * 2 * d.numel() * (5 + 5)
     assert counter.get_total_flops() == convolutions + solves + blurs
-
-
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_torchs_older_settings_can_be_read_in_full_precision(device, precision):
-    backends = torch.backends
-    older = (
-        lambda: backends.cudnn.allow_tf32,
-        lambda: backends.cuda.matmul.allow_tf32,
-        torch.get_float32_matmul_precision,
-    )
-    settings = [s for b in (backends.mkldnn, backends.cudnn) for s in (b, b.conv, b.rnn)]
-    settings += [backends.mkldnn.matmul, backends.cuda.matmul]
-    kept = torch.get_float32_matmul_precision(), [s.fp32_precision for s in settings]
-    torch.set_float32_matmul_precision(precision)
-    before = [read() for read in older], [s.fp32_precision for s in settings]
-    try:
-        with ieee(torch.device(device)):
-            assert [read() for read in older][:2] == [False, False] or device == "cpu"
-            with backends.cudnn.flags(enabled=True):
-                pass
-        assert ([read() for read in older], [s.fp32_precision for s in settings]) == before
-    finally:
-        torch.set_float32_matmul_precision(kept[0])
-        for setting, value in zip(settings, kept[1], strict=True):
-            setting.fp32_precision = value

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch.autograd import gradcheck, gradgradcheck
 import jfbfast
 from jfbfast.backends import dispatch as backends
 from jfbfast.backends import reference
-from jfbfast.backends.precision import full_precision
 from jfbfast.operators import inverse, ops, tables
 from jfbfast.operators.tables import Taps
 
@@ -105,48 +103,6 @@ def test_conjugate_gradients_reach_what_they_claim_or_say_so(monkeypatch):
     monkeypatch.setattr(inverse, "_CG_MAX_ITER", 3)
     with pytest.warns(jfbfast.ConvergenceWarning, match="2 of 2 images did not reach .* 1e-06 in 3"):
         blur.solve(b, damping)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_precision_settings_go_on_following_what_they_inherit_from(device):
-    backends = torch.backends
-    parent, child = (backends.mkldnn, backends.mkldnn.matmul) if device == "cpu" else (backends, backends.cuda.matmul)
-    precision = "bf16" if device == "cpu" else "tf32"
-    for own in (False, True):
-        try:
-            parent.fp32_precision = precision
-            if own:
-                parent.fp32_precision, child.fp32_precision = "none", precision
-            with full_precision(torch.device(device)):
-                assert child.fp32_precision == "ieee"
-            assert child.fp32_precision == precision
-            parent.fp32_precision = "ieee"
-            assert child.fp32_precision == (precision if own else "ieee")
-        finally:
-            parent.fp32_precision = child.fp32_precision = "none"
-
-
-def test_full_precision_of_two_threads_is_undone_by_the_last():
-    products = torch.backends.mkldnn.matmul
-    previous, products.fp32_precision = products.fp32_precision, "bf16"
-    inside, leave = threading.Event(), threading.Event()
-
-    def hold():
-        with full_precision(torch.device("cpu")):
-            inside.set()
-            assert leave.wait(60)
-
-    try:
-        first = threading.Thread(target=hold)
-        first.start()
-        assert inside.wait(60)
-        with full_precision(torch.device("cpu")):
-            leave.set()
-            first.join()
-            assert products.fp32_precision == "ieee"
-        assert products.fp32_precision == "bf16"
-    finally:
-        products.fp32_precision = previous
 
 
 def test_solve_takes_one_damping_a_sample():

@@ -64,12 +64,6 @@ def test_output_residual_and_status_agree(solver, tol):
     assert (solution.status == Status.CONVERGED).all() and (residual <= tol * (1 + 1e-9)).all()
 
 
-def test_what_users_call_and_name_is_public():
-    assert all(hasattr(jfbfast, name) for name in jfbfast.__all__)
-    assert {"solve_fixed_point", "FixedPointSolver", "MeasurementRanges"} <= set(jfbfast.__all__)
-    assert all(hasattr(jfbfast.spectrum, name) for name in jfbfast.spectrum.__all__)
-
-
 class Step(nn.Module):
     """Converged at 0, but not at the iterate that follows; counts its applications in a batch norm."""
 
