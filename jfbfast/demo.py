@@ -61,7 +61,7 @@ def train(console: Console, seed: int) -> DEGrad:
 
 @torch.inference_mode()
 def compare(model: DEGrad, x: Tensor, d: Tensor) -> list[Row]:
-    """Restore the measurement d (1, 3, H, W) of x by every method; Tikhonov's λ is the best of 30 for this very x."""
+    """Restore the measurement d (1, 3, H, W) of x by every method; Tikhonov's λ is the best of 30 for this x."""
     blur = CONFIG.blur()
     dampings = torch.logspace(-3.5, -0.5, 30).tolist()
     best = max(dampings, key=lambda damping: float(psnr(tikhonov(blur, d, damping), x)))

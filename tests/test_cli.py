@@ -192,7 +192,7 @@ def test_evaluate_knows_a_runs_photographs_by_name(tmp_path, monkeypatch):
     result = run("evaluate", file, "photographs", "--methods", "blurred", "--train", 2)
     assert "was trained on 2 of the photographs that choose or are scored" in " ".join(result.output.split())
     result = run("evaluate", "photographs", "--methods", "blurred", "--squash")
-    assert result.exit_code == 1 and "--squash acts with --resize alone" in result.output
+    assert result.exit_code == 1 and "--squash has an effect only with --resize" in result.output
 
 
 def test_bench_names_are_checked_before_any_runs(tmp_path):

@@ -128,7 +128,7 @@ def conv3x3(
         x: [B, C, H, W], padded with zeros.
         weight: [O, C, 3, 3].
         bias: [O].
-        transformed: the weight in the form of the C++ kernel, which alone reads it.
+        transformed: the weight as transformed for the C++ kernel; it is ignored here.
     """
     out = F.conv2d(x, weight, bias, padding=1)
     return out.relu_() if relu else out

@@ -33,7 +33,8 @@ def _row(
 ) -> Row:
     """Grade the largest of the values (B,), or the lowest.
 
-    The verdict is that of the first limit which the worst value stays below (above, for the lowest), or ``otherwise``.
+    The verdict is the first one with a limit above the worst value (below it, if the lowest is graded), or
+    ``otherwise`` if there is none.
     """
     numbers = values[~values.isnan()].double()
     if not numbers.numel():

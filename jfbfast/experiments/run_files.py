@@ -70,15 +70,15 @@ class CheckpointFiles(TorchCheckpointIO):
         for name in self.run.keys() | run.keys():
             mine, other = self.run.get(name), run.get(name)
             if isinstance(other, torch.Tensor) or mine != other:
-                difference = f"whose {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"
-                raise CheckpointError(f"{path}: of another run, {difference}")
+                difference = f"its {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"
+                raise CheckpointError(f"{path}: belongs to another run: {difference}")
         return dict(checkpoint)
 
     def step(self, path: Path, task: nn.Module, steps: int) -> int:
-        """The number of steps, at most ``steps``, after which a checkpoint was written; it must fit this task.
+        """Check a checkpoint, and return the number of steps after which it was written, at most ``steps``.
 
         Raises:
-            CheckpointError: it is damaged, or belongs to another phase, run or network.
+            CheckpointError: it is damaged, or belongs to another phase, run or network than ``task``'s.
         """
         checkpoint = self.load_checkpoint(path)
         try:

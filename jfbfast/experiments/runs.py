@@ -72,7 +72,10 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of the same network, of one without injection, or of one for one setting; else RuntimeError."""
+    """Copy the weights of ``source``: the same network, one without injection, or one for a single setting.
+
+    Raises RuntimeError for any other network.
+    """
     weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
     if isinstance(inner, UNet) and isinstance(given, UNet):
         head = next(name for name in weights if name.endswith("head.weight"))
@@ -97,7 +100,7 @@ def _start_from(model: nn.Module, config: ModelConfig, path: str, console: Conso
             f"network or a denoiser, with {dict(config.denoiser)}"
         ) from error
     new = ", ".join(name for name in config.denoiser if name not in found.denoiser)
-    console.print(f"Starting from {path}" + (f", whose denoiser has no {new}." if new else "."), highlight=False)
+    console.print(f"Starting from {path}" + (f". Its denoiser has no {new}." if new else "."), highlight=False)
 
 
 class Run:
@@ -179,8 +182,8 @@ class Run:
             if names != started[name]:
                 other = sorted(set(names).symmetric_difference(started[name]))
                 raise ValueError(
-                    f"data is {data}, whose photographs for {name} are not those that the run in {self.out} was "
-                    f"started with: {len(other)} differ, such as {other[0]}"
+                    f"data is {data}; its photographs for {name} are not those of the run in {self.out}: "
+                    f"{len(other)} differ, such as {other[0]}"
                 )
 
     def _fit(

@@ -84,9 +84,8 @@ class Task(L.LightningModule):
             self.log(name, value, prog_bar=shown, logger=False, batch_size=batch_size, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        del checkpoint[
-            "loops"
-        ]  # a resumed run starts a new epoch at its step, and not Lightning's place in the old one
+        # Without Lightning's place in the old epoch, a resumed run starts a new epoch at its step.
+        del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress

@@ -176,7 +176,7 @@ def check_target(path: str | Path, photograph: Photograph) -> None:
         (suffix == ".png" and dtype == np.float32, "float32 samples; .tiff can"),
         (jpeg and alpha is not None, "an alpha channel; .png and .tiff can"),
         (jpeg and longest > _LONGEST_JPEG, f"a side of {longest} pixels; .png and .tiff can"),
-        (colours, f"what tells its colours ({b', '.join(sorted(colours)).decode()}); .png can"),
+        (colours, f"the definition of its colours ({b', '.join(sorted(colours)).decode()}); .png can"),
     ):
         if refused:
             raise ImageError(f"{path}: {suffix} cannot hold {what}")

@@ -13,7 +13,7 @@ from jfbfast.backends.precision import precision_for
 from jfbfast.implicit.frozen import TrainingState, assigned, frozen, owner, parameters_of
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.implicit.prepared import convolutions_for
-from jfbfast.operators.iterative import holds_samples
+from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluate
 
@@ -48,7 +48,7 @@ class ImplicitLayer:
                 raise TypeError(f"parameters has a {type(parameter).__name__}; it takes an iterable of tensors")
             if parameter.requires_grad:
                 self.parameters.append(parameter)
-        self.whole_batch = holds_samples(self.module)
+        self.whole_batch = may_hold_sample_data(self.module)
 
     def apply(
         self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None
@@ -83,9 +83,9 @@ class ImplicitLayer:
     def _check_leaves(self, out: Tensor, x: Tensor, inputs: tuple[Tensor, ...], since: int) -> None:
         """Raise ValueError if a leaf of the output's graph would silently get no gradient.
 
-        A tensor that existed before the layer was called is such a leaf, unless ``parameters`` was given and the
-        layer uses it directly: then it is left out on purpose. A tensor that the layer itself made by ``detach`` is
-        not, for a method that does not differentiate in x.
+        These are the tensors that existed before the layer was called. If ``parameters`` was given, those that the
+        layer uses directly were left out on purpose, and are allowed. A tensor that the layer itself made by
+        ``detach`` is allowed too, unless the method differentiates in x.
         """
         unlisted = _unlisted_leaves(out, (x, *inputs, *self.parameters), since)
         for leaf, before in unlisted.items():
@@ -97,8 +97,10 @@ class ImplicitLayer:
                 )
         if not unlisted or (self.named and not self.method.differentiates_in_x):
             return
-        # What a second application makes anew was made by the layer; what it uses again was there before.
-        some = slice(None) if self.whole_batch or not inputs else slice(1)  # else the layer may hold the whole batch's
+        # Apply the layer again: a leaf that it uses again existed before; all others were made by the layer itself.
+        some = (
+            slice(None) if self.whole_batch or not inputs else slice(1)
+        )  # a layer that holds data needs the whole batch
         x, inputs = x[some].detach().requires_grad_(x.requires_grad), tuple(i[some].detach() for i in inputs)
         again = _unlisted_leaves(Trace(self, x, inputs).apply(x), (x, *inputs, *self.parameters), 0)
         for leaf in unlisted:
@@ -175,7 +177,9 @@ class _FixedPointFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("create_graph is True; the gradient of a fixed point has none, so it takes False")
+            raise RuntimeError(
+                "create_graph is True; the gradient of a fixed point has no derivative, so it takes False"
+            )
         if ctx.trace is None:
             raise RuntimeError("the layer's trace is freed; a second backward takes retain_graph=True in the first")
         trace: Trace = ctx.trace

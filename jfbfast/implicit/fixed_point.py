@@ -28,7 +28,7 @@ class ForwardSolve(NamedTuple):
 
     Attributes:
         implicit: the layer.
-        solver: of the fixed point.
+        solver: solves for the fixed point.
         solve_dtype, compiled: ``solve_dtype`` and ``compile_solve`` of `fixed_point`.
     """
 
@@ -38,7 +38,7 @@ class ForwardSolve(NamedTuple):
     compiled: bool = False
 
     def find(self, x0: Tensor, inputs: tuple[Tensor, ...], estimate: bool = False) -> FixedPointSolution:
-        """Find it from x0.
+        """Find the fixed point, starting at x0.
 
         Low-precision results are verified by the application that follows, if that runs in full precision.
 
@@ -147,8 +147,8 @@ def _apply(
     if out.requires_grad and not out[~usable].isfinite().all():
         holder = "layer holds data" if inputs else "inputs is empty, and the layer captured data"
         raise ValueError(
-            f"{holder} of which {int((~usable).sum())} samples are not finite; "
-            "what each sample owns must be in inputs for it to be kept out of the gradient"
+            f"{holder}, and {int((~usable).sum())} samples are not finite; "
+            "pass the data of each sample in inputs=, so that bad samples stay out of the gradient"
         )
     return value.index_put((rows,), out[rows]), everything, trace.first
 

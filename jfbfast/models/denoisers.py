@@ -79,7 +79,7 @@ class DnCNN(nn.Module):
 
     @property
     def is_denoiser(self) -> bool:
-        """Whether it is a denoiser D, which `RED` makes a regulariser, and not a regulariser R itself."""
+        """Whether it is a denoiser D, to be wrapped in a `RED`, and not a regulariser R."""
         return self.residual
 
     def forward(self, x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]
 
 
 def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig, say: Callable[[str], object]) -> None:
-    """Have a network restore measurements of this setting; tell ``say`` if it was trained for others."""
+    """Set a network for these measurements, and call ``say`` with a sentence if it was trained for others."""
     model.set_blur(setting.blur(), setting.noise)
     inputs = () if config.ranges is None else ("sigma", "noise")
     other = [each for each in SETTING if each not in inputs and getattr(config, each) != getattr(setting, each)]

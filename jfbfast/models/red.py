@@ -1,4 +1,4 @@
-"""RED: the regulariser that is made of a denoiser."""
+"""RED: a regulariser made from a denoiser."""
 
 from __future__ import annotations
 

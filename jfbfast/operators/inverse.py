@@ -42,7 +42,9 @@ def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torc
 def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ValueError if A has no numerical inverse in ``dtype`` for images of this shape."""
     if max(shape) > SVD_LIMIT:
-        raise ValueError(f"damping must be positive above {SVD_LIMIT} pixels a side; the image has {tuple(shape)}")
+        raise ValueError(
+            f"damping is 0; images of {tuple(shape)} pixels take a positive number, since a side is over {SVD_LIMIT}"
+        )
     s_y, s_x = (_axis_svd(t, n, taps.padding_mode).s for t, n in zip((taps.y, taps.x), shape, strict=True))
     condition = float(s_y[0] * s_x[0] / (s_y[-1] * s_x[-1]))
     if not condition * max(shape) * torch.finfo(dtype).eps < 1:

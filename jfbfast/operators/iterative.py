@@ -40,7 +40,7 @@ def linear_operator(name: str, given: Any) -> Any:
     return given
 
 
-def holds_samples(module: nn.Module | None) -> bool:
+def may_hold_sample_data(module: nn.Module | None) -> bool:
     """Whether a module contains a linear operator that may hold something of each sample, such as a mask or a kernel.
 
     Only a `SeparableBlur` is known to hold nothing. A layer with any other operator is evaluated on whole batches.

@@ -121,8 +121,8 @@ class FixedPointSolver(ABC):
             found = self._run(Phase(layer, x0, inputs, budget, most, most, estimate=estimate, floor=floor))
             return _shaped(found, x0)._replace(coarse_iterations=torch.zeros_like(budget))
 
-        rung = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
-        found = _shaped(self._run(rung), x0)
+        phase = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
+        found = _shaped(self._run(phase), x0)
         found = found._replace(coarse_iterations=found.iterations)
         accepted = found.status == Status.CONVERGED
         if verify or estimate or not (inputs or accepted.all()):

@@ -77,7 +77,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cpu":
         module, empty = request.getfixturevalue("emulated_module"), torch.empty
         monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
-        monkeypatch.setattr(cuda, "why_not", lambda device: "")
+        monkeypatch.setattr(cuda, "unavailable_because", lambda device: "")
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **kwargs: empty(*shape, **kwargs))
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

@@ -1,4 +1,4 @@
-"""The rule of which module computes what, on devices that need not be there."""
+"""The rule that chooses the module for each computation, also for devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("me
 
 @pytest.fixture(autouse=True)
 def usable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(cuda, "unavailable_because", lambda device: "")
 
 
 def test_each_device_has_its_kernels() -> None:

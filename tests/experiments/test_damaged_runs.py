@@ -71,7 +71,7 @@ def test_a_damaged_run_directory_gives_one_sentence(runs, name):
     ("name", "old", "new", "message"),
     [
         ("config.yaml", "\nsteps: 2", "\nsteps: many", r"config\.yaml: steps is 'many'; it takes an integer"),
-        ("config.yaml", "seed: 0", "seed: 1", r"training\.ckpt: of another run, whose seed is 0; here it is 1"),
+        ("config.yaml", "seed: 0", "seed: 1", r"training\.ckpt: belongs to another run: its seed is 0; here it is 1"),
         ("photographs.json", '"3.png"', "3", r"photographs\.json: .*validation is no list of names"),
         ("metrics.csv", "training,1,", "training,x,", r"metrics\.csv: not the metrics of a run"),
         ("metrics.csv", "training,1,", "training,1,,", r"metrics\.csv: not the metrics of a run"),
@@ -103,7 +103,7 @@ def test_a_changed_run_checkpoint_is_refused(runs):
             with pytest.raises(CheckpointError, match=message):
                 resume(runs[0])
         file.write_bytes((runs[0] / "pretraining.ckpt").read_bytes())
-        with pytest.raises(CheckpointError, match="of another run, whose phase is 'pretraining'"):
+        with pytest.raises(CheckpointError, match="belongs to another run: its phase is 'pretraining'"):
             resume(runs[0])
     finally:
         file.write_bytes(whole)

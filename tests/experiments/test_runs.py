@@ -144,11 +144,11 @@ def test_a_run_goes_on_with_its_own_photographs(folder, tmp_path):
     folder.rename(moved)
     train(moved, out, resume=True, **values)
     (moved / "00.png").write_bytes((moved / "0.png").read_bytes())
-    with pytest.raises(ValueError, match=r"data is .*moved, whose photographs for training are not .* such as 00\.png"):
+    with pytest.raises(ValueError, match=r"data is .*moved; its photographs for training are not .* such as 00\.png"):
         train(moved, out, resume=True, **values)
     (moved / "00.png").unlink()
     other = write_photographs(tmp_path / "other", 7)
-    with pytest.raises(ValueError, match=r"other, whose photographs .*out was started with: 2 differ, such as 4\.png"):
+    with pytest.raises(ValueError, match=r"other; its photographs .*out: 2 differ, such as 4\.png"):
         train(other, out, resume=True, **values)
     assert read_settings(out / "config.yaml")["data"] == str(moved)
     (out / "photographs.json").unlink()  # as in runs of before
@@ -230,7 +230,7 @@ def test_a_run_starts_from_a_network_that_is_told_less(folder, tmp_path, ranges)
     console = Console(file=io.StringIO(), width=200)
     settings = {"data": str(folder), **TINY, **still, **ranges, "init": str(start), "injection": True}
     Run(settings, tmp_path / "told", progress=False).train(console)
-    assert "whose denoiser has no injection" in console.file.getvalue()
+    assert "Its denoiser has no injection" in console.file.getvalue()
     model, told = (load_checkpoint(file)[0] for file in (start, tmp_path / "told" / "model.safetensors"))
     y, z = torch.rand(2, 1, 3, 16, 16)
     condition = (0.3, 0.2) if ranges else ()

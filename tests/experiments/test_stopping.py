@@ -136,7 +136,7 @@ def test_under_slurm_one_process_trains_and_several_are_refused(folder, tmp_path
     for name, value in (("STEP_NUM_TASKS", "4"), ("PROCID", "2")):
         with monkeypatch.context() as started:
             started.setenv(f"SLURM_{name}", value)
-            with pytest.raises(ValueError, match=r"srun started .* start one a machine: srun --ntasks-per"):
+            with pytest.raises(ValueError, match=r"srun started .* start one for each machine: srun --ntasks-per"):
                 train(folder, tmp_path / "other")
 
 
@@ -175,7 +175,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(folder, tmp_
         ),
         (
             {"learning_rate": 1e30, "steps": 40, "precision": "bf16"},
-            r"the gradient was 0 20 times in a row, as where every solve diverges, at step 21 of training; .*"
+            r"the gradient was 0 in 20 steps in a row, for example because every solve diverges, at step 21 of "
+            r"training; .*"
             r"a lower --learning-rate or --jacobian-penalty 1e-3 or --precision 32",
         ),
     ],

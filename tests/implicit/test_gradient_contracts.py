@@ -74,7 +74,7 @@ def test_a_tolerance_that_reduced_precision_does_not_reach_is_solved_without(met
 def test_a_second_derivative_is_refused():
     cell, d, x0 = problem()
     out = fixed_point(cell, x0, inputs=(d,))
-    with pytest.raises(RuntimeError, match="create_graph is True; the gradient of a fixed point has none"):
+    with pytest.raises(RuntimeError, match="create_graph is True; the gradient of a fixed point has no derivative"):
         torch.autograd.grad(out.sum(), d, create_graph=True)
 
 

@@ -39,7 +39,7 @@ class Matrix(nn.Module):
 
 
 class MaskedConvolution(nn.Module):
-    """A circular convolution, neither separable nor symmetric, of which some pixels are seen."""
+    """A circular convolution, neither separable nor symmetric, with a mask that keeps some of the pixels."""
 
     def __init__(self):
         super().__init__()

@@ -133,5 +133,5 @@ def test_bad_input_is_named(call, message):
 def test_a_stored_sample_of_another_shape_is_named():
     cache = WarmStart()
     cache.put([4], solution(torch.zeros(1, 3, 8, 8)))
-    with pytest.raises(ValueError, match=r"default has samples of shape \(3, 9, 8\); that stored for index 4"):
+    with pytest.raises(ValueError, match=r"default has samples of shape \(3, 9, 8\); the one stored for index 4"):
         cache.get([4], torch.zeros(1, 3, 9, 8))
