@@ -47,7 +47,7 @@ def photograph(name: str) -> Tensor:
 
 
 def train(console: Console, seed: int) -> DEGrad:
-    """Train a filtered DE-GRAD: first its denoiser alone, then all of it by JFB."""
+    """Train a filtered DE-GRAD: first only its denoiser, then all of it by JFB."""
     model = CONFIG.model()
     assert isinstance(model, DEGrad)
     crops = RandomCrops([photograph(n) for n in TRAINING], CROP, 16 * max(PRETRAINING_STEPS, JFB_STEPS), seed=seed)

@@ -1,4 +1,4 @@
-"""The spectrum of a layer's Jacobian ∂T/∂x at a point, sample by sample, from products with vectors alone."""
+"""The spectrum of a layer's Jacobian ∂T/∂x at a point, sample by sample, by products with vectors only."""
 
 from __future__ import annotations
 

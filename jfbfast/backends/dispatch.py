@@ -45,7 +45,7 @@ _backend = _checked(os.environ.get("JFBFAST_BACKEND", "auto"), "JFBFAST_BACKEND"
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose which kernels compute within the context. The choice holds for the whole process, all threads included.
+    """Choose which kernels compute within the context. The choice applies to all threads of the process.
 
     Args:
         name: "auto" (C++ on the CPU, Triton and CUDA on a GPU, PyTorch elsewhere), "reference" (PyTorch

@@ -1,4 +1,4 @@
-"""The process of a run: its place among those of torchrun, and the signals that ask it to end."""
+"""The process of a run: its rank under torchrun, and the signals that ask it to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lock and the checkpoints of a run's directory; whatever is read from them is checked."""
+"""The lock and the checkpoints of a run's directory; all that is read from them is checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PATIENCE = 10.0  # seconds to wait for the image-loading processes of a killed 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Within this context, no other process trains in the directory; ValueError if one that is alive does."""
+    """Within this context, no other process trains in the directory; ValueError if one does."""
     lock = FileLock(directory / "train.lock")
     try:
         lock.acquire(timeout=_PATIENCE, poll_interval=0.1)

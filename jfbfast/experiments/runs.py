@@ -109,7 +109,7 @@ class Run:
     Args:
         values: the settings that were chosen, by name.
         out: the directory.
-        resume: go on with the run in the directory, from its last checkpoint.
+        resume: continue the run in the directory, from its last checkpoint.
         progress: show progress bars.
 
     Raises:
@@ -171,7 +171,7 @@ class Run:
         return crops, Images(validation, settings.resize or settings.crop, settings.seed) if validation else None
 
     def _check_photographs(self, kept: Sequence[Path], held_out: Sequence[Path]) -> None:
-        """Note the names of the photographs, relative to the directory; a resumed run must have the same ones."""
+        """Set ``photographs``, the names relative to the directory; a resumed run must have the same ones."""
         data, file = self.settings.data, self.out / "photographs.json"
         self.photographs = {
             name: [path.relative_to(data).as_posix() for path in files]
@@ -194,7 +194,7 @@ class Run:
         steps: int,
         more: Sequence[Callback] = (),
     ) -> L.Trainer:
-        """Train, or go on training, from the task's last checkpoint if there is one."""
+        """Train, from the task's last checkpoint if there is one."""
         settings, phase = self.settings, task.phase
         file = self.out / f"{phase}.ckpt"
         resuming = file.exists()
@@ -239,7 +239,7 @@ class Run:
             raise
 
     def _state(self) -> str:
-        """What is saved of the run, and how to go on with it."""
+        """A sentence about what is saved of the run, and the command that continues it."""
         command = f"jfbfast train --out {shlex.quote(str(self.out))} --resume"
         if self.saved is None:
             return f"no step is saved yet; start with: {command}"
@@ -247,7 +247,7 @@ class Run:
         return f"step {step} of {phase} is saved; go on with: {command}"
 
     def _advice(self, phase: str) -> str:
-        """What to change in another run, after one in which the phase could not go on."""
+        """A sentence about what to change in another run, after this phase has failed."""
         settings, pretrained, training = self.settings, self.out / "pretrained.safetensors", phase == "training"
         saved = "no step is saved" if self.saved is None else f"{phase}.ckpt holds step {self.saved[1]}"
         changes = ["a lower " + ("--learning-rate" if training else "--pretraining-rate")]
@@ -261,7 +261,7 @@ class Run:
         return f"{saved}; start another run with {' or '.join(changes)}{kept}"
 
     def train(self, console: Console) -> float | None:
-        """Train, or go on training, until ``model.safetensors`` is written.
+        """Train, or continue training, until ``model.safetensors`` is written.
 
         Returns:
             The PSNR of the last validation in dB, at the true range 2 of images in [−1, 1]; None without validation.
@@ -331,7 +331,7 @@ class Run:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """Within this context, the directory is this run's alone, and an error says what is saved of the run."""
+        """Within this context, no other run uses the directory, and an error says what is saved of the run."""
         with ExitStack() as stack:
             if rank() == 0:
                 self.out.mkdir(parents=True, exist_ok=True)

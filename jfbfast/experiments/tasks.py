@@ -60,7 +60,7 @@ class JacobianPenalty:
 
 
 class Task(L.LightningModule):
-    """A network and its loss, the mean squared error of `restore`. All random numbers depend on seed and step alone."""
+    """A network and its loss, the mean squared error of `restore`. All random numbers depend only on seed and step."""
 
     phase = "training"  # the name in messages, and of the checkpoint's file
 
@@ -149,7 +149,7 @@ class DeblurTask(Task):
     Args:
         model: maps measurements d = A x + ν ε (B, C, H, W) to images x in [−1, 1].
         blur, noise: A and ν.
-        optimization, seed: of the training; the seed decides what the samples do not.
+        optimization, seed: of the training's random numbers other than those of the samples.
         in_training: attributes that a `DEGrad` has in training only, such as ``solver`` or ``solve_dtype``.
         contraction: the penalty that trains a `DEGrad` to contract, or None.
     """

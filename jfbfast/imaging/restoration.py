@@ -1,4 +1,4 @@
-"""Restore photographs of any size: in overlapping tiles, blended so that memory stays bounded."""
+"""Restore photographs of any size in bounded memory: in overlapping tiles, which are blended."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class DnCNN(nn.Module):
             bound on that norm, so that with norm=None the network is 1-Lipschitz and x − network(x) 2-Lipschitz.
             False: it is not divided.
         bias: give the convolutions biases.
-        residual: return x − network(x), which makes a denoiser, in place of network(x).
+        residual: return x − network(x) instead of network(x); this makes the module a denoiser.
 
     Raises:
         ValueError: a size below its least, another norm or another spectral norm.

@@ -79,7 +79,7 @@ def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str | None) -> str | None:
     """The name of the shipped DE-GRAD that was trained for this blur and noise, or None.
 
-    A model for this setting alone is preferred to one for a range of settings, and then a filtered model to another.
+    A model for exactly this setting is preferred to one for a range, and a filtered model to one of another form.
     With ``padding_mode=None``, any padding mode matches.
     """
     found = []

@@ -45,7 +45,7 @@ class UNet(nn.Module):
         channels: of the image, in and out.
         features: channels at each scale, from half resolution down.
         blocks: residual blocks at each scale, on the way down and again on the way up; the coarsest scale has one pass.
-        conditions: how many numbers it takes beside the images; each becomes a constant map, as FFDNet's noise level.
+        conditions: how many numbers it takes besides the images; each becomes a constant map, as FFDNet's noise level.
         injection: take a second image z, which a `RED` with injection supplies, and return x + network(x, z).
 
     Raises:

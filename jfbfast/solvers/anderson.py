@@ -130,7 +130,9 @@ class _AndersonIteration(Iteration):
 
     def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         if any(image.data_ptr() == f.data_ptr() for image in self.images):
-            self.reused_output = True  # the layer wrote over an earlier output of its own: begin anew, with copies
+            self.reused_output = (
+                True  # the layer reuses its output's memory: drop the history, and keep copies from now on
+            )
             self.valid[:] = False
         self.pairs += 1
         self.valid[:, self.slot] = True

@@ -108,7 +108,9 @@ class _BroydenIteration(Iteration):
             append(self.previous, x, self.ring, self.gram, 2 * slot + 1, self.filled)
             self.valid[:, slot] = True
         norms = append(x, f, self.ring, self.gram, 2 * slot, self.filled)
-        self.valid[:, (slot + 1) % self.valid.shape[1]] = False  # its y began where this residual now lies
+        self.valid[:, (slot + 1) % self.valid.shape[1]] = (
+            False  # the new residual has overwritten the one that this pair's y began from
+        )
         residual, image = norms.sqrt().unbind(1)
         return residual, image
 

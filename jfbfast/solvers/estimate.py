@@ -34,7 +34,7 @@ class InverseEstimate:
         self._parts: list[tuple[Tensor, LowRank]] = []
 
     def put(self, samples: Tensor, part: LowRank) -> None:
-        """Set the estimate of these samples, (b,) indices into the batch."""
+        """Set the estimate for these samples, given as (b,) indices into the batch."""
         self._parts.append((samples, part))
 
     def transpose(self, w: Tensor) -> Tensor:

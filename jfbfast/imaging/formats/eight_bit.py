@@ -1,6 +1,6 @@
 """Formats of 8 bits, which Pillow decodes: JPEG, WebP and BMP; and the encoder of JPEG.
 
-Each is decoded by its own class of Pillow, since `Image.open` takes files of many other kinds too.
+Each is decoded by its own class of Pillow, because `Image.open` would accept many other formats too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _from_pillow(image: Image.Image) -> Decoded:
 
 
 def decode_jpeg(content: bytes) -> Decoded:
-    """Decode a JPEG; if it holds several pictures, as phones make, the first is the photograph."""
+    """Decode a JPEG; of several pictures in one file, as phones write them, the first is taken."""
     decoded = _from_pillow(image := JpegImageFile(BytesIO(content)))
     return decoded if image.info.get("jfif_unit") else decoded._replace(dpi=None)  # Pillow makes up a resolution
 

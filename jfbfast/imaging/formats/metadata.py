@@ -1,4 +1,4 @@
-"""What an image file holds beside its pixels: the colour profile, EXIF, the resolution."""
+"""The metadata of an image file: colour profile, EXIF, resolution."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Decoded(NamedTuple):
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse, before it is decoded, an image that would not fit into memory."""
+    """Raise ImageError for an image that is too large for memory, before it is decoded."""
     if width < 1 or height < 1 or width * height > MOST_PIXELS:
         raise ImageError(f"has {width} × {height} pixels; it takes up to {MOST_PIXELS // 10**6} million")
 

@@ -1,6 +1,6 @@
 """Directories of tags, which TIFF and EXIF consist of. Values stay the bytes that the file holds.
 
-Pillow's own directories would change types and replace letters that are not ASCII.
+Pillow's own directories would change the types, and replace letters that are not ASCII.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Directory(dict[int, "Value | Directory"]):
         self[tag] = Value(kind, struct.pack(self.order + _FORMATS[kind], *numbers))
 
     def tobytes(self, start: int) -> bytes:
-        """Return the directory as a file holds it from byte ``start`` on."""
+        """Return the bytes of the directory in a file, if it starts at byte ``start``."""
         entries, beyond = b"", b""
         start += 2 + 12 * len(self) + 4
         for tag, value in sorted(self.items()):

@@ -1,6 +1,6 @@
 """TIFF files of one image: grey or RGB, 8 or 16 bits or float32, with or without alpha.
 
-tifffile reads and writes the samples. It returns them as stored, so the layouts that we do not interpret are refused.
+tifffile reads and writes the samples. It returns them as stored, so layouts that we do not interpret are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHANNELS: dict[float, int] = {_WHITE_IS_ZERO: 1, _GREY: 1, _RGB: 3, _PALETTE: 1
 _JPEG = 7  # the compression that turns YCbCr into RGB when it decodes
 _STRAIGHT_ALPHA = 2
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damage raises, and needs no log
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damaged files raise errors, which need no log
 
 
 def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
@@ -75,7 +75,7 @@ def decode(content: bytes) -> Decoded:
 def encode(array: np.ndarray, metadata: Metadata) -> bytes:
     """Encode (H, W, channels), uint8, uint16 or float32, as a TIFF.
 
-    tifffile does not write EXIF, so another directory, with these tags too, is appended and takes the place of its own.
+    tifffile does not write EXIF. So a second directory, with its tags and EXIF's, is appended and replaces the first.
     """
     exif, out, channels = read_exif(metadata.exif), BytesIO(), array.shape[2]
     tifffile.imwrite(
