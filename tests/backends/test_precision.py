@@ -25,7 +25,7 @@ def settings():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_precision_settings_go_on_following_what_they_inherit_from(device):
+def test_precision_settings_continue_to_inherit_from_their_parents(device):
     backends = torch.backends
     parent, child = (backends.mkldnn, backends.mkldnn.matmul) if device == "cpu" else (backends, backends.cuda.matmul)
     precision = "bf16" if device == "cpu" else "tf32"
@@ -42,7 +42,7 @@ def test_precision_settings_go_on_following_what_they_inherit_from(device):
         parent.fp32_precision = child.fp32_precision = "none"
 
 
-def test_full_precision_of_two_threads_is_undone_by_the_last():
+def test_the_last_of_two_threads_restores_the_precision():
     products = torch.backends.mkldnn.matmul
     products.fp32_precision = "bf16"
     inside, leave = threading.Event(), threading.Event()

@@ -103,7 +103,7 @@ def test_a_parameter_is_chosen_on_validation_alone():
         evaluate(Method("m", restore), Images([]), validation, BLUR, 0.01)
 
 
-def test_nothing_is_dropped(tmp_path):
+def test_no_image_is_left_out_of_the_scores(tmp_path):
     """An image that a method loses makes its mean NaN, and is written as null."""
 
     def lose_the_second(d):
@@ -136,7 +136,7 @@ def test_the_batch_size_changes_no_score(name):
         assert 0 < best < len(method.candidates) - 1
 
 
-def test_a_choice_at_an_end_of_its_grid_is_told_of():
+def test_a_choice_at_an_end_of_its_grid_is_reported():
     """Without noise the best λ is far below that of noise 0.01."""
     method = baseline_methods(BLUR)["tikhonov"]
     images, validation = Images(pictures(2)), Images(pictures(1), seed=1)

@@ -50,7 +50,7 @@ def test_train_leaves_out_files_that_cannot_be_used(tmp_path):
     assert "z.png: too small for crops of 16 pixels: 20 × 1 pixels; it takes 6 a side" in result.output
 
 
-def test_an_unusable_photograph_is_not_among_those_a_run_left_to_score(tmp_path):
+def test_an_unusable_photograph_is_not_among_the_photographs_to_score(tmp_path):
     folder, run = write_photographs(tmp_path / "photographs", 5), tmp_path / "run"
     spoil(folder)
     run.mkdir()

@@ -95,7 +95,7 @@ def test_a_file_is_overwritten_only_on_request(tmp_path, photograph):
     refused(tmp_path, "x-restored.png: is there already", photograph)
 
 
-def test_a_bad_file_leaves_the_others_alone(tmp_path, photograph):
+def test_a_bad_file_does_not_affect_the_others(tmp_path, photograph):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "._x.png").write_bytes(b"\0\5\x16\7")
     (tmp_path / "broken.avif").write_bytes(b"\0\0\0\x20ftypavif")
@@ -111,7 +111,7 @@ def test_a_bad_file_leaves_the_others_alone(tmp_path, photograph):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_names_and_terminals_may_have_other_letters(tmp_path, photograph, encoding):
+def test_names_and_terminals_need_not_be_unicode(tmp_path, photograph, encoding):
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     os.rename(photograph, name)
     command = [sys.executable, "-m", "jfbfast", "restore", "--noise", "0.02", "--padding-mode", "reflect"]
@@ -171,7 +171,7 @@ def test_directories_that_cannot_be_entered_are_skipped(tmp_path, monkeypatch, p
     assert Path(photograph) in [file.relative_to(Path.cwd()) for file in image_files(Path.cwd())]
 
 
-def test_a_profile_too_long_for_png_is_refused_there(tmp_path):
+def test_a_profile_that_is_too_long_for_png_is_refused(tmp_path):
     long = SMALL._replace(metadata=Metadata(icc=bytes(1 << 21)))
     with pytest.raises(ImageError, match=r"of 2097152 bytes is too long for \.png; \.tiff can hold it"):
         write_photograph(tmp_path / "a.png", long)

@@ -43,7 +43,7 @@ def test_a_retained_graph_is_differentiated_again(method):
 
 @pytest.mark.parametrize(("tol", "seen"), [(1e-3, "bf16"), (5e-4, "ieee")])
 @pytest.mark.parametrize("method", [*METHODS, Implicit(tol=1e-2)], ids=str)
-def test_a_tolerance_that_reduced_precision_does_not_reach_is_solved_without(method, tol, seen):
+def test_reduced_precision_is_not_used_for_a_tolerance_that_it_cannot_reach(method, tol, seen):
     cell, d, x0 = problem(dtype=torch.float32)
     products, found = torch.backends.mkldnn.matmul, []
 
@@ -79,7 +79,7 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_every_method_under_autocast(method):
+def test_every_method_works_under_autocast(method):
     cell, d, x0 = problem(dtype=torch.float32)
     solver = solver_for(method, Anderson(tol=2e-2))
     with torch.autocast("cpu", torch.bfloat16):
@@ -93,7 +93,7 @@ def test_every_method_under_autocast(method):
     assert_all_close(found, expected, 0.1)
 
 
-def test_a_backward_under_autocast_is_as_exact_as_without():
+def test_a_backward_under_autocast_is_as_exact_as_one_without():
     cell, d, x0 = problem(dtype=torch.float32)
     found = []
     for autocast in (True, False):
@@ -104,7 +104,7 @@ def test_a_backward_under_autocast_is_as_exact_as_without():
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_bad_sample_takes_no_part(method):
+def test_a_bad_sample_affects_neither_the_other_samples_nor_the_gradients(method):
     cell, d, x0 = problem(batch=4)
     good = [0, 1, 3]
     kept = d.detach()[good].requires_grad_()
@@ -122,7 +122,7 @@ def test_a_bad_sample_takes_no_part(method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_captured_data_of_a_sample_that_grows_without_bound(method):
+def test_a_diverging_sample_in_captured_data_has_gradient_zero(method):
     """Its layer's Jacobian is 3 I; without inputs it stays in the batch, with a gradient of zero."""
     factors = torch.tensor([0.5, 3.0, 0.2], dtype=torch.float64)[:, None]
     weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
@@ -168,7 +168,7 @@ def test_without_gradients_the_output_is_the_same(name, mode):
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_an_empty_batch_and_a_wholly_bad_one(name):
+def test_an_empty_batch_and_a_batch_of_bad_samples_have_gradient_zero(name):
     cell, d, x0 = problem()
     none = torch.zeros(0, 12, dtype=torch.float64, requires_grad=True)
     out = fixed_point(cell, x0[:0], inputs=(none,), solver=solver_for(name), gradient=name)
@@ -187,7 +187,7 @@ class Reshaped(Cell):
 
 
 @pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "shine"])
-def test_a_layer_that_takes_no_empty_batch(name):
+def test_a_layer_that_cannot_take_an_empty_batch_never_gets_one(name):
     cell, d = Reshaped(), torch.full((1, 12), torch.nan, requires_grad=True)
     with pytest.warns(ConvergenceWarning, match="1 diverged|1 of 1 samples diverged"):
         out = fixed_point(cell, torch.zeros(1, 12), inputs=(d,), gradient=name)
@@ -216,7 +216,7 @@ def test_the_trace_does_not_depend_on_the_iterations(name):
 
 
 @pytest.mark.parametrize("solver", ["gmres", "cg", "anderson"])
-def test_an_adjoint_that_stops_early_says_so(solver):
+def test_an_adjoint_solve_that_stops_early_warns(solver):
     cell, d, x0 = problem()
     out = fixed_point(cell, x0, inputs=(d,), solver=TIGHT, gradient=Implicit(solver, tol=1e-9, max_iter=2))
     with pytest.warns(
@@ -231,7 +231,7 @@ def test_an_adjoint_that_stops_early_says_so(solver):
 
 
 @pytest.mark.parametrize("gradient", ["jfb", "unrolled"])
-def test_a_batch_that_does_not_fit_is_named_and_moves_nothing(gradient):
+def test_a_batch_of_the_wrong_size_is_named_and_changes_no_buffer(gradient):
     model = DEGrad(GaussianBlur(), DnCNN(3, 4, 3)).train()
     state = copy.deepcopy(model.state_dict())
     x0, d = torch.zeros(4, 3, 8, 8), torch.zeros(1, 3, 8, 8)
@@ -262,7 +262,7 @@ def test_a_parameter_named_twice_has_one_gradient(method):
 
 
 @pytest.mark.parametrize("gradient", ["jfb", "implicit", "shine", "phantom"])
-def test_samples_without_a_dimension_or_an_element(gradient):
+def test_samples_may_be_scalars_or_empty(gradient):
     w = torch.tensor(0.5, requires_grad=True)
     d = torch.tensor([1.0, 2.0])
     out = fixed_point(

@@ -156,7 +156,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_later_forwards_leave_the_graphs_of_earlier_ones_alone(norm):
+def test_a_later_forward_does_not_change_the_graph_of_an_earlier_one(norm):
     model = de_grad(convolution(3, 6), NORMS[norm](), nn.ReLU(), convolution(6, 3), solver=Anderson(tol=1e-5))
     twin = copy.deepcopy(model)
     batches = torch.rand(2, 2, 3, 12, 12)
@@ -238,7 +238,7 @@ def coupled(seed=0, size=20):
     return (lambda z, x: torch.tanh(inner(z) - 0.8 * inner(z).mean(0) + outer(x))), inner, torch.zeros(8, size), x
 
 
-def test_a_layer_that_couples_samples_is_not_called_converged():
+def test_a_layer_that_couples_samples_is_not_reported_as_converged():
     layer, inner, z, x = coupled()
     with pytest.warns(ConvergenceWarning, match="8 of 8 samples did not converge.*couples the samples of a batch"):
         out, solution = solve_fixed_point(
@@ -250,7 +250,7 @@ def test_a_layer_that_couples_samples_is_not_called_converged():
     torch.testing.assert_close(solution.residual, true.detach())
 
 
-def test_a_layer_that_changes_between_evaluations_is_not_called_converged():
+def test_a_layer_that_changes_between_evaluations_is_not_reported_as_converged():
     steps = iter(range(1000))
 
     def drifting(z, x):
@@ -329,7 +329,7 @@ def test_a_gradient_step_denoiser_takes_jfb(options):
 
 
 @pytest.mark.parametrize("gradient", ["neumann", "phantom", "implicit", "unrolled"])
-def test_a_layer_that_cuts_its_graph_is_refused_where_a_method_differentiates_in_x(gradient):
+def test_a_layer_that_detaches_x_is_refused_by_methods_that_differentiate_in_x(gradient):
     model = DEGrad(GaussianBlur(), RED(GradientStep(), 0.3), preconditioner="exact", gradient=gradient)
     d = torch.rand(2, 3, 10, 10)
     for parameters in (None, list(model.parameters())):
@@ -338,7 +338,7 @@ def test_a_layer_that_cuts_its_graph_is_refused_where_a_method_differentiates_in
 
 
 @pytest.mark.parametrize("gradient", ["neumann", "phantom", "implicit", "unrolled"])
-def test_a_layer_that_asks_x_for_a_gradient_only_where_it_has_none_is_not_refused(gradient):
+def test_a_layer_that_sets_requires_grad_on_x_only_if_needed_is_not_refused(gradient):
     class Step(GradientStep):
         def forward(self, x):
             self.detached = not x.requires_grad
@@ -349,7 +349,7 @@ def test_a_layer_that_asks_x_for_a_gradient_only_where_it_has_none_is_not_refuse
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 9, 11), (3, 32, 16, 16)], ids=str)
-def test_the_convolutions_count_the_operations_of_torchs(shape):
+def test_our_convolutions_count_as_many_operations_as_torchs(shape):
     x, weight = torch.rand(shape, requires_grad=True), torch.rand(24, shape[1], 3, 3, requires_grad=True)
 
     def counted(convolve):

@@ -99,7 +99,7 @@ def test_batch_norms_behind_convolutions_are_folded(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
-def test_fused_relu_against_float64(dtype, channels_last):
+def test_a_fused_relu_agrees_with_float64(dtype, channels_last):
     net = module("DnCNN with bias")
     x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
     exact = net(x)
@@ -119,7 +119,7 @@ def test_no_relu_is_fused_in_bfloat16_where_onednn_has_none(monkeypatch):
         assert _onednn_fuses_relu(x, 0) and not _onednn_fuses_relu(x.bfloat16(), 0)
 
 
-def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
+def test_low_precision_keeps_the_first_and_the_last_convolution_in_float32():
     convolutions = _SolveConvolutions(module("UNet").float(), 0.0, torch.bfloat16)
     weights = [weight.value for weight in convolutions.weights.values()]
     assert weights[0].dtype == weights[-1].dtype == torch.float32
@@ -145,7 +145,7 @@ class Blur(nn.Module):
         return self.columns(self.rows(y))
 
 
-def test_low_precision_leaves_the_operators_convolutions_wide():
+def test_low_precision_keeps_the_operators_convolutions_in_float32():
     model = jfbfast.DEGrad(Blur(), jfbfast.RED(UNet(3, (6, 4), (1, 1)), 0.1, "weight"), preconditioner="exact")
     dtypes = [w.value.dtype for w in _SolveConvolutions(model, 0.0, torch.bfloat16).weights.values()]
     assert dtypes[:3] == [torch.float32] * 3 and dtypes[-1] == torch.float32
@@ -176,7 +176,7 @@ def test_threads_share_a_model():
 
 
 @torch.no_grad()
-def test_what_one_thread_prepares_is_not_used_by_another():
+def test_one_thread_does_not_use_what_another_has_prepared():
     """The other thread evaluates the same module within a prepared evaluation of the first."""
     net, x, found = module("DnCNN"), torch.randn(1, 3, 8, 8, dtype=torch.float64), []
     expected = net(x)
@@ -201,7 +201,7 @@ def test_the_callers_autocast_does_not_change_its_precision():
 
 
 @pytest.mark.slow
-def test_through_torch_compile_it_follows_the_weights():
+def test_a_compiled_layer_follows_changes_of_the_weights():
     model = networks()["filtered"].eval()
     x, d = torch.randn(2, 2, 3, 9, 8)
     torch.compiler.reset()

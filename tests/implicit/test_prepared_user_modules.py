@@ -77,7 +77,7 @@ class Inner(nn.Sequential):
 
 
 @torch.no_grad()
-def test_idioms_of_users_modules():
+def test_common_idioms_in_modules_work():
     net, x = Idioms().double().eval(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
     for _ in range(2):
         torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
@@ -90,7 +90,7 @@ def test_idioms_of_users_modules():
     torch.testing.assert_close(prepared(chain)(x), chain(x), rtol=1e-10, atol=1e-12)
 
 
-def test_a_layer_that_differentiates_within():
+def test_a_layer_may_differentiate_inside_its_forward():
     class GradientStep(nn.Module):
         def __init__(self):
             super().__init__()
@@ -105,7 +105,7 @@ def test_a_layer_that_differentiates_within():
     torch.testing.assert_close(prepared(net)(x), net(x))
 
 
-def test_what_a_forward_sets_is_set_on_the_module():
+def test_an_attribute_that_forward_sets_is_set_on_the_module():
     net, d = Unusual("index"), torch.rand(2, 3, 6, 7)
     with torch.no_grad():
         for p in net.parameters():
@@ -116,7 +116,7 @@ def test_what_a_forward_sets_is_set_on_the_module():
 
 @pytest.mark.parametrize("name", networks())
 @torch.no_grad()
-def test_a_method_of_a_model(name):
+def test_a_method_of_a_model_can_be_prepared(name):
     model = networks()[name].double().eval()
     x, d = torch.randn(2, 2, 3, 9, 8, dtype=torch.float64)
     torch.testing.assert_close(prepared(model.layer)(x, d), model.layer(x, d), rtol=1e-10, atol=1e-12)
@@ -161,7 +161,7 @@ def test_a_method_is_the_function_that_was_given_whatever_its_name():
 
 
 @torch.no_grad()
-def test_what_cannot_be_prepared_is_used_as_it_is():
+def test_a_module_that_cannot_be_prepared_is_used_as_it_is():
     class Own(nn.Conv2d):
         def forward(self, x):
             return super().forward(x) + 1

@@ -23,7 +23,7 @@ from jfbfast import (
 )
 
 
-def test_parametrised_weights_within_the_callers_cache():
+def test_parametrised_weights_do_not_leak_into_the_callers_cache():
     cell, d, x0 = problem(dtype=torch.float32)
     torch.nn.utils.parametrizations.weight_norm(cell.inner)
     expected = gradients_of(cell, d, fixed_point(cell, x0, inputs=(d,)))
@@ -78,7 +78,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("method", ["jfb", "unrolled", Phantom(steps=2), Implicit(max_iter=20)], ids=str)
 @pytest.mark.parametrize("state", ["batch norm", "spectral norm", "dropout"])
-def test_a_checkpoint_in_a_regulariser_that_trains(state, method):
+def test_a_regulariser_may_use_checkpointing_while_it_trains(state, method):
     if state == "dropout":
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.ConvTranspose2d(4, 3, 3))
     else:
@@ -100,7 +100,7 @@ def test_a_checkpoint_in_a_regulariser_that_trains(state, method):
     assert all(m.training for m in model.modules())
 
 
-def test_the_gradient_through_many_applications_is_that_of_one_map():
+def test_the_spectral_norms_stay_fixed_through_many_applications():
     model = DEGrad(GaussianBlur(), DnCNN(3, 5, 3), step_size=0.3, gradient=Unrolled(4)).double().train()
     d = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     still = copy.deepcopy(model)

@@ -94,7 +94,7 @@ def test_conjugate_gradients_agree_with_the_svd(mode, monkeypatch):
     torch.testing.assert_close(found[1], exact[1], rtol=0, atol=1e-8)
 
 
-def test_conjugate_gradients_reach_what_they_claim_or_say_so(monkeypatch):
+def test_conjugate_gradients_reach_their_tolerance_or_warn(monkeypatch):
     blur = jfbfast.GaussianBlur(5, 5.0)
     monkeypatch.setattr(inverse, "SVD_LIMIT", 16)
     b, damping = torch.randn(2, 1, 96, 64), 1e-3
@@ -116,7 +116,7 @@ def test_solve_takes_one_damping_a_sample():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_gradcheck_once_and_twice(backend, mode):
+def test_the_derivatives_pass_gradcheck_once_and_twice(backend, mode):
     blur = random_blur(1, 2, mode)
     x, d, r = torch.randn(3, 1, 2, 4, 5, dtype=torch.float64, requires_grad=True).unbind()
     step, damping = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.3))
@@ -136,7 +136,7 @@ def test_gradcheck_once_and_twice(backend, mode):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
+def test_the_ops_pass_opcheck(backend):
     filters = ([0.2, 0.5, 0.3], [0.1, 0.2, 0.4, 0.2, 0.1], "reflect")
     x, d, r = (torch.randn(2, 3, 6, 7, requires_grad=True) for _ in range(3))
     step, damping = (torch.tensor(v, requires_grad=True) for v in (0.7, 0.3))
