@@ -57,8 +57,7 @@ class _Residual(nn.Module):
         self.regularizer = regularizer
 
     def forward(self, y: Tensor) -> Tensor:
-        out: Tensor = y - self.regularizer(y)
-        return out
+        return y - self.regularizer(y)
 
 
 def denoiser_of(model: nn.Module) -> nn.Module:

@@ -139,8 +139,7 @@ class DenoiserTask(Task):
     def restore(self, sample: Sample) -> Tensor:
         low, high = self.noise_range
         level = low + (high - low) * sample.level.view(-1, 1, 1, 1)
-        restored: Tensor = self.denoiser(sample.x + level * sample.noise)
-        return restored
+        return self.denoiser(sample.x + level * sample.noise)
 
 
 class DeblurTask(Task):
@@ -176,8 +175,7 @@ class DeblurTask(Task):
     def restore(self, sample: Sample) -> Tensor:
         d, model = self.measure(sample), self.model
         if not isinstance(model, DEGrad):
-            restored: Tensor = model(d)
-            return restored
+            return model(d)
         before = {name: getattr(model, name) for name in self.in_training}
         try:
             for name, value in self.in_training.items() if self.training else ():

@@ -217,8 +217,7 @@ def network_restorer(model: nn.Module, channels: int, blur: SeparableBlur | None
         if blur is not None:
             measured = measured * blur(torch.ones_like(measured[:, :1]))
         if measured.shape[1] == channels:
-            whole: Tensor = model(measured)
-            return whole
+            return model(measured)
         greys = (channel.expand(-1, channels, -1, -1) for channel in measured.split(1, dim=1))
         return torch.cat([model(grey).mean(1, keepdim=True) for grey in greys], dim=1)
 

@@ -235,5 +235,4 @@ class ModelConfig:
         if self.form == "denoiser":
             return network
         model = registry.MODELS[self.form if self.ranges is None else "conditional"]
-        made: nn.Module = model.from_config(self, network)
-        return made
+        return model.from_config(self, network)

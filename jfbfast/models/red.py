@@ -121,5 +121,4 @@ class RED(nn.Module):
 
     def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
         """Apply D to W x, and to z with an injection."""
-        denoised: Tensor = self.denoiser(seen, *injected)
-        return denoised
+        return self.denoiser(seen, *injected)

@@ -24,8 +24,7 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return x + out
+        return x + self.layers(x)
 
 
 def _blocks(features: int, count: int) -> nn.Sequential:

@@ -60,8 +60,7 @@ def _blur(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint:
     _check("x", x)
     taps = Taps(tuple(taps_y), tuple(taps_x), padding_mode)
     tables = bands(taps, x.shape[-2:], x.dtype, x.device, adjoint)
-    out: Tensor = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables)
-    return out.contiguous()
+    return kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables).contiguous()
 
 
 @torch.library.impl("jfbfast::gradient", "default")
@@ -75,8 +74,7 @@ def _gradient(
     forward = bands(taps, x.shape[-2:], x.dtype, x.device, False)
     adjoint = bands(taps, x.shape[-2:], x.dtype, x.device, True)
     module = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2)
-    out: Tensor = module.gradient(x, d, r, forward, adjoint, step_size)
-    return out.contiguous()
+    return module.gradient(x, d, r, forward, adjoint, step_size).contiguous()
 
 
 @torch.library.impl("jfbfast::tikhonov", "default")

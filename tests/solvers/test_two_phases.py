@@ -1,4 +1,4 @@
-"""A solve down a ladder of two layers, and samples that stall."""
+"""A solve in two phases, with a coarse layer first; and samples that stall."""
 
 import pytest
 import torch
