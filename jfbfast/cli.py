@@ -354,7 +354,7 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """The entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # for terminals and file names without Unicode
+        if isinstance(stream, TextIOWrapper):  # some terminals and file names are not Unicode
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # such files are refused, or the warning does not matter
     threading.excepthook = _thread_failed

@@ -126,7 +126,7 @@ def kernels(
     if (
         op == "anderson_solve"
         and kind == "cuda"
-        and not estimate  # it needs the history, which stays inside of the module `cuda`
+        and not estimate  # an estimate needs the history, which `cuda` keeps to itself
         and dtype in (torch.float32, torch.float64)
         and memory <= cuda.MAX_MEMORY
         and _backend != "reference"

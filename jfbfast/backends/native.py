@@ -32,7 +32,7 @@ except ImportError as error:
     UNAVAILABLE_BECAUSE = f"the compiled module jfbfast._native did not load: {error}".splitlines()[0]
 AVAILABLE = not UNAVAILABLE_BECAUSE
 _DTYPES = {getattr(torch, name): dtype for name, dtype in _native.DType.__members__.items()} if AVAILABLE else {}
-_POOLED_BYTES = 1 << 16  # from this size on a fresh allocation costs more than asking the pool
+_POOLED_BYTES = 1 << 16  # from this size on, a fresh allocation is slower than the pool
 
 _threads = torch.get_num_threads
 

@@ -67,7 +67,7 @@ class Task(L.LightningModule):
     def __init__(self, optimization: Optimization, seed: int) -> None:
         super().__init__()
         self.optimization, self.seed = optimization, seed
-        self.steps = 1  # of the whole training; `fit` sets it
+        self.steps = 1  # the steps of the whole training; `fit` sets them
 
     def restore(self, sample: Sample) -> Tensor:
         """The images that the loss compares with ``sample.x``."""
@@ -243,7 +243,7 @@ class ConditionalDeblurTask(DeblurTask):
         return torch.stack(losses).mean()
 
     def loss(self, error: Tensor, sample: Sample) -> Tensor:
-        mean = self.all_gather(error.detach())  # of all processes
+        mean = self.all_gather(error.detach())  # the errors of all processes
         assert isinstance(mean, Tensor)
         return super().loss(error * (BALANCE / (mean.mean() + ERROR_FLOOR)), sample)
 

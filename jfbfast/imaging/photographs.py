@@ -20,7 +20,7 @@ from jfbfast.imaging.formats.metadata import ImageError as ImageError  # exporte
 from jfbfast.imaging.formats.metadata import Metadata as Metadata
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by how a file starts
+_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by the first bytes of a file
     png.SIGNATURE: png.decode,
     b"\xff\xd8\xff": eight_bit.decode_jpeg,
     b"II*\0": tiff.decode,

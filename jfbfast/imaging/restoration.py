@@ -48,7 +48,7 @@ Prepare = Callable[[str, Tensor], Prepared]  # from a photograph's name and its 
 
 ALIGNMENT = 16  # pixels; divisible by the coarsest step of a U-Net of four scales
 LEAST_TILE = 2 * ALIGNMENT  # pixels; any overlap then leaves room to align the tiles
-HALF_A_GREY_LEVEL = 1 / 255  # of 8 bits, on [−1, 1]
+HALF_A_GREY_LEVEL = 1 / 255  # half of a step of 8-bit samples, on [−1, 1]
 EXTENSIONS: dict[str, Literal["edge", "reflect", "wrap"]] = {  # mode of numpy.pad by padding mode
     "replicate": "edge",
     "reflect": "reflect",

@@ -76,7 +76,7 @@ def gmres(product: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolut
     residual = running.double()
     basis = [right]
     reflections: list[tuple[Tensor, Tensor]] = []  # they make the Hessenberg matrix triangular
-    columns: list[Tensor] = []  # of the triangular matrix
+    columns: list[Tensor] = []  # the columns of the triangular matrix
     reflected: list[Tensor] = []  # the right-hand side e₁ after the reflections
 
     while len(columns) < max_iter and running.any():

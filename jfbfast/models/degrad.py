@@ -234,7 +234,7 @@ class DEGrad(nn.Module):
             return
         before = self.averaging
         try:
-            self._set_averaging(torch.nan)  # of T itself
+            self._set_averaging(torch.nan)  # so that the layer is T itself
             implicit = ImplicitLayer(self.layer, (), JFB(), self.solver.tol)
             found = ForwardSolve(implicit, self.solver).find(self.start(d) if x0 is None else x0, (d,))
             estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))

@@ -106,7 +106,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, d, r, step_size = ctx.saved_tensors
     to_x, to_d, to_r, to_step_size, *_ = ctx.needs_input_grad
-    weight = 1 if step_size is None else -step_size  # of the gradient in the output
+    weight = 1 if step_size is None else -step_size  # the factor of Aᵀ(A x − d) + r in the output
     return (
         gradient(g, None, None, step_size, *ctx.filters) if to_x else None,
         (-weight * blur(g, *ctx.filters)).to(g.dtype) if to_d else None,

@@ -20,7 +20,7 @@ if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit is below what some 
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
 
 _MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGBA"}  # what each mode of Pillow is decoded to
-_BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # where a header of version 5 has them, in bytes
+_BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # byte offsets in a header of version 5
 _BMP_HEADER = 14
 
 

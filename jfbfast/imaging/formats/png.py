@@ -17,7 +17,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PALETTE = 3  # a colour type
 _LONGEST_PROFILE = 1 << 20  # bytes; Pillow reads no longer profile
 _INCHES_PER_METRE = 100 / 2.54
-_HEADER_END = 33  # where the chunks after the header go, in bytes
+_HEADER_END = 33  # byte offset of the first chunk after the header
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:

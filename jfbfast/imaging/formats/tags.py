@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 EXIF, GPS, INTEROPERABILITY = 0x8769, 0x8825, 0xA005  # tags that hold a directory
 BYTE, SHORT, LONG, RATIONAL, UNDEFINED = 1, 3, 4, 5, 7  # types
 _SIZES = dict(zip(range(1, 14), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), strict=True))  # bytes of each type's value
-_FORMATS = {BYTE: "B", SHORT: "H", LONG: "L", RATIONAL: "2L"}  # of struct
+_FORMATS = {BYTE: "B", SHORT: "H", LONG: "L", RATIONAL: "2L"}  # the formats of these types in struct
 
 Order = Literal["<", ">"]
 
