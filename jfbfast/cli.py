@@ -33,7 +33,7 @@ console = Console(emoji=False, quiet=rank() > 0)  # only one of torchrun's proce
 
 _SIDE = "Side of the blur kernel in pixels, odd; 6σ + 1 holds a Gaussian. (default: the network's, or 5)"
 _SIGMA = "Standard deviation of the blur in pixels; a network for a range needs it. (default: the network's, or 1)"
-_NOISE = "Standard deviation of the noise, for images in [−1, 1]; needed likewise. (default: the network's, or 0.01)"
+_NOISE = "Standard deviation of the noise on [−1, 1]; a network for a range needs it. (default: the network's, or 0.01)"
 KernelSize = Annotated[int | None, typer.Option(help=_SIDE)]
 Sigma = Annotated[float | None, typer.Option(help=_SIGMA)]
 Noise = Annotated[float | None, typer.Option(help=_NOISE)]
@@ -176,7 +176,7 @@ def train(out: Path, config: Path | None, resume: bool, **flags: object) -> None
 
 def _train_parameters() -> list[Parameter]:
     """The parameters of `train` for typer: its own, and one for each setting, which is None unless it is given."""
-    text = "YAML file of settings, by the names of these flags with _ for -; a flag overrides it."
+    text = "YAML file of settings, with the names of these flags (_ instead of -). A flag overrides the file."
     own = (
         ("out", Path, Path("jfbfast-run"), typer.Option(help="Directory of the run.")),
         ("config", Path | None, None, typer.Option(help=text)),
@@ -219,19 +219,21 @@ def evaluate(
     train: Annotated[
         float | None,
         typer.Option(
-            help="Photographs to leave out, the first by name: a share below 1, or a count. "
+            help="How many photographs to leave out, in the order of their names: a share below 1, or a count. "
             "(default: those that a network's run trained on, or 0)"
         ),
     ] = None,
     validation: Annotated[
         float | None,
         typer.Option(
-            help="Photographs that choose the baselines' parameters, the next by name: a share below 1, or a count. "
+            help="How many of the next photographs choose the baselines' parameters: a share below 1, or a count. "
             "(default: those that the run validated on, or 0.2)"
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most photographs to score. (default: all that are left)")] = None,
-    resize: Annotated[int | None, typer.Option(help="Resize to squares of so many pixels. (default: do not)")] = None,
+    resize: Annotated[
+        int | None, typer.Option(help="Resize to squares of this side in pixels. (default: keep the size)")
+    ] = None,
     squash: Annotated[bool, typer.Option(help="With --resize: stretch instead of cropping the centre.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images restored together; it changes no score.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Write the table to a .csv, or every image to a .json.")] = None,
@@ -334,7 +336,7 @@ def bench(
 ) -> None:
     """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
 
-    jfbfast bench paper, which has options of its own, makes the tables and figures of the paper.
+    jfbfast bench paper makes the tables and figures of the paper; it has its own options.
     """
     with _one_sentence():
         benchmarks = import_module("jfbfast.benchmarks")
@@ -345,7 +347,7 @@ def bench(
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """Leave a failed write, as TensorBoard's on a full disk, to the main thread, which waits and reports it."""
+    """Ignore a failed write in another thread, such as TensorBoard's on a full disk; the main thread reports it."""
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
 
@@ -353,7 +355,7 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """The entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # for terminals and file names without Unicode
+        if isinstance(stream, TextIOWrapper):  # some terminals and file names are not Unicode
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # such files are refused, or the warning does not matter
     threading.excepthook = _thread_failed

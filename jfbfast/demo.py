@@ -47,7 +47,7 @@ def photograph(name: str) -> Tensor:
 
 
 def train(console: Console, seed: int) -> DEGrad:
-    """Train a filtered DE-GRAD: first its denoiser alone, then all of it by JFB."""
+    """Train a filtered DE-GRAD: first only its denoiser, then all of it by JFB."""
     model = CONFIG.model()
     assert isinstance(model, DEGrad)
     crops = RandomCrops([photograph(n) for n in TRAINING], CROP, 16 * max(PRETRAINING_STEPS, JFB_STEPS), seed=seed)
@@ -61,7 +61,7 @@ def train(console: Console, seed: int) -> DEGrad:
 
 @torch.inference_mode()
 def compare(model: DEGrad, x: Tensor, d: Tensor) -> list[Row]:
-    """Restore the measurement d (1, 3, H, W) of x by every method; Tikhonov's λ is the best of 30 for this very x."""
+    """Restore the measurement d (1, 3, H, W) of x by every method; Tikhonov's λ is the best of 30 for this x."""
     blur = CONFIG.blur()
     dampings = torch.logspace(-3.5, -0.5, 30).tolist()
     best = max(dampings, key=lambda damping: float(psnr(tikhonov(blur, d, damping), x)))

@@ -1,4 +1,4 @@
-"""The spectrum of a layer's Jacobian ∂T/∂x at a point, sample by sample, from products with vectors alone."""
+"""The spectrum of a layer's Jacobian ∂T/∂x at a point, sample by sample, by products with vectors only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import band_dtype, flat
+from jfbfast.backends.tensors import compute_dtype, flat
 from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.solvers import Layer
@@ -42,7 +42,7 @@ def linearised(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = ()) -> Iterat
 
 def _flat(x: Tensor) -> Tensor:
     """x as (B, N), in a dtype wide enough to orthogonalise in."""
-    return flat(x.detach()).to(band_dtype(x.dtype))
+    return flat(x.detach()).to(compute_dtype(x.dtype))
 
 
 def _like(x: Tensor, w: Tensor) -> Tensor:

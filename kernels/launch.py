@@ -95,7 +95,7 @@ def wide_plan(shape: torch.Size, bands: Bands) -> Plan:
 def _radius(bands: Bands) -> int:
     radius = max(bands.y.shape[1], bands.x.shape[1]) // 2
     if radius > MAX_RADIUS:
-        raise ValueError(f"bands: radius {radius}, the Triton kernels take at most {MAX_RADIUS}")
+        raise ValueError(f"bands is of radius {radius}; it takes at most {MAX_RADIUS}")
     return radius
 
 

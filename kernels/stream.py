@@ -22,7 +22,7 @@ def blur_kernel(
 ):  # fmt: skip
     """out = B₁ X B₂ᵀ."""
     ACC: tl.constexpr = band_y.dtype.element_ty
-    width = vectors * VECTOR  # this tells the compiler a divisor of the width
+    width = vectors * VECTOR  # written as a product, so that the compiler knows that VECTOR divides it
     plane, y0, x0 = unflatten(tl.program_id(0), height, width, STRIP, TX - 2 * HALO)
     columns, inside, owned = tile_columns(x0, TX, HALO, width, CIRCULAR, VECTOR)
     weights = load_weights(band_x, columns, inside, RX)
@@ -50,7 +50,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """g = Aᵀ(Ax − d) + r; out = x − ηg if KEEP, else g."""
     ACC: tl.constexpr = band_y.dtype.element_ty
-    width = vectors * VECTOR  # this tells the compiler a divisor of the width
+    width = vectors * VECTOR  # written as a product, so that the compiler knows that VECTOR divides it
     plane, y0, x0 = unflatten(tl.program_id(0), height, width, STRIP, TX - 2 * HALO)
     columns, inside, owned = tile_columns(x0, TX, HALO, width, CIRCULAR, VECTOR)
     weights = load_weights(band_x, columns, inside, RX)

@@ -61,7 +61,7 @@ def wide_kernel(
 ):  # fmt: skip
     """g = B₁ X B₂ᵀ − d + r; out = start − ηg, or g if there is no start."""
     ACC: tl.constexpr = band_y.dtype.element_ty
-    width = vectors * VECTOR  # this tells the compiler a divisor of the width
+    width = vectors * VECTOR  # written as a product, so that the compiler knows that VECTOR divides it
     plane, y0, x0 = unflatten(tl.program_id(0), height, width, U, TX - 2 * HALO)
     columns, inside, owned = tile_columns(x0, TX, HALO, width, CIRCULAR, VECTOR)
     rows = column_sums(x, plane, y0, columns, inside, band_y, height, width, radius_y, U, CIRCULAR)

@@ -16,7 +16,7 @@ from jfbfast.backends import native  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
     if not native.AVAILABLE:
-        pytest.exit(f"jfbfast is installed without its C++ kernels: {native.WHY_NOT}", returncode=1)
+        pytest.exit(f"jfbfast is installed without its C++ kernels: {native.UNAVAILABLE_BECAUSE}", returncode=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

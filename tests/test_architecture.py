@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import jfbfast
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("jfbfast", "kernels", "benchmarks", "tests", "csrc")
 SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
@@ -36,3 +38,9 @@ def test_imports_keep_the_contracts_of_pyproject_toml() -> None:
     arguments = ["--no-cache", "--config", str(ROOT / "pyproject.toml")]
     done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_documented_name_is_public() -> None:
+    assert all(hasattr(jfbfast, name) for name in jfbfast.__all__)
+    assert {"solve_fixed_point", "FixedPointSolver", "MeasurementRanges"} <= set(jfbfast.__all__)
+    assert all(hasattr(jfbfast.spectrum, name) for name in jfbfast.spectrum.__all__)

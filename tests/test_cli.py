@@ -82,7 +82,7 @@ def test_a_photograph_that_contradicts_its_blur_is_named_and_left_nearly_as_it_i
         assert float((after - before).square().mean()) < most
 
 
-def test_restore_leaves_its_photograph(blurred):
+def test_restore_does_not_change_its_input(blurred):
     _, path = blurred
     before = path.read_bytes()
     result = run("restore", path, "--sigma", 1, "--kernel-size", 5, "--noise", 0.01, "--out", path)
@@ -192,7 +192,7 @@ def test_evaluate_knows_a_runs_photographs_by_name(tmp_path, monkeypatch):
     result = run("evaluate", file, "photographs", "--methods", "blurred", "--train", 2)
     assert "was trained on 2 of the photographs that choose or are scored" in " ".join(result.output.split())
     result = run("evaluate", "photographs", "--methods", "blurred", "--squash")
-    assert result.exit_code == 1 and "--squash acts with --resize alone" in result.output
+    assert result.exit_code == 1 and "--squash has an effect only with --resize" in result.output
 
 
 def test_bench_names_are_checked_before_any_runs(tmp_path):
@@ -217,7 +217,7 @@ def test_two_models_are_diagnosed_in_two_pictures(tmp_path, monkeypatch):
     assert pictures == ["a-diagnosis.png", "b-diagnosis.png"]
 
 
-def test_the_demo_in_small(tmp_path, monkeypatch):
+def test_a_small_demo_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PRETRAINING_STEPS", 2)
     monkeypatch.setattr(demo, "JFB_STEPS", 2)
     crop = demo.photograph("astronaut")[:, :200, :200]
@@ -276,7 +276,7 @@ def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):
     assert "Traceback" not in result.output
 
 
-def test_a_missing_package_is_told_of_with_its_extra(monkeypatch):
+def test_a_missing_package_is_reported_with_the_extra_to_install(monkeypatch):
     def refuse(*arguments):
         raise ModuleNotFoundError("refused", name="safetensors")
 
@@ -286,11 +286,11 @@ def test_a_missing_package_is_told_of_with_its_extra(monkeypatch):
     assert result.exit_code == 1 and "safetensors is not installed" in told and "'jfbfast[train]'" in told
 
 
-def test_padding_that_no_blur_has_is_refused_before_a_model_is_looked_for():
+def test_an_unknown_padding_mode_is_refused_before_a_model_is_loaded():
     assert "model" not in run("restore", "missing.png", "--padding-mode", "foo").output
 
 
-def test_a_bad_image_does_not_keep_the_others_from_being_restored(blurred, tmp_path):
+def test_a_bad_image_does_not_stop_the_restoration_of_the_others(blurred, tmp_path):
     (tmp_path / "corrupt.png").write_bytes(blurred[1].read_bytes()[:300])
     (tmp_path / "empty.png").write_bytes(b"")
     bad = (tmp_path / "corrupt.png", tmp_path / "empty.png")
@@ -304,7 +304,7 @@ def test_a_bad_image_does_not_keep_the_others_from_being_restored(blurred, tmp_p
     ("out", "message"),
     [("x.xyz", r"x.xyz: .xyz is no format to write"), ("nodir/x.png", "there is no directory"), ("x.jpg", "uint16")],
 )
-def test_a_file_that_cannot_be_written_is_told_of_before_the_restoration(blurred, tmp_path, monkeypatch, out, message):
+def test_a_file_that_cannot_be_written_is_reported_before_the_restoration(blurred, tmp_path, monkeypatch, out, message):
     monkeypatch.setattr("jfbfast.imaging.restoration.restore_tiled", None)
     result = run("restore", blurred[1], "--out", tmp_path / out)
     assert result.exit_code == 1 and message in " ".join(result.output.split())

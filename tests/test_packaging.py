@@ -146,7 +146,7 @@ import torch
 import jfbfast
 from jfbfast.backends import native
 assert jfbfast.__file__.startswith({target!r}), jfbfast.__file__
-assert not native.AVAILABLE and "jfbfast._native" in native.WHY_NOT
+assert not native.AVAILABLE and "jfbfast._native" in native.UNAVAILABLE_BECAUSE
 assert native.describe().startswith("unavailable")
 x = torch.rand(1, 3, 8, 8)
 blur = jfbfast.GaussianBlur(kernel_size=3, sigma=1.0)

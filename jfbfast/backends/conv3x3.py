@@ -75,7 +75,7 @@ def _conv3x3(
     _check("weight", weight, (len(weight), x.shape[1], 3, 3), x)
     if bias is not None:
         _check("bias", bias, (len(weight),), x)
-    out: Tensor = _kernels(x, len(weight), transformed is not None).conv3x3(x, weight, bias, relu, transformed)
+    out = _kernels(x, len(weight), transformed is not None).conv3x3(x, weight, bias, relu, transformed)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -184,8 +184,7 @@ def convolution(
         and not torch.is_autocast_enabled(input.device.type)
         and not _differentiated_by_functorch()
     ):
-        out: Tensor = conv3x3(input, weight, bias, relu, transformed)
-        return out
+        return conv3x3(input, weight, bias, relu, transformed)
     if relu and _onednn_fuses_relu(input, padding):
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")

@@ -16,7 +16,7 @@ from torch import Tensor
 MAX_MEMORY = 16  # `dispatch.kernels` leaves a longer memory to the host
 
 _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
-_STOPPED = -2  # rests like a sample that is done; `finish` ends it like a running one
+_STOPPED = -2  # the host stopped the sample: it takes no further step, and `finish` ends it like a running one
 
 # What each sample's state starts from; csrc/cuda/anderson.h explains the fields of the same names.
 _INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}
@@ -41,15 +41,15 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 @cache
-def why_not(device: int) -> str:
-    """Why the kernels do not run on the CUDA device of this number; empty where they do."""
+def unavailable_because(device: int) -> str:
+    """Why the kernels do not run on the CUDA device of this number; an empty string if they do."""
     module, why = _load()
     return why if module is None else module.why_unusable(device) or ""
 
 
 def describe() -> str:
     """The kernels in use, such as "CUDA (NVIDIA H100, sm_90)", or why there are none."""
-    if why := why_not(torch.cuda.current_device() if torch.cuda.is_available() else 0):
+    if why := unavailable_because(torch.cuda.current_device() if torch.cuda.is_available() else 0):
         return f"unavailable: {why}"
     major, minor = torch.cuda.get_device_capability()
     return f"CUDA ({torch.cuda.get_device_name()}, sm_{major}{minor})"
@@ -70,7 +70,7 @@ class AndersonCuda:
 
     Raises:
         RuntimeError: the compiled module is missing, or CUDA refused a launch.
-        ValueError: another x.
+        ValueError: x is not such a tensor.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class AndersonCuda:
         return x
 
     def stop(self, samples: Tensor) -> None:
-        """Stop these samples, bool (B,) on the device, where they still run; they take no further step."""
+        """Stop those of these samples, bool (B,) on the device, that still run; they take no further step."""
         status = self._buffers["status"]
         status.masked_fill_(samples & (status == _RUNNING), _STOPPED)
 
@@ -166,7 +166,7 @@ class AndersonCuda:
         return running if self._kept is None else running[self._kept]
 
     def select(self, keep: Tensor) -> Tensor:
-        """Go on with these rows of x alone, bool (rows,) on the CPU, without moving the history.
+        """Continue with these rows of x only, bool (rows,) on the CPU, without moving the history.
 
         Returns:
             Their indices on the device, for selecting the same rows of x and of the inputs.

@@ -28,8 +28,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower.
 ONEDNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 BACKENDS = ("auto", "reference", "native", "triton")
-# Winograd's convolution is faster than torch's from so many channels on, and, where it has to transform the
-# weight first, up to so many channels for each tile of 4 × 4 pixels.
+# Winograd's convolution is faster than torch's if there are at least this many channels. If the weight has to be
+# transformed first, there must also be at most this many channels for each tile of 4 × 4 pixels.
 _LEAST_CHANNELS = 16
 _CHANNELS_PER_TILE = 12
 
@@ -45,7 +45,7 @@ _backend = _checked(os.environ.get("JFBFAST_BACKEND", "auto"), "JFBFAST_BACKEND"
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose which kernels compute within the context. The choice holds for the whole process, all threads included.
+    """Choose which kernels compute within the context. The choice applies to all threads of the process.
 
     Args:
         name: "auto" (C++ on the CPU, Triton and CUDA on a GPU, PyTorch elsewhere), "reference" (PyTorch
@@ -54,7 +54,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: another name.
-        RuntimeError: at the first operation, where the backend asked for cannot serve its tensors.
+        RuntimeError: raised by the first operation on tensors that the chosen backend does not support.
 
     Example:
         >>> import torch, jfbfast
@@ -126,11 +126,11 @@ def kernels(
     if (
         op == "anderson_solve"
         and kind == "cuda"
-        and not estimate  # it needs the history, which stays inside of the module `cuda`
+        and not estimate  # an estimate needs the history, which `cuda` keeps to itself
         and dtype in (torch.float32, torch.float64)
         and memory <= cuda.MAX_MEMORY
         and _backend != "reference"
-        and not cuda.why_not(device.index)
+        and not cuda.unavailable_because(device.index)
     ):
         return cuda
     if _backend == "reference":
@@ -139,7 +139,7 @@ def kernels(
         if native.AVAILABLE:
             return native
         if _backend == "native":
-            raise RuntimeError(f"the backend 'native' is not available: {native.WHY_NOT}")
+            raise RuntimeError(f"the backend 'native' is not available: {native.UNAVAILABLE_BECAUSE}")
     if kind == "cuda" and _backend in ("auto", "triton") and (triton := _triton()):
         return triton if op == "blur" and radius <= triton.MAX_RADIUS else reference
     if _backend == "auto":

@@ -3,8 +3,8 @@
 C++ gets addresses and shapes, so everything that a kernel reads or writes must have been checked. The ops check the
 arguments of the blur and of the convolution (jfbfast/operators/ops.py, conv3x3.py); the rest is checked here.
 
-``AVAILABLE`` is False where the compiled module is missing, and ``WHY_NOT`` says why. The environment variable
-JFBFAST_ISA limits the instruction set: "avx512", "avx2" or "baseline".
+``AVAILABLE`` is False if the compiled module did not load, and ``UNAVAILABLE_BECAUSE`` says why. The environment
+variable JFBFAST_ISA limits the instruction set: "avx512", "avx2" or "baseline".
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if (_limit := os.environ.get("JFBFAST_ISA")) and _limit not in _ISAS:
     raise ValueError(f"JFBFAST_ISA is {_limit!r}; it takes one of {', '.join(map(repr, _ISAS))}")
 
 _native: Any = None
-WHY_NOT = ""
+UNAVAILABLE_BECAUSE = ""
 try:
     _native = import_module("jfbfast._native")
 except ImportError as error:
-    WHY_NOT = f"the compiled module jfbfast._native did not load: {error}".splitlines()[0]
-AVAILABLE = not WHY_NOT
+    UNAVAILABLE_BECAUSE = f"the compiled module jfbfast._native did not load: {error}".splitlines()[0]
+AVAILABLE = not UNAVAILABLE_BECAUSE
 _DTYPES = {getattr(torch, name): dtype for name, dtype in _native.DType.__members__.items()} if AVAILABLE else {}
-_POOLED_BYTES = 1 << 16  # from this size on a fresh allocation costs more than asking the pool
+_POOLED_BYTES = 1 << 16  # from this size on, a fresh allocation is slower than the pool
 
 _threads = torch.get_num_threads
 
@@ -49,7 +49,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 def describe() -> str:
     """The kernels in use, such as "C++ (AVX-512, OpenMP, 2 threads)", or why there are none."""
     if not AVAILABLE:
-        return f"unavailable: {WHY_NOT}"
+        return f"unavailable: {UNAVAILABLE_BECAUSE}"
     threads = f"OpenMP, {_threads()} threads" if _native.openmp else "1 thread"
     return f"C++ ({_ISAS[_native.isa]}, {threads})"
 
@@ -60,8 +60,8 @@ def _check(*arguments: tuple[str, Tensor, Sequence[int], tuple[torch.dtype, ...]
         fits = tensor.shape == tuple(shape) and tensor.dtype in dtypes and tensor.device.type == "cpu"
         if not fits or (name in written and not tensor.is_contiguous()):
             raise ValueError(
-                f"{name}: got {tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
-                f"{tensor.device}, want {'contiguous ' if name in written else ''}{' or '.join(map(str, dtypes))} "
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
+                f"{tensor.device}; it takes {'contiguous ' if name in written else ''}{' or '.join(map(str, dtypes))} "
                 f"of shape {tuple(shape)} on cpu"
             )
 
@@ -122,7 +122,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
         written=("residuals", "gram"),
     )
     if not 0 <= slot < filled <= memory:
-        raise ValueError(f"slot, filled: got {slot} and {filled}, want 0 <= slot < filled <= {memory}")
+        raise ValueError(f"(slot, filled) is {(slot, filled)}; it takes 0 <= slot < filled <= {memory}")
     x, f = x.contiguous(), f.contiguous()
     norms = torch.zeros(samples, 2, dtype=torch.float64, device="cpu")
     if samples:
@@ -169,7 +169,7 @@ def anderson_mix_differences(
     """As `reference.anderson_mix_differences`; ``out`` must be contiguous."""
     memory, filled, dtype = len(differences), alpha.shape[1], f.dtype
     if not 1 <= filled <= memory:
-        raise ValueError(f"alpha: got {filled} pairs, want 1 to the {memory} of the history")
+        raise ValueError(f"alpha has {filled} pairs; it takes from 1 to the {memory} of the history")
     out = torch.empty(f.shape, dtype=dtype, device="cpu") if out is None else out
     _check(
         ("alpha", alpha, (len(f), filled), (alpha.dtype,)),

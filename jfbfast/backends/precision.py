@@ -12,7 +12,8 @@ import torch
 _LEAST_TOL = 1e-3  # TF32 rounds to 5e-4, and so cannot reach a fixed point to a smaller tolerance
 
 _lock = threading.Lock()
-_held: dict[str, tuple[int, ExitStack]] = {}  # by device type: how many contexts are open, and what restores
+# By device type: the number of open contexts, and the stack that restores the settings.
+_held: dict[str, tuple[int, ExitStack]] = {}
 
 
 def _to_ieee(device_type: str) -> ExitStack:

@@ -5,7 +5,7 @@ A separable operator is A: X ↦ B₁ X B₂ᵀ. Each B is an n × n band matrix
 in conv2d). A padding mode only changes the table, and the adjoint has the transposed table.
 
 Images of half precision are computed in float32, and all others in their own dtype. The tables have
-the dtype of the computation (`band_dtype`).
+the dtype of the computation (`compute_dtype`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from jfbfast.backends.tensors import compute_dtype
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -39,21 +41,6 @@ def gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
     weights = [math.exp(-0.5 * (t / sigma) ** 2) for t in range(-radius, radius + 1)]
     total = math.fsum(weights)
     return tuple(w / total for w in weights)
-
-
-def band_dtype(image_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which to compute with images of ``image_dtype``: float32 for half precision."""
-    return image_dtype if image_dtype == torch.float64 else torch.float32
-
-
-def flat(x: Tensor) -> Tensor:
-    """Samples (B, …) as rows (B, N), including scalar and empty samples."""
-    return x.reshape(len(x), x.shape[1:].numel())
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape (B,) to (B, 1, …, 1), which broadcasts against ``like`` (B, …)."""
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def band_table(taps: Sequence[float], n: int, padding_mode: str) -> Tensor:
@@ -134,7 +121,7 @@ def conv3x3(
         x: [B, C, H, W], padded with zeros.
         weight: [O, C, 3, 3].
         bias: [O].
-        transformed: the weight in the form of the C++ kernel, which alone reads it.
+        transformed: the weight as transformed for the C++ kernel; it is ignored here.
     """
     out = F.conv2d(x, weight, bias, padding=1)
     return out.relu_() if relu else out
@@ -184,7 +171,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
     Returns:
         ‖f − x‖² and ‖f‖² of each sample, [B, 2] in float64, before the residual is rounded for the history.
     """
-    wide = band_dtype(x.dtype)
+    wide = compute_dtype(x.dtype)
     g = f.to(wide) - x.to(wide)
     residuals[slot] = g
     row = torch.einsum("bn,mbn->bm", residuals[slot].double(), residuals[:filled].double())
@@ -214,7 +201,7 @@ def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tens
 
 def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """Σ αᵢ fᵢ, the next iterate, for α [B, m] and m images [B, N]; it is written to ``out`` if given."""
-    wide = band_dtype(images[0].dtype)
+    wide = compute_dtype(images[0].dtype)
     mixed = torch.zeros_like(images[0], dtype=wide)
     for weight, image in zip(alpha.T.to(wide), images, strict=True):
         mixed.addcmul_(weight[:, None], image.to(wide))

@@ -12,7 +12,7 @@ from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.implicit.methods import GRADIENTS, GradientMethod
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.red import RED
-from jfbfast.operators.iterative import holds_samples
+from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import FixedPointSolver, Layer, Picard
 from jfbfast.spectrum import operator_norm, symmetric_ritz_values
 
@@ -87,7 +87,7 @@ def jfb_condition(model: DEGrad | Layer, x: Tensor, d: Tensor | tuple[Tensor, ..
     n = x[:1].numel()
     if sum(p.numel() for p in parameters) < n:
         return torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
-    whole_batch = holds_samples(module)
+    whole_batch = may_hold_sample_data(module)
     bounds = x.new_zeros(len(x))
     with frozen(module):
         for i in range(len(x)):  # one by one, since the samples share Θ
@@ -144,7 +144,7 @@ def agreement_of(
     posed: Problem, value: Tensor, cotangent: Tensor, exact: GradientMethod
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`gradient_agreement` of a `Problem`."""
-    parameters, whole_batch = trained_parameters(posed.layer), holds_samples(owner(posed.layer))
+    parameters, whole_batch = trained_parameters(posed.layer), may_hold_sample_data(owner(posed.layer))
 
     def gradient(i: int, x0: Tensor, solver: FixedPointSolver, method: str | GradientMethod) -> Tensor:
         rows = slice(None) if whole_batch else slice(i, i + 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.backends.precision import precision_for
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 from jfbfast.imaging.quality import psnr
 from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.models.degrad import DEGrad

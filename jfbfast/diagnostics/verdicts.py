@@ -14,7 +14,7 @@ from jfbfast.solvers import Status
 PENALTY = "--jacobian-penalty 1e-3"
 CONTRACT = f"train with {PENALTY}"
 NEAR_ONE = 0.9  # above it x ← T(x) takes more than 22 evaluations for a digit
-SETTLED = 0.1  # of the tolerance: with tol = 0 a sound solve goes far below it
+SETTLED = 0.1  # times the tolerance: with tol = 0 a sound solve goes far below it
 DRIFT = (0.1, 0.5)  # dB below the best of a solve: nobody sees the first, and everybody sees the second
 ALIGNED = (0.9, 0.5)  # cosines: within 26° of the exact gradient, and within 60°, where half of a step is wasted
 
@@ -33,7 +33,8 @@ def _row(
 ) -> Row:
     """Grade the largest of the values (B,), or the lowest.
 
-    The verdict is that of the first limit which the worst value stays below (above, for the lowest), or ``otherwise``.
+    The verdict is the first one with a limit above the worst value (below it, if the lowest is graded), or
+    ``otherwise`` if there is none.
     """
     numbers = values[~values.isnan()].double()
     if not numbers.numel():

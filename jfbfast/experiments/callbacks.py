@@ -1,4 +1,4 @@
-"""What a training run does between its steps: it writes metrics and checkpoints, and ends when a signal asks it to."""
+"""What a training run does between its steps: it writes metrics and checkpoints, and ends at a signal."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Checkpoints(Callback):
 
     Args:
         path: of the checkpoint's file.
-        saved: called with each step that the file then holds.
+        saved: called with the step after each save.
 
     Attributes:
         started: whether the training has started.

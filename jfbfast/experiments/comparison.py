@@ -80,15 +80,15 @@ def unseen_photographs(
 
     If a network was trained on photographs of the directory, these are left out, and those that it validated on choose
     the parameters; if no others remain to score, half of those choose and the other half is scored. If several networks
-    were, the one that trained on most of them counts.
+    were, only the one that trained on the most photographs counts.
 
     Args:
         data: the directory.
         checkpoints: the networks, as names of shipped models or as files.
-        train: the photographs to leave out instead, the first by name: a share, or a count.
-        validation: the photographs that choose instead, the next by name: a share, or a count. Its default is 0.2 where
-            no run tells.
-        say: called with what a run trained on.
+        train: how many photographs to leave out instead, in the order of their names: a share, or a count.
+        validation: how many of the next photographs choose instead: a share, or a count. It is 0.2 by default if no
+            network was trained on the directory.
+        say: called with a sentence about the photographs that a network was trained on.
 
     Raises:
         ValueError: no photographs remain to score.
@@ -255,7 +255,7 @@ def compare(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError("--batch-size and --limit take integers of at least 1")
     if squash and resize is None:
-        raise ValueError("--squash acts with --resize alone")
+        raise ValueError("--squash has an effect only with --resize")
     if not methods and not checkpoints:
         known = ", ".join(baseline_methods(GaussianBlur(), nn.Identity()))
         raise ValueError(f"--methods is empty; without networks it takes one or more of {known}")

@@ -115,7 +115,7 @@ def measurements(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images x (b, 3, H, W) and their measurements d = A x + ν ε; neighbours of the same size share a batch.
 
-    The noise depends on the seed of the images and on the index of an image alone, and not on the batch size.
+    The noise depends only on the seed of the images and on the index of an image, not on the batch size.
     """
     for sample in batches(images, batch_size):
         x = sample.x.to(device)

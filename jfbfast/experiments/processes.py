@@ -1,4 +1,4 @@
-"""The process of a run: its place among those of torchrun, and the signals that ask it to end."""
+"""The process of a run: its rank under torchrun, and the signals that ask it to end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_launch() -> None:
     if not distributed() and (tasks not in ("", "1") or place not in ("", "0")):
         raise ValueError(
             f"srun started {tasks or 'several'} processes, each of which would train by itself; "
-            "start one a machine: srun --ntasks-per-node=1 torchrun … -m jfbfast train …"
+            "start one for each machine: srun --ntasks-per-node=1 torchrun … -m jfbfast train …"
         )
 
 

@@ -1,4 +1,4 @@
-"""The lock and the checkpoints of a run's directory; whatever is read from them is checked."""
+"""The lock and the checkpoints of a run's directory; all that is read from them is checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PATIENCE = 10.0  # seconds to wait for the image-loading processes of a killed 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Within this context, no other process trains in the directory; ValueError if one that is alive does."""
+    """Within this context, no other process trains in the directory; ValueError if one does."""
     lock = FileLock(directory / "train.lock")
     try:
         lock.acquire(timeout=_PATIENCE, poll_interval=0.1)
@@ -70,15 +70,15 @@ class CheckpointFiles(TorchCheckpointIO):
         for name in self.run.keys() | run.keys():
             mine, other = self.run.get(name), run.get(name)
             if isinstance(other, torch.Tensor) or mine != other:
-                difference = f"whose {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"
-                raise CheckpointError(f"{path}: of another run, {difference}")
+                difference = f"its {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"
+                raise CheckpointError(f"{path}: belongs to another run: {difference}")
         return dict(checkpoint)
 
     def step(self, path: Path, task: nn.Module, steps: int) -> int:
-        """The number of steps, at most ``steps``, after which a checkpoint was written; it must fit this task.
+        """Check a checkpoint, and return the number of steps after which it was written, at most ``steps``.
 
         Raises:
-            CheckpointError: it is damaged, or belongs to another phase, run or network.
+            CheckpointError: it is damaged, or belongs to another phase, run or network than ``task``'s.
         """
         checkpoint = self.load_checkpoint(path)
         try:

@@ -57,8 +57,7 @@ class _Residual(nn.Module):
         self.regularizer = regularizer
 
     def forward(self, y: Tensor) -> Tensor:
-        out: Tensor = y - self.regularizer(y)
-        return out
+        return y - self.regularizer(y)
 
 
 def denoiser_of(model: nn.Module) -> nn.Module:
@@ -72,7 +71,10 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of the same network, of one without injection, or of one for one setting; else RuntimeError."""
+    """Copy the weights of ``source``: the same network, one without injection, or one for a single setting.
+
+    Raises RuntimeError for any other network.
+    """
     weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
     if isinstance(inner, UNet) and isinstance(given, UNet):
         head = next(name for name in weights if name.endswith("head.weight"))
@@ -97,7 +99,7 @@ def _start_from(model: nn.Module, config: ModelConfig, path: str, console: Conso
             f"network or a denoiser, with {dict(config.denoiser)}"
         ) from error
     new = ", ".join(name for name in config.denoiser if name not in found.denoiser)
-    console.print(f"Starting from {path}" + (f", whose denoiser has no {new}." if new else "."), highlight=False)
+    console.print(f"Starting from {path}" + (f". Its denoiser has no {new}." if new else "."), highlight=False)
 
 
 class Run:
@@ -106,7 +108,7 @@ class Run:
     Args:
         values: the settings that were chosen, by name.
         out: the directory.
-        resume: go on with the run in the directory, from its last checkpoint.
+        resume: continue the run in the directory, from its last checkpoint.
         progress: show progress bars.
 
     Raises:
@@ -168,7 +170,7 @@ class Run:
         return crops, Images(validation, settings.resize or settings.crop, settings.seed) if validation else None
 
     def _check_photographs(self, kept: Sequence[Path], held_out: Sequence[Path]) -> None:
-        """Note the names of the photographs, relative to the directory; a resumed run must have the same ones."""
+        """Set ``photographs``, the names relative to the directory; a resumed run must have the same ones."""
         data, file = self.settings.data, self.out / "photographs.json"
         self.photographs = {
             name: [path.relative_to(data).as_posix() for path in files]
@@ -179,8 +181,8 @@ class Run:
             if names != started[name]:
                 other = sorted(set(names).symmetric_difference(started[name]))
                 raise ValueError(
-                    f"data is {data}, whose photographs for {name} are not those that the run in {self.out} was "
-                    f"started with: {len(other)} differ, such as {other[0]}"
+                    f"data is {data}; its photographs for {name} are not those of the run in {self.out}: "
+                    f"{len(other)} differ, such as {other[0]}"
                 )
 
     def _fit(
@@ -191,7 +193,7 @@ class Run:
         steps: int,
         more: Sequence[Callback] = (),
     ) -> L.Trainer:
-        """Train, or go on training, from the task's last checkpoint if there is one."""
+        """Train, from the task's last checkpoint if there is one."""
         settings, phase = self.settings, task.phase
         file = self.out / f"{phase}.ckpt"
         resuming = file.exists()
@@ -236,7 +238,7 @@ class Run:
             raise
 
     def _state(self) -> str:
-        """What is saved of the run, and how to go on with it."""
+        """A sentence about what is saved of the run, and the command that continues it."""
         command = f"jfbfast train --out {shlex.quote(str(self.out))} --resume"
         if self.saved is None:
             return f"no step is saved yet; start with: {command}"
@@ -244,7 +246,7 @@ class Run:
         return f"step {step} of {phase} is saved; go on with: {command}"
 
     def _advice(self, phase: str) -> str:
-        """What to change in another run, after one in which the phase could not go on."""
+        """A sentence about what to change in another run, after this phase has failed."""
         settings, pretrained, training = self.settings, self.out / "pretrained.safetensors", phase == "training"
         saved = "no step is saved" if self.saved is None else f"{phase}.ckpt holds step {self.saved[1]}"
         changes = ["a lower " + ("--learning-rate" if training else "--pretraining-rate")]
@@ -258,7 +260,7 @@ class Run:
         return f"{saved}; start another run with {' or '.join(changes)}{kept}"
 
     def train(self, console: Console) -> float | None:
-        """Train, or go on training, until ``model.safetensors`` is written.
+        """Train, or continue training, until ``model.safetensors`` is written.
 
         Returns:
             The PSNR of the last validation in dB, at the true range 2 of images in [−1, 1]; None without validation.
@@ -328,7 +330,7 @@ class Run:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """Within this context, the directory is this run's alone, and an error says what is saved of the run."""
+        """Within this context, no other run uses the directory, and an error says what is saved of the run."""
         with ExitStack() as stack:
             if rank() == 0:
                 self.out.mkdir(parents=True, exist_ok=True)

@@ -32,22 +32,22 @@ _CHOICES = {
 
 # Settings that have an effect only under a condition: their names, the condition, and the end of the error message.
 _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], str], ...] = (
-    ("squash", lambda s: s.resize is not None, "it acts with resize alone"),
-    ("measurements", lambda s: s.conditional, "it acts with sigma_range alone"),
-    ("blocks", lambda s: s.denoiser == "UNet", "it acts with denoiser=UNet alone"),
-    ("batch_norm spectral_norm", lambda s: s.denoiser == "DnCNN", "it acts with denoiser=DnCNN alone"),
+    ("squash", lambda s: s.resize is not None, "it has an effect only with resize"),
+    ("measurements", lambda s: s.conditional, "it has an effect only with sigma_range"),
+    ("blocks", lambda s: s.denoiser == "UNet", "it has an effect only with denoiser=UNet"),
+    ("batch_norm spectral_norm", lambda s: s.denoiser == "DnCNN", "it has an effect only with denoiser=DnCNN"),
     ("depth bias", lambda s: s.denoiser != "UNet", "with denoiser=UNet it has no effect"),
     (
         "injection",
         lambda s: s.denoiser == "UNet" and s.form in ("filtered", "preconditioned"),
-        "it acts with denoiser=UNet and form=filtered or preconditioned alone",
+        "it has an effect only with denoiser=UNet and form=filtered or preconditioned",
     ),
-    ("step_size", lambda s: s.form == "paper", "it acts with form=paper alone"),
+    ("step_size", lambda s: s.form == "paper", "it has an effect only with form=paper"),
     ("weight", lambda s: s.form not in ("paper", "denoiser"), "with form=paper or denoiser it has no effect"),
     (
         "averaging solver tol max_iter training_tol training_max_iter solve_dtype gradient jacobian_penalty",
         lambda s: s.implicit,
-        "it acts with form=filtered, preconditioned or paper alone",
+        "it has an effect only with form=filtered, preconditioned or paper",
     ),
     (
         "solver max_iter training_max_iter training_tol solve_dtype",
@@ -62,13 +62,13 @@ _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], str], ...] = (
     (
         "pretraining_rate pretraining_noise",
         lambda s: bool(s.resolved().pretraining_steps),
-        "it acts with pretraining_steps alone",
+        "it has an effect only with pretraining_steps",
     ),
-    ("warmup", lambda s: s.schedule != "onecycle", "it acts with schedule=cosine or constant alone"),
+    ("warmup", lambda s: s.schedule != "onecycle", "it has an effect only with schedule=cosine or constant"),
     (
         "jacobian_bound jacobian_interval jacobian_samples",
         lambda s: s.jacobian_penalty > 0,
-        "it acts with jacobian_penalty alone",
+        "it has an effect only with jacobian_penalty",
     ),
 )
 

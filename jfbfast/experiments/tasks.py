@@ -60,14 +60,14 @@ class JacobianPenalty:
 
 
 class Task(L.LightningModule):
-    """A network and its loss, the mean squared error of `restore`. All random numbers depend on seed and step alone."""
+    """A network and its loss, the mean squared error of `restore`. All random numbers depend only on seed and step."""
 
     phase = "training"  # the name in messages, and of the checkpoint's file
 
     def __init__(self, optimization: Optimization, seed: int) -> None:
         super().__init__()
         self.optimization, self.seed = optimization, seed
-        self.steps = 1  # of the whole training; `fit` sets it
+        self.steps = 1  # the steps of the whole training; `fit` sets them
 
     def restore(self, sample: Sample) -> Tensor:
         """The images that the loss compares with ``sample.x``."""
@@ -84,9 +84,8 @@ class Task(L.LightningModule):
             self.log(name, value, prog_bar=shown, logger=False, batch_size=batch_size, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        del checkpoint[
-            "loops"
-        ]  # a resumed run starts a new epoch at its step, and not Lightning's place in the old one
+        # Without Lightning's place in the old epoch, a resumed run starts a new epoch at its step.
+        del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
@@ -140,8 +139,7 @@ class DenoiserTask(Task):
     def restore(self, sample: Sample) -> Tensor:
         low, high = self.noise_range
         level = low + (high - low) * sample.level.view(-1, 1, 1, 1)
-        restored: Tensor = self.denoiser(sample.x + level * sample.noise)
-        return restored
+        return self.denoiser(sample.x + level * sample.noise)
 
 
 class DeblurTask(Task):
@@ -150,7 +148,7 @@ class DeblurTask(Task):
     Args:
         model: maps measurements d = A x + ν ε (B, C, H, W) to images x in [−1, 1].
         blur, noise: A and ν.
-        optimization, seed: of the training; the seed decides what the samples do not.
+        optimization, seed: of the training's random numbers other than those of the samples.
         in_training: attributes that a `DEGrad` has in training only, such as ``solver`` or ``solve_dtype``.
         contraction: the penalty that trains a `DEGrad` to contract, or None.
     """
@@ -177,8 +175,7 @@ class DeblurTask(Task):
     def restore(self, sample: Sample) -> Tensor:
         d, model = self.measure(sample), self.model
         if not isinstance(model, DEGrad):
-            restored: Tensor = model(d)
-            return restored
+            return model(d)
         before = {name: getattr(model, name) for name in self.in_training}
         try:
             for name, value in self.in_training.items() if self.training else ():
@@ -246,7 +243,7 @@ class ConditionalDeblurTask(DeblurTask):
         return torch.stack(losses).mean()
 
     def loss(self, error: Tensor, sample: Sample) -> Tensor:
-        mean = self.all_gather(error.detach())  # of all processes
+        mean = self.all_gather(error.detach())  # the errors of all processes
         assert isinstance(mean, Tensor)
         return super().loss(error * (BALANCE / (mean.mean() + ERROR_FLOOR)), sample)
 

@@ -70,7 +70,7 @@ class SoundSteps(Callback):
             if not finite:
                 problem = f"the loss is {loss:g} and the gradient's norm {norm:g}"
             elif norm == 0:
-                problem = "the gradient was 0 20 times in a row, as where every solve diverges,"
+                problem = "the gradient was 0 in 20 steps in a row, for example because every solve diverges,"
             else:
                 problem = "the loss of another process is not finite"
             raise TrainingError(f"{problem} at step {trainer.global_step + 1} of {task.phase}")
@@ -93,7 +93,9 @@ class MovingAverage(WeightAveraging):
         pass
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)  # here, because a run that is resumed at its end trains no more
+        super().on_train_end(
+            trainer, pl_module
+        )  # in this hook, because a run that is resumed at its end does not train
         for module in pl_module.modules():
             if isinstance(module, SpectralNormConv2d):
                 for _ in range(15):

@@ -29,9 +29,10 @@ class TrainingSettings:
 
     data: str = _option("Directory of photographs; its subdirectories are searched too.")
     train: float | None = _option(
-        "Photographs to train on, the first by name: a share below 1, or a count. (default: the others)", None
+        "How many photographs to train on, by name: a share below 1, or a count. (default: all others)",
+        None,
     )
-    validation: float = _option("Photographs to validate on, the next by name: a share below 1, or a count.", 0.1)
+    validation: float = _option("How many of the next photographs to validate on: a share below 1, or a count.", 0.1)
     resize: int | None = _option("Resize to a square of this side in pixels. (default: keep the size)", None)
     squash: bool = _option("With --resize: stretch to the square instead of cropping the centre.", False)
     crop: int = _option("Side of the random crops in pixels.", 64)
@@ -112,8 +113,10 @@ class TrainingSettings:
     beta2: float = _option("β₂ of Adam.", 0.999)
     clip: float = _option("Scale a gradient of a larger norm down to this norm; 0 means never.", 1.0)
     jacobian_penalty: float = _option("Weight of the penalty on ∂T/∂x that trains T to contract; 0 means none.", 0.0)
-    jacobian_bound: float = _option("With --jacobian-penalty: the norm of vᵀ∂T/∂x up to which it is 0.", 0.7)
-    jacobian_interval: int = _option("With --jacobian-penalty: take it every so many steps, so many times as heavy.", 1)
+    jacobian_bound: float = _option("With --jacobian-penalty: the penalty is 0 up to this norm of vᵀ∂T/∂x.", 0.7)
+    jacobian_interval: int = _option(
+        "With --jacobian-penalty: compute it in every N-th step, with N times the weight.", 1
+    )
     jacobian_samples: int | None = _option("With --jacobian-penalty: samples of a batch to use. (default: all)", None)
     ema: float = _option("Decay of the exponential moving average of the weights; 0 means no average.", 0.0)
     precision: str = _option("Number format of training: 32 (float32), or autocast to bf16 or fp16.", "32")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
+from jfbfast.backends.tensors import flat, per_sample
 from jfbfast.operators import inverse
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.iterative import LinearOperator
@@ -86,17 +87,16 @@ def gradient_descent(
     checks.integer("max_iter", max_iter, 1)
     if noise is not None:
         checks.non_negative("noise", noise)
-    per_sample = (-1, *[1] * (d.dim() - 1))
     x = blur.adjoint(d)
     active = torch.ones(len(d), dtype=torch.bool, device=d.device)
     iterations = torch.zeros(len(d), dtype=torch.long, device=d.device)
     bound = 0.0 if noise is None else noise * math.sqrt(d[0].numel() if len(d) else 0)
     for _ in range(max_iter):
         residual = blur(x) - d
-        active = active & (residual.flatten(1).norm(dim=1) > bound)
+        active = active & (flat(residual).norm(dim=1) > bound)
         if not active.any():
             break
-        x = torch.where(active.view(per_sample), x - step_size * (blur.adjoint(residual) + damping * x), x)
+        x = torch.where(per_sample(active, x), x - step_size * (blur.adjoint(residual) + damping * x), x)
         iterations += active
     return Descent(x, iterations)
 

@@ -1,7 +1,7 @@
-"""The data for training and evaluation: photographs in memory, and samples that depend on a seed and an index alone.
+"""The data for training and evaluation: photographs in memory, and samples that depend only on a seed and an index.
 
-Sample i of a dataset is always the same, its noise included. So the order of the data needs no state: a resumed run
-goes on at its step, and N processes share a batch.
+Sample i of a dataset is always the same, including its noise. So the order of the data needs no saved state: a resumed
+run continues at its step, and N processes can share a batch.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class Images(Dataset[Sample]):
     Args:
         photographs: (3, H, W) each, uint8, or floats in [0, 1].
         crop: the longest side of the centre square; None for the whole.
-        seed: of the measurements' random numbers, which depend on it and on the index alone; at least 0.
+        seed: of the measurements' random numbers, which depend only on it and on the index; at least 0.
     """
 
     def __init__(self, photographs: Sequence[Tensor], crop: int | None = None, seed: int = 0) -> None:

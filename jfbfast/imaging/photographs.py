@@ -20,7 +20,7 @@ from jfbfast.imaging.formats.metadata import ImageError as ImageError  # exporte
 from jfbfast.imaging.formats.metadata import Metadata as Metadata
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by how a file starts
+_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by the first bytes of a file
     png.SIGNATURE: png.decode,
     b"\xff\xd8\xff": eight_bit.decode_jpeg,
     b"II*\0": tiff.decode,
@@ -48,7 +48,7 @@ class Photograph(NamedTuple):
         pixels: (1 or 3, H, W) in float32, in [0, 1].
         alpha: (1, H, W) in [0, 1], or None.
         dtype: of the file's samples: uint8, uint16 or float32.
-        metadata: what a restoration of it keeps.
+        metadata: the metadata that a restored photograph keeps.
     """
 
     pixels: Tensor
@@ -94,8 +94,8 @@ def _photograph(decoded: Decoded) -> Photograph:
 def read_photograph(path: str | Path) -> Photograph:
     """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha; turned upright.
 
-    It reads JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM, whatever the file's name, and refuses what it would
-    misread, such as CMYK or several images in one file.
+    It reads JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM, whatever the file's name. It refuses files that it
+    would misread, such as CMYK or several images in one file.
 
     Raises:
         ImageError: not such an image, a damaged one, one of more than 250 megapixels, a pixel that is not finite, or
@@ -176,7 +176,7 @@ def check_target(path: str | Path, photograph: Photograph) -> None:
         (suffix == ".png" and dtype == np.float32, "float32 samples; .tiff can"),
         (jpeg and alpha is not None, "an alpha channel; .png and .tiff can"),
         (jpeg and longest > _LONGEST_JPEG, f"a side of {longest} pixels; .png and .tiff can"),
-        (colours, f"what tells its colours ({b', '.join(sorted(colours)).decode()}); .png can"),
+        (colours, f"the definition of its colours ({b', '.join(sorted(colours)).decode()}); .png can"),
     ):
         if refused:
             raise ImageError(f"{path}: {suffix} cannot hold {what}")
@@ -221,7 +221,7 @@ def write_photograph(path: str | Path, photograph: Photograph, *, overwrite: boo
 
 
 def image_files(directory: str | Path) -> list[Path]:
-    """List the image files below a directory, judged by their names alone, sorted by name.
+    """List the image files below a directory, recognised by their suffixes, sorted by name.
 
     Raises:
         ImageError: no such directory, or no image in it.

@@ -57,7 +57,7 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """
     if min(images.shape[-2:]) < LEAST_SIDE:
         return images.new_full((len(images),), math.nan)
-    from torchmetrics.functional.image import structural_similarity_index_measure  # the core does without
+    from torchmetrics.functional.image import structural_similarity_index_measure  # the core does not need torchmetrics
 
     found = structural_similarity_index_measure(images, truth, data_range=RANGE, reduction="none")
     assert isinstance(found, Tensor)

@@ -1,4 +1,4 @@
-"""Restore photographs of any size: in overlapping tiles, blended so that memory stays bounded."""
+"""Restore photographs of any size in bounded memory: in overlapping tiles, which are blended."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Prepare = Callable[[str, Tensor], Prepared]  # from a photograph's name and its 
 
 ALIGNMENT = 16  # pixels; divisible by the coarsest step of a U-Net of four scales
 LEAST_TILE = 2 * ALIGNMENT  # pixels; any overlap then leaves room to align the tiles
-HALF_A_GREY_LEVEL = 1 / 255  # of 8 bits, on [−1, 1]
+HALF_A_GREY_LEVEL = 1 / 255  # half of a step of 8-bit samples, on [−1, 1]
 EXTENSIONS: dict[str, Literal["edge", "reflect", "wrap"]] = {  # mode of numpy.pad by padding mode
     "replicate": "edge",
     "reflect": "reflect",
@@ -208,8 +208,8 @@ def network_restorer(model: nn.Module, channels: int, blur: SeparableBlur | None
     Args:
         model: a network.
         channels: the model's number; other images are restored channel by channel, as grey ones.
-        blur: A with zeros beyond the edges, if the images are pieces that were cut out of a larger scene. A piece d is
-            restored as d · A1, which A makes of a constant; otherwise the network would see an edge at its border.
+        blur: A with zeros beyond the edges, if the images are pieces that were cut out of a larger scene. The network
+            expects images that darken towards the edges, as the blur A1 of a constant does. So it gets d · A1.
     """
 
     @torch.inference_mode()
@@ -217,8 +217,7 @@ def network_restorer(model: nn.Module, channels: int, blur: SeparableBlur | None
         if blur is not None:
             measured = measured * blur(torch.ones_like(measured[:, :1]))
         if measured.shape[1] == channels:
-            whole: Tensor = model(measured)
-            return whole
+            return model(measured)
         greys = (channel.expand(-1, channels, -1, -1) for channel in measured.split(1, dim=1))
         return torch.cat([model(grey).mean(1, keepdim=True) for grey in greys], dim=1)
 
@@ -233,15 +232,16 @@ def choose_restorer(
 ) -> Prepare:
     """Choose what restores photographs with these measurements: a network, or Tikhonov regularisation.
 
-    For zeros beyond the edges, A has them. Otherwise the photograph is extended beyond its edges, and restored as a
-    piece of a larger scene.
+    With zeros beyond the edges, A pads with zeros. With any other padding mode, the photograph is extended beyond its
+    edges, and restored as a piece of a larger scene.
 
     Args:
         checkpoint: a shipped network's name or a network's file, or "tikhonov". None for the shipped network that was
             trained for these measurements, or Tikhonov if there is none.
-        given: kernel_size, sigma and noise; None for the checkpoint's, or without one for those of `ModelConfig`. And
-            padding_mode: what lies beyond the photograph's edges, "replicate" if that is not known.
-        say: called with the choice that None made, and with a network's measurements if it was trained for others.
+        given: kernel_size, sigma and noise, where None stands for the value of the checkpoint, or of `ModelConfig` if
+            there is no checkpoint; and padding_mode, what lies beyond the photograph's edges ("replicate" if unknown).
+        say: called with the choice if ``checkpoint`` is None, and with the measurements that a network was trained for
+            if they are not the given ones.
         warn: called for a photograph that contradicts the blur and the noise. Tikhonov restores it, at the noise that
             it shows.
 
@@ -294,7 +294,7 @@ def choose_restorer(
             model.adapt_to(given["sigma"], given["noise"], config, checkpoint)  # raises if one is missing
         elif given["noise"] not in (None, config.noise) and not picked:
             raise ValueError(
-                f"noise is {given['noise']}; with a checkpoint, which was trained for its own, it is of no use"
+                f"noise is {given['noise']}; {checkpoint} was trained for noise of {config.noise:g}, so it takes none"
             )
         setting = measurement_setting({**given, "padding_mode": edges}, [config])
         set_network(checkpoint, model, config, setting, say)

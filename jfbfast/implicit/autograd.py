@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +13,11 @@ from jfbfast.backends.precision import precision_for
 from jfbfast.implicit.frozen import TrainingState, assigned, frozen, owner, parameters_of
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.implicit.prepared import convolutions_for
-from jfbfast.operators.iterative import holds_samples
+from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluate
 
 Pair = tuple[Tensor, Tensor]
-
-
-class Applied(NamedTuple):
-    """The layer applied at given points.
-
-    Attributes:
-        out: the output of the gradient method, (B, …), with its gradient where gradients are enabled.
-        first, last: (x, T(x)) of the first and of the last application, detached.
-    """
-
-    out: Tensor
-    first: Pair
-    last: Pair
 
 
 class ImplicitLayer:
@@ -61,30 +48,32 @@ class ImplicitLayer:
                 raise TypeError(f"parameters has a {type(parameter).__name__}; it takes an iterable of tensors")
             if parameter.requires_grad:
                 self.parameters.append(parameter)
-        self.whole_batch = holds_samples(self.module)
+        self.whole_batch = may_hold_sample_data(self.module)
 
     def apply(
         self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None
-    ) -> Applied:
+    ) -> tuple[Tensor, Trace]:
         """Apply the layer as the method does, from the points x (B, …).
 
         Args:
             x: the points, which get no gradient.
-            inputs: of the layer.
+            inputs: the layer's inputs.
             inverse: w ↦ (I − ∂T/∂x)⁻ᵀ w, for a method that needs it.
+
+        Returns:
+            The method's output, (B, …), with its gradient where gradients are enabled; and its `Trace`.
         """
         differentiable = torch.is_grad_enabled()
         x = x.detach().requires_grad_(differentiable and self.method.differentiates_in_x)
         copies = tuple([i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs])
         steps = self.method.steps if isinstance(self.method, Unrolled) else 1
-        applications = _Applications(self, copies, updating=steps - 1)
+        trace = Trace(self, x, copies, inverse, updating=steps - 1)
         since = _sequence_number() if differentiable else 0
-        out = self.method.trace(applications, x)
+        trace.out = out = self.method.trace(trace.apply, x)
         if differentiable:
             self._check_leaves(out, x, copies, since)
-            trace = _Trace(out, x, inverse, applications)
             out = _FixedPointFunction.apply(trace, *inputs, *self.parameters)
-        return Applied(out, applications.first, applications.last)
+        return out, trace
 
     def apply_to_none(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """The output for no samples of x, (0, …): its gradient in every input and parameter is zero."""
@@ -94,9 +83,9 @@ class ImplicitLayer:
     def _check_leaves(self, out: Tensor, x: Tensor, inputs: tuple[Tensor, ...], since: int) -> None:
         """Raise ValueError if a leaf of the output's graph would silently get no gradient.
 
-        A tensor that existed before the layer was called is such a leaf, unless ``parameters`` was given and the
-        layer uses it directly: then it is left out on purpose. A tensor that the layer itself made by ``detach`` is
-        not, for a method that does not differentiate in x.
+        These are the tensors that existed before the layer was called. If ``parameters`` was given, those that the
+        layer uses directly were left out on purpose, and are allowed. A tensor that the layer itself made by
+        ``detach`` is allowed too, unless the method differentiates in x.
         """
         unlisted = _unlisted_leaves(out, (x, *inputs, *self.parameters), since)
         for leaf, before in unlisted.items():
@@ -108,10 +97,11 @@ class ImplicitLayer:
                 )
         if not unlisted or (self.named and not self.method.differentiates_in_x):
             return
-        # What a second application makes anew was made by the layer; what it uses again was there before.
-        some = slice(None) if self.whole_batch or not inputs else slice(1)  # else the layer may hold the whole batch's
+        # Apply the layer again: a leaf that it uses again existed before; all others were made by the layer itself.
+        # One sample is enough, unless the layer may hold the data of the whole batch.
+        some = slice(None) if self.whole_batch or not inputs else slice(1)
         x, inputs = x[some].detach().requires_grad_(x.requires_grad), tuple(i[some].detach() for i in inputs)
-        again = _unlisted_leaves(_Applications(self, inputs)(x), (x, *inputs, *self.parameters), 0)
+        again = _unlisted_leaves(Trace(self, x, inputs).apply(x), (x, *inputs, *self.parameters), 0)
         for leaf in unlisted:
             if leaf in again and not self.named:
                 raise ValueError(
@@ -125,31 +115,46 @@ class ImplicitLayer:
             )
 
 
-class _Applications:
-    """x ↦ T(x; inputs) for a method's trace, with the module held still.
+class Trace:
+    """The applications of the layer from which a gradient method makes its output; backward differentiates them.
 
     Args:
         implicit: the layer.
-        inputs: of the layer.
+        x: the points that the trace starts from.
+        inputs: copies of the layer's inputs, cut off from the caller's graph.
+        inverse: w ↦ (I − ∂T/∂x)⁻ᵀ w, for a method that needs it.
         updating: the number of the application, from 0, that updates running statistics; None for none.
+
+    Attributes:
+        out: the method's output.
+        first, last: (x, T(x)) of the first and of the last application, detached.
     """
 
+    out: Tensor
     first: Pair
     last: Pair
 
-    def __init__(self, implicit: ImplicitLayer, inputs: tuple[Tensor, ...], updating: int | None = None) -> None:
-        self.implicit, self.inputs, self.updating = implicit, inputs, updating
+    def __init__(
+        self,
+        implicit: ImplicitLayer,
+        x: Tensor,
+        inputs: tuple[Tensor, ...],
+        inverse: Callable[[Tensor], Tensor] | None = None,
+        updating: int | None = None,
+    ) -> None:
+        self.implicit, self.x, self.inputs, self.inverse, self.updating = implicit, x, inputs, inverse, updating
         self.state = TrainingState(implicit.module)
         self.count = 0
 
     @contextmanager
     def held_still(self, device: torch.device, updating: bool = False) -> Iterator[None]:
-        """The surroundings of every application; backward needs them too, because it may evaluate parts again."""
+        """Hold the module still within the context; backward needs it too, because it may evaluate parts again."""
         state = self.state.updated() if updating else self.state.used()
         with state, frozen(self.implicit.module), precision_for(self.implicit.tol, device):
             yield
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
+        """T(x; inputs), with the module held still."""
         updating = len(x) > 0 and self.count == self.updating
         with self.held_still(x.device, updating), convolutions_for(self.implicit.tol):
             image = evaluate(self.implicit.layer, "layer", x, self.inputs)
@@ -160,35 +165,28 @@ class _Applications:
         return image
 
 
-class _Trace(NamedTuple):
-    """A method's output, traced from the fixed point x, from copies of the inputs and from the parameters."""
-
-    out: Tensor
-    x: Tensor
-    inverse: Callable[[Tensor], Tensor] | None
-    applications: _Applications
-
-
 class _FixedPointFunction(torch.autograd.Function):
     """The output of a trace; backward differentiates that trace, with the method's cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, trace: _Trace, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, trace: Trace, *tensors: Tensor) -> Tensor:
         ctx.trace = trace
         return trace.out.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("create_graph is True; the gradient of a fixed point has none, so it takes False")
+            raise RuntimeError(
+                "create_graph is True; the gradient of a fixed point has no derivative, so it takes False"
+            )
         if ctx.trace is None:
             raise RuntimeError("the layer's trace is freed; a second backward takes retain_graph=True in the first")
-        out, x, inverse, applications = ctx.trace
-        method, parameters = applications.implicit.method, applications.implicit.parameters
+        trace: Trace = ctx.trace
+        out, method, parameters = trace.out, trace.implicit.method, trace.implicit.parameters
         retained = torch._C._autograd._get_current_graph_task_keep_graph()
         if not retained:
             ctx.trace = None
-        leaves = (*applications.inputs, *parameters)
+        leaves = (*trace.inputs, *parameters)
         found: list[Tensor | None] = [None] * len(leaves)
         if out.requires_grad:
             wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
@@ -196,9 +194,9 @@ class _FixedPointFunction(torch.autograd.Function):
             with (
                 torch.autocast(gradient.device.type, enabled=False),
                 assigned(hooked, "_backward_hooks", None),
-                applications.held_still(gradient.device),
+                trace.held_still(gradient.device),
             ):
-                w = method.cotangent(gradient, Jacobian(x, out, inverse))
+                w = method.cotangent(gradient, Jacobian(trace.x, out, trace.inverse))
                 grads = torch.autograd.grad(out, [leaves[i] for i in wanted], w, retained, allow_unused=True)
             for i, grad in zip(wanted, grads, strict=True):
                 found[i] = grad

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.backends.precision import precision_for
-from jfbfast.backends.reference import per_sample
+from jfbfast.backends.tensors import per_sample
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
 from jfbfast.implicit.frozen import TrainingState, frozen, materialised_weights, step_spectral_norms
@@ -28,7 +28,7 @@ class ForwardSolve(NamedTuple):
 
     Attributes:
         implicit: the layer.
-        solver: of the fixed point.
+        solver: solves for the fixed point.
         solve_dtype, compiled: ``solve_dtype`` and ``compile_solve`` of `fixed_point`.
     """
 
@@ -38,7 +38,7 @@ class ForwardSolve(NamedTuple):
     compiled: bool = False
 
     def find(self, x0: Tensor, inputs: tuple[Tensor, ...], estimate: bool = False) -> FixedPointSolution:
-        """Find it from x0.
+        """Find the fixed point, starting at x0.
 
         Low-precision results are verified by the application that follows, if that runs in full precision.
 
@@ -135,22 +135,22 @@ def _apply(
     if inputs and not len(rows):  # the layer may not take an empty batch
         return value.index_put((rows,), implicit.apply_to_none(value, inputs)), rows, (value[rows], value[rows])
     if len(rows) == len(usable):
-        out, pair, _ = implicit.apply(points, inputs, _inverse(solution, rows))
-        return out, rows, pair
+        out, trace = implicit.apply(points, inputs, _inverse(solution, rows))
+        return out, rows, trace.first
     if inputs and not implicit.whole_batch:
-        out, pair, _ = implicit.apply(points[rows], tuple([i[rows] for i in inputs]), _inverse(solution, rows))
-        return value.index_put((rows,), out), rows, pair
+        out, trace = implicit.apply(points[rows], tuple([i[rows] for i in inputs]), _inverse(solution, rows))
+        return value.index_put((rows,), out), rows, trace.first
     # The batch stays whole: the diverged samples take part as zeros.
     zeroed = tuple([i.masked_fill(per_sample(~usable, i), 0) for i in inputs])
     everything = torch.arange(len(usable), device=usable.device)
-    out, pair, _ = implicit.apply(points.nan_to_num(), zeroed, _inverse(solution, everything))
+    out, trace = implicit.apply(points.nan_to_num(), zeroed, _inverse(solution, everything))
     if out.requires_grad and not out[~usable].isfinite().all():
         holder = "layer holds data" if inputs else "inputs is empty, and the layer captured data"
         raise ValueError(
-            f"{holder} of which {int((~usable).sum())} samples are not finite; "
-            "what each sample owns must be in inputs for it to be kept out of the gradient"
+            f"{holder}, and {int((~usable).sum())} samples are not finite; "
+            "pass the data of each sample in inputs=, so that bad samples stay out of the gradient"
         )
-    return value.index_put((rows,), out[rows]), everything, pair
+    return value.index_put((rows,), out[rows]), everything, trace.first
 
 
 def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], Tensor] | None:

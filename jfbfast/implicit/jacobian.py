@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 
 
 class Linearisation:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 
 Product = Callable[[Tensor], Tensor]
 
@@ -61,7 +61,7 @@ def _finished(b: Tensor, norm: Tensor, w: Tensor, residual: Tensor) -> LinearSol
 
 
 def gmres(product: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolution:
-    """A w = b by GMRES without restarts (Saad and Schultz, 1986), from w = 0.
+    """Solve A w = b by GMRES without restarts (Saad and Schultz, 1986), from w = 0.
 
     Modified Gram–Schmidt is applied twice; inner products and the small least-squares problem are in float64. A
     sample stops at ‖A w − b‖ ≤ tol ‖b‖, or if its product is not finite or its system is singular.
@@ -76,7 +76,7 @@ def gmres(product: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolut
     residual = running.double()
     basis = [right]
     reflections: list[tuple[Tensor, Tensor]] = []  # they make the Hessenberg matrix triangular
-    columns: list[Tensor] = []  # of the triangular matrix
+    columns: list[Tensor] = []  # the columns of the triangular matrix
     reflected: list[Tensor] = []  # the right-hand side e₁ after the reflections
 
     while len(columns) < max_iter and running.any():
@@ -114,7 +114,7 @@ def gmres(product: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolut
 
 
 def cgls(product: Product, transposed: Product, b: Tensor, tol: float, max_iter: int) -> LinearSolution:
-    """A w = b by CGLS (Björck, 1996), the stable form of conjugate gradients on AᵀA w = Aᵀb, from w = 0.
+    """Solve A w = b by CGLS (Björck, 1996), the stable form of conjugate gradients on AᵀA w = Aᵀb, from w = 0.
 
     A sample stops at ‖A w − b‖ ≤ tol ‖b‖, or if its products are not finite.
 

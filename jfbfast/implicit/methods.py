@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import band_dtype, flat, per_sample
+from jfbfast.backends.tensors import compute_dtype, flat, per_sample
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.implicit.krylov import cgls, gmres
@@ -203,7 +203,7 @@ class Implicit(GradientMethod):
         checks.integer("max_iter", self.max_iter, 1)
 
     def cotangent(self, gradient: Tensor, jacobian: Jacobian) -> Tensor:
-        g = gradient.to(band_dtype(gradient.dtype))
+        g = gradient.to(compute_dtype(gradient.dtype))
 
         def adjoint(w: Tensor) -> Tensor:
             return w - jacobian.vjp(w)

@@ -52,8 +52,8 @@ class Convolutions(TorchFunctionMode):
     def __init__(self, tol: float) -> None:
         super().__init__()
         self.winograd = winograd_allowed(tol)
-        self.weights: dict[int, _Weight] = {}  # by the id of their source
-        self.dtype: torch.dtype | None = None  # of the autocast that the solve evaluates the layer under
+        self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
+        self.dtype: torch.dtype | None = None  # the dtype of the autocast under which the solve evaluates the layer
         self.relu = False  # whether the next convolution with a prepared weight is to apply a ReLU too
 
     def __torch_function__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jfbfast.backends.reference import band_dtype, per_sample
+from jfbfast.backends.tensors import compute_dtype, per_sample
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.frozen import TrainingState
@@ -22,10 +22,10 @@ def unroll(
     A diverged sample has the value x0. If any sample diverged, the running statistics are restored.
     """
     before = TrainingState(implicit.module)
-    out, first, last = implicit.apply(x0, inputs)
-    first_residual, first_size = norms(*first)
+    out, trace = implicit.apply(x0, inputs)
+    first_residual, first_size = norms(*trace.first)
     bound = DIVERGED_GROWTH * (first_residual + first_size)
-    x, image = last
+    x, image = trace.last
     residual, size = norms(x, image)
     diverged = ~(residual.isfinite() & size.isfinite()) | (residual > bound) | (size > bound)
     converged = ~diverged & (residual <= solver.tol * size + solver.atol)
@@ -36,7 +36,7 @@ def unroll(
         warn_unconverged(f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer")
     return out, FixedPointSolution(
         value=torch.where(per_sample(diverged, x), x0, x),
-        residual=relative.to(band_dtype(x0.dtype)),
+        residual=relative.to(compute_dtype(x0.dtype)),
         iterations=torch.full_like(diverged, method.steps, dtype=torch.long),
         status=torch.full_like(diverged, Status.MAX_ITER, dtype=torch.long)
         .masked_fill(converged, Status.CONVERGED)

@@ -1,6 +1,6 @@
 """Trained networks as files: safetensors, with the settings that rebuild the network in the file's header.
 
-The format knows `ModelConfig` alone. Which classes a file can name is for jfbfast.models.registry.
+This module only knows `ModelConfig`. The classes that a file can name are in jfbfast.models.registry.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class CheckpointError(ValueError):
 
 
 def _safetensors() -> Any:
-    """The package safetensors, imported only to read or write a file, since the core works without it."""
+    """Import safetensors, which only reading and writing of files needs."""
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        told = f"{error.name}, which trained networks are kept with, is not installed: pip install 'jfbfast[train]'"
+        told = f"{error.name} is not installed, and files of trained networks need it: pip install 'jfbfast[train]'"
         raise ModuleNotFoundError(told, name=error.name) from error
     return safetensors
 
 
 def check_tensors(tensors: object, network: nn.Module) -> None:
-    """Raise ValueError unless ``tensors`` has the names and shapes of the network's state_dict, and finite values.
+    """Raise ValueError unless ``tensors`` has finite values, and the names and shapes of the network's state_dict.
 
     Floating-point tensors may be of any floating-point dtype; others must have the network's dtype.
     """
@@ -132,7 +132,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str], ModelConfig
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """Read the settings alone, without the check of the whole file that `load_checkpoint` makes.
+    """Read only the settings, without checking the whole file as `load_checkpoint` does.
 
     Raises:
         CheckpointError: as `load_checkpoint`.
@@ -150,7 +150,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
     """
     with _opened(path) as (file, header, config):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        with torch.device("meta"):  # names and shapes alone
+        with torch.device("meta"):  # has names and shapes only
             check_tensors(tensors, config.model())
         if header["digest"] != _digest(header["config"], tensors):
             raise ValueError("its settings or its tensors are not those that were written")

@@ -76,8 +76,7 @@ class ConditionalRED(RED):
     def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
         """D((1 + δ) · seen; c), or D((1 + δ) · seen, (1 + λ) · z; c)."""
         scaled = ((1 + self.filter_damping) * seen, *((1 + self.weight) * z for z in injected))
-        denoised: Tensor = self.denoiser(*scaled, condition=self.condition)
-        return denoised
+        return self.denoiser(*scaled, condition=self.condition)
 
 
 @registry.model("conditional")

@@ -28,7 +28,7 @@ DEGRAD_FORMS = ("paper", "preconditioned", "filtered")
 FORMS = (*DEGRAD_FORMS, "feed-forward", "denoiser")
 SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # the fields that describe the measurements
 
-_MOST_SCALES = 8  # of a UNet, in its features and blocks
+_MOST_SCALES = 8  # the most entries in the features and blocks of a UNet
 _SIGMA, _NOISE, _POSITIVE, _AVERAGING = (1e-3, 1e6), (0, 100), (1e-9, 1e6), (1e-6, 1)
 _FLAGS = ("bias", "residual", "injection", "fallback")
 _COUNTS = {
@@ -235,5 +235,4 @@ class ModelConfig:
         if self.form == "denoiser":
             return network
         model = registry.MODELS[self.form if self.ranges is None else "conditional"]
-        made: nn.Module = model.from_config(self, network)
-        return made
+        return model.from_config(self, network)

@@ -219,8 +219,8 @@ class DEGrad(nn.Module):
 
         It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
         one that is best for the worst of them. A sample that diverged counts with the spectrum at its best iterate.
-        It becomes NaN, and the layer T, where no sample has an eigenvalue that an α contracts at a finite iterate,
-        and stays what it is for an empty batch, of which nothing is computed.
+        If no sample has a finite iterate with an eigenvalue that some α contracts, α becomes NaN, and the layer is T
+        itself. An empty batch changes nothing.
 
         Args:
             d, x0: as in `forward`.
@@ -234,7 +234,7 @@ class DEGrad(nn.Module):
             return
         before = self.averaging
         try:
-            self._set_averaging(torch.nan)  # of T itself
+            self._set_averaging(torch.nan)  # so that the layer is T itself
             implicit = ImplicitLayer(self.layer, (), JFB(), self.solver.tol)
             found = ForwardSolve(implicit, self.solver).find(self.start(d) if x0 is None else x0, (d,))
             estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
@@ -245,7 +245,7 @@ class DEGrad(nn.Module):
 
     @torch.inference_mode(False)
     def _set_averaging(self, value: float) -> None:
-        """In a new tensor, since the graph of an earlier forward may hold the old one."""
+        """Set α in a new tensor, because the graph of an earlier forward may hold the old one."""
         self.averaging = torch.full_like(self.averaging, value)  # type: ignore[arg-type]
 
     @torch.compiler.disable
@@ -254,12 +254,13 @@ class DEGrad(nn.Module):
 
         Args:
             d: (B, C, H, W), in the units that R was trained in.
-            x0: the start; ``start(d)`` where None.
+            x0: the start; None for ``start(d)``.
 
         Raises:
-            TypeError: d is no tensor.
-            ValueError: d of another shape, or of another dtype than the parameters of a network of this package,
-                outside autocast; x0 of another shape, dtype or device than d (Aᵀd, where A is no `SeparableBlur`).
+            TypeError: d or x0 is not a tensor.
+            ValueError: d does not have four dimensions; d has another dtype than the network's parameters (checked for
+                the networks of this package, outside autocast); x0 has another shape, dtype or device than d, or than
+                Aᵀd if A is not a `SeparableBlur`.
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
@@ -283,7 +284,7 @@ class DEGrad(nn.Module):
         return restored
 
     def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
-        """Raise what `forward` raises about its arguments."""
+        """Raise TypeError or ValueError for wrong arguments of `forward`."""
         if not isinstance(d, Tensor):
             raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
         if x0 is not None and not isinstance(x0, Tensor):
@@ -303,9 +304,9 @@ class DEGrad(nn.Module):
             raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
 
     def _check_dtype(self, x0: Tensor) -> None:
-        """Raise ValueError if a network of this package takes another dtype than x0's, which torch says less clearly.
+        """Raise ValueError if x0 has another dtype than the network's parameters; torch's own message is less clear.
 
-        Autocast and a hook on the network may cast.
+        Only networks of this package are checked, and not under autocast or with a hook, which may cast.
         """
         network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
         if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:
@@ -344,7 +345,7 @@ def _check_options(
         raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
     if getattr(regularizer, "is_denoiser", False):
         kind = type(regularizer).__name__
-        raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, which RED makes of one: RED({kind}(…))")
+        raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, so wrap the denoiser: RED({kind}(…))")
     if preconditioner not in (None, "exact"):
         raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
     if preconditioner is None and damping is not None:

@@ -36,7 +36,7 @@ class DnCNN(nn.Module):
             bound on that norm, so that with norm=None the network is 1-Lipschitz and x − network(x) 2-Lipschitz.
             False: it is not divided.
         bias: give the convolutions biases.
-        residual: return x − network(x), which makes a denoiser, in place of network(x).
+        residual: return x − network(x) instead of network(x); this makes the module a denoiser.
 
     Raises:
         ValueError: a size below its least, another norm or another spectral norm.
@@ -79,7 +79,7 @@ class DnCNN(nn.Module):
 
     @property
     def is_denoiser(self) -> bool:
-        """Whether it is a denoiser D, which `RED` makes a regulariser, and not a regulariser R itself."""
+        """Whether it is a denoiser D, to be wrapped in a `RED`, and not a regulariser R."""
         return self.residual
 
     def forward(self, x: Tensor) -> Tensor:

@@ -100,5 +100,4 @@ class FeedForward(nn.Module):
 
     def forward(self, d: Tensor) -> Tensor:
         """Restore the measurements d (B, C, H, W); returns images of the same shape."""
-        restored: Tensor = self.denoiser(self.blur.solve(self.blur.adjoint(d), self.weight))
-        return restored.to(d.dtype)
+        return self.denoiser(self.blur.solve(self.blur.adjoint(d), self.weight)).to(d.dtype)

@@ -56,4 +56,4 @@ def keep_operator(model: Any, state: dict[str, Any], prefix: str, metadata: dict
     state.update({f"{prefix}blur.{name}": buffer for name, buffer in _fixed_buffers(model.blur).items()})
     own, theirs = model.trained_for(), metadata.get("operator")
     if theirs not in (None, own):
-        warnings.warn(f"the weights are of a model for {theirs}; they go into one for {own}", stacklevel=2)
+        warnings.warn(f"the weights are from a model for {theirs}; this model is for {own}", stacklevel=2)

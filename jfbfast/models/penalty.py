@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import flat, per_sample
+from jfbfast.backends.tensors import flat, per_sample
 from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.models.degrad import DEGrad
 from jfbfast.operators.blur import SeparableBlur
-from jfbfast.operators.iterative import holds_samples
+from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer, Status
 
 
@@ -79,7 +79,7 @@ def jacobian_penalty(
         usable &= ~diverged
     transform = layer.layer if isinstance(layer, DEGrad) else layer
     module = owner(transform)
-    if holds_samples(module):  # the batch stays whole; the samples that are left out become zeros
+    if may_hold_sample_data(module):  # the batch stays whole; the samples that are left out become zeros
         x, *inputs_left = (value.masked_fill(~per_sample(usable, value), 0) for value in (x, *inputs))
     else:
         x, *inputs_left = (value[usable] for value in (x, *inputs))
@@ -87,12 +87,12 @@ def jacobian_penalty(
 
     with frozen(module), torch.enable_grad():
         point = x.detach().requires_grad_()
-        out = transform(point, *inputs_left).to(point.dtype) + 0 * point  # which depends on x in any case
+        out = transform(point, *inputs_left).to(point.dtype) + 0 * point  # so that it depends on x in any case
         v = _unit(torch.randn_like(point))
         for _ in range(iterations):
             v = _unit(torch.autograd.grad(out, point, v, retain_graph=True)[0])
         (product,) = torch.autograd.grad(out, point, v, create_graph=True)
-        if not product.requires_grad:  # a Jacobian that no parameter moves
+        if not product.requires_grad:  # no parameter changes the Jacobian
             product = product + 0 * transform(x.detach(), *inputs_left).to(point.dtype)
     excess = F.relu(flat(product).norm(dim=1) - bound)[usable]
     return excess.square().sum() / max(len(excess), 1)

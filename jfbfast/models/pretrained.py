@@ -67,7 +67,7 @@ def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]
 
 
 def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig, say: Callable[[str], object]) -> None:
-    """Have a network restore measurements of this setting; tell ``say`` if it was trained for others."""
+    """Set a network for these measurements, and call ``say`` with a sentence if it was trained for others."""
     model.set_blur(setting.blur(), setting.noise)
     inputs = () if config.ranges is None else ("sigma", "noise")
     other = [each for each in SETTING if each not in inputs and getattr(config, each) != getattr(setting, each)]
@@ -79,7 +79,7 @@ def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str | None) -> str | None:
     """The name of the shipped DE-GRAD that was trained for this blur and noise, or None.
 
-    A model for this setting alone is preferred to one for a range of settings, and then a filtered model to another.
+    A model for exactly this setting is preferred to one for a range, and a filtered model to one of another form.
     With ``padding_mode=None``, any padding mode matches.
     """
     found = []

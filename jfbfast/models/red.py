@@ -1,4 +1,4 @@
-"""RED: the regulariser that is made of a denoiser."""
+"""RED: a regulariser made from a denoiser."""
 
 from __future__ import annotations
 
@@ -121,5 +121,4 @@ class RED(nn.Module):
 
     def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
         """Apply D to W x, and to z with an injection."""
-        denoised: Tensor = self.denoiser(seen, *injected)
-        return denoised
+        return self.denoiser(seen, *injected)

@@ -1,4 +1,4 @@
-"""The classes that a network's file can name, by kind.
+"""The classes that the file of a network can name.
 
 Each module registers its classes where it defines them, so that the file format imports none of them.
 """
@@ -20,7 +20,7 @@ SOLVERS: dict[str, type[FixedPointSolver]] = {kind.__name__: kind for kind in (A
 
 
 def network(cls: T) -> T:
-    """Class decorator: files may name this network. Its attribute ``is_denoiser`` tells a denoiser from R."""
+    """Class decorator: files may name this network. Its attribute ``is_denoiser`` tells whether it is one, or an R."""
     NETWORKS[cls.__name__] = cls
     return cls
 

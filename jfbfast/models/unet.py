@@ -24,8 +24,7 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return x + out
+        return x + self.layers(x)
 
 
 def _blocks(features: int, count: int) -> nn.Sequential:
@@ -45,7 +44,7 @@ class UNet(nn.Module):
         channels: of the image, in and out.
         features: channels at each scale, from half resolution down.
         blocks: residual blocks at each scale, on the way down and again on the way up; the coarsest scale has one pass.
-        conditions: how many numbers it takes beside the images; each becomes a constant map, as FFDNet's noise level.
+        conditions: how many numbers it takes besides the images; each becomes a constant map, as FFDNet's noise level.
         injection: take a second image z, which a `RED` with injection supplies, and return x + network(x, z).
 
     Raises:

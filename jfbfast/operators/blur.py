@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.backends.reference import PADDING_MODES, band_dtype, gaussian_taps
+from jfbfast.backends.reference import PADDING_MODES, gaussian_taps
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.operators import inverse, ops
 from jfbfast.operators.tables import Taps
 
@@ -102,7 +103,7 @@ class SeparableBlur(nn.Module):
         Raises:
             ValueError: images of other shapes, dtypes or devices; a step size of another shape.
         """
-        step_size = torch.as_tensor(step_size, dtype=band_dtype(x.dtype), device=x.device)
+        step_size = torch.as_tensor(step_size, dtype=compute_dtype(x.dtype), device=x.device)
         return ops.gradient(x, d, r, step_size, *self.taps)
 
     def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class SeparableBlur(nn.Module):
             ConvergenceWarning: conjugate gradients left images above that residual; this happens for λ below about
                 1e-5 if A is nearly singular.
         """
-        wide = band_dtype(b.dtype)
+        wide = compute_dtype(b.dtype)
         if not isinstance(damping, Tensor):
             checks.non_negative("damping", damping)
             if damping == 0:

@@ -16,6 +16,7 @@ from jfbfast.backends import reference
 from jfbfast.backends.dispatch import kernels
 from jfbfast.backends.precision import full_precision
 from jfbfast.backends.reference import SVD
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.operators.tables import Taps, axis_table, bands
 
@@ -41,7 +42,9 @@ def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torc
 def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ValueError if A has no numerical inverse in ``dtype`` for images of this shape."""
     if max(shape) > SVD_LIMIT:
-        raise ValueError(f"damping must be positive above {SVD_LIMIT} pixels a side; the image has {tuple(shape)}")
+        raise ValueError(
+            f"damping is 0; images of {tuple(shape)} pixels take a positive number, since a side is over {SVD_LIMIT}"
+        )
     s_y, s_x = (_axis_svd(t, n, taps.padding_mode).s for t, n in zip((taps.y, taps.x), shape, strict=True))
     condition = float(s_y[0] * s_x[0] / (s_y[-1] * s_x[-1]))
     if not condition * max(shape) * torch.finfo(dtype).eps < 1:
@@ -53,7 +56,7 @@ def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
     """(AᵀA + λI)⁻¹ b for b (…, H, W) and λ broadcastable against b; no gradient is recorded."""
-    dtype, shape, device = reference.band_dtype(b.dtype), b.shape[-2:], b.device
+    dtype, shape, device = compute_dtype(b.dtype), b.shape[-2:], b.device
     with full_precision(device), torch.no_grad():
         if max(shape) <= SVD_LIMIT:
             return reference.tikhonov(b, damping.to(dtype), *factors(taps, shape, dtype, device))
@@ -63,13 +66,13 @@ def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
 
 def scalar_gradient(u: Tensor, v: Tensor, like: Tensor) -> Tensor:
     """−⟨u, v⟩ in the shape of ``like``: for u = (AᵀA + λI)⁻¹ g and v = (AᵀA + λI)⁻¹ b the derivative of ⟨g, v⟩ in λ."""
-    wide = reference.band_dtype(u.dtype)
+    wide = compute_dtype(u.dtype)
     return -(u.to(wide) * v.to(wide)).sum_to_size(like.shape).to(like.dtype)
 
 
 def direct(d: Tensor, taps: Taps) -> Tensor:
     """A⁻¹ d = V₁[(U₁ᵀ d U₂) ⊘ (s₁ s₂ᵀ)]V₂ᵀ for d (…, H, W), through the SVD of each B."""
-    dtype, shape = reference.band_dtype(d.dtype), d.shape[-2:]
+    dtype, shape = compute_dtype(d.dtype), d.shape[-2:]
     check_invertible(taps, shape, dtype)
     with full_precision(d.device):
         y, x = factors(taps, shape, dtype, d.device)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.backends import reference
 from jfbfast.backends.precision import full_precision
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.buffers import buffers_of, used
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
@@ -40,7 +40,7 @@ def linear_operator(name: str, given: Any) -> Any:
     return given
 
 
-def holds_samples(module: nn.Module | None) -> bool:
+def may_hold_sample_data(module: nn.Module | None) -> bool:
     """Whether a module contains a linear operator that may hold something of each sample, such as a mask or a kernel.
 
     Only a `SeparableBlur` is known to hold nothing. A layer with any other operator is evaluated on whole batches.
@@ -187,7 +187,7 @@ class IterativeOperator(nn.Module):
         return (x - damping * self.solve(x, damping)).to(x.dtype)
 
     def _solve(self, b: Tensor, damping: Tensor) -> Tensor:
-        wide = reference.band_dtype(b.dtype)
+        wide = compute_dtype(b.dtype)
         tol = TOLERANCE[wide] if self.tol is None else self.tol
         dims, goal = tuple(range(1, b.dim())), f"samples did not reach tol={tol:g}"
         with full_precision(b.device):

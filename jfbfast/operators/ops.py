@@ -60,8 +60,7 @@ def _blur(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint:
     _check("x", x)
     taps = Taps(tuple(taps_y), tuple(taps_x), padding_mode)
     tables = bands(taps, x.shape[-2:], x.dtype, x.device, adjoint)
-    out: Tensor = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables)
-    return out.contiguous()
+    return kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables).contiguous()
 
 
 @torch.library.impl("jfbfast::gradient", "default")
@@ -75,8 +74,7 @@ def _gradient(
     forward = bands(taps, x.shape[-2:], x.dtype, x.device, False)
     adjoint = bands(taps, x.shape[-2:], x.dtype, x.device, True)
     module = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2)
-    out: Tensor = module.gradient(x, d, r, forward, adjoint, step_size)
-    return out.contiguous()
+    return module.gradient(x, d, r, forward, adjoint, step_size).contiguous()
 
 
 @torch.library.impl("jfbfast::tikhonov", "default")
@@ -108,7 +106,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, d, r, step_size = ctx.saved_tensors
     to_x, to_d, to_r, to_step_size, *_ = ctx.needs_input_grad
-    weight = 1 if step_size is None else -step_size  # of the gradient in the output
+    weight = 1 if step_size is None else -step_size  # the factor of Aᵀ(A x − d) + r in the output
     return (
         gradient(g, None, None, step_size, *ctx.filters) if to_x else None,
         (-weight * blur(g, *ctx.filters)).to(g.dtype) if to_d else None,

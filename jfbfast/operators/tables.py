@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jfbfast.backends import reference
 from jfbfast.backends.reference import Bands
+from jfbfast.backends.tensors import compute_dtype
 
 
 class Taps(NamedTuple):
@@ -45,6 +46,6 @@ def bands(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
         y, x = (axis_table(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True))
         tables = Bands(y, x, taps.padding_mode == "circular")
         tables = reference.transpose(tables) if adjoint else tables
-        dtype = reference.band_dtype(dtype)
+        dtype = compute_dtype(dtype)
         y, x = (table.to(device, dtype).contiguous() for table in tables[:2])
         return Bands(y, x, tables.circular)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends import dispatch, reference
+from jfbfast.backends import dispatch
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration, Phase, Stall
@@ -129,7 +130,9 @@ class _AndersonIteration(Iteration):
 
     def measure(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         if any(image.data_ptr() == f.data_ptr() for image in self.images):
-            self.reused_output = True  # the layer wrote over an earlier output of its own: begin anew, with copies
+            self.reused_output = (
+                True  # the layer reuses its output's memory: drop the history, and keep copies from now on
+            )
             self.valid[:] = False
         self.pairs += 1
         self.valid[:, self.slot] = True
@@ -163,7 +166,7 @@ class _AndersonIteration(Iteration):
         weights, by at least the rounding of the history. It is used through its Cholesky factor: with
         LLᵀ = ΔGᵀΔG, U = ΔF L⁻ᵀ and V = ΔG L⁻ᵀ.
         """
-        wide = reference.band_dtype(f.dtype)
+        wide = compute_dtype(f.dtype)
         memory = len(self.residuals)
         older = [(self.slot - age) % memory for age in range(1, self.filled)]
         residual = self.residuals[self.slot][rows].to(wide)

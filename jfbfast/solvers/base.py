@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import band_dtype
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.solvers.loop import Iteration, Layer, Phase, iterate
 from jfbfast.solvers.solution import FixedPointSolution, Status
 
@@ -121,8 +121,8 @@ class FixedPointSolver(ABC):
             found = self._run(Phase(layer, x0, inputs, budget, most, most, estimate=estimate, floor=floor))
             return _shaped(found, x0)._replace(coarse_iterations=torch.zeros_like(budget))
 
-        rung = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
-        found = _shaped(self._run(rung), x0)
+        phase = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
+        found = _shaped(self._run(phase), x0)
         found = found._replace(coarse_iterations=found.iterations)
         accepted = found.status == Status.CONVERGED
         if verify or estimate or not (inputs or accepted.all()):
@@ -182,5 +182,5 @@ def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
     return found._replace(
         value=torch.where(unusable[:, None], torch.nan, found.value).view(start.shape),
         following=None if found.following is None else found.following.view(start.shape),
-        residual=found.residual.to(band_dtype(start.dtype)),
+        residual=found.residual.to(compute_dtype(start.dtype)),
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends import dispatch, reference
+from jfbfast.backends import dispatch
+from jfbfast.backends.tensors import compute_dtype
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration
@@ -107,7 +108,9 @@ class _BroydenIteration(Iteration):
             append(self.previous, x, self.ring, self.gram, 2 * slot + 1, self.filled)
             self.valid[:, slot] = True
         norms = append(x, f, self.ring, self.gram, 2 * slot, self.filled)
-        self.valid[:, (slot + 1) % self.valid.shape[1]] = False  # its y began where this residual now lies
+        self.valid[:, (slot + 1) % self.valid.shape[1]] = (
+            False  # the new residual has overwritten the one that this pair's y began from
+        )
         residual, image = norms.sqrt().unbind(1)
         return residual, image
 
@@ -138,7 +141,7 @@ class _BroydenIteration(Iteration):
 
     def inverse(self, rows: Tensor, f: Tensor) -> LowRank:
         """−H = I − (S + Y) (L + SᵀY)⁻¹ Sᵀ."""
-        residuals, steps = (self.ring[start::2, rows].to(reference.band_dtype(f.dtype)) for start in (0, 1))
+        residuals, steps = (self.ring[start::2, rows].to(compute_dtype(f.dtype)) for start in (0, 1))
         identity = torch.eye(len(steps), dtype=torch.float64, device=f.device).expand(len(rows), -1, -1)
         core = self._core(self.gram[rows], self.valid[rows], identity)
         u = torch.einsum("kbn,bkl->lbn", steps + residuals - residuals.roll(1, 0), core.to(steps.dtype))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jfbfast.backends.reference import band_dtype, flat
+from jfbfast.backends.tensors import compute_dtype, flat
 
 
 class LowRank(NamedTuple):
@@ -18,7 +18,7 @@ class LowRank(NamedTuple):
 
     def transpose(self, w: Tensor) -> Tensor:
         """w − V Uᵀ w, for w (b, N)."""
-        wide = torch.promote_types(band_dtype(w.dtype), self.u.dtype)
+        wide = torch.promote_types(compute_dtype(w.dtype), self.u.dtype)
         weights = torch.einsum("kbn,bn->bk", self.u.to(wide), w.to(wide))
         return (w - torch.einsum("bk,kbn->bn", weights, self.v.to(wide))).to(w.dtype)
 
@@ -34,7 +34,7 @@ class InverseEstimate:
         self._parts: list[tuple[Tensor, LowRank]] = []
 
     def put(self, samples: Tensor, part: LowRank) -> None:
-        """Set the estimate of these samples, (b,) indices into the batch."""
+        """Set the estimate for these samples, given as (b,) indices into the batch."""
         self._parts.append((samples, part))
 
     def transpose(self, w: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 from jfbfast.solvers.estimate import InverseEstimate, LowRank
 from jfbfast.solvers.solution import FixedPointSolution, Status
 
@@ -154,7 +154,7 @@ class _Samples:
         self.bound = self.lowest  # above it a norm means divergence
 
     def judge(self, x: Tensor, residual: Tensor, image: Tensor, tol: float, atol: float) -> Tensor:
-        """Find who has converged, diverged or spent its budget, by ‖T(x) − x‖ and ‖T(x)‖ of the newest iterates.
+        """Find the samples that have converged, diverged or spent their budget, from ‖T(x) − x‖ and ‖T(x)‖.
 
         Returns:
             A mask of the samples whose value is now their newest iterate, (B,).

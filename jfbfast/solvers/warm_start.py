@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends.reference import flat
+from jfbfast.backends.tensors import flat
 from jfbfast.solvers import FixedPointSolution, Status
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -84,16 +84,16 @@ class WarmStart:
                 if value.shape != default.shape[1:]:
                     raise ValueError(
                         f"default has samples of shape {tuple(default.shape[1:])}; "
-                        f"that stored for index {keys[row]} has {tuple(value.shape)}"
+                        f"the one stored for index {keys[row]} has {tuple(value.shape)}"
                     )
             start[list(rows)] = torch.stack(values).to(start)
         return start
 
     @torch.no_grad()
     def put(self, indices: Tensor | Sequence[int], solution: FixedPointSolution) -> None:
-        """Store the fixed points of a solve, except for samples that diverged: they keep what was stored before.
+        """Store the fixed points of a solve.
 
-        So do samples with a value that is not finite in the stored dtype.
+        A sample that diverged, or has a value that is not finite in the stored dtype, keeps what was stored before.
 
         Raises:
             ValueError: indices that are not one integer for each sample.

@@ -77,7 +77,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cpu":
         module, empty = request.getfixturevalue("emulated_module"), torch.empty
         monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
-        monkeypatch.setattr(cuda, "why_not", lambda device: "")
+        monkeypatch.setattr(cuda, "unavailable_because", lambda device: "")
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **kwargs: empty(*shape, **kwargs))
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -165,7 +165,7 @@ def test_a_captured_step_replays(dtype: torch.dtype, history: torch.dtype | None
     assert_same(state.finish(), expected)
 
 
-def test_samples_leave(device: str) -> None:
+def test_samples_can_leave_the_batch(device: str) -> None:
     problem = Contraction(6, 130, torch.float32, device)
     problem.q[::2] *= 0.1  # these are done sooner
     expected = solve(problem)
@@ -216,7 +216,7 @@ def test_a_stopped_sample_keeps_its_best_iterate(device: str) -> None:
 
 
 @pytest.mark.parametrize("inputs", [False, True])
-def test_the_solver_evaluates_the_layer_once_too_often(device: str, inputs: bool) -> None:
+def test_the_solver_evaluates_the_layer_one_extra_time(device: str, inputs: bool) -> None:
     """The host is one step behind the device, however far that is behind the host."""
     problem = Contraction(5, 130, torch.float32, device)
     calls = []
@@ -233,7 +233,7 @@ def test_the_solver_evaluates_the_layer_once_too_often(device: str, inputs: bool
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("max_iter", [1, 2, 7, 12, 60])
-def test_the_solver_goes_down_the_ladder(device: str, max_iter: int, captured: bool) -> None:
+def test_the_solver_takes_two_phases(device: str, max_iter: int, captured: bool) -> None:
     """The coarse layer's images are known to 1e-3; what is claimed is the fine layer's."""
     problem = Contraction(5, 130, torch.float64, device)
     problem.q *= torch.tensor([0.1, 0.2, 0.4, 0.6, 0.7], dtype=torch.float64, device=device)[:, None]
@@ -298,7 +298,7 @@ def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
         assert value.shape == shape
 
 
-def test_bad_pairs(device: str) -> None:
+def test_a_pair_of_another_shape_or_layout_is_refused(device: str) -> None:
     x = torch.zeros(2, 3, device=device)
     state = AndersonCuda(x, tol=1e-3)
     with pytest.raises(ValueError, match=r"f has \(shape, dtype, device\) \(\(2, 4\)"):

@@ -285,7 +285,7 @@ def scripted(driver: Path, norms: list[list[float]], differences: bool, tol: flo
         assert_solved(emulated, plain, 1e-5)
 
 
-def test_statuses(driver: Path) -> None:
+def test_every_status_is_reached(driver: Path) -> None:
     nan, inf = torch.nan, torch.inf
     norms = [
         #  converges, at once, runs on, diverges, NaN at once, NaN later, Inf, ‖f‖ outgrows, safeguard
@@ -307,7 +307,7 @@ def test_the_best_iterate_outlives_its_slot(driver: Path, differences: bool) -> 
 
 
 @pytest.mark.parametrize(("dtype", "differences"), HISTORIES, ids=["float64", "float32", "bfloat16"])
-def test_a_whole_solve(driver: Path, dtype: torch.dtype, differences: bool) -> None:
+def test_a_whole_solve_agrees_with_the_solver(driver: Path, dtype: torch.dtype, differences: bool) -> None:
     """To the tolerance, in as many evaluations as in float64 within one, frozen from there on."""
     x0, layer = contraction(3, 301)
     tol = 1e-5

@@ -1,4 +1,4 @@
-"""The rule of which module computes what, on devices that need not be there."""
+"""The rule that chooses the module for each computation, also for devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("me
 
 @pytest.fixture(autouse=True)
 def usable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(cuda, "unavailable_because", lambda device: "")
 
 
 def test_each_device_has_its_kernels() -> None:
@@ -26,7 +26,7 @@ def test_each_device_has_its_kernels() -> None:
     assert kernels(GPU, "conv3x3", channels=(16, 16)) is reference
 
 
-def test_what_a_kernel_does_not_take_goes_to_the_definition() -> None:
+def test_the_reference_computes_what_a_kernel_does_not_support() -> None:
     assert kernels(GPU, "blur", radius=triton.MAX_RADIUS) is triton
     assert kernels(GPU, "blur", radius=triton.MAX_RADIUS + 1) is reference
     assert kernels(GPU, "anderson_solve", memory=cuda.MAX_MEMORY + 1) is reference
@@ -36,7 +36,7 @@ def test_what_a_kernel_does_not_take_goes_to_the_definition() -> None:
     assert kernels(CPU, "conv3x3", channels=(16, 16), dtype=torch.float64) is reference
 
 
-def test_the_users_choice_holds_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_choice_is_followed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with jfbfast.backend("reference"):
         assert {kernels(device, op) for device in (CPU, GPU) for op in ("blur", "anderson_solve")} == {reference}  # type: ignore[arg-type]
     with jfbfast.backend("native"):

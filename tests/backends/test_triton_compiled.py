@@ -85,7 +85,9 @@ def compile_gradient(
 
 
 @pytest.mark.parametrize(("image", "radius", "tile", "architecture"), compiled_for(GRADIENT_CASES))
-def test_gradient(image, radius, tile, architecture, tmp_path, monkeypatch):
+def test_the_gradient_kernel_fits_and_accesses_each_element_once(
+    image, radius, tile, architecture, tmp_path, monkeypatch
+):
     compiled = compile_gradient(tile, radius, image, architecture, tmp_path, monkeypatch)
     assert fits(compiled), compiled
     assert compiled.accesses == least_accesses(tile, radius, image, adjoint=True)
@@ -95,7 +97,7 @@ def test_gradient(image, radius, tile, architecture, tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("image", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("radius", range(launch.FUSED_RADIUS + 1))
-def test_every_radius(radius, image, architecture, tmp_path, monkeypatch):
+def test_the_gradient_kernel_fits_at_every_radius(radius, image, architecture, tmp_path, monkeypatch):
     table = launch.GRADIENT_TILES_64 if image == "fp64" else launch.GRADIENT_TILES
     for tile in next(tiles for most, tiles in table.items() if radius <= most):
         for absent in ((), ("d", "r")):
@@ -106,14 +108,14 @@ def test_every_radius(radius, image, architecture, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("image", "radius", "tile"), [case for case in GRADIENT_CASES if case[2].columns <= 64])
-def test_odd_width(image, radius, tile, architecture, tmp_path, monkeypatch):
+def test_the_gradient_kernel_fits_at_odd_widths(image, radius, tile, architecture, tmp_path, monkeypatch):
     """A lane's columns then lie 32 apart, which costs registers: at radii 6 and 7 sm_100 spills up to eight."""
     compiled = compile_gradient(tile, radius, image, architecture, tmp_path, monkeypatch, VECTOR=1)
     assert fits(compiled) or (architecture == 100 and radius > 5 and compiled.stack <= 32), compiled
 
 
 @pytest.mark.parametrize(("image", "radius", "tile", "architecture"), compiled_for(BLUR_CASES))
-def test_blur(image, radius, tile, architecture, tmp_path, monkeypatch):
+def test_the_blur_kernel_fits_and_accesses_each_element_once(image, radius, tile, architecture, tmp_path, monkeypatch):
     circular = tile.rows == 64
     plan = plan_for(tile, radius, adjoint=False, circular=circular, image=image, monkeypatch=monkeypatch)
     compiled = compile_kernel(blur_kernel, plan.constants, architecture, tmp_path, image=image)
@@ -125,7 +127,7 @@ def test_blur(image, radius, tile, architecture, tmp_path, monkeypatch):
     ("image", "circular", "architecture"),
     compiled_for([("fp32", False), ("fp32", True), ("fp64", True), ("bf16", False)]),
 )
-def test_wide(image, circular, architecture, tmp_path: Path):
+def test_the_wide_kernel_fits(image, circular, architecture, tmp_path: Path):
     plan = launch.wide_plan(torch.Size((48, 1024, 1024)), bands(31, image == "fp64", circular))
     assert fits(compile_kernel(wide_kernel, plan.constants, architecture, tmp_path, image=image))
 
@@ -147,7 +149,7 @@ def issued_over_compulsory(tile: Tile, radius: int) -> float:
     return loaded / (3 * own_columns * own_rows)
 
 
-def test_issued_loads_at_radius_2():
+def test_every_size_class_loads_little_more_than_it_must():
     """Within 1.35 for every size class, and each class the least that its number of programs allows."""
     ratios = [issued_over_compulsory(tile, 2) for tile in launch.GRADIENT_TILES[2]]
     assert ratios == sorted(ratios) and ratios[-1] <= 1.35
@@ -158,7 +160,7 @@ def test_issued_loads_at_radius_2():
     [((16, 3, 128, 128), (64, 24)), ((16, 3, 512, 512), (128, 120)), ((1, 3, 2048, 2048), (128, 56)),
      ((16, 3, 255, 255), (64, 56)), ((1, 1, 1, 1), (64, 1))],
 )  # fmt: skip
-def test_size_classes(shape, tile):
+def test_the_size_of_the_images_chooses_the_tile(shape, tile):
     plan = launch.plan(torch.Size(shape), bands(2, False, False), adjoint=True)
     assert (plan.constants["TX"], plan.strip) == tile
 

@@ -45,7 +45,7 @@ def test_against_float64(shape, ry, rx, mode, dtype):
 
 
 @pytest.mark.parametrize("radius", [2, 9])
-def test_cuda_graph(radius):
+def test_a_cuda_graph_can_capture_the_kernels(radius):
     """A captured step replays on new values of its inputs, the step size included."""
     bands, adjoint = (cast(b, torch.float32, "cuda") for b in operator((64, 96), (radius, radius), "reflect"))
     x, d, r = (torch.randn(2, 3, 64, 96, device="cuda") for _ in range(3))
@@ -61,7 +61,7 @@ def test_cuda_graph(radius):
 
 
 @pytest.mark.slow
-def test_offsets_beyond_32_bits():
+def test_offsets_may_exceed_32_bits():
     bands, _ = (cast(b, torch.bfloat16, "cuda") for b in operator((3, 64), (1, 1), "zeros"))
     x = torch.zeros(2**31 // 192 + 9, 3, 64, device="cuda", dtype=torch.bfloat16)
     x[-1] = torch.randn(3, 64)

@@ -42,7 +42,7 @@ def seconds(out):
         return [float(row["seconds"]) for row in csv.DictReader(file)]
 
 
-def test_a_run_leaves_what_it_promises_and_repeats(folder, tmp_path):
+def test_a_run_writes_its_files_and_is_reproducible(folder, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     quality = train(folder, a, ema=0.9)
     train(folder, b, ema=0.9)
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises_and_repeats(folder, tmp_path):
         pytest.param("training", {"form": "paper", "ema": 0.5, "workers": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_killed_at_any_moment_resumes_as_if_it_had_not_been(folder, tmp_path, stop, options):
+def test_a_run_killed_at_any_moment_resumes_like_an_uninterrupted_one(folder, tmp_path, stop, options):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"pretraining_steps": 20, "steps": 20, **options}
     train(folder, whole, **options)
@@ -105,7 +105,7 @@ def test_a_run_killed_before_its_last_file_needs_no_more_steps(folder, tmp_path)
     assert_same(whole, out)
 
 
-def test_a_bad_run_checkpoint_is_one_sentence(folder, tmp_path):
+def test_a_bad_run_checkpoint_gives_one_sentence(folder, tmp_path):
     out = tmp_path / "out"
     train(folder, out)
     file = out / "training.ckpt"
@@ -144,11 +144,11 @@ def test_a_run_goes_on_with_its_own_photographs(folder, tmp_path):
     folder.rename(moved)
     train(moved, out, resume=True, **values)
     (moved / "00.png").write_bytes((moved / "0.png").read_bytes())
-    with pytest.raises(ValueError, match=r"data is .*moved, whose photographs for training are not .* such as 00\.png"):
+    with pytest.raises(ValueError, match=r"data is .*moved; its photographs for training are not .* such as 00\.png"):
         train(moved, out, resume=True, **values)
     (moved / "00.png").unlink()
     other = write_photographs(tmp_path / "other", 7)
-    with pytest.raises(ValueError, match=r"other, whose photographs .*out was started with: 2 differ, such as 4\.png"):
+    with pytest.raises(ValueError, match=r"other; its photographs .*out: 2 differ, such as 4\.png"):
         train(other, out, resume=True, **values)
     assert read_settings(out / "config.yaml")["data"] == str(moved)
     (out / "photographs.json").unlink()  # as in runs of before
@@ -193,7 +193,7 @@ def test_every_form_trains(folder, tmp_path, name):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="trains on the CPU")
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_cpu_without_bfloat16_is_said(folder, tmp_path, monkeypatch, fast):
+def test_a_cpu_without_bfloat16_brings_a_message(folder, tmp_path, monkeypatch, fast):
     monkeypatch.setattr("jfbfast.experiments.runs.ONEDNN_HAS_BFLOAT16", fast)
     console = Console(file=io.StringIO(), width=120)
     settings = {"data": str(folder), **TINY, "pretraining_steps": 0, "steps": 1, "precision": "bf16"}
@@ -223,14 +223,14 @@ def test_a_run_starts_from_other_weights(folder, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [{}, {"sigma_range": "0.5,2", "noise_range": "0,0.02", "measurements": 2}])
-def test_a_run_starts_from_a_network_that_is_told_less(folder, tmp_path, ranges):
+def test_a_run_can_start_from_a_network_with_fewer_inputs(folder, tmp_path, ranges):
     still = {**UNET, "pretraining_steps": None, "steps": 1, "learning_rate": 1e-9}
     start = tmp_path / "start" / "model.safetensors"
     train(folder, start.parent, **still | {"pretraining_steps": 0})
     console = Console(file=io.StringIO(), width=200)
     settings = {"data": str(folder), **TINY, **still, **ranges, "init": str(start), "injection": True}
     Run(settings, tmp_path / "told", progress=False).train(console)
-    assert "whose denoiser has no injection" in console.file.getvalue()
+    assert "Its denoiser has no injection" in console.file.getvalue()
     model, told = (load_checkpoint(file)[0] for file in (start, tmp_path / "told" / "model.safetensors"))
     y, z = torch.rand(2, 1, 3, 16, 16)
     condition = (0.3, 0.2) if ranges else ()
@@ -270,7 +270,7 @@ def test_a_denoiser_trains_on_from_other_weights(folder, tmp_path):
     assert not all(torch.equal(value, weights(start.parent)[key]) for key, value in weights(tmp_path / "on").items())
 
 
-def test_a_crop_that_no_photograph_has_claims_no_directory(folder, tmp_path):
+def test_a_crop_larger_than_every_photograph_creates_no_directory(folder, tmp_path):
     out = tmp_path / "out"
     for cache in (1.0, 1e-9):
         with pytest.raises(ImageError, match=r"0\.png: too small for crops of 500 pixels"):

@@ -66,7 +66,7 @@ def signalled(monkeypatch, number, hook, phase, step, times=1):
         (signal.SIGXCPU, "on_train_batch_end", "pretraining", 1, 1),
     ],
 )
-def test_a_signal_ends_a_run_which_resumes_as_if_it_had_not_come(
+def test_a_run_that_a_signal_ended_resumes_like_an_uninterrupted_one(
     folder, tmp_path, monkeypatch, number, hook, phase, step, saved
 ):
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -114,7 +114,7 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_two_runs_in_one_directory_are_one(folder, tmp_path, monkeypatch):
+def test_a_second_run_in_one_directory_is_refused(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(run_files, "_PATIENCE", 0.0)
     second = Run({"data": str(folder), **TINY}, out, progress=False)
@@ -136,11 +136,11 @@ def test_under_slurm_one_process_trains_and_several_are_refused(folder, tmp_path
     for name, value in (("STEP_NUM_TASKS", "4"), ("PROCID", "2")):
         with monkeypatch.context() as started:
             started.setenv(f"SLURM_{name}", value)
-            with pytest.raises(ValueError, match=r"srun started .* start one a machine: srun --ntasks-per"):
+            with pytest.raises(ValueError, match=r"srun started .* start one for each machine: srun --ntasks-per"):
                 train(folder, tmp_path / "other")
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
+def test_a_full_disk_gives_one_sentence_and_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     train(folder, whole)
     written = []
@@ -175,12 +175,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(folder, tmp_
         ),
         (
             {"learning_rate": 1e30, "steps": 40, "precision": "bf16"},
-            r"the gradient was 0 20 times in a row, as where every solve diverges, at step 21 of training; .*"
+            r"the gradient was 0 in 20 steps in a row, for example because every solve diverges, at step 21 of "
+            r"training; .*"
             r"a lower --learning-rate or --jacobian-penalty 1e-3 or --precision 32",
         ),
     ],
 )
-def test_a_run_that_cannot_learn_any_more_ends(folder, tmp_path, values, message):
+def test_a_run_that_can_no_longer_learn_ends(folder, tmp_path, values, message):
     with pytest.raises(TrainingError, match=message):
         train(folder, tmp_path / "out", **values)
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jfbfast.backends import reference
 from jfbfast.backends.reference import Bands
+from jfbfast.backends.tensors import compute_dtype
 
 
 def operator(size: tuple[int, ...], radii: tuple[int, int], mode: str) -> tuple[Bands, Bands]:
@@ -20,7 +21,7 @@ def operator(size: tuple[int, ...], radii: tuple[int, int], mode: str) -> tuple[
 
 def cast(bands: Bands, dtype: torch.dtype, device: str = "cpu") -> Bands:
     """The tables for images of ``dtype``."""
-    wide = reference.band_dtype(dtype)
+    wide = compute_dtype(dtype)
     return Bands(bands.y.to(device, wide).contiguous(), bands.x.to(device, wide).contiguous(), bands.circular)
 
 

@@ -21,7 +21,7 @@ def one_layer(layer, x, inputs):
 
 
 class Estimate:
-    """What a solver that estimates the inverse hands over, here exact."""
+    """An exact estimate of the inverse, with the interface of a solver's own estimate."""
 
     def __init__(self, jacobians, factor):
         self.matrices = factor * torch.linalg.inv(torch.eye(jacobians.shape[-1]).to(jacobians) - jacobians)
@@ -31,7 +31,7 @@ class Estimate:
 
 
 class Exact:
-    """A solver that hands over (I − J)⁻¹, scaled by ``factor``."""
+    """A solver with the exact (I − J)⁻¹ as its estimate, scaled by ``factor``."""
 
     def __init__(self, solver=TIGHT, factor=1.0):
         self.solver, self.factor = solver, factor

@@ -28,7 +28,7 @@ class Counted:
 
 
 def dense_jacobian(layer, x, d):
-    """(B, N, N): each sample is copied N times, once a row."""
+    """The Jacobian of each sample, (B, N, N): the sample is copied N times, once for each row."""
     n = x[0].numel()
     unit = torch.eye(n, dtype=x.dtype).view(n, *x.shape[1:])
     found = []

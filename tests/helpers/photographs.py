@@ -26,7 +26,7 @@ UPRIGHT = {
 
 
 def samples(dtype, channels=3, size=(6, 9), seed=0):
-    """Random ones: (H, W, channels)."""
+    """Random samples, (H, W, channels)."""
     values = np.random.default_rng(seed).random((*size, channels))
     white = 1 if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max
     return (values * white).astype(dtype)
@@ -37,7 +37,7 @@ def to_floats(array):
 
 
 def exif_bytes(orientation=1, width=9):
-    """EXIF with an artist who is not ASCII, a width, and a latitude, in TIFF's form."""
+    """EXIF data in TIFF's form: an artist's name that is not ASCII, a width, and a latitude."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     exif[ARTIST] = "Zoë ©".encode()
@@ -54,7 +54,7 @@ SIGNATURE, END = b"\x89PNG\r\n\x1a\n", chunk(b"IEND", b"")
 
 
 def png(array, *chunks, depth=None):
-    """A PNG of (H, W, channels), or of (H, bytes), rows of grey of another depth; with more chunks."""
+    """A PNG of samples (H, W, channels), or of packed grey rows (H, bytes) of another depth; with more chunks."""
     rows = array.astype(array.dtype.newbyteorder(">")).view(np.uint8).reshape(len(array), -1)
     height, width, channels = (array.shape[0], array.shape[1] * 8 // depth, 1) if depth else array.shape
     depth = depth or 8 * array.itemsize
@@ -87,7 +87,7 @@ def lzw_tiff(array):
 
 
 def tagged(kind, array, orientation):
-    """A file with profile, EXIF and resolution, of a kind that is named by its suffix."""
+    """Write a file with profile, EXIF and resolution, in the format of its suffix."""
     exif = exif_bytes(orientation, array.shape[1])
     if kind == "png":
         resolution = struct.pack(">2IB", *(round(value / 0.0254) for value in DPI), 1)

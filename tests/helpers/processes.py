@@ -1,4 +1,4 @@
-"""Processes of their own: two of torchrun's kind, on gloo; and one whose kernels are of a narrower instruction set."""
+"""Run code in other processes: in two as torchrun starts them, on gloo, or in one with a narrower instruction set."""
 
 import os
 import socket

@@ -22,7 +22,7 @@ TINY = {
 
 
 def write_photographs(out, count, drawn=(6, 7), size=(30, 24)):
-    """So many smooth photographs in a new directory, from noise of ``drawn`` pixels (height, width)."""
+    """Write smooth photographs into a new directory, made from noise of ``drawn`` pixels (height, width)."""
     out.mkdir()
     for i in range(count):
         rgb = np.random.default_rng(i).integers(0, 256, (*drawn, 3), dtype=np.uint8)

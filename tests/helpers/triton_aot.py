@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels ahead of time, without a GPU, and reads what came out."""
+"""Compile the Triton kernels ahead of time, without a GPU, and read the figures of the machine code."""
 
 from __future__ import annotations
 

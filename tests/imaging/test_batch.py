@@ -1,6 +1,5 @@
 """Many photographs in one call: targets are checked first, files are written whole, a bad one stops no other."""
 
-import json
 import os
 import resource
 import stat
@@ -17,8 +16,6 @@ from typer.testing import CliRunner
 from helpers.photographs import PROFILE, samples, tagged
 from helpers.small_runs import write_photographs
 from jfbfast.cli import app
-from jfbfast.experiments.comparison import unseen_photographs
-from jfbfast.experiments.settings import make_settings, write_settings
 from jfbfast.files import write_whole
 from jfbfast.imaging.photographs import ImageError, Metadata, Photograph, image_files, read_photograph, write_photograph
 
@@ -98,7 +95,7 @@ def test_a_file_is_overwritten_only_on_request(tmp_path, photograph):
     refused(tmp_path, "x-restored.png: is there already", photograph)
 
 
-def test_a_bad_file_leaves_the_others_alone(tmp_path, photograph):
+def test_a_bad_file_does_not_affect_the_others(tmp_path, photograph):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "._x.png").write_bytes(b"\0\5\x16\7")
     (tmp_path / "broken.avif").write_bytes(b"\0\0\0\x20ftypavif")
@@ -114,7 +111,7 @@ def test_a_bad_file_leaves_the_others_alone(tmp_path, photograph):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_names_and_terminals_may_have_other_letters(tmp_path, photograph, encoding):
+def test_names_and_terminals_need_not_be_unicode(tmp_path, photograph, encoding):
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     os.rename(photograph, name)
     command = [sys.executable, "-m", "jfbfast", "restore", "--noise", "0.02", "--padding-mode", "reflect"]
@@ -154,54 +151,6 @@ def test_two_writers_leave_one_whole_file_that_the_umask_allows(tmp_path):
     assert contents(tmp_path) == {path.name: b"first"} and stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def spoil(folder):
-    """Add files that cannot be used: first by name, in the middle and last."""
-    (folder / "._0.png").write_bytes(b"\0\5\x16\7")
-    (folder / "1a.avif.png").write_bytes(b"\0\0\0\x20ftypavif")
-    (folder / "folder.png").mkdir()
-    Image.fromarray(samples("uint8", size=(1, 20))).save(folder / "z.png")
-
-
-def test_evaluate_leaves_out_files_that_cannot_be_used(tmp_path):
-    folder = write_photographs(tmp_path / "photographs", 5)
-    spoil(folder)
-    arguments = ["evaluate", str(folder), "--methods", "blurred", "--out", "table.csv"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    for name in ("._0.png", "1a.avif.png", "z.png"):
-        assert f"left out: {folder / name}: " in result.output
-    assert "4 images" in result.output and "chosen on 1 other" in " ".join(result.output.split())
-    for i in range(5):
-        (folder / f"{i}.png").unlink()
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 1 and "none of the 2 photographs can be used" in result.output
-
-
-def test_train_leaves_out_files_that_cannot_be_used(tmp_path):
-    folder = write_photographs(tmp_path / "photographs", 5)
-    spoil(folder)
-    if sys.platform == "linux":
-        os.rename(folder / "0.png", os.fsencode(folder) + b"/0\xe9.png")  # a name that is not UTF-8
-    options = "--form denoiser --features 4 --depth 3 --pretraining-steps 1 --batch-size 2 --crop 16 --validation 2"
-    result = CliRunner().invoke(app, ["train", str(folder), "--out", "run", *options.split()])
-    assert result.exit_code == 0, result.output
-    assert "4 photographs to train on, 1 to validate on" in result.output
-    assert "2 of 6 photographs cannot be used" in result.output and "1 of 2 photographs cannot" in result.output
-    assert "z.png: too small for crops of 16 pixels: 20 × 1 pixels; it takes 6 a side" in result.output
-
-
-def test_an_unusable_photograph_is_not_among_those_a_run_left_to_score(tmp_path):
-    folder, run = write_photographs(tmp_path / "photographs", 5), tmp_path / "run"
-    spoil(folder)
-    run.mkdir()
-    (run / "model").touch()
-    write_settings(run / "config.yaml", make_settings({"data": str(folder)}))
-    seen = {"training": ["0.png", "1.png", "2.png"], "validation": ["3.png", "4.png"]}
-    (run / "photographs.json").write_text(json.dumps(seen))
-    chosen, scored = unseen_photographs(folder, [str(run / "model")], None, None, print)
-    assert [path.name for path in chosen] == ["3.png"] and "4.png" in [path.name for path in scored]
-
-
 def test_a_file_created_during_a_restoration_is_not_overwritten(tmp_path):
     path = tmp_path / "late.png"
     path.write_text("precious")
@@ -222,7 +171,7 @@ def test_directories_that_cannot_be_entered_are_skipped(tmp_path, monkeypatch, p
     assert Path(photograph) in [file.relative_to(Path.cwd()) for file in image_files(Path.cwd())]
 
 
-def test_a_profile_too_long_for_png_is_refused_there(tmp_path):
+def test_a_profile_that_is_too_long_for_png_is_refused(tmp_path):
     long = SMALL._replace(metadata=Metadata(icc=bytes(1 << 21)))
     with pytest.raises(ImageError, match=r"of 2097152 bytes is too long for \.png; \.tiff can hold it"):
         write_photograph(tmp_path / "a.png", long)

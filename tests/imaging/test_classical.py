@@ -1,10 +1,23 @@
-"""Direct inverse, gradient descent, Tikhonov."""
+"""Direct inverse, gradient descent, Tikhonov, total variation."""
+
+import math
 
 import pytest
 import torch
 
 import jfbfast
-from jfbfast import GaussianBlur
+from jfbfast import GaussianBlur, Status, tv
+from jfbfast.imaging.classical import differences, differences_adjoint
+
+BLUR = GaussianBlur(5, 1.0, "zeros")
+
+
+def pictures(count, height=24, width=20):
+    """Smooth pictures with edges, uint8."""
+    noise = torch.randn(count, 3, height, width)
+    smooth = GaussianBlur(15, 3.0, "reflect")(noise)
+    edges = (smooth > 0).float() * 0.5 + 0.25 + smooth
+    return list((edges.clamp(0, 1) * 255).round().byte())
 
 
 def photograph_like(*shape):
@@ -51,3 +64,42 @@ def test_gradient_descent_stops_each_sample_at_its_noise():
 def test_bad_input_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         jfbfast.gradient_descent(GaussianBlur(), torch.zeros(1, 1, 8, 8), **options)
+
+
+def test_the_differences_have_their_adjoint():
+    x, u = torch.randn(2, 3, 7, 6, dtype=torch.float64), torch.randn(2, 2, 3, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close((differences(x) * u).sum(), (x * differences_adjoint(u)).sum())
+
+
+def objective(x, d, weight):
+    total_variation = torch.hypot(*differences(x)).flatten(1).sum(1)
+    return 0.5 * (BLUR(x) - d).square().flatten(1).sum(1) + weight * total_variation
+
+
+def test_total_variation_is_minimised():
+    """No perturbation lowers the objective, and neither does deepinv's proximal gradient descent."""
+    x = torch.stack([image.double() / 127.5 - 1 for image in pictures(2, 12, 10)])
+    d = BLUR(x) + 0.05 * torch.randn_like(x)
+    weight = 0.02
+    found = tv(BLUR, d, weight, tol=1e-8, max_iter=20000)
+    assert (found.status == Status.CONVERGED).all()
+    reached = objective(found.value, d, weight)
+    for scale in (1e-1, 1e-2, 1e-3):
+        for _ in range(20):
+            assert (objective(found.value + scale * torch.randn_like(d), d, weight) > reached).all()
+        assert (objective(found.value * (1 - scale), d, weight) > reached - 1e-9).all()
+    loose = objective(tv(BLUR, d, weight).value, d, weight)
+    assert ((loose - reached) < 1e-2 * reached).all()
+
+    optim = pytest.importorskip("deepinv.optim")
+    prior, z = optim.TVPrior(n_it_max=100), d.clone()
+    for _ in range(60):
+        z = prior.prox(z - BLUR.gradient(z, d), gamma=weight)
+    theirs = objective(z, d, weight)
+    assert (reached <= theirs + 1e-6).all() and ((theirs - reached) < 1e-2 * reached).all()
+
+
+@pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
+def test_a_weight_of_total_variation_that_is_not_positive_is_named(weight):
+    with pytest.raises(ValueError, match="weight is"):
+        tv(BLUR, torch.zeros(1, 3, 8, 8), weight)

@@ -88,3 +88,11 @@ def test_shares_that_add_up_to_one_split_any_number_of_files(count, train_part, 
 def test_an_impossible_split_is_refused(train_part, validation):
     with pytest.raises(ValueError, match=r"train|validation"):
         split(range(10), train_part, validation)
+
+
+def test_crops_cover_small_and_large_photographs():
+    crops = RandomCrops([torch.rand(3, 40, 50), torch.rand(3, 20, 90)], 32, length=6)
+    assert len(crops) == 6
+    for crop, noise, level in crops:
+        assert crop.shape == noise.shape == (3, 32, 32) and -1 <= float(crop.min()) < 0 < float(crop.max()) <= 1
+        assert 0 <= level < 1

@@ -141,7 +141,7 @@ def test_a_png_keeps_its_colour_space_and_other_formats_refuse_it(tmp_path):
         photograph = read(tmp_path / "linear.png", png(array, linear))
         write_photograph(tmp_path / "out.png", photograph)
         assert chunk(*linear) in (tmp_path / "out.png").read_bytes()
-        with pytest.raises(ImageError, match=r"out\.tiff: \.tiff cannot hold what tells its colours \(gAMA\)"):
+        with pytest.raises(ImageError, match=r"out\.tiff: \.tiff cannot hold the definition of its colours \(gAMA\)"):
             write_photograph(tmp_path / "out.tiff", photograph)
     write_photograph(tmp_path / "out.tiff", read(tmp_path / "s.png", png(samples("uint8"), (b"sRGB", b"\0"), linear)))
 

@@ -135,7 +135,7 @@ def test_unrolled_is_autograd_from_the_start(steps):
     assert (solution.iterations == steps).all() and (solution.status == Status.MAX_ITER).all()
 
 
-def test_unrolled_says_converged_by_the_solvers_tolerance():
+def test_unrolled_reports_convergence_by_the_solvers_tolerance():
     cell, d, x0 = problem()
     _, solution = solve_fixed_point(cell, x0, inputs=(d,), gradient=Unrolled(40), solver=Anderson(tol=1e-3))
     assert (solution.status == Status.CONVERGED).all() and (solution.residual <= 1e-3).all()
@@ -214,7 +214,7 @@ def test_every_method_trains(name):
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("solve", ["gmres", "cg"])
-def test_linear_solves_of_a_batch(solve, dtype, tol):
+def test_the_linear_solvers_solve_each_system_of_a_batch(solve, dtype, tol):
     """Each sample of its own scale; one zero, one of NaN, one singular, one with a NaN in its matrix."""
     matrices = torch.eye(20) - 0.9 * torch.randn(7, 20, 20) / 20**0.5
     matrices[4], matrices[4, 0, 0] = 0, 1.0
@@ -242,7 +242,7 @@ def test_linear_solves_of_a_batch(solve, dtype, tol):
     assert found.residual[5] > tol
 
 
-def test_names_and_ranges():
+def test_names_and_arguments_are_checked():
     assert {name: gradient_method(name) for name in GRADIENTS} == {
         "jfb": JFB(),
         "neumann": Neumann(5),

@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_one_layer(name, training):
     torch.testing.assert_close(restored, before.eval().layer(model.solution.value, d), rtol=1e-12, atol=1e-12)
 
 
-def test_the_gradient_under_autocast():
+def test_the_gradient_works_under_autocast():
     model = networks()["filtered"].eval()
     d = torch.randn(2, 3, 9, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -78,7 +78,7 @@ def test_the_gradient_under_autocast():
         torch.testing.assert_close(a.grad, c.grad, rtol=0, atol=0)
 
 
-def test_any_implicit_network():
+def test_any_implicit_network_can_be_differentiated():
     cell = Cell().double()
     d = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     x0 = torch.zeros(5, 12, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_a_module_that_uses_a_foreign_tensor_raises():
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_a_bad_sample_touches_nothing(backend):
+def test_a_bad_sample_affects_no_other_sample(backend):
     torch.manual_seed(2)
     model = networks()["filtered"].double()
     d = torch.randn(3, 3, 9, 8, dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_a_bad_sample_touches_nothing(backend):
     assert (bad.grad[1] == 0).all() and (bad.grad[0] != 0).any()
 
 
-def test_captured_data_of_a_bad_sample_is_refused_not_spread():
+def test_captured_data_of_a_bad_sample_is_refused():
     weight = torch.full((3,), 0.5, requires_grad=True)
     x0, d = torch.zeros(4, 3), torch.randn(4, 3)
     d[1, 0] = torch.nan
@@ -180,7 +180,7 @@ def test_a_forward_in_eval_changes_no_buffer():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_torchs_own_spectral_norm_and_dropout_are_held_still():
+def test_torchs_own_spectral_norm_and_dropout_stay_fixed_during_a_solve():
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -215,7 +215,7 @@ def test_hooks_that_a_layer_puts_on_its_inputs_run():
     torch.testing.assert_close(d.grad, torch.full_like(d, 10.0))
 
 
-def test_a_module_that_forbids_its_mode_leaves_the_others_theirs():
+def test_a_module_that_refuses_its_mode_does_not_change_that_of_the_others():
     class Rigid(nn.Identity):
         def __setattr__(self, name, value):
             if name == "training" and not value:

@@ -22,7 +22,6 @@ from jfbfast import (
     solve_fixed_point,
 )
 from jfbfast.backends import conv3x3 as winograd
-from jfbfast.backends.precision import ieee
 from jfbfast.implicit import frozen
 from jfbfast.implicit.methods import GRADIENTS
 from jfbfast.operators import ops
@@ -157,7 +156,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_later_forwards_leave_the_graphs_of_earlier_ones_alone(norm):
+def test_a_later_forward_does_not_change_the_graph_of_an_earlier_one(norm):
     model = de_grad(convolution(3, 6), NORMS[norm](), nn.ReLU(), convolution(6, 3), solver=Anderson(tol=1e-5))
     twin = copy.deepcopy(model)
     batches = torch.rand(2, 2, 3, 12, 12)
@@ -239,7 +238,7 @@ def coupled(seed=0, size=20):
     return (lambda z, x: torch.tanh(inner(z) - 0.8 * inner(z).mean(0) + outer(x))), inner, torch.zeros(8, size), x
 
 
-def test_a_layer_that_couples_samples_is_not_called_converged():
+def test_a_layer_that_couples_samples_is_not_reported_as_converged():
     layer, inner, z, x = coupled()
     with pytest.warns(ConvergenceWarning, match="8 of 8 samples did not converge.*couples the samples of a batch"):
         out, solution = solve_fixed_point(
@@ -251,7 +250,7 @@ def test_a_layer_that_couples_samples_is_not_called_converged():
     torch.testing.assert_close(solution.residual, true.detach())
 
 
-def test_a_layer_that_changes_between_evaluations_is_not_called_converged():
+def test_a_layer_that_changes_between_evaluations_is_not_reported_as_converged():
     steps = iter(range(1000))
 
     def drifting(z, x):
@@ -330,7 +329,7 @@ def test_a_gradient_step_denoiser_takes_jfb(options):
 
 
 @pytest.mark.parametrize("gradient", ["neumann", "phantom", "implicit", "unrolled"])
-def test_a_layer_that_cuts_its_graph_is_refused_where_a_method_differentiates_in_x(gradient):
+def test_a_layer_that_detaches_x_is_refused_by_methods_that_differentiate_in_x(gradient):
     model = DEGrad(GaussianBlur(), RED(GradientStep(), 0.3), preconditioner="exact", gradient=gradient)
     d = torch.rand(2, 3, 10, 10)
     for parameters in (None, list(model.parameters())):
@@ -339,7 +338,7 @@ def test_a_layer_that_cuts_its_graph_is_refused_where_a_method_differentiates_in
 
 
 @pytest.mark.parametrize("gradient", ["neumann", "phantom", "implicit", "unrolled"])
-def test_a_layer_that_asks_x_for_a_gradient_only_where_it_has_none_is_not_refused(gradient):
+def test_a_layer_that_sets_requires_grad_on_x_only_if_needed_is_not_refused(gradient):
     class Step(GradientStep):
         def forward(self, x):
             self.detached = not x.requires_grad
@@ -350,7 +349,7 @@ def test_a_layer_that_asks_x_for_a_gradient_only_where_it_has_none_is_not_refuse
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 9, 11), (3, 32, 16, 16)], ids=str)
-def test_the_convolutions_count_the_operations_of_torchs(shape):
+def test_our_convolutions_count_as_many_operations_as_torchs(shape):
     x, weight = torch.rand(shape, requires_grad=True), torch.rand(24, shape[1], 3, 3, requires_grad=True)
 
     def counted(convolve):
@@ -371,29 +370,3 @@ def test_a_models_operations_are_counted():
     solves = (1 + 4) * 4 * d.numel() * (16 + 16)
     blurs = (1 + 4 * 2) * 2 * d.numel() * (5 + 5)
     assert counter.get_total_flops() == convolutions + solves + blurs
-
-
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_torchs_older_settings_can_be_read_in_full_precision(device, precision):
-    backends = torch.backends
-    older = (
-        lambda: backends.cudnn.allow_tf32,
-        lambda: backends.cuda.matmul.allow_tf32,
-        torch.get_float32_matmul_precision,
-    )
-    settings = [s for b in (backends.mkldnn, backends.cudnn) for s in (b, b.conv, b.rnn)]
-    settings += [backends.mkldnn.matmul, backends.cuda.matmul]
-    kept = torch.get_float32_matmul_precision(), [s.fp32_precision for s in settings]
-    torch.set_float32_matmul_precision(precision)
-    before = [read() for read in older], [s.fp32_precision for s in settings]
-    try:
-        with ieee(torch.device(device)):
-            assert [read() for read in older][:2] == [False, False] or device == "cpu"
-            with backends.cudnn.flags(enabled=True):
-                pass
-        assert ([read() for read in older], [s.fp32_precision for s in settings]) == before
-    finally:
-        torch.set_float32_matmul_precision(kept[0])
-        for setting, value in zip(settings, kept[1], strict=True):
-            setting.fp32_precision = value

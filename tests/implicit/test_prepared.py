@@ -1,21 +1,18 @@
-"""The form of a layer that a solve evaluates: the same function, at every time, whatever the module is."""
+"""A solve evaluates a prepared form of the layer, which must stay the same function, whatever happens to the module."""
 
 import copy
 import gc
 import pickle
-import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import MethodType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import jfbfast
 from helpers.models import networks
-from jfbfast import DnCNN, UNet, solve_fixed_point
+from jfbfast import DnCNN, UNet
 from jfbfast.backends.conv3x3 import _onednn_fuses_relu
 from jfbfast.implicit.prepared import _SolveConvolutions, prepared
 from jfbfast.models.denoisers import SpectralNormConv2d
@@ -102,7 +99,7 @@ def test_batch_norms_behind_convolutions_are_folded(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
-def test_fused_relu_against_float64(dtype, channels_last):
+def test_a_fused_relu_agrees_with_float64(dtype, channels_last):
     net = module("DnCNN with bias")
     x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
     exact = net(x)
@@ -122,7 +119,7 @@ def test_no_relu_is_fused_in_bfloat16_where_onednn_has_none(monkeypatch):
         assert _onednn_fuses_relu(x, 0) and not _onednn_fuses_relu(x.bfloat16(), 0)
 
 
-def test_low_precision_keeps_the_first_and_the_last_convolution_wide():
+def test_low_precision_keeps_the_first_and_the_last_convolution_in_float32():
     convolutions = _SolveConvolutions(module("UNet").float(), 0.0, torch.bfloat16)
     weights = [weight.value for weight in convolutions.weights.values()]
     assert weights[0].dtype == weights[-1].dtype == torch.float32
@@ -148,110 +145,11 @@ class Blur(nn.Module):
         return self.columns(self.rows(y))
 
 
-def test_low_precision_leaves_the_operators_convolutions_wide():
+def test_low_precision_keeps_the_operators_convolutions_in_float32():
     model = jfbfast.DEGrad(Blur(), jfbfast.RED(UNet(3, (6, 4), (1, 1)), 0.1, "weight"), preconditioner="exact")
     dtypes = [w.value.dtype for w in _SolveConvolutions(model, 0.0, torch.bfloat16).weights.values()]
     assert dtypes[:3] == [torch.float32] * 3 and dtypes[-1] == torch.float32
     assert set(dtypes[3:-1]) == {torch.bfloat16}
-
-
-class Unusual(nn.Module):
-    """A forward that looks into its members, as users write them."""
-
-    def __init__(self, way):
-        super().__init__()
-        self.way, self.calls = way, 0
-        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
-        self.normed = SpectralNormConv2d(3, 3, 3, padding=1)
-
-    def forward(self, x):
-        self.calls += 1
-        if self.way == "index":
-            h = self.body[0](x)
-            return h + self.body[2](self.body[1](h))
-        if self.way == "slice":
-            return self.body[:1](x) - self.body(x)
-        if self.way == "enumerate":
-            for i, layer in enumerate(self.body):
-                x = layer(x)
-                if i == 0:
-                    skip = x
-            return x + skip
-        if self.way == "isinstance":
-            for layer in (*self.body, self.normed):
-                x = layer(x)
-                if isinstance(layer, nn.Conv2d):
-                    x = torch.tanh(x)
-            return x
-        return F.conv_transpose2d(self.normed(x), self.normed.weight, padding=1)
-
-
-@pytest.mark.parametrize("way", ["index", "slice", "enumerate", "isinstance", "weight"])
-@torch.no_grad()
-def test_a_forward_that_looks_into_its_members_is_the_same_function(way):
-    net, x = Unusual(way).double().eval(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
-    torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
-
-
-class Idioms(nn.Module):
-    """What users' forwards ask of their own modules."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.body = Inner(nn.Conv2d(3, 3, 1), nn.ReLU())
-
-    def forward(self, x):
-        self.seen = x.dtype
-        x = x.to(next(self.conv.parameters()).dtype) * self.conv.state_dict()["bias"].mean()
-        del self.seen
-        return self.body(self.conv(input=x)) + torch.stack([self.conv(image) for image in x])
-
-
-class Inner(nn.Sequential):
-    def __init_subclass__(cls, *, required=None, **rest):
-        super().__init_subclass__(**rest)
-
-    def forward(self, x):
-        return super(self.__class__, self).forward(x)
-
-
-@torch.no_grad()
-def test_idioms_of_users_modules():
-    net, x = Idioms().double().eval(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
-    for _ in range(2):
-        torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
-    net.body[1].forward = lambda x: x - 1
-    torch.testing.assert_close(prepared(net)(x), net(x), rtol=1e-10, atol=1e-12)
-    conv = nn.Conv2d(3, 3, 1).double()
-    chain = nn.Sequential(conv, nn.ReLU())
-    prepared(chain)(x)
-    chain.append(conv)
-    torch.testing.assert_close(prepared(chain)(x), chain(x), rtol=1e-10, atol=1e-12)
-
-
-def test_a_layer_that_differentiates_within():
-    class GradientStep(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
-
-        def forward(self, x):
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                return x.detach() - torch.autograd.grad(self.net(x).square().sum(), x)[0]
-
-    net, x = GradientStep(), torch.randn(2, 3, 6, 7)
-    torch.testing.assert_close(prepared(net)(x), net(x))
-
-
-def test_what_a_forward_sets_is_set_on_the_module():
-    net, d = Unusual("index"), torch.rand(2, 3, 6, 7)
-    with torch.no_grad():
-        for p in net.parameters():
-            p *= 0.2
-    _, solution = solve_fixed_point(net, d, solver=jfbfast.Picard(tol=0, max_iter=5))
-    assert net.calls == 6 and (solution.iterations == 5).all()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -278,7 +176,7 @@ def test_threads_share_a_model():
 
 
 @torch.no_grad()
-def test_what_one_thread_prepares_is_not_used_by_another():
+def test_one_thread_does_not_use_what_another_has_prepared():
     """The other thread evaluates the same module within a prepared evaluation of the first."""
     net, x, found = module("DnCNN"), torch.randn(1, 3, 8, 8, dtype=torch.float64), []
     expected = net(x)
@@ -295,77 +193,6 @@ def test_what_one_thread_prepares_is_not_used_by_another():
     assert torch.equal(found[0], expected)
 
 
-@pytest.mark.parametrize("name", networks())
-@torch.no_grad()
-def test_a_method_of_a_model(name):
-    model = networks()[name].double().eval()
-    x, d = torch.randn(2, 2, 3, 9, 8, dtype=torch.float64)
-    torch.testing.assert_close(prepared(model.layer)(x, d), model.layer(x, d), rtol=1e-10, atol=1e-12)
-
-
-class Parent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-    def step(self, x):
-        return self.conv(x)
-
-
-def unwrapped(function):
-    return lambda *args: function(*args)
-
-
-class Child(Parent):
-    @unwrapped
-    def decorated(self, x):
-        return 2 * self.conv(x)
-
-    def __private(self, x):
-        return 3 * self.conv(x)
-
-    def step(self, x):
-        return 4 * self.conv(x)
-
-    def layers(self):
-        added = MethodType(lambda self, x: 5 * self.conv(x), self)
-        return super().step, self.decorated, self.__private, self.step, added
-
-
-@torch.no_grad()
-def test_a_method_is_the_function_that_was_given_whatever_its_name():
-    net, x = Child().double(), torch.randn(2, 3, 6, 7, dtype=torch.float64)
-    for factor, layer in enumerate(net.layers(), 1):
-        torch.testing.assert_close(prepared(layer)(x), factor * net.conv(x))
-    chain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).double()
-    torch.testing.assert_close(prepared(chain.forward)(x), chain(x))
-
-
-@torch.no_grad()
-def test_what_cannot_be_prepared_is_used_as_it_is():
-    class Own(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    class OwnNormalised(SpectralNormConv2d):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    class Standardised(nn.Conv2d):
-        def _conv_forward(self, x, weight, bias):
-            return super()._conv_forward(x, weight / weight.norm(), bias)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated
-        traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4))
-    x = torch.randn(2, 3, 4, 4)
-    for convolution in (Own(3, 3, 1), OwnNormalised(3, 3, 1), Standardised(3, 3, 1), traced):
-        for net in (convolution, nn.Sequential(convolution, nn.BatchNorm2d(3), nn.ReLU())):
-            net = net.eval() if net is not traced else net
-            torch.testing.assert_close(prepared(net)(x), net(x))
-    torch.testing.assert_close(prepared(torch.tanh)(x), x.tanh())
-
-
 def test_the_callers_autocast_does_not_change_its_precision():
     net, x = module("UNet").float(), torch.randn(1, 3, 8, 8)
     expected = prepared(net)(x)
@@ -374,7 +201,7 @@ def test_the_callers_autocast_does_not_change_its_precision():
 
 
 @pytest.mark.slow
-def test_through_torch_compile_it_follows_the_weights():
+def test_a_compiled_layer_follows_changes_of_the_weights():
     model = networks()["filtered"].eval()
     x, d = torch.randn(2, 2, 3, 9, 8)
     torch.compiler.reset()

@@ -91,7 +91,7 @@ def of_one(operator, i):
 @pytest.mark.parametrize("preconditioner", [None, "exact"])
 @pytest.mark.parametrize("solver", [Anderson(tol=1e-3), Picard(tol=0, max_iter=10)], ids=["tol=1e-3", "tol=0"])
 @pytest.mark.parametrize("kind", ["masks", "kernels"])
-def test_an_operator_may_hold_something_of_each_sample(kind, solver, preconditioner):
+def test_an_operator_may_hold_data_of_each_sample(kind, solver, preconditioner):
     batch, size = 6, 12
     operator = per_sample_physics(kind, batch, size)
     regularizer = RED(contraction(), 0.5)
@@ -107,7 +107,7 @@ def test_an_operator_may_hold_something_of_each_sample(kind, solver, preconditio
 
 
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
-def test_a_bad_sample_of_an_operator_with_masks_touches_nothing():
+def test_a_bad_sample_affects_no_other_sample_of_an_operator_with_masks():
     operator = per_sample_physics("masks", 3, 10)
     model = DEGrad(operator, RED(contraction(), 0.1), preconditioner="exact")
     d = torch.rand(3, 3, 10, 10)
@@ -126,7 +126,7 @@ def test_a_bad_sample_of_an_operator_with_masks_touches_nothing():
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
 @pytest.mark.parametrize("gradient", ["jfb", "implicit"])
 @pytest.mark.parametrize("filter_damping", [None, "weight"])
-def test_a_mask_that_changes_before_backward(filter_damping, gradient):
+def test_a_mask_may_change_before_backward(filter_damping, gradient):
     operator, x = per_sample_physics("masks", 2, 8), torch.rand(2, 3, 8, 8)
     regularizer = RED(contraction(), 0.3, filter_damping)
     model = DEGrad(operator, regularizer, preconditioner="exact", gradient=gradient, solver=Anderson(tol=1e-6))
@@ -172,7 +172,7 @@ def masked(mask):
     return DEGrad(physics.Inpainting((3, 8, 8), mask=mask), RED(network), preconditioner="exact")
 
 
-def test_a_state_dict_is_of_the_weights_and_tells_the_operator(tmp_path):
+def test_a_state_dict_holds_the_weights_and_names_the_operator(tmp_path):
     first, second = masked(torch.rand(4, 3, 8, 8).round()), masked(torch.rand(1, 1, 8, 8).round())
     mask = second.blur.operator.physics.mask.clone()
     state = first.state_dict()
@@ -218,14 +218,14 @@ def test_a_learnt_operator_keeps_its_weights_in_the_state_dict():
 
 
 @pytest.mark.parametrize("x0", [physics.Denoising(), (torch.zeros(1),), "start"], ids=["physics", "tuple", "text"])
-def test_a_start_of_another_kind_is_refused(x0):
+def test_a_start_that_is_not_a_tensor_is_refused(x0):
     model = DEGrad(GaussianBlur(), RED(jfbfast.DnCNN(3, 6, 3, residual=True)))
     with pytest.raises(TypeError, match=f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None"):
         model(torch.rand(1, 3, 8, 8), x0)
 
 
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
-def test_a_report_of_a_model_with_masks():
+def test_a_model_with_masks_has_a_report():
     operator = per_sample_physics("masks", 3, 8)
     model = DEGrad(operator, RED(contraction(), 0.5), preconditioner="exact").double()
     d = torch.rand(3, 3, 8, 8, dtype=torch.float64)

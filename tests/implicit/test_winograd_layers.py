@@ -45,7 +45,7 @@ def winograd_calls(monkeypatch: pytest.MonkeyPatch, net: nn.Module, tol: float) 
 
 
 @torch.no_grad()
-def test_a_prepared_layer_uses_it_where_the_tolerance_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prepared_layer_uses_winograd_if_the_tolerance_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Mixed().eval()
     net.layers[3].running_mean.normal_()
     assert winograd_calls(monkeypatch, net, 1e-3) == 2
@@ -74,7 +74,7 @@ def test_a_deep_denoiser_keeps_its_accuracy() -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_through_torch_compile() -> None:
+def test_a_compiled_layer_uses_winograd() -> None:
     net, x = Mixed().eval(), torch.randn(2, 3, 12, 10)
     torch.compiler.reset()
     torch.testing.assert_close(prepared(net, tol=1e-3, compiled=True)(x), net(x), rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_within_its_context_torchs_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_within_the_context_winograd_computes_torchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, net = counted_calls(monkeypatch), Mixed().eval()
     x = torch.randn(2, 3, 12, 10)
     with Convolutions(1e-3):
@@ -131,7 +131,7 @@ def blurred_layer(depth: int) -> tuple[nn.Module, Tensor]:
         ("unrolled", 1e-4, True),
     ),
 )
-def test_an_implicit_gradient_uses_it_where_the_tolerances_allow(
+def test_an_implicit_gradient_uses_winograd_if_both_tolerances_allow(
     monkeypatch: pytest.MonkeyPatch, gradient: str | GradientMethod, tol: float, used: bool
 ) -> None:
     layer, d = blurred_layer(3)
@@ -168,7 +168,7 @@ def test_nan_in_one_sample_spoils_neither_the_others_nor_the_gradient() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
-def test_transforms_of_torch_func_within_a_layer_stay_with_torch() -> None:
+def test_torch_computes_the_convolutions_within_transforms_of_torch_func() -> None:
     x, w = torch.randn(2, 16, 8, 8), torch.randn(16, 16, 3, 3)
 
     def convolved(t: Tensor) -> Tensor:

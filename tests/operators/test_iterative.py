@@ -39,7 +39,7 @@ class Matrix(nn.Module):
 
 
 class MaskedConvolution(nn.Module):
-    """A circular convolution, neither separable nor symmetric, of which some pixels are seen."""
+    """A circular convolution, neither separable nor symmetric, with a mask that keeps some of the pixels."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def test_solve_and_filter_against_dense_matrices(operator):
         torch.testing.assert_close(solved[i], alone[0], rtol=0, atol=1e-9 * scale)
 
 
-def test_single_and_half_precision():
+def test_single_and_half_precision_are_solved_to_their_rounding():
     operator = MaskedConvolution()
     b = torch.randn(2, *SHAPE)
     exact = IterativeOperator(operator).solve(b.double(), 0.05)
@@ -121,7 +121,7 @@ def test_a_solve_stops_at_its_tolerance_sample_by_sample():
     assert not torch.allclose(together[1], exact[0], rtol=1e-6)
 
 
-def test_a_bad_sample_touches_nothing():
+def test_a_bad_sample_affects_no_other_sample():
     operator = IterativeOperator(MaskedConvolution())
     b = torch.randn(4, *SHAPE, dtype=torch.float64)
     exact = operator.solve(b, 0.1)
@@ -137,7 +137,7 @@ def test_a_bad_sample_touches_nothing():
 
 
 @pytest.mark.parametrize("operator", [Matrix(), MaskedConvolution()])
-def test_gradcheck_once_and_twice(operator):
+def test_the_derivatives_pass_gradcheck_once_and_twice(operator):
     iterative = IterativeOperator(operator)
     b = torch.randn(2, *SHAPE, dtype=torch.float64, requires_grad=True)
     one = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -148,7 +148,7 @@ def test_gradcheck_once_and_twice(operator):
             assert gradgradcheck(function, (b, damping), fast_mode=True)
 
 
-def test_the_jvp_of_a_layer_by_two_vjps_and_torch_func():
+def test_two_vjps_and_torch_func_give_the_same_jvp_of_a_layer():
     model = DEGrad(Matrix(), RED(nn.Conv2d(1, 1, 3, padding=1), 0.2, 0.3), preconditioner="exact", damping=0.1).double()
     d = torch.randn(2, 2, 11, dtype=torch.float64)
     x, v = torch.randn(2, 2, *SHAPE, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_the_jvp_of_a_layer_by_two_vjps_and_torch_func():
 
 
 @pytest.mark.parametrize("filter_damping", [None, "weight"])
-def test_the_network_is_that_of_the_closed_solve(filter_damping):
+def test_the_network_equals_the_one_with_the_closed_form_solve(filter_damping):
     blur = GaussianBlur(padding_mode="reflect")
     regularizer = RED(NonexpansiveDenoiser(2, 4, 3), 0.1, filter_damping).double().eval()
     d = torch.randn(2, 2, 9, 8, dtype=torch.float64)
@@ -245,7 +245,7 @@ def test_deepcopy_pickle_and_training():
         torch.testing.assert_close(copied(d), model(d), rtol=0, atol=0)
 
 
-def test_what_is_not_solved_warns():
+def test_an_unsolved_system_warns():
     b = torch.randn(2, *SHAPE, dtype=torch.float64)
     b[1] = 0
     with pytest.warns(ConvergenceWarning, match="1 of 2 samples did not reach tol=1e-12 in 2 iterations") as found:

@@ -113,7 +113,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("solver", "dtype"), VARIANTS)
-def test_it_is_nearer_to_the_inverse_than_the_identity(solver, dtype):
+def test_the_estimate_is_nearer_to_the_inverse_than_the_identity_is(solver, dtype):
     layer, x0, inputs = problem(dtype)
     solution = solver.solve(layer, x0, inputs, estimate=True)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda x, *i: layer(x[None], *(v[None] for v in i))[0]))
@@ -173,7 +173,7 @@ def test_a_sample_without_a_history_has_the_identity(solver):
     assert found.isfinite().all() and (found[[0, 3, 4]] != w[[0, 3, 4]]).any()
 
 
-def test_what_cannot_be_estimated_is_named():
+def test_an_impossible_estimate_is_refused():
     for solver in (Picard, Inertial):
         with pytest.raises(ValueError, match=f"{solver.__name__} keeps no history for it, Anderson and Broyden do"):
             solver().solve(lambda x: x, torch.zeros(2, 3), estimate=True)

@@ -58,7 +58,7 @@ def test_a_linear_map_is_solved_in_twice_its_dimension():
     torch.testing.assert_close(solution.value[0], fixed_point, rtol=1e-7, atol=1e-7)
 
 
-def test_an_update_without_a_denominator_is_skipped_in_its_sample_alone():
+def test_an_update_with_a_zero_denominator_is_skipped_only_in_its_sample():
     """With ∂g/∂x a quarter turn, sᵀy = 0 at every step: what is left is x ← T(x)."""
     turn = torch.tensor([[0.0, 0.2], [-0.2, 0.0]], dtype=torch.float64)
     shrink = torch.tensor([[-0.6, 0.1], [0.0, -0.3]], dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_the_best_momentum_takes_the_root_of_the_steps():
     assert int(inertial.iterations) < int(plain.iterations) / 5
 
 
-def test_the_momentum_is_dropped_where_it_is_too_much():
+def test_too_much_momentum_is_dropped():
     """Eigenvalues of −0.8 grow under a momentum of ½, one sample's alone."""
     rates = torch.tensor([[-0.8], [0.95]], dtype=torch.float64)
     x0 = torch.zeros(2, 5, dtype=torch.float64)

@@ -18,7 +18,7 @@ SOLVERS = (Anderson, Broyden, Inertial, Picard)
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_finds_the_fixed_point(solver, backend):
+def test_every_solver_finds_the_fixed_point(solver, backend):
     layer, fixed_point, *_ = linear_map(30, 0.7)
     with jfbfast.backend(backend):
         solution = solver(tol=1e-10, max_iter=200).solve(layer, torch.zeros(4, 30, dtype=torch.float64))
@@ -209,7 +209,7 @@ def test_a_contraction_whose_first_image_is_zero_converges():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_layer_that_reuses_its_output_buffer_converges_all_the_same(solver):
+def test_a_layer_that_reuses_its_output_buffer_converges_too(solver):
     layer, fixed_point, *_ = linear_map(30, 0.9)
     buffer = torch.empty(2, 30, dtype=torch.float64)
     x0 = torch.zeros(2, 30, dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_a_layer_that_reuses_its_output_buffer_converges_all_the_same(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_images_of_any_layout_and_the_exact_solution_at_the_start(solver):
+def test_images_of_any_layout_and_an_exact_start_are_solved(solver):
     x0 = torch.randn(2, 4, 5, 3).permute(0, 3, 1, 2)
     solution = solver().solve(lambda x: x.contiguous(memory_format=torch.channels_last), x0)
     torch.testing.assert_close(solution.value, x0)
@@ -319,7 +319,7 @@ def test_leaving_the_batch_changes_no_bit(solver, monkeypatch):
         assert torch.equal(a, c)
 
 
-def test_no_warning_from_the_solver_itself():
+def test_the_solver_itself_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Picard(max_iter=2).solve(lambda x: 2 * x + 1, torch.ones(1, 3))

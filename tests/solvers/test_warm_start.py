@@ -50,7 +50,7 @@ def test_half_precision_storage_still_saves_evaluations():
     assert (model.solution.iterations < cold).all()
 
 
-def test_what_diverged_or_is_not_finite_is_left_out():
+def test_samples_that_diverged_or_are_not_finite_are_not_stored():
     value = torch.ones(4, 3)
     value[1, 0] = torch.nan
     value[2, 1] = 1e6  # beyond float16
@@ -71,7 +71,7 @@ def test_what_diverged_or_is_not_finite_is_left_out():
     assert len(cache) == 1
 
 
-def test_memory_is_bounded_and_owned():
+def test_the_cache_is_bounded_and_owns_its_memory():
     cache = WarmStart(max_entries=2)
     value = torch.arange(3.0)[:, None].expand(3, 4).clone()
     cache.put([10, 11, 12], solution(value))
@@ -86,7 +86,7 @@ def test_memory_is_bounded_and_owned():
     assert cache.get([11], default[:1])[0, 0] == 6
 
 
-def test_training_resumes():
+def test_a_cache_is_saved_and_loaded_with_the_training():
     cache = WarmStart(max_entries=8)
     cache.put([1, 2], solution(torch.randn(2, 3)))
     default = torch.zeros(2, 3)
@@ -102,7 +102,7 @@ def test_training_resumes():
     assert len(smaller) == 1
 
 
-def test_empty_batches():
+def test_an_empty_batch_changes_nothing():
     cache = WarmStart()
     cache.put([], solution(torch.zeros(0, 3, 4, 4)))
     assert len(cache) == 0
@@ -133,5 +133,5 @@ def test_bad_input_is_named(call, message):
 def test_a_stored_sample_of_another_shape_is_named():
     cache = WarmStart()
     cache.put([4], solution(torch.zeros(1, 3, 8, 8)))
-    with pytest.raises(ValueError, match=r"default has samples of shape \(3, 9, 8\); that stored for index 4"):
+    with pytest.raises(ValueError, match=r"default has samples of shape \(3, 9, 8\); the one stored for index 4"):
         cache.get([4], torch.zeros(1, 3, 9, 8))

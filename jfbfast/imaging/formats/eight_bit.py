@@ -1,6 +1,6 @@
 """Formats of 8 bits, which Pillow decodes: JPEG, WebP and BMP; and the encoder of JPEG.
 
-Each is decoded by its own class of Pillow, since `Image.open` takes files of many other kinds too.
+Each is decoded by its own class of Pillow, because `Image.open` would accept many other formats too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit is below what some 
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
 
 _MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGBA"}  # what each mode of Pillow is decoded to
-_BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # where a header of version 5 has them, in bytes
+_BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # byte offsets in a header of version 5
 _BMP_HEADER = 14
 
 
@@ -38,7 +38,7 @@ def _from_pillow(image: Image.Image) -> Decoded:
 
 
 def decode_jpeg(content: bytes) -> Decoded:
-    """Decode a JPEG; if it holds several pictures, as phones make, the first is the photograph."""
+    """Decode a JPEG; of several pictures in one file, as phones write them, the first is taken."""
     decoded = _from_pillow(image := JpegImageFile(BytesIO(content)))
     return decoded if image.info.get("jfif_unit") else decoded._replace(dpi=None)  # Pillow makes up a resolution
 

@@ -1,4 +1,4 @@
-"""What an image file holds beside its pixels: the colour profile, EXIF, the resolution."""
+"""The metadata of an image file: colour profile, EXIF, resolution."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from jfbfast.imaging.formats.tags import EXIF, LONG, RATIONAL, SHORT, Directory, read_directory
 
-MOST_PIXELS = 250_000_000  # of an image; each takes 12 bytes or more, several times over
+MOST_PIXELS = 250_000_000  # in an image; each takes 12 bytes or more, several times over
 RESOLUTION = X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296  # tags
 _ORIENTATION, _WIDTH, _HEIGHT = 274, 40962, 40963  # tags
 _PER_INCH: dict[float, float] = {2: 1.0, 3: 2.54}  # scale of a resolution by its unit, an inch or a centimetre
-_LARGEST_DPI = 65_000  # that JPEG can hold
+_LARGEST_DPI = 65_000  # about the largest that JPEG can hold
 _HEADER = b"Exif\0\0"
 
 # Tags of TIFF that describe the layout of a file's pixels, or hold other metadata than EXIF; encoders set their own.
@@ -66,7 +66,7 @@ class Decoded(NamedTuple):
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse, before it is decoded, an image that would not fit into memory."""
+    """Raise ImageError for an image that is too large for memory, before it is decoded."""
     if width < 1 or height < 1 or width * height > MOST_PIXELS:
         raise ImageError(f"has {width} × {height} pixels; it takes up to {MOST_PIXELS // 10**6} million")
 

@@ -1,4 +1,4 @@
-"""PNG files of 8 and 16 bits; imagecodecs codes the pixels, colour space, EXIF and resolution are kept here."""
+"""PNG files of 8 and 16 bits; imagecodecs handles the pixels, and this module the colour space, EXIF and resolution."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jfbfast.imaging.formats.metadata import Decoded, ImageError, Metadata, chec
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PALETTE = 3  # a colour type
-_LONGEST_PROFILE = 1 << 20  # bytes; Pillow reads no longer one
+_LONGEST_PROFILE = 1 << 20  # bytes; Pillow reads no longer profile
 _INCHES_PER_METRE = 100 / 2.54
-_HEADER_END = 33  # where the chunks after the header go, in bytes
+_HEADER_END = 33  # byte offset of the first chunk after the header
 
 logging.getLogger("imagecodecs").addHandler(logging.NullHandler())  # else it writes of interlaced files to stderr
 

@@ -1,6 +1,6 @@
 """Directories of tags, which TIFF and EXIF consist of. Values stay the bytes that the file holds.
 
-Pillow's own directories would change types and replace letters that are not ASCII.
+Pillow's own directories would change the types, and replace letters that are not ASCII.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 EXIF, GPS, INTEROPERABILITY = 0x8769, 0x8825, 0xA005  # tags that hold a directory
 BYTE, SHORT, LONG, RATIONAL, UNDEFINED = 1, 3, 4, 5, 7  # types
 _SIZES = dict(zip(range(1, 14), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), strict=True))  # bytes of each type's value
-_FORMATS = {BYTE: "B", SHORT: "H", LONG: "L", RATIONAL: "2L"}  # of struct
+_FORMATS = {BYTE: "B", SHORT: "H", LONG: "L", RATIONAL: "2L"}  # the formats of these types in struct
 
 Order = Literal["<", ">"]
 
@@ -53,7 +53,7 @@ class Directory(dict[int, "Value | Directory"]):
         self[tag] = Value(kind, struct.pack(self.order + _FORMATS[kind], *numbers))
 
     def tobytes(self, start: int) -> bytes:
-        """Return the directory as a file holds it from byte ``start`` on."""
+        """Return the bytes of the directory in a file, if it starts at byte ``start``."""
         entries, beyond = b"", b""
         start += 2 + 12 * len(self) + 4
         for tag, value in sorted(self.items()):

@@ -1,6 +1,6 @@
 """TIFF files of one image: grey or RGB, 8 or 16 bits or float32, with or without alpha.
 
-tifffile reads and writes the samples. It returns them as stored, so the layouts that we do not interpret are refused.
+tifffile reads and writes the samples. It returns them as stored, so layouts that we do not interpret are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STRAIGHT_ALPHA = 2
 # The tags that say how samples are stored: tifffile leaves out one that is damaged, and takes its default.
 _STORAGE = frozenset((*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347))
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damage raises, and needs no log
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damaged files raise errors, which need no log
 
 
 def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
@@ -80,7 +80,7 @@ def decode(content: bytes) -> Decoded:
 def encode(array: np.ndarray, metadata: Metadata) -> bytes:
     """Encode (H, W, channels), uint8, uint16 or float32, as a TIFF.
 
-    tifffile does not write EXIF, so another directory, with these tags too, is appended and takes the place of its own.
+    tifffile does not write EXIF. So a second directory, with its tags and EXIF's, is appended and replaces the first.
     """
     exif, out, channels = read_exif(metadata.exif), BytesIO(), array.shape[2]
     tifffile.imwrite(

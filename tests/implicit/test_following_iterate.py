@@ -64,12 +64,6 @@ def test_output_residual_and_status_agree(solver, tol):
     assert (solution.status == Status.CONVERGED).all() and (residual <= tol * (1 + 1e-9)).all()
 
 
-def test_what_users_call_and_name_is_public():
-    assert all(hasattr(jfbfast, name) for name in jfbfast.__all__)
-    assert {"solve_fixed_point", "FixedPointSolver", "MeasurementRanges"} <= set(jfbfast.__all__)
-    assert all(hasattr(jfbfast.spectrum, name) for name in jfbfast.spectrum.__all__)
-
-
 class Step(nn.Module):
     """Converged at 0, but not at the iterate that follows; counts its applications in a batch norm."""
 
@@ -83,7 +77,7 @@ class Step(nn.Module):
         return self.gain * torch.where(x.abs() < 1e-3, 1 + 1e-3 + x * 0.5, 3.0) - 1 + d * 0
 
 
-def test_a_sample_that_the_following_iterate_leads_astray_stays_at_its_value():
+def test_a_sample_keeps_its_value_if_the_following_iterate_is_worse():
     model, d = Step().train(), torch.zeros(2, 2)
     out, solution = solve_fixed_point(model, torch.zeros(2, 2), inputs=(d,), solver=Picard(tol=0, atol=0.01))
     assert (solution.status == Status.CONVERGED).all() and solution.iterations.tolist() == [1, 1]
@@ -94,7 +88,7 @@ def test_a_sample_that_the_following_iterate_leads_astray_stays_at_its_value():
     torch.testing.assert_close(model.gain.grad, torch.tensor(4 * 1.001))
 
 
-def test_a_residual_that_grows_beyond_the_safeguard_is_given_up():
+def test_an_application_whose_residual_grows_beyond_the_safeguard_is_discarded():
     def T(x, d):
         return torch.where(x < 1, x + 0.5, 1e3 * x)
 
@@ -125,7 +119,7 @@ def test_low_precision_is_measured_by_the_application_that_carries_the_gradient(
 
 
 @pytest.mark.parametrize("max_iter", [6, 60])
-def test_what_low_precision_claims_in_error_goes_on_in_full(monkeypatch, max_iter):
+def test_a_wrong_result_of_low_precision_is_continued_in_full_precision(monkeypatch, max_iter):
     """The coarse layer contracts to another point, so that its word is good for nothing."""
     d = torch.rand(3, 4, dtype=torch.float64) + 1
     fine, coarse = Counted(lambda x, d: 0.5 * x + d), Counted(lambda x, d: 0.2 * x + d)
@@ -162,7 +156,7 @@ class Scaled(nn.Module):
         return self.gain * x * self.scale + d
 
 
-def test_going_back_leaves_the_buffers_of_an_earlier_graph_alone(monkeypatch):
+def test_restoring_buffers_does_not_break_the_graph_of_an_earlier_forward(monkeypatch):
     net, d = Scaled(), torch.rand(2, 4)
     first = jfbfast.fixed_point(net, torch.zeros_like(d), inputs=(d,))
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""A solve down a ladder of two layers, and samples that stall."""
+"""A solve in two phases, with a coarse layer first; and samples that stall."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def start():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_ladder_ends_where_the_layer_alone_does_in_fewer_of_its_evaluations(solver):
+def test_a_coarse_phase_gives_the_same_solution_in_fewer_evaluations_of_the_layer(solver):
     alone, fine, rough = Counted(layer), Counted(layer), Counted(coarse)
     plain = solver(1e-8, 200).solve(alone, start(), (RATES, OFFSETS))
     solution = solver(1e-8, 200).solve(fine, start(), (RATES, OFFSETS), coarse=rough)
@@ -49,7 +49,7 @@ def test_the_ladder_ends_where_the_layer_alone_does_in_fewer_of_its_evaluations(
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_tolerance_that_the_coarse_layer_meets_takes_one_evaluation_of_the_layer(solver):
+def test_one_fine_evaluation_is_enough_if_the_coarse_layer_meets_the_tolerance(solver):
     fine = Counted(layer)
     solution = solver(0.01).solve(fine, start(), (RATES, OFFSETS), coarse=coarse)
     assert (solution.status == Status.CONVERGED).all()
@@ -58,7 +58,7 @@ def test_a_tolerance_that_the_coarse_layer_meets_takes_one_evaluation_of_the_lay
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_each_sample_goes_down_the_ladder_as_if_alone(solver):
+def test_each_sample_takes_its_two_phases_independently_of_the_others(solver):
     solve = solver(1e-8, 200).solve
     together = solve(layer, start(), (RATES, OFFSETS), coarse=coarse)
     for i in range(4):
@@ -85,7 +85,7 @@ def test_both_layers_share_the_budget_exactly(solver, max_iter):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_coarse_layer_that_diverges_leaves_the_start_to_the_other(solver):
+def test_the_fine_phase_begins_at_the_start_if_the_coarse_one_diverges(solver):
     poison = torch.tensor([0, 1, 0, 0], dtype=torch.float64)[:, None]
 
     def broken(x, rate, offset, poison):
@@ -103,7 +103,7 @@ def test_a_coarse_layer_that_diverges_leaves_the_start_to_the_other(solver):
     assert solution.iterations[1] == plain.iterations[1] + 1
 
 
-def test_a_coarse_layer_that_grows_hands_over_its_best_iterate():
+def test_the_fine_phase_begins_at_the_best_iterate_if_the_coarse_residual_grows():
     seen = []
 
     def fine(x):
@@ -118,7 +118,7 @@ def test_a_coarse_layer_that_grows_hands_over_its_best_iterate():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_start_that_is_not_finite_stays_in_its_sample(solver):
+def test_a_start_that_is_not_finite_affects_only_its_sample(solver):
     x0 = start()
     x0[2, 1] = torch.nan
     solution = solver(1e-8, 200).solve(layer, x0, (RATES, OFFSETS), coarse=coarse)
@@ -128,7 +128,7 @@ def test_a_start_that_is_not_finite_stays_in_its_sample(solver):
         assert torch.equal(a[[0, 1, 3]], c[[0, 1, 3]])
 
 
-def test_an_empty_batch_goes_down_the_ladder():
+def test_an_empty_batch_takes_two_phases():
     empty = torch.zeros(0, 3)
     for solver in SOLVERS:
         solution = solver().solve(lambda x: x, empty, coarse=lambda x: x)

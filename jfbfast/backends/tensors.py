@@ -1,0 +1,21 @@
+"""Shapes and dtypes of a batch of samples, for every room."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for tensors of ``dtype``: float32 for half precision, otherwise ``dtype`` itself."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def flat(x: Tensor) -> Tensor:
+    """Samples (B, …) as rows (B, N), including scalar and empty samples."""
+    return x.reshape(len(x), x.shape[1:].numel())
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape (B,) to (B, 1, …, 1), which broadcasts against ``like`` (B, …)."""
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,147 @@
+"""Trained networks as files, and the models that ship with the package."""
+
+import os
+
+import pytest
+import torch
+
+from jfbfast import ConditionalDEGrad, DEGrad
+from jfbfast.models import pretrained
+from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint
+from jfbfast.models.config import FORMS, ModelConfig
+
+DENOISER = {
+    "kind": "DnCNN",
+    "features": 4,
+    "depth": 3,
+    "norm": None,
+    "spectral_norm": False,
+    "bias": True,
+    "residual": True,
+}
+SMALL = ModelConfig(denoiser=DENOISER)
+CONFIGS = {
+    "paper": ModelConfig("paper", {"kind": "DnCNN", "features": 4, "depth": 4}, step_size=0.3, padding_mode="zeros"),
+    "preconditioned": ModelConfig("preconditioned", DENOISER, averaging=0.8, solver={"kind": "Picard", "tol": 0.1}),
+    "filtered": ModelConfig(
+        "filtered",
+        {"kind": "UNet", "features": [4, 8], "blocks": [1, 2]},
+        kernel_size=7,
+        solver={"kind": "Anderson", "tol": 0.1, "memory": 3},
+    ),
+    "feed-forward": ModelConfig("feed-forward", DENOISER, weight=0.01),
+    "denoiser": ModelConfig("denoiser", DENOISER),
+}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_rebuilds_the_network(tmp_path, form, half):
+    config = CONFIGS[form]
+    model = config.model().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, model, config, half=half)
+    found, read = load_checkpoint(path)
+    assert read == read_config(path) == config
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    if isinstance(model, DEGrad):
+        assert (found.solver, found.averaging) == (model.solver, model.averaging)
+    for name, value in found.state_dict().items():
+        expected = model.state_dict()[name]
+        rounded = expected.half().float() if half and expected.dim() > 1 else expected
+        torch.testing.assert_close(value, rounded, rtol=0, atol=0)
+    assert not found.training
+
+
+def test_a_checkpoint_in_half_precision_is_half_as_large_or_refused(tmp_path):
+    config = ModelConfig(denoiser={**DENOISER, "features": 32, "depth": 6})
+    model = config.model()
+    sizes = []
+    for half in (False, True):
+        save_checkpoint(tmp_path / "model", model, config, half=half)
+        sizes.append((tmp_path / "model").stat().st_size)
+    assert sizes[1] < 0.55 * sizes[0]
+    model.regularizer.denoiser.layers[0].weight.data[0, 0, 0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"layers\.0\.weight with values that are not finite in torch.float16"):
+        save_checkpoint(tmp_path / "model", model, config, half=True)
+
+
+def test_a_foreign_or_broken_checkpoint_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, SMALL.model(), SMALL)
+    whole = path.read_bytes()
+    for broken in (whole[:-100], b"", whole[:-10] + b"0123456789", b"x" * 1000):
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole checkpoint"):
+            load_checkpoint(path)
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of jfbfast .*foreign"):
+        load_checkpoint(path)
+    save_file({"w": torch.zeros(2)}, path, {"format": "jfbfast.DEGrad/1", "config": "{}"})
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of jfbfast .*its format is jfbfast\.DEGrad/1"):
+        load_checkpoint(path)
+    path.write_bytes(whole.replace(b"averaging", b"averagine"))
+    with pytest.raises(CheckpointError, match="averagine"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_checkpoint(tmp_path / "none")
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of shipped models: two for one setting, and two of other kinds."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr(pretrained, "WEIGHTS", folder)
+    for name, config in (
+        ("a-paper", CONFIGS["paper"]),
+        ("b-filtered", SMALL),
+        ("c-denoiser", CONFIGS["denoiser"]),
+        ("d-seven", CONFIGS["filtered"]),
+    ):
+        save_checkpoint(folder / f"{name}.safetensors", config.model(), config)
+    return folder
+
+
+def test_shipped_models_load_by_name(shipped):
+    model = DEGrad.from_pretrained("b-filtered")
+    expected = load_checkpoint(shipped / "b-filtered.safetensors")[0].state_dict()
+    assert not model.training and model.state_dict().keys() == expected.keys()
+    with pytest.raises(
+        CheckpointError, match=r"nothing: .*\(no such file\); the shipped models are a-paper, b-filtered, c-denoiser"
+    ):
+        DEGrad.from_pretrained("nothing")
+    with pytest.raises(ValueError, match="a denoiser network; it takes a DE-GRAD"):
+        DEGrad.from_pretrained("c-denoiser")
+    with pytest.raises(ValueError, match="a filtered network; it takes a ConditionalDEGrad"):
+        ConditionalDEGrad.from_pretrained("b-filtered")
+    for file in (shipped / "d-seven.safetensors", str(shipped / "d-seven.safetensors")):
+        assert DEGrad.from_pretrained(file).state_dict().keys() == load_checkpoint(file)[0].state_dict().keys()
+    (shipped / "e-broken").write_text("broken")
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        DEGrad.from_pretrained(shipped / "e-broken")
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ((5, 1.0, 0.01, "reflect"), "b-filtered"),
+        ((5, 1.0, 0.01, "zeros"), "a-paper"),
+        ((5, 1.0, 0.01, "circular"), None),
+        ((7, 1.0, 0.01, "reflect"), "d-seven"),
+        ((5, 2.0, 0.01, "reflect"), None),
+        ((5, 1.0, 0.02, "reflect"), None),
+    ],
+)
+def test_a_shipped_model_is_chosen_by_blur_and_noise(shipped, setting, name):
+    assert pretrained.matching_name(*setting) == name
+
+
+def test_every_shipped_model_has_a_card_and_loads():
+    for name in pretrained.pretrained_names():
+        assert pretrained.pretrained_file(name).with_suffix(".md").read_text(encoding="utf-8").strip()
+        load_checkpoint(pretrained.pretrained_file(name))
