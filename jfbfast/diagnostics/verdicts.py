@@ -33,7 +33,8 @@ def _row(
 ) -> Row:
     """Grade the largest of the values (B,), or the lowest.
 
-    The verdict is that of the first limit which the worst value stays below (above, for the lowest), or ``otherwise``.
+    The limits are tried in turn. The verdict is that of the first one that the worst value stays below (above, with
+    ``lowest``); if there is none, it is ``otherwise``.
     """
     numbers = values[~values.isnan()].double()
     if not numbers.numel():
@@ -104,7 +105,7 @@ def _evaluations(m: Measurements) -> Row:
     if diverged or (late and m.tol > 0):
         told = f"poor: {diverged} diverged, {late} stopped above tol = {m.tol:g}; a larger --max-iter, or {CONTRACT}"
     elif late:
-        told = "good: all that tol = 0 asks for"
+        told = "good: tol = 0 takes all evaluations"
     return _row("evaluations", m.solution.iterations, told, form="{:.0f}")
 
 

@@ -57,7 +57,7 @@ EXTENSIONS: dict[str, Literal["edge", "reflect", "wrap"]] = {  # mode of numpy.p
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Return where evenly spread tiles start and end that cover ``length`` and overlap by at least ``overlap``.
+    """Return the start and the end of evenly spread tiles, which cover ``length`` and overlap by at least ``overlap``.
 
     They start at multiples of `ALIGNMENT`, so that a U-Net halves the resolution at the same pixels as in the whole
     image. The last tile can therefore be longer than ``tile``, by less than `ALIGNMENT`.
@@ -233,15 +233,17 @@ def choose_restorer(
 ) -> Prepare:
     """Choose what restores photographs with these measurements: a network, or Tikhonov regularisation.
 
-    For zeros beyond the edges, A has them. Otherwise the photograph is extended beyond its edges, and restored as a
-    piece of a larger scene.
+    With the padding mode "zeros", A itself has zeros beyond the edges. With any other, the photograph is extended
+    beyond its edges, and restored as a piece of a larger scene.
 
     Args:
         checkpoint: a shipped network's name or a network's file, or "tikhonov". None for the shipped network that was
             trained for these measurements, or Tikhonov if there is none.
-        given: kernel_size, sigma and noise; None for the checkpoint's, or without one for those of `ModelConfig`. And
-            padding_mode: what lies beyond the photograph's edges, "replicate" if that is not known.
-        say: called with the choice that None made, and with a network's measurements if it was trained for others.
+        given: kernel_size, sigma and noise, where None takes the checkpoint's value, or without a checkpoint the
+            default of `ModelConfig`; and padding_mode, what lies beyond the photograph's edges ("replicate" if that is
+            not known).
+        say: called with the method that was chosen, if ``checkpoint`` is None, and with a note if a network was trained
+            for other measurements.
         warn: called for a photograph that contradicts the blur and the noise. Tikhonov restores it, at the noise that
             it shows.
 
@@ -294,7 +296,7 @@ def choose_restorer(
             model.adapt_to(given["sigma"], given["noise"], config, checkpoint)  # raises if one is missing
         elif given["noise"] not in (None, config.noise) and not picked:
             raise ValueError(
-                f"noise is {given['noise']}; with a checkpoint, which was trained for its own, it is of no use"
+                f"noise is {given['noise']}; {checkpoint} was trained for {config.noise:g} alone, so leave it out"
             )
         setting = measurement_setting({**given, "padding_mode": edges}, [config])
         set_network(checkpoint, model, config, setting, say)
@@ -315,7 +317,8 @@ def choose_restorer(
         if contradicted:
             warn(
                 f"{name} is sharper or noisier than a blur of σ = {setting.sigma:g} and noise of {setting.noise:g} "
-                f"could leave it. It is restored mildly, by Tikhonov regularisation for noise of {noise:.2g}."
+                f"could leave it. It is restored by Tikhonov regularisation for noise of {noise:.2g}, and can become "
+                "softer than it was: check the blur and the noise level."
             )
         damping = spectrum.damping(noise)
         return Prepared(measured, margin, tikhonov_restorer(blur, measured, damping), f"Tikhonov, λ = {damping:.2g}")

@@ -1,6 +1,6 @@
 """Trained networks as files: safetensors, with the settings that rebuild the network in the file's header.
 
-The format knows `ModelConfig` alone. Which classes a file can name is for jfbfast.models.registry.
+The settings are those of `ModelConfig`; jfbfast/models/registry.py lists the classes that they can name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        told = f"{error.name}, which trained networks are kept with, is not installed: pip install 'jfbfast[train]'"
+        told = f"{error.name}, which reads and writes trained networks, is not installed: pip install 'jfbfast[train]'"
         raise ModuleNotFoundError(told, name=error.name) from error
     return safetensors
 
@@ -116,7 +116,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str], ModelConfig
     safetensors = _safetensors()
     try:
         if not os.path.isfile(path):  # reading a pipe would wait
-            raise ValueError("it is no file" if os.path.exists(path) else "no such file")
+            raise CheckpointError(f"{path}: {'it is no file' if os.path.exists(path) else 'there is no such file'}")
         with safetensors.safe_open(path, "pt") as file:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "")
