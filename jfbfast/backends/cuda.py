@@ -16,7 +16,7 @@ from torch import Tensor
 MAX_MEMORY = 16  # `dispatch.kernels` leaves a longer memory to the host
 
 _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
-_STOPPED = -2  # rests like a sample that is done; `finish` ends it like a running one
+_STOPPED = -2  # takes no further step; `finish` treats it as running, and so it ends as MAX_ITER
 
 # What each sample's state starts from; csrc/cuda/anderson.h explains the fields of the same names.
 _INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}

@@ -28,10 +28,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower.
 ONEDNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 BACKENDS = ("auto", "reference", "native", "triton")
-# Winograd's convolution is faster than torch's from so many channels on, and, where it has to transform the
-# weight first, up to so many channels for each tile of 4 × 4 pixels.
+# Winograd's convolution is faster than torch's if it has enough channels and, if the weight must be transformed first,
+# enough tiles of 4 × 4 pixels.
 _LEAST_CHANNELS = 16
-_CHANNELS_PER_TILE = 12
+_CHANNELS_PER_TILE = 12  # at most
 
 
 def _checked(name: str, source: str) -> str:

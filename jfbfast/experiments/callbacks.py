@@ -99,7 +99,7 @@ class Checkpoints(Callback):
 
     Args:
         path: of the checkpoint's file.
-        saved: called with each step that the file then holds.
+        saved: called after each save, with the number of the saved step.
 
     Attributes:
         started: whether the training has started.

@@ -72,7 +72,7 @@ def denoiser_of(model: nn.Module) -> nn.Module:
 
 
 def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of the same network, of one without injection, or of one for one setting; else RuntimeError."""
+    """Copy the weights of a source that may lack the model's injection, or its conditions; else RuntimeError."""
     weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
     if isinstance(inner, UNet) and isinstance(given, UNet):
         head = next(name for name in weights if name.endswith("head.weight"))

@@ -21,7 +21,7 @@ from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.operators.blur import GaussianBlur
 from jfbfast.solvers import Status
 
-BALANCE = 5e-4  # mean squared error at σ = 1 and noise 0.01, for which `ConditionalDeblurTask` keeps the loss's scale
+BALANCE = 5e-4  # mean squared error at σ = 1 and noise 0.01, at which `ConditionalDeblurTask`'s loss equals the error
 ERROR_FLOOR = 1e-5  # 56 dB: without it, batches with almost no noise would outweigh all others
 
 
@@ -84,9 +84,7 @@ class Task(L.LightningModule):
             self.log(name, value, prog_bar=shown, logger=False, batch_size=batch_size, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        del checkpoint[
-            "loops"
-        ]  # a resumed run starts a new epoch at its step, and not Lightning's place in the old one
+        del checkpoint["loops"]  # so that a resumed run starts a new epoch, and does not continue the old one
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
@@ -150,7 +148,7 @@ class DeblurTask(Task):
     Args:
         model: maps measurements d = A x + ν ε (B, C, H, W) to images x in [−1, 1].
         blur, noise: A and ν.
-        optimization, seed: of the training; the seed decides what the samples do not.
+        optimization, seed: of the training; the seed is for random numbers that the samples do not hold.
         in_training: attributes that a `DEGrad` has in training only, such as ``solver`` or ``solve_dtype``.
         contraction: the penalty that trains a `DEGrad` to contract, or None.
     """
@@ -210,9 +208,9 @@ class DeblurTask(Task):
 class ConditionalDeblurTask(DeblurTask):
     """Train one network for a range of blurs and noise levels; each part of a batch gets a random pair of them.
 
-    All processes use the same pairs. The loss of a part is its mean squared error, divided by its own value held
-    constant: its gradient is the one of the error's logarithm, so that every pair counts in dB although the errors
-    differ 30-fold. Validation uses a fixed grid of pairs. The metrics of a step are those of its last part.
+    All processes use the same pairs. The loss of a part is its mean squared error e, divided by the value of e, which
+    is held constant. Its gradient is that of log e, so that every pair counts equally in dB, although the errors differ
+    30-fold. Validation uses a fixed grid of pairs. The metrics of a step are those of its last part.
 
     Args:
         model: the network.

@@ -129,8 +129,8 @@ class DEGrad(nn.Module):
     def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
         """Load a model that ships with the package, or that `jfbfast train` wrote, in eval().
 
-        The shipped models (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size. They
-        were blurred with zeros, which is mid-grey, beyond the edge. The model cards in ``weights/`` have the details.
+        The shipped models (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
+        were blurred with zeros (mid-grey) beyond the edge. The model cards in ``weights/`` have the details.
 
         Args:
             name: of a shipped model, or a file.
@@ -219,8 +219,8 @@ class DEGrad(nn.Module):
 
         It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
         one that is best for the worst of them. A sample that diverged counts with the spectrum at its best iterate.
-        It becomes NaN, and the layer T, where no sample has an eigenvalue that an α contracts at a finite iterate,
-        and stays what it is for an empty batch, of which nothing is computed.
+        If no sample has a finite iterate with an eigenvalue that some α contracts, α becomes NaN, and the layer is T.
+        For an empty batch nothing is computed, and α stays as it is.
 
         Args:
             d, x0: as in `forward`.
@@ -303,9 +303,9 @@ class DEGrad(nn.Module):
             raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
 
     def _check_dtype(self, x0: Tensor) -> None:
-        """Raise ValueError if a network of this package takes another dtype than x0's, which torch says less clearly.
+        """Raise ValueError if a network of this package takes another dtype than x0's.
 
-        Autocast and a hook on the network may cast.
+        torch's own message is less clear. Autocast, or a hook on the network, may cast; then nothing is checked.
         """
         network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
         if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:

@@ -86,7 +86,7 @@ class FixedPointSolver(ABC):
                 inputs, because a layer that captured its data could not follow.
             coarse: a cheaper version of ``layer``, such as the same map in lower precision.
             verify: False accepts the samples that converged with ``coarse``, without an evaluation of ``layer``.
-                (Without ``inputs`` they are evaluated all the same if any sample needs it.)
+                (Without ``inputs`` the batch stays whole: if one sample needs ``layer``, all are evaluated with it.)
             estimate: give the solution an ``inverse``, the estimate of (I − ∂T/∂x)⁻¹ from the history of the
                 evaluations of ``layer`` (Ramzi et al., 2022, "SHINE").
 
@@ -121,8 +121,8 @@ class FixedPointSolver(ABC):
             found = self._run(Phase(layer, x0, inputs, budget, most, most, estimate=estimate, floor=floor))
             return _shaped(found, x0)._replace(coarse_iterations=torch.zeros_like(budget))
 
-        rung = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
-        found = _shaped(self._run(rung), x0)
+        first = Phase(coarse, x0, inputs, budget - 1, most - 1, most - 1, stop_when_stalled=True, name="coarse")
+        found = _shaped(self._run(first), x0)
         found = found._replace(coarse_iterations=found.iterations)
         accepted = found.status == Status.CONVERGED
         if verify or estimate or not (inputs or accepted.all()):

@@ -91,9 +91,9 @@ class WarmStart:
 
     @torch.no_grad()
     def put(self, indices: Tensor | Sequence[int], solution: FixedPointSolution) -> None:
-        """Store the fixed points of a solve, except for samples that diverged: they keep what was stored before.
+        """Store the fixed points of a solve.
 
-        So do samples with a value that is not finite in the stored dtype.
+        A sample that diverged, or has a value that is not finite in the stored dtype, keeps what was stored before.
 
         Raises:
             ValueError: indices that are not one integer for each sample.

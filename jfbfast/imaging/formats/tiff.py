@@ -75,7 +75,8 @@ def decode(content: bytes) -> Decoded:
 def encode(array: np.ndarray, metadata: Metadata) -> bytes:
     """Encode (H, W, channels), uint8, uint16 or float32, as a TIFF.
 
-    tifffile does not write EXIF, so another directory, with these tags too, is appended and takes the place of its own.
+    tifffile does not write EXIF. So a second directory, with tifffile's tags and those of EXIF, is appended, and the
+    header is made to point to it.
     """
     exif, out, channels = read_exif(metadata.exif), BytesIO(), array.shape[2]
     tifffile.imwrite(
