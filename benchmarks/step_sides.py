@@ -36,8 +36,8 @@ class Side:
     """One way to take a training step."""
 
     forward: Callable[[int], Tensor]  # restores with so many evaluations, and one more with its gradient
-    parameters: list[nn.Parameter]  # get a gradient
-    least: int = 1  # evaluations
+    parameters: list[nn.Parameter]  # those that get a gradient
+    least: int = 1  # the least number of evaluations that this side can take
     batch_statistics: bool = False  # whether its layer normalises by the current batch
     context: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for a whole step
 

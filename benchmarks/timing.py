@@ -60,7 +60,7 @@ class Timing:
 
 
 def compare(clock: str, samples: list[float], reference: list[float]) -> Timing:
-    """Summarise a side's samples; without one reference sample per round, ratios use the reference's median."""
+    """Summarise a side's samples; if it was not sampled in every round, its ratios are to the reference's median."""
     if len(samples) != len(reference):
         reference = [spread(reference).median] * len(samples)
     ratios = [side / other for side, other in zip(samples, reference, strict=True)]

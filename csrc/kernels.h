@@ -48,7 +48,7 @@ struct Gradient {
     const void* d;  // null for zero
     const void* r;  // null for zero
     void* out;
-    bool step;  // x - step_size * g, or g itself
+    bool step;  // whether out is x - step_size * g; otherwise it is g
     double step_size;
     Bands bands, adjoint;
 };

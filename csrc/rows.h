@@ -52,7 +52,8 @@ struct RowLayout {
     std::int64_t margin, whole, stride;
 };
 
-// A horizontal band table, split into whole vectors of columns that all have the same taps, and the others (edges).
+// A horizontal band table in two parts: a range of whole vectors, whose columns all have the same taps, and the other
+// columns (the edges).
 template <class T>
 class RowTable {
 public:

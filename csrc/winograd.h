@@ -12,8 +12,8 @@ typedef Vec<float> Floats;
 constexpr int kFloats = kLanes<float>;
 constexpr int kTile = 4, kSpan = 6, kPlaces = kSpan * kSpan;
 
-// Not inlined: copies in the loops for one and for several threads could fuse different products with additions, and
-// the result would depend on the number of threads.
+// Not inlined. Otherwise the loops for one and for several threads have copies of their own, in which the compiler may
+// fuse other products and additions, so that the result depends on the number of threads.
 #if defined(__GNUC__)
 #define JFBFAST_ONCE __attribute__((noinline))
 #else

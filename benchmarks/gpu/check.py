@@ -112,7 +112,7 @@ def networks() -> Iterator[tuple[str, partial[Problem], int]]:
 
 def agreement() -> None:
     """Layers, solvers and gradients must give on the device what they give on the CPU."""
-    why = "" if CPU else cuda.why_not(DEVICE.index or 0)
+    why = "" if CPU else cuda.unavailable_because(DEVICE.index or 0)
     say("agreement", name="Anderson's CUDA module", ok=not why, why=why)
     weights = untrained(8, 3) if CPU else untrained(16, 5)
 

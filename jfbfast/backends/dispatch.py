@@ -31,7 +31,7 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # Winograd's convolution is faster than torch's if there are at least this many channels. If the weight has to be
 # transformed first, there must also be at most this many channels for each tile of 4 × 4 pixels.
 _LEAST_CHANNELS = 16
-_CHANNELS_PER_TILE = 12
+_CHANNELS_PER_TILE = 12  # at most
 
 
 def _checked(name: str, source: str) -> str:

@@ -86,7 +86,7 @@ def convergence_history(
 
     Args:
         model: a DE-GRAD, or the layer T(x, *inputs) of any implicit network, as in `fixed_point`.
-        d: for a DE-GRAD, the measurements, (B, C, H, W). For a layer with inputs, a positional x0.
+        d: for a DE-GRAD, the measurements, (B, C, H, W). For a layer with inputs, the start, in place of x0.
         x: the true images in [−1, 1], with the shape of the fixed points.
         iterations: number of evaluations of T.
         x0: the start, (B, …); by default a DE-GRAD's own start.
@@ -114,7 +114,7 @@ def convergence_history(
 def history_of(posed: Problem, x: Tensor | None, iterations: int) -> History:
     """`convergence_history` of a `Problem`."""
     if x is not None and not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; it takes a tensor, the truth; inputs are named: inputs=(…)")
+        raise TypeError(f"x is a {type(x).__name__}; it takes the true images; pass a layer's inputs as inputs=(…)")
     residuals: list[Tensor] = []
     qualities: list[Tensor] = []
 

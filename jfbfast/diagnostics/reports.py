@@ -1,4 +1,4 @@
-"""`report`: measure a model, print a verdict on each figure, and draw a picture."""
+"""`report`: measure a model; the result has a verdict on each figure, and draws a picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Report(Measurements):
-    """What `report` measured, as a table or a picture; its attributes are those of `Measurements`.
+    """What `report` measured, as text (by print), a table or a picture; its attributes are those of `Measurements`.
 
     Example:
         >>> import torch, jfbfast
@@ -37,6 +37,15 @@ class Report(Measurements):
         (tensor([0.5000], dtype=torch.float64), [0])
         >>> measured.plot("report.png")
     """
+
+    def __repr__(self) -> str:
+        """The table as text, instead of all tensors."""
+        lines = [("", "median", "worst", "verdict on the worst"), *rows(self)]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {median:>{widths[1]}}  {worst:>{widths[2]}}  {verdict}"
+            for name, median, worst, verdict in lines
+        )
 
     def table(self) -> Table:
         """A table of rich: the median and the worst sample of each figure, and a verdict on the worst."""

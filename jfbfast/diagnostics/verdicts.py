@@ -105,7 +105,7 @@ def _evaluations(m: Measurements) -> Row:
     if diverged or (late and m.tol > 0):
         told = f"poor: {diverged} diverged, {late} stopped above tol = {m.tol:g}; a larger --max-iter, or {CONTRACT}"
     elif late:
-        told = "good: all that tol = 0 asks for"
+        told = "good: tol = 0 takes all evaluations"
     return _row("evaluations", m.solution.iterations, told, form="{:.0f}")
 
 

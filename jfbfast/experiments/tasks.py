@@ -21,7 +21,7 @@ from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.operators.blur import GaussianBlur
 from jfbfast.solvers import Status
 
-BALANCE = 5e-4  # mean squared error at σ = 1 and noise 0.01, for which `ConditionalDeblurTask` keeps the loss's scale
+BALANCE = 5e-4  # mean squared error at σ = 1 and noise 0.01, at which `ConditionalDeblurTask`'s loss equals the error
 ERROR_FLOOR = 1e-5  # 56 dB: without it, batches with almost no noise would outweigh all others
 
 
@@ -207,9 +207,9 @@ class DeblurTask(Task):
 class ConditionalDeblurTask(DeblurTask):
     """Train one network for a range of blurs and noise levels; each part of a batch gets a random pair of them.
 
-    All processes use the same pairs. The loss of a part is its mean squared error, divided by its own value held
-    constant: its gradient is the one of the error's logarithm, so that every pair counts in dB although the errors
-    differ 30-fold. Validation uses a fixed grid of pairs. The metrics of a step are those of its last part.
+    All processes use the same pairs. The loss of a part is its mean squared error e, divided by the value of e, which
+    is held constant. Its gradient is that of log e, so that every pair counts equally in dB, although the errors differ
+    30-fold. Validation uses a fixed grid of pairs. The metrics of a step are those of its last part.
 
     Args:
         model: the network.

@@ -19,7 +19,8 @@ def choose_targets(images: Sequence[Path], out: Path | None, overwrite: bool = F
 
     Args:
         images: the photographs.
-        out: a file for one image, or a directory for NAME-restored.png, or .tiff for a TIFF; None for the current one.
+        out: a file for one image, or the directory for files called NAME-restored.png (a TIFF keeps its suffix); None
+            for the current directory.
         overwrite: replace existing files.
 
     Raises:

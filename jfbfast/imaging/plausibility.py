@@ -12,8 +12,8 @@ from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.inverse import power_spectrum
 
 BLOCK = 128  # pixels
-CONTRADICTION = 1.4  # times the noise that is given and that a file adds
-LEAST_NOISE = 1e-4  # looked for where none is given
+CONTRADICTION = 1.4  # times the noise, the file's included; a photograph that shows more contradicts its noise level
+LEAST_NOISE = 1e-4  # stands for a given noise level of 0
 FILE_ERROR = 0.005  # on [−1, 1]: about what JPEG of quality 90 adds; rounding to 8 bits adds 0.0023
 
 
@@ -62,9 +62,9 @@ class PowerSpectrum:
         self.scene = (self.power * squared / self.gain)[low].mean() / squared
 
     def noise(self, given: float) -> float:
-        """Measure the noise level ν at the frequencies at which less than the given noise is left of the scene.
+        """Measure the noise level ν at the frequencies where the blur leaves the scene less power than the given noise.
 
-        0 if there is no such frequency: a mild blur leaves something everywhere.
+        0 if there is no such frequency, as after a mild blur.
         """
         quiet = self.gain * self.scene < given**2
         return float(self.power[quiet].mean().sqrt()) if quiet.any() else 0.0

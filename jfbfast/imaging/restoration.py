@@ -57,7 +57,7 @@ EXTENSIONS: dict[str, Literal["edge", "reflect", "wrap"]] = {  # mode of numpy.p
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Return where evenly spread tiles start and end that cover ``length`` and overlap by at least ``overlap``.
+    """Return the start and the end of evenly spread tiles, which cover ``length`` and overlap by at least ``overlap``.
 
     They start at multiples of `ALIGNMENT`, so that a U-Net halves the resolution at the same pixels as in the whole
     image. The last tile can therefore be longer than ``tile``, by less than `ALIGNMENT`.
@@ -315,7 +315,8 @@ def choose_restorer(
         if contradicted:
             warn(
                 f"{name} is sharper or noisier than a blur of σ = {setting.sigma:g} and noise of {setting.noise:g} "
-                f"could leave it. It is restored mildly, by Tikhonov regularisation for noise of {noise:.2g}."
+                f"could leave it. It is restored by Tikhonov regularisation for noise of {noise:.2g}, and can become "
+                "softer than it was: check the blur and the noise level."
             )
         damping = spectrum.damping(noise)
         return Prepared(measured, margin, tikhonov_restorer(blur, measured, damping), f"Tikhonov, λ = {damping:.2g}")

@@ -82,7 +82,7 @@ class ForwardSolve(NamedTuple):
         )
 
     def _prepared(self, dtype: torch.dtype | None, inputs: tuple[Tensor, ...]) -> tuple[Layer, tuple[Tensor, ...]]:
-        """The prepared layer, and the inputs to pass to it: none if it captures them because the batch stays whole."""
+        """The prepared layer and the inputs to pass to it; if the batch stays whole, the layer holds them instead."""
         layer = prepared(self.implicit.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
         inputs = tuple([i.detach() for i in inputs])
         return ((lambda x: layer(x, *inputs)), ()) if self.implicit.whole_batch else (layer, inputs)
@@ -92,7 +92,7 @@ class ForwardSolve(NamedTuple):
         module = self.implicit.module
         with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module):
             yield
-        torch.clear_autocast_cache()  # up to torch 2.12 it would pass casts without a gradient to the next application
+        torch.clear_autocast_cache()  # else torch up to 2.12 reuses the solve's casts, which have no gradient
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

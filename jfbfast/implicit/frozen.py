@@ -68,7 +68,7 @@ class NormalisedConv2d(nn.Conv2d):
 
 
 def owner(layer: Callable[..., Tensor]) -> nn.Module | None:
-    """The module that a layer is, or is a method of; None for any other callable."""
+    """The layer itself if it is a module, or the module whose method it is; None for any other callable."""
     found = getattr(layer, "__self__", layer)
     return found if isinstance(found, nn.Module) else None
 
@@ -209,7 +209,7 @@ def has_running_statistics(module: nn.Module) -> bool:
 
 
 class TrainingState:
-    """What a training forward changes in a module: running statistics and power iterations, as they are now.
+    """A snapshot of what a forward in train() changes in a module: running statistics and power iterations.
 
     Backward may evaluate parts of the layer again (`torch.utils.checkpoint`) after a later forward changed them.
 
@@ -240,7 +240,7 @@ class TrainingState:
     def updated(self) -> Iterator[None]:
         """Like `used`, for one evaluation of the layer that updates the running statistics.
 
-        The update is each norm's own forward in train(), of whatever class, on a copy of the norm.
+        Each norm, of whatever class, is updated by its own forward in train(), on a copy of the norm.
         """
         copies = {norm: _with_own_buffers(norm) for norm in self.norms}
         updating = False

@@ -116,7 +116,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str], ModelConfig
     safetensors = _safetensors()
     try:
         if not os.path.isfile(path):  # reading a pipe would wait
-            raise ValueError("it is no file" if os.path.exists(path) else "no such file")
+            raise CheckpointError(f"{path}: {'it is no file' if os.path.exists(path) else 'there is no such file'}")
         with safetensors.safe_open(path, "pt") as file:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "")

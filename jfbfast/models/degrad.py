@@ -129,8 +129,8 @@ class DEGrad(nn.Module):
     def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
         """Load a model that ships with the package, or that `jfbfast train` wrote, in eval().
 
-        The shipped models (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size. They
-        were blurred with zeros, which is mid-grey, beyond the edge. The model cards in ``weights/`` have the details.
+        The shipped models (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
+        were blurred with zeros (mid-grey) beyond the edge. The model cards in ``weights/`` have the details.
 
         Args:
             name: of a shipped model, or a file.

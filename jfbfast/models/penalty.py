@@ -38,9 +38,9 @@ def jacobian_penalty(
         layer: a `DEGrad`, or a layer T(x, *inputs) as for `fixed_point`. It is evaluated in eval(), as in
             the gradient of a solve.
         inputs: of the layer, (B, …); for a `DEGrad` the measurements d.
-        x: the point, (B, …). None takes the fixed point of a `DEGrad`'s last forward, which must have been
-            on these inputs, without the samples that diverged. Samples with a value in x or an input that is not
-            finite are left out too.
+        x: the point, (B, …). None takes the fixed points of a `DEGrad`'s last forward, which must have been
+            on these inputs, and leaves out the samples that diverged in it. Samples with a value that is not finite,
+            in x or in an input, are left out too.
         bound: ‖vᵀ ∂T/∂x‖ up to which the penalty is zero, at least 0.
         iterations: of the power method, at least 0.
 

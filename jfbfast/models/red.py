@@ -34,6 +34,7 @@ class RED(nn.Module):
 
     Raises:
         ValueError: λ or δ not positive and finite; another string; an ``injection`` other than the denoiser's own.
+        TypeError: a denoiser that cannot be called, or a class.
 
     Example:
         >>> import torch, jfbfast
@@ -53,6 +54,8 @@ class RED(nn.Module):
         injection: bool | None = None,
     ) -> None:
         super().__init__()
+        if not callable(denoiser) or isinstance(denoiser, type):
+            raise TypeError(f"denoiser is {denoiser!r}; it takes a module")
         own = getattr(denoiser, "injection", injection)
         if injection not in (None, own):
             raise ValueError(f"injection is {injection}; it takes that of the {type(denoiser).__name__}, {own}")

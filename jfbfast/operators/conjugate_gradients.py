@@ -33,7 +33,7 @@ def conjugate_gradients(
         tol: a system stops where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖.
         max_iter: the largest number of applications of ``normal``.
         dims: the dimensions of one system; the others count the systems.
-        goal: what systems did not do, for the warning: "images did not reach …".
+        goal: what the warning says of the systems that failed, after their number: "images did not reach …".
         precondition: r ↦ M⁻¹ r, M symmetric positive definite.
 
     Returns:

@@ -30,8 +30,10 @@ def linear_operator(name: str, given: Any) -> Any:
     """``given`` itself if it is an operator; a linear physics of deepinv is wrapped in a `PhysicsOperator`.
 
     Raises:
-        TypeError: ``given`` cannot be called, or has no adjoint.
+        TypeError: ``given`` is a class, cannot be called, or has no adjoint.
     """
+    if isinstance(given, type):
+        raise TypeError(f"{name} is the class {given.__name__}; it takes an instance")
     if not hasattr(given, "adjoint") and hasattr(given, "A_adjoint"):
         return PhysicsOperator(given)
     for told, found in (("cannot be called", given), ("has no adjoint", getattr(given, "adjoint", None))):
@@ -43,7 +45,7 @@ def linear_operator(name: str, given: Any) -> Any:
 def may_hold_sample_data(module: nn.Module | None) -> bool:
     """Whether a module contains a linear operator that may hold something of each sample, such as a mask or a kernel.
 
-    Only a `SeparableBlur` is known to hold nothing. A layer with any other operator is evaluated on whole batches.
+    Only a `SeparableBlur` is known to hold none. A layer with any other operator is evaluated on whole batches.
     """
     found: list[Any] = [module]
     seen: set[int] = set()

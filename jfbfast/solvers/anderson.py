@@ -1,4 +1,4 @@
-"""Anderson acceleration: by the shared loop on any device, and with all decisions on the GPU on CUDA."""
+"""Anderson acceleration, by the loop that all methods share, or on CUDA by kernels that take every decision there."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class FixedPointSolver(ABC):
                 inputs, because a layer that captured its data could not follow.
             coarse: a cheaper version of ``layer``, such as the same map in lower precision.
             verify: False accepts the samples that converged with ``coarse``, without an evaluation of ``layer``.
-                (Without ``inputs`` they are evaluated all the same if any sample needs it.)
+                (Without ``inputs`` the batch stays whole: if one sample needs ``layer``, all are evaluated with it.)
             estimate: give the solution an ``inverse``, the estimate of (I − ∂T/∂x)⁻¹ from the history of the
                 evaluations of ``layer`` (Ramzi et al., 2022, "SHINE").
 

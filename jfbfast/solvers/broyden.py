@@ -15,7 +15,7 @@ from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
 from jfbfast.solvers.loop import Iteration
 
-_MAX_MEMORY = 30  # what the kernels' 64 pointers hold: two vectors a pair, two more, and the newest image
+_MAX_MEMORY = 30  # the kernels take 64 pointers: two vectors for each of memory + 1 slots, and the newest image
 
 
 @dataclass(frozen=True)

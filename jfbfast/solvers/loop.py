@@ -82,9 +82,10 @@ class Phase:
         layer: T; errors call it ``name``.
         start: the first iterate, (B, …).
         inputs: tensors (B, …) for the layer.
-        budget: the most evaluations of each sample, at least 1, (B,); from ``shortest`` to ``longest``.
+        budget: the most evaluations of each sample, at least 1, (B,).
+        shortest, longest: the least and the largest budget.
         stop_when_stalled: whether a sample stops when it has stalled (`Stall`).
-        floor: a stalled sample stops in any case if its relative residual is at most this.
+        floor: a relative residual; a sample that stalls at or below it stops even without ``stop_when_stalled``.
         estimate: whether to return an `InverseEstimate`.
     """
 
@@ -175,7 +176,8 @@ class _Samples:
     def step(self, following: Tensor, before: Tensor, improved: Tensor) -> Tensor:
         """Move to the next iterates and return them; ``before`` is the mask of active samples before this evaluation.
 
-        A sample that has just finished stays at the iterate after its value, or at its value if that is older.
+        A sample that has just finished stays at the iterate after its value. If its value is not the newest iterate, it
+        stays at its value.
         """
         ended = before & ~self.active
         self.following = _where(ended & ~improved, self.value, self.following)

@@ -29,16 +29,18 @@ class FixedPointSolution(NamedTuple):
     """What a solve found for each sample, in the order of the batch.
 
     Attributes:
-        value: the iterate x, (B, …). For a sample that did not converge it is the one with the lowest ‖T(x) − x‖
-            (after `fixed_point` or a `DEGrad`'s forward the one after that), or NaN if none was finite.
+        value: the iterate x, (B, …). For a sample that did not converge it is the one with the lowest ‖T(x) − x‖, or
+            NaN if none was finite. `solve_fixed_point` and `DEGrad` then move on to the iterate after it, where they
+            apply the layer, unless the residual has grown there.
         residual: ‖T(x) − x‖ / ‖T(x)‖ at ``value``, (B,), measured in float32 or wider. Under autocast without a
             ``solve_dtype``, residual and status are those of the T that autocast computes.
         iterations: evaluations of T, (B,), including those in low precision.
         status: a `Status` as an int64 tensor, (B,).
         coarse_iterations: the evaluations in low precision, (B,).
         inverse: the estimate of (I − ∂T/∂x)⁻¹ from the solve's history, if it was asked for.
-        following: the iterate one step after ``value``, which has not been evaluated, (B, …). It is ``value`` itself
-            for a sample that diverged or whose last residual was not its lowest, and None if the solver makes none.
+        following: the iterate one step after ``value``, (B, …), at which T has not been evaluated. A sample that
+            diverged, or whose last residual was not its lowest, has ``value`` here. None if the solver gives no
+            following iterates.
 
     Example:
         >>> import torch, jfbfast

@@ -59,7 +59,7 @@ def test_without_a_directory_it_takes_photographs_that_anyone_may_use(checkpoint
     [
         (("nowhere",), "nowhere: no image files"),
         (("figure3", "."), "'figure3' is no part; it takes figure1, table1"),
-        (("table2", ".", "--ours", "nobody"), "nobody: not a whole checkpoint"),
+        (("table2", ".", "--ours", "nobody"), "nobody: there is no such file"),
         (("figure1", ".", "--run", "none"), "none holds no metrics.csv"),
         (("figure1", ".", "--published", "0"), "published is 0.0"),
         (("figure2", "--sizes", "a"), "--sizes is 'a'"),

@@ -57,6 +57,13 @@ def test_the_spectrum_at_the_fixed_point_agrees_with_the_dense_one(measured):
     assert (found.contraction_factor < 1).all() and (found.contraction_factor <= found.lipschitz_bound).all()
 
 
+def test_a_printed_report_has_a_line_with_a_verdict_for_each_figure(measured):
+    *_, found = measured
+    lines = str(found).splitlines()[1:]
+    assert [line.split("  ")[0] for line in lines] == [row.name for row in rows(found)]
+    assert all(line.endswith(row.verdict) for line, row in zip(lines, rows(found), strict=True))
+
+
 def test_the_bound_of_the_filtered_layer_holds(measured):
     model, d, _, found = measured
     red, value = model.regularizer, found.history.solution.value
@@ -276,7 +283,7 @@ def test_a_wrong_model_or_input_gets_a_message_that_says_what_it_takes(measure):
             measure(model, **options)
     with pytest.raises(TypeError, match="inputs is a tensor"):
         measure(cell, x0=x0, inputs=d)
-    with pytest.raises(TypeError, match="x is a tuple; it takes a tensor, the truth"):
+    with pytest.raises(TypeError, match="x is a tuple; it takes the true images"):
         measure(cell, x=(d,), x0=x0, inputs=(d,))
 
 

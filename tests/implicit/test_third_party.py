@@ -177,7 +177,7 @@ def test_a_state_dict_holds_the_weights_and_names_the_operator(tmp_path):
     mask = second.blur.operator.physics.mask.clone()
     state = first.state_dict()
     assert not [name for name in state if name.startswith("blur")]
-    with pytest.warns(UserWarning, match="of a model for Inpainting with buffers .* go into one for Inpainting"):
+    with pytest.warns(UserWarning, match="from a model for Inpainting with buffers .*; this model is for Inpainting"):
         second.load_state_dict(state)
     assert torch.equal(second.blur.operator.physics.mask, mask)
     torch.testing.assert_close(second.state_dict(), state, rtol=0, atol=0)

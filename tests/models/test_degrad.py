@@ -217,6 +217,12 @@ class Luminance(nn.Module):
         (lambda: DEGrad(NotCallable(), DnCNN(1, 2, 2)), TypeError, "blur is NotCallable, which cannot be called"),
         (lambda: IterativeOperator(nn.Identity()), TypeError, "operator is Identity, which has no adjoint"),
         (
+            lambda: DEGrad(GaussianBlur, DnCNN(1, 2, 2)),
+            TypeError,
+            "blur is the class GaussianBlur; it takes an instance",
+        ),
+        (lambda: RED(UNet), TypeError, "denoiser is <class .*UNet.*; it takes a module"),
+        (
             lambda: DEGrad(GaussianBlur(), UNet(1, (2,), (1,))),
             ValueError,
             "regularizer is a denoiser, a UNet; it takes",
