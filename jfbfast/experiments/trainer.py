@@ -93,9 +93,8 @@ class MovingAverage(WeightAveraging):
         pass
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(
-            trainer, pl_module
-        )  # in this hook, because a run that is resumed at its end does not train
+        # In this hook, because a run that is resumed at its end does not train.
+        super().on_train_end(trainer, pl_module)
         for module in pl_module.modules():
             if isinstance(module, SpectralNormConv2d):
                 for _ in range(15):

@@ -83,12 +83,7 @@ def restore_files(
     for source, target in zip(images, targets, strict=True):
         try:
             how = restore(source, target)
-        except (
-            ValueError,
-            OSError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch raises RuntimeError, also if memory runs out
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # torch lacks memory: RuntimeError
             say_error(str(error) if isinstance(error, ImageError) else f"{source}: {error}")
             failed += 1
         else:
