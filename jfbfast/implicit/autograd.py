@@ -109,7 +109,7 @@ class ImplicitLayer:
         if not unlisted or (self.named and not self.method.differentiates_in_x):
             return
         # What a second application makes anew was made by the layer; what it uses again was there before.
-        some = slice(None) if self.whole_batch or not inputs else slice(1)  # all, if the layer may hold the batch's data
+        some = slice(None) if self.whole_batch or not inputs else slice(1)  # all, if the layer may hold data of all
         x, inputs = x[some].detach().requires_grad_(x.requires_grad), tuple(i[some].detach() for i in inputs)
         again = _unlisted_leaves(_Applications(self, inputs)(x), (x, *inputs, *self.parameters), 0)
         for leaf in unlisted:
