@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
@@ -59,7 +59,7 @@ class Convolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.conv2d and not torch.compiler.is_compiling():  # what a user compiles stays torch's
+        if func is torch.conv2d and not torch.compiler.is_dynamo_compiling():  # what a user compiles stays torch's
             return self._conv2d(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -100,15 +100,18 @@ class _SolveConvolutions(Convolutions):
         super().__init__(tol)
         self.dtype = dtype
         self.outer: _SolveConvolutions | None = None
-        compiled = {inner for m in submodules(module) if _is_compiled(m) for inner in submodules(m)}
-        modules = [m for m in submodules(module) if m not in compiled]
+        modules = submodules(module)
+        # What torch.compile was applied to, as a function or by the method ``compile``, stays as it is.
+        compiled = [m for m in modules if "_orig_mod" in m._modules or vars(m).get("_compiled_call_impl")]
+        within = {inner for m in compiled for inner in submodules(m)}
+        modules = [m for m in modules if m not in within]
         convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
         low = self._low_precision(module, modules, convolutions) if dtype else set()
         self.chains = {m: self._steps(m, low) for m in modules if isinstance(m, nn.Sequential) and _is_chain(m)}
         self.forwards = {m: MethodType(forward, m) for m in self.chains}
         for conv in convolutions:
             weight = _weight_of(conv)
-            if isinstance(weight, Tensor) and not is_lazy(weight):
+            if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
                 self._prepare(weight, conv in low)
 
     @staticmethod
@@ -220,11 +223,6 @@ def _is_chain(sequential: nn.Sequential) -> bool:
     return type(sequential).forward is nn.Sequential.forward and (
         own is None or getattr(own, "__func__", None) is forward
     )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was applied to a module: to it as a function, or by its method ``compile``."""
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
