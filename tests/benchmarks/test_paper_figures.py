@@ -100,7 +100,7 @@ def test_figure1_trains_both_recipes_where_no_run_is_given(plan, tmp_path, monke
     assert read(tmp_path / "figure1.csv") == rows
     other = write_photographs(tmp_path / "other", 6)
     (other / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"data is .*other, whose photographs for training are not those"):
+    with pytest.raises(ValueError, match=r"data is .*other; its photographs for training are not those"):
         paper.run(tmp_path, True, QUIET, replace(plan, data=other), ("figure1",))
     again = replace(plan, runs=tuple(f"{r}={tmp_path / f'figure1-{r}'}" for r in figure1.NAMES))
     paper.run(tmp_path / "again", True, QUIET, again, ("figure1",))
