@@ -97,8 +97,9 @@ class ImplicitLayer:
                 )
         if not unlisted or (self.named and not self.method.differentiates_in_x):
             return
-        # What a second application makes anew was made by the layer; what it uses again was there before.
-        some = slice(None) if self.whole_batch or not inputs else slice(1)  # all, if the layer may hold data of all
+        # Apply the layer again: a leaf that it uses again existed before; all others were made by the layer itself.
+        # One sample is enough, unless the layer may hold the data of the whole batch.
+        some = slice(None) if self.whole_batch or not inputs else slice(1)
         x, inputs = x[some].detach().requires_grad_(x.requires_grad), tuple(i[some].detach() for i in inputs)
         again = _unlisted_leaves(Trace(self, x, inputs).apply(x), (x, *inputs, *self.parameters), 0)
         for leaf in unlisted:

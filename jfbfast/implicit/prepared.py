@@ -198,7 +198,7 @@ class _Step(NamedTuple):
 
 
 class _Thread(local):
-    """The solve whose layer this thread evaluates; the innermost one where a layer solves itself."""
+    """The solve whose layer this thread is evaluating; the innermost one if a layer contains a solve of its own."""
 
     innermost: _SolveConvolutions | None = None
 
@@ -207,12 +207,12 @@ _thread = _Thread()
 
 
 def forward(sequential: nn.Sequential, input: Any) -> Any:
-    """The forward of a Sequential during a solve: this thread's solve has prepared it, and other threads get its own.
+    """Evaluate a Sequential as this thread's solve has prepared it, or by its own forward in any other thread.
 
-    A function of the name that it replaces, and not an object of the solve: a copy of the module that is made, or
-    pickled, within the solve works on its own afterwards, and torch.compile does not compile anew for every solve.
+    It is a module-level function, and holds no solve. So a copy or a pickle of the module that is made during a solve
+    works on its own afterwards, and torch.compile does not recompile for every solve.
     """
-    solve = None if torch.compiler.is_compiling() else _thread.innermost
+    solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
     steps = None if solve is None else solve.chains.get(sequential)
     return nn.Sequential.forward(sequential, input) if steps is None else solve.run(steps, input)  # type: ignore
 
