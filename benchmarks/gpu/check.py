@@ -173,6 +173,7 @@ def sanitize() -> None:
         ("zeros", (2, 2), (2, 33, 65), torch.float32),
         ("circular", (2, 3), (2, 17, 36), torch.bfloat16),
         ("reflect", (9, 2), (1, 21, 30), torch.float32),
+        ("valid", (2, 3), (2, 19, 40), torch.float32),
     ):
         taps = (torch.rand(2 * radius + 1).tolist() for radius in radii)
         y, x = (reference.band_table(t, n, mode).float().to(DEVICE) for t, n in zip(taps, shape[1:], strict=True))

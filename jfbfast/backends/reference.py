@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jfbfast.backends.tensors import compute_dtype
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular", "valid")
 
 
 class Bands(NamedTuple):
@@ -44,15 +44,16 @@ def gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
 
 
 def band_table(taps: Sequence[float], n: int, padding_mode: str) -> Tensor:
-    """The float64 table [n, 2r + 1] of a correlation with ``taps`` in one of torch's padding modes."""
+    """The float64 table [n, 2r + 1] of a correlation with ``taps`` in one of the `PADDING_MODES`."""
     radius = len(taps) // 2
     weights = torch.tensor(taps, dtype=torch.float64).repeat(n, 1)
     if padding_mode == "circular":
         return weights
     rows = torch.arange(n)[:, None]
     target = rows + torch.arange(-radius, radius + 1)
-    if padding_mode == "zeros":
-        return weights * ((target >= 0) & (target < n))
+    inside = (target >= 0) & (target < n)
+    if padding_mode in ("zeros", "valid"):
+        return weights * (inside if padding_mode == "zeros" else inside.all(1, keepdim=True))
     mirrored = (n - 1) - ((n - 1) - target.abs()).abs()
     source = mirrored if padding_mode == "reflect" else target.clamp(0, n - 1)
     return torch.zeros_like(weights).scatter_add_(1, source - rows + radius, weights)

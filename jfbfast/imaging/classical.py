@@ -24,7 +24,8 @@ def direct_inverse(blur: SeparableBlur, d: Tensor) -> Tensor:
         d: the measurements, (…, H, W).
 
     Raises:
-        ValueError: A is numerically singular at this size and dtype, or a side is over 1024 pixels.
+        ValueError: A is numerically singular at this size and dtype, or not square (padding mode "valid"); a side is
+            over 1024 pixels.
 
     Example:
         >>> import torch, jfbfast
@@ -33,6 +34,10 @@ def direct_inverse(blur: SeparableBlur, d: Tensor) -> Tensor:
         >>> torch.allclose(jfbfast.direct_inverse(blur, blur(x)), x)
         True
     """
+    if any(blur.margin):
+        raise ValueError(
+            "padding_mode is 'valid'; direct_inverse takes another one, since A x has fewer pixels than x"
+        )
     return inverse.direct(d, blur.taps)
 
 

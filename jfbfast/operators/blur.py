@@ -42,8 +42,10 @@ class SeparableBlur(nn.Module):
     Args:
         taps_y, taps_x: the filters, of odd length 2r + 1, in correlation order as in conv2d: tap k
             weighs the pixel k − r further down, or to the right.
-        padding_mode: "zeros", "reflect", "replicate" or "circular", as in torch.nn.Conv2d. Images must have
-            more than r pixels a side for "reflect", and at least r for "circular".
+        padding_mode: "zeros", "reflect", "replicate" or "circular", as in torch.nn.Conv2d; or "valid" for unknown
+            surroundings: d = A x is the part of the blurred image that needs nothing beyond x, so x (…, H, W) gives d
+            (…, H − 2r_y, W − 2r_x). Images x must have more than r pixels a side for "reflect", at least r for
+            "circular", and more than 2r for "valid".
 
     Raises:
         ValueError: a filter of even length, with a weight that is not finite, or that requires a gradient; another
@@ -58,6 +60,8 @@ class SeparableBlur(nn.Module):
         >>> x = blur.solve(y, damping=0.1)
         >>> torch.allclose(blur.normal(x) + 0.1 * x, y, atol=1e-4)
         True
+        >>> jfbfast.SeparableBlur([0.25, 0.5, 0.25], [1.0], padding_mode="valid")(x).shape
+        torch.Size([4, 3, 6, 9])
     """
 
     def __init__(
@@ -77,6 +81,11 @@ class SeparableBlur(nn.Module):
         """The lengths of the filters, (y, x)."""
         return len(self.taps.y), len(self.taps.x)
 
+    @property
+    def margin(self) -> tuple[int, int]:
+        """How many pixels x has beyond d = A x on each side, (y, x): (r_y, r_x) in "valid", otherwise (0, 0)."""
+        return self.taps.margin
+
     def forward(self, x: Tensor) -> Tensor:
         """A x."""
         return ops.blur(x, *self.taps)
@@ -90,14 +99,14 @@ class SeparableBlur(nn.Module):
         return ops.gradient(x, None, None, None, *self.taps)
 
     def gradient(self, x: Tensor, d: Tensor, r: Tensor | None = None) -> Tensor:
-        """Aᵀ(A x − d) + r for images of one shape, in one pass over them; None stands for r = 0."""
+        """Aᵀ(A x − d) + r for d of the shape of A x, in one pass over the images; None stands for r = 0."""
         return ops.gradient(x, d, r, None, *self.taps)
 
     def gradient_step(self, x: Tensor, d: Tensor, r: Tensor | None, step_size: float | Tensor) -> Tensor:
         """x − η(Aᵀ(A x − d) + r), in one pass over the images.
 
         Args:
-            x, d, r: images of one shape (…, H, W); None stands for r = 0.
+            x, d, r: images (…, H, W), d of the shape of A x; None stands for r = 0.
             step_size: η, a number or a tensor of shape ().
 
         Raises:
@@ -114,7 +123,7 @@ class SeparableBlur(nn.Module):
         residual of 1e-6 (1e-12 for b in float64, as far as rounding allows) in at most 1000 iterations.
 
         Args:
-            b: images (…, H, W).
+            b: images (…, H, W) of the shape of x.
             damping: λ > 0, a number or a tensor of shape () or (…, 1, 1) that broadcasts against b; (B, 1, 1, 1)
                 is one value for each sample. Differentiable.
 
@@ -161,7 +170,8 @@ class GaussianBlur(SeparableBlur):
     """The Gaussian blur: taps exp(−t²/2σ²) at t = −r … r, normalised to sum 1.
 
     Args:
-        kernel_size: 2r + 1, an odd number or a (y, x) pair.
+        kernel_size: 2r + 1, an odd number or a (y, x) pair. None takes r = ⌈3σ⌉ on each axis, which leaves out less
+            than 0.3% of the weight.
         sigma: σ > 0 in pixels, a number or a (y, x) pair.
         padding_mode: as in `SeparableBlur`.
 
@@ -174,19 +184,26 @@ class GaussianBlur(SeparableBlur):
         >>> blur = jfbfast.GaussianBlur(5, sigma=1.0, padding_mode="reflect")
         >>> blur(torch.ones(1, 3, 8, 8)).sum().round()
         tensor(192.)
+        >>> jfbfast.GaussianBlur(sigma=(1.0, 2.5), padding_mode="valid").margin
+        (3, 8)
     """
 
     def __init__(
-        self, kernel_size: int | Sequence[int] = 5, sigma: float | Sequence[float] = 1.0, padding_mode: str = "zeros"
+        self,
+        kernel_size: int | Sequence[int] | None = None,
+        sigma: float | Sequence[float] = 1.0,
+        padding_mode: str = "zeros",
     ) -> None:
-        sizes = _pair("kernel_size", kernel_size)
         sigmas = _pair("sigma", sigma)
-        if any(not checks.is_integer(size) or size < 1 or size % 2 == 0 for size in sizes):
-            raise ValueError(f"kernel_size is {kernel_size}; it takes odd positive integers")
         for s in sigmas:
             check_fixed("sigma", s)
         if not all(0 < s < math.inf for s in sigmas):
             raise ValueError(f"sigma is {sigma}; it takes positive numbers of pixels")
+        sizes = _pair("kernel_size", kernel_size)
+        if kernel_size is None:
+            sizes = tuple(2 * math.ceil(3 * s) + 1 for s in sigmas)
+        if any(not checks.is_integer(size) or size < 1 or size % 2 == 0 for size in sizes):
+            raise ValueError(f"kernel_size is {kernel_size}; it takes odd positive integers, or None")
         taps_y, taps_x = map(gaussian_taps, sizes, sigmas)
         super().__init__(taps_y, taps_x, padding_mode)
         self.sigma: tuple[float, float] = (float(sigmas[0]), float(sigmas[1]))

@@ -6,6 +6,9 @@
 
 Each takes images (…, H, W) and the two filters with their padding mode, and returns a contiguous tensor. At each
 call `dispatch.kernels` decides which module computes it. The convolution's ops are in jfbfast/backends/conv3x3.py.
+
+With the padding mode "valid", A x and d are smaller than x, but the kernels take images of one shape. So A x is cut to
+its frame here, and d is padded with zeros, whose weights are zero.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, kernels
-from jfbfast.operators import inverse
+from jfbfast.operators import frame, inverse
 from jfbfast.operators.tables import Taps, bands
 
 Filter = Sequence[float]
@@ -39,40 +42,52 @@ gradient = torch.ops.jfbfast.gradient
 tikhonov = torch.ops.jfbfast.tikhonov
 
 
-def _check(name: str, x: Tensor, d: Tensor | None = None, r: Tensor | None = None) -> None:
-    """Raise ValueError unless x, called ``name``, is images, and d and r have its shape, dtype and device."""
+def _check(name: str, x: Tensor) -> None:
+    """Raise ValueError unless x, called ``name``, is images."""
     check_reverse_mode()
     if x.dim() < 2 or x.dtype not in DTYPES:
         raise ValueError(
             f"{name} is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 "
             "images (…, H, W)"
         )
-    for other, y in (("d", d), ("r", r)):
-        if y is not None and (y.shape != x.shape or y.dtype != x.dtype or y.device != x.device):
-            raise ValueError(
-                f"{other} is {y.dtype} of shape {tuple(y.shape)} on {y.device}; it takes what {name} is: "
-                f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
-            )
+
+
+def _check_like(x: Tensor, name: str, other: Tensor | None, margin: tuple[int, int] = (0, 0)) -> None:
+    """Raise ValueError unless ``other`` is None, or has the dtype and the device of x, and its shape without margin."""
+    if other is None:
+        return
+    shape = (*x.shape[:-2], x.shape[-2] - 2 * margin[0], x.shape[-1] - 2 * margin[1])
+    if other.shape != shape or other.dtype != x.dtype or other.device != x.device:
+        of = "what x is" if margin == (0, 0) else f"a measurement of x {tuple(x.shape)} by padding_mode='valid'"
+        raise ValueError(
+            f"{name} is {other.dtype} of shape {tuple(other.shape)} on {other.device}; it takes {of}: "
+            f"{x.dtype} of shape {shape} on {x.device}"
+        )
 
 
 @torch.library.impl("jfbfast::blur", "default")
 def _blur(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False) -> Tensor:
     _check("x", x)
     taps = Taps(tuple(taps_y), tuple(taps_x), padding_mode)
+    x = frame.padded(x, taps.margin) if adjoint else x
     tables = bands(taps, x.shape[-2:], x.dtype, x.device, adjoint)
-    return kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables).contiguous()
+    out = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables)
+    return (out if adjoint else frame.cut(out, taps.margin)).contiguous()
 
 
 @torch.library.impl("jfbfast::gradient", "default")
 def _gradient(
     x: Tensor, d: Tensor | None, r: Tensor | None, step_size: Tensor | None, taps_y: Filter, taps_x: Filter, mode: str
 ) -> Tensor:
-    _check("x", x, d, r)
-    if step_size is not None and step_size.dim():
-        raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
+    _check("x", x)
     taps = Taps(tuple(taps_y), tuple(taps_x), mode)
     forward = bands(taps, x.shape[-2:], x.dtype, x.device, False)
     adjoint = bands(taps, x.shape[-2:], x.dtype, x.device, True)
+    _check_like(x, "d", d, taps.margin)
+    _check_like(x, "r", r)
+    if step_size is not None and step_size.dim():
+        raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
+    d = None if d is None else frame.padded(d, taps.margin)
     module = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2)
     return module.gradient(x, d, r, forward, adjoint, step_size).contiguous()
 
@@ -84,6 +99,11 @@ def _tikhonov(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, paddin
 
 
 @torch.library.register_fake("jfbfast::blur")
+def _like_blurred(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False) -> Tensor:
+    margin = Taps(tuple(taps_y), tuple(taps_x), padding_mode).margin
+    return _like_first(frame.padded(x, margin) if adjoint else frame.cut(x, margin))
+
+
 @torch.library.register_fake("jfbfast::gradient")
 @torch.library.register_fake("jfbfast::tikhonov")
 def _like_first(x: Tensor, *_: Any) -> Tensor:
@@ -165,8 +185,13 @@ def _tikhonov_vmap(info: Any, dims: Any, b: Tensor, damping: Tensor, *filters: A
 
 
 @register_flop_formula(blur)
-def _blur_flops(x: Sequence[int], taps_y: Filter, taps_x: Filter, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * (len(taps_y) + len(taps_x))
+def _blur_flops(
+    x: Sequence[int], taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False, **_: Any
+) -> int:
+    """The two passes over images of the larger shape, those on the side of x."""
+    y, x_ = Taps(tuple(taps_y), tuple(taps_x), padding_mode).margin if adjoint else (0, 0)
+    *planes, height, width = x
+    return 2 * math.prod(planes) * (height + 2 * y) * (width + 2 * x_) * (len(taps_y) + len(taps_x))
 
 
 @register_flop_formula(gradient)

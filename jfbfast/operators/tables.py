@@ -20,12 +20,17 @@ class Taps(NamedTuple):
     x: tuple[float, ...]
     padding_mode: str
 
+    @property
+    def margin(self) -> tuple[int, int]:
+        """How many pixels x has beyond d on each side, (y, x)."""
+        return (len(self.y) // 2, len(self.x) // 2) if self.padding_mode == "valid" else (0, 0)
+
 
 @lru_cache(maxsize=64)
 def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
     """The float64 table of one axis of n pixels."""
     radius = len(taps) // 2
-    limit = {"reflect": radius + 1, "circular": radius}.get(padding_mode, 1)
+    limit = {"reflect": radius + 1, "circular": radius, "valid": len(taps)}.get(padding_mode, 1)
     if n < limit:
         raise ValueError(
             f"x has a side of {n} pixels; {len(taps)} taps with padding_mode={padding_mode!r} take at least {limit}"
@@ -40,7 +45,7 @@ def bands(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
 
     Raises:
         ValueError: the image is too small for the padding mode (reflect takes more than r pixels a
-            side, circular at least r).
+            side, circular at least r, valid more than 2r).
     """
     with torch.inference_mode(False), torch.no_grad():
         y, x = (axis_table(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import jfbfast
 from jfbfast.backends import dispatch as backends
@@ -29,15 +30,15 @@ def random_blur(radius_y, radius_x, mode, seed=0):
 def dense(operator, shape):
     """The matrix of an operator on images of one shape."""
     n = shape[0] * shape[1]
-    return operator(torch.eye(n, dtype=torch.float64).view(n, *shape)).reshape(n, n).T
+    return operator(torch.eye(n, dtype=torch.float64).view(n, *shape)).flatten(1).T
 
 
 @st.composite
 def problems(draw):
     mode = draw(st.sampled_from(MODES))
     radii = [draw(st.integers(0, 7)) for _ in range(2)]
-    least = {"reflect": 1, "circular": 0}.get(mode)
-    shape = [draw(st.integers(max(1, 0 if least is None else r + least), 20)) for r in radii]
+    least = {"reflect": lambda r: r + 1, "circular": lambda r: max(1, r), "valid": lambda r: 2 * r + 1}
+    shape = [draw(st.integers(least.get(mode, lambda r: 1)(r), 20)) for r in radii]
     return mode, radii, shape, draw(st.integers(0, 2**31))
 
 
@@ -47,11 +48,12 @@ def problems(draw):
 def test_blur_is_torchs_convolution_and_its_adjoint_is_exact(backend, problem):
     mode, (radius_y, radius_x), shape, seed = problem
     blur = random_blur(radius_y, radius_x, mode, seed)
-    x, y = torch.randn(2, 2, 3, *shape, dtype=torch.float64)
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
     pad = (radius_x, radius_x, radius_y, radius_y)
-    padded = F.pad(x, pad) if mode == "zeros" else F.pad(x, pad, mode=mode)
+    padded = x if mode == "valid" else F.pad(x, pad, mode="constant" if mode == "zeros" else mode)
     taps_y, taps_x = (torch.tensor(t, dtype=torch.float64) for t in (blur.taps.y, blur.taps.x))
     expected = F.conv2d(padded, (taps_y[:, None] * taps_x).expand(3, 1, -1, -1), groups=3)
+    y = torch.randn(expected.shape, dtype=torch.float64)
     with jfbfast.backend(backend):
         blurred, back = blur(x), blur.adjoint(y)
     torch.testing.assert_close(blurred, expected, rtol=1e-12, atol=1e-12)
@@ -77,7 +79,8 @@ def test_functions_of_the_normal_operator_against_dense_matrices(mode, shape):
         inverse_of_normal = torch.linalg.inv(normal + damping * identity)
         check(blur.solve(b, damping), inverse_of_normal @ flat)
         check(blur.filter(b, damping), normal @ inverse_of_normal @ flat)
-    check(jfbfast.direct_inverse(blur, b), torch.linalg.solve(matrix, flat))
+    if mode != "valid":  # where A has no inverse
+        check(jfbfast.direct_inverse(blur, b), torch.linalg.solve(matrix, flat))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,12 +121,13 @@ def test_solve_takes_one_damping_a_sample():
 @pytest.mark.parametrize("mode", MODES)
 def test_the_derivatives_pass_gradcheck_once_and_twice(backend, mode):
     blur = random_blur(1, 2, mode)
-    x, d, r = torch.randn(3, 1, 2, 4, 5, dtype=torch.float64, requires_grad=True).unbind()
+    x, r = torch.randn(2, 1, 2, 4, 6, dtype=torch.float64, requires_grad=True).unbind()
+    d = torch.randn(blur(x).shape, dtype=torch.float64, requires_grad=True)
     step, damping = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.3))
     with jfbfast.backend(backend):
         for function, arguments in (
             (blur, (x,)),
-            (blur.adjoint, (x,)),
+            (blur.adjoint, (d,)),
             (blur.normal, (x,)),
             (blur.gradient, (x, d, r)),
             (blur.gradient_step, (x, d, r, step)),
@@ -136,9 +140,11 @@ def test_the_derivatives_pass_gradcheck_once_and_twice(backend, mode):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_ops_pass_opcheck(backend):
-    filters = ([0.2, 0.5, 0.3], [0.1, 0.2, 0.4, 0.2, 0.1], "reflect")
-    x, d, r = (torch.randn(2, 3, 6, 7, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("mode", ["reflect", "valid"])
+def test_the_ops_pass_opcheck(backend, mode):
+    filters = ([0.2, 0.5, 0.3], [0.1, 0.2, 0.4, 0.2, 0.1], mode)
+    x, r = (torch.randn(2, 3, 6, 7, requires_grad=True) for _ in range(2))
+    d = torch.randn(ops.blur(x, *filters).shape, requires_grad=True)
     step, damping = (torch.tensor(v, requires_grad=True) for v in (0.7, 0.3))
     strided = torch.randn(2, 7, 6, 3).permute(0, 3, 2, 1)
     with jfbfast.backend(backend):
@@ -155,13 +161,16 @@ def test_the_ops_pass_opcheck(backend):
             torch.library.opcheck(op.default, arguments)
 
 
-def test_vmap_agrees_with_a_loop():
-    blur = random_blur(2, 1, "replicate")
-    x, d = torch.randn(2, 3, 2, 6, 7)
+@pytest.mark.parametrize("mode", ["replicate", "valid"])
+def test_vmap_agrees_with_a_loop(mode):
+    blur = random_blur(2, 1, mode)
+    x = torch.randn(3, 2, 6, 7)
+    d = torch.randn(blur(x).shape)
     step = torch.tensor([0.5, 0.7, 1.0])
     damping = torch.tensor([0.1, 0.2, 0.3])
     for function, arguments, dims in (
         (blur, (x,), 0),
+        (blur.adjoint, (d,), 0),
         (blur.gradient, (x, d[0]), (0, None)),
         (lambda a, b, eta: blur.gradient_step(a, b, None, eta), (x, d, step), 0),
         (lambda a, b: blur.gradient_step(a, b, None, 0.3), (x, d), 0),
@@ -185,12 +194,13 @@ def test_forward_mode_is_refused():
             torch.func.jvp(function, (x,), (x,))
 
 
-def test_compile_without_a_graph_break():
-    blur = jfbfast.GaussianBlur()
-    x, d = torch.randn(2, 1, 3, 8, 9)
+@pytest.mark.parametrize("mode", ["zeros", "valid"])
+def test_compile_without_a_graph_break(mode):
+    blur = jfbfast.GaussianBlur((3, 5), 1.0, mode)
+    x, d = torch.randn(1, 3, 8, 9), torch.randn(1, 3, 6, 5) if mode == "valid" else torch.randn(1, 3, 8, 9)
 
     def function(x, d, step):
-        return blur.filter(blur.gradient_step(x, d, None, step), 0.1)
+        return blur.filter(blur.gradient_step(x, d, blur.adjoint(d - blur(x)), step), 0.1)
 
     step = torch.tensor(0.5, requires_grad=True)
     compiled = torch.compile(function, fullgraph=True)
@@ -262,6 +272,7 @@ def test_any_number_of_leading_dimensions(shape):
         (lambda: jfbfast.GaussianBlur(5, -1.0), "sigma is -1.0"),
         (lambda: jfbfast.GaussianBlur(5, (1.0, float("nan"))), "sigma is"),
         (lambda: jfbfast.GaussianBlur((3, 5, 7)), "kernel_size is"),
+        (lambda: jfbfast.GaussianBlur((3, None)), "kernel_size is"),
         (lambda: jfbfast.GaussianBlur(5.0), "kernel_size is 5.0"),
         (lambda: jfbfast.GaussianBlur().solve(torch.zeros(1, 1, 8, 8), torch.ones(8, 8)), "damping has shape"),
         (lambda: jfbfast.GaussianBlur(padding_mode="same"), "padding_mode is 'same'"),
@@ -282,6 +293,19 @@ def test_any_number_of_leading_dimensions(shape):
         ),
         (lambda: jfbfast.GaussianBlur(padding_mode="reflect")(torch.zeros(2, 9)), "side of 2 pixels"),
         (lambda: jfbfast.GaussianBlur(padding_mode="circular")(torch.zeros(9, 1)), "side of 1 pixels"),
+        (lambda: jfbfast.GaussianBlur(5, 1.0, "valid")(torch.zeros(4, 9)), "side of 4 pixels; 5 taps .* at least 5"),
+        (lambda: jfbfast.GaussianBlur(5, 1.0, "valid").adjoint(torch.zeros(9, 0)), "side of 4 pixels"),
+        (lambda: jfbfast.GaussianBlur(5, 1.0, "valid").solve(torch.zeros(9, 4), 0.1), "side of 4 pixels"),
+        (lambda: jfbfast.GaussianBlur(5, 1.0, "valid").gradient(*torch.zeros(2, 4, 9)), "side of 4 pixels"),
+        (
+            lambda: jfbfast.GaussianBlur(5, 1.0, "valid").gradient(*torch.zeros(2, 8, 9)),
+            r"d is .* of shape \(8, 9\) .* x \(8, 9\) by padding_mode='valid': torch.float32 of shape \(4, 5\)",
+        ),
+        (lambda: jfbfast.GaussianBlur(5, 1.0, "valid").solve(torch.zeros(9, 9), 0), "numerically singular"),
+        (
+            lambda: jfbfast.direct_inverse(jfbfast.GaussianBlur(5, 1.0, "valid"), torch.zeros(9, 9)),
+            "padding_mode is 'valid'; direct_inverse takes another one",
+        ),
         (lambda: jfbfast.GaussianBlur().solve(torch.zeros(8, 8), -0.1), "damping is -0.1"),
         (
             lambda: jfbfast.GaussianBlur(9, 30.0, "circular").solve(torch.zeros(9, 9), 0),
@@ -301,6 +325,22 @@ def test_any_number_of_leading_dimensions(shape):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_kernel_size_follows_from_sigma_unless_given():
+    assert jfbfast.GaussianBlur(sigma=(0.1, 2.5)).kernel_size == (3, 17)
+    assert jfbfast.GaussianBlur(5, sigma=(0.1, 2.5)).kernel_size == (5, 5)
+    assert jfbfast.GaussianBlur(5, 2.0, "valid").margin == (2, 2)
+    assert jfbfast.GaussianBlur(5, 2.0, "reflect").margin == (0, 0)
+
+
+def test_flops_in_valid_mode_are_those_of_images_of_the_larger_shape():
+    blur, x = jfbfast.SeparableBlur([1.0] * 3, [1.0] * 5, "valid"), torch.zeros(2, 8, 9)
+    d = blur(x)
+    for function, times in ((lambda: blur(x), 1), (lambda: blur.adjoint(d), 1), (lambda: blur.gradient(x, d), 2)):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        assert counter.get_total_flops() == times * 2 * x.numel() * (3 + 5)
 
 
 def test_backend_that_cannot_serve_raises():

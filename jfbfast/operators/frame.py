@@ -1,0 +1,18 @@
+"""The frame of a measurement d within x, which has a margin of (y, x) more pixels on each side."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cut(x: Tensor, margin: tuple[int, int]) -> Tensor:
+    """Return the part of x (…, H, W) within the frame, (…, H − 2y, W − 2x); x itself without a margin."""
+    (y, x_), (height, width) = margin, x.shape[-2:]
+    return x[..., y : height - y, x_ : width - x_] if y or x_ else x
+
+
+def padded(d: Tensor, margin: tuple[int, int]) -> Tensor:
+    """Return d (…, h, w) with zeros around its frame, (…, h + 2y, w + 2x); d itself without a margin."""
+    y, x = margin
+    return F.pad(d, (x, x, y, y)) if y or x else d
