@@ -28,7 +28,9 @@ from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
+from jfbfast.operators import point_spread
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import IterativeOperator
 from jfbfast.solvers import (
     Anderson,
@@ -51,6 +53,7 @@ __all__ = [
     "JFB",
     "RED",
     "Anderson",
+    "Blur",
     "Broyden",
     "ConditionalDEGrad",
     "ConvergenceWarning",
@@ -81,6 +84,7 @@ __all__ = [
     "gradient_descent",
     "jacobian_penalty",
     "keep_freed_memory",
+    "point_spread",
     "pretrained_names",
     "show_config",
     "solve_fixed_point",
