@@ -8,6 +8,7 @@ import pytest
 import scipy.signal
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import jfbfast
@@ -23,6 +24,20 @@ def random_psf(size, rank=None, seed=0):
     rank = min(size) if rank is None else rank
     u, v = (torch.rand(rank, n, generator=generator, dtype=torch.float64) - 0.3 for n in size)
     return torch.einsum("ry,rx->yx", u, v) / (rank * max(size))
+
+
+class Bare(nn.Module):
+    """The operator with ``forward`` and ``adjoint`` alone."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, x):
+        return self.operator(x)
+
+    def adjoint(self, y):
+        return self.operator.adjoint(y)
 
 
 def dense(operator, shape):
@@ -169,6 +184,16 @@ def test_half_precision_is_computed_in_float32_and_autocast_changes_nothing(mode
         assert torch.equal(found, function(x))
         exact = function(x.double())
         torch.testing.assert_close(function(x).double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(("size", "shape"), [((1, 7), (23, 40)), ((5, 3), (37, 22)), ((9, 9), (23, 23))])
+def test_valid_solves_are_right_for_every_shape_of_the_margin(size, shape):
+    blur = Blur(random_psf(size) + 1e-3 * torch.eye(*size).double(), "valid")
+    b = torch.randn(2, *shape, dtype=torch.float64)
+    by_operator = jfbfast.IterativeOperator(Bare(blur), tol=1e-12, max_iter=5000)
+    for damping in (1e-4, 0.1):
+        expected = by_operator.solve(b, damping)
+        assert (blur.solve(b, damping) - expected).norm() <= 1e-8 * expected.norm()
 
 
 @pytest.mark.parametrize("mode", MODES)
