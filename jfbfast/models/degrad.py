@@ -45,9 +45,9 @@ class DEGrad(nn.Module):
       what A keeps of x; with ``UNet(injection=True)`` as denoiser, R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
-        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A`` and
-            ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than a
-            `SeparableBlur`, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
+        blur: A: a `SeparableBlur`, a `Blur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A``
+            and ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than
+            the first two, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
             injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. Its
             buffers are not in the model's ``state_dict``, which records what A is: loading it into a model with
             another A warns.
@@ -251,7 +251,10 @@ class DEGrad(nn.Module):
 
     @torch.compiler.disable
     def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
-        """The restored images T(x*) for the measurements d.
+        """The restored images T(x*) for the measurements d, in the shape of Aᵀd.
+
+        With the padding mode "valid" they have a margin around the frame of d, of ``blur.margin`` pixels on each side.
+        It is known only as far as the blur brought something of it into d.
 
         Args:
             d: (B, C, H, W), in the units that R was trained in.
@@ -260,8 +263,8 @@ class DEGrad(nn.Module):
         Raises:
             TypeError: d or x0 is not a tensor.
             ValueError: d does not have four dimensions; d has another dtype than the network's parameters (checked for
-                the networks of this package, outside autocast); x0 has another shape, dtype or device than d, or than
-                Aᵀd if A is not a `SeparableBlur`.
+                the networks of this package, outside autocast); x0 has another shape, dtype or device than Aᵀd, which
+                are those of d for a `SeparableBlur` in any padding mode but "valid".
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
@@ -292,15 +295,15 @@ class DEGrad(nn.Module):
             raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
         if x0 is not None and not isinstance(x0, Tensor):
             raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
-        name, like = "d", d
-        if isinstance(self.blur, SeparableBlur):
-            if d.dim() != 4:
-                raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
-        elif x0 is not None:
-            with torch.no_grad():
-                name, like = "Aᵀd", self.blur.adjoint(d)
+        separable = isinstance(self.blur, SeparableBlur)
+        if separable and d.dim() != 4:
+            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
         if x0 is None:
             return
+        name, like = "d", d
+        if not separable or any(self.blur.margin):
+            with torch.no_grad():
+                name, like = "Aᵀd", self.blur.adjoint(d)
         if x0.shape != like.shape:
             raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
         if (x0.dtype, x0.device) != (like.dtype, like.device):
