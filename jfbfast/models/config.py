@@ -142,7 +142,8 @@ class ModelConfig:
 
     Attributes:
         form: "paper" (T(x) = x − η(Aᵀ(A x − d) + R(x)), where R is the network itself), "preconditioned" or
-            "filtered" (a `DEGrad` with `RED`), "universal" (a `UniversalDEGrad`), "feed-forward" (a `FeedForward`), or "denoiser" (the network alone).
+            "filtered" (a `DEGrad` with `RED`), "universal" (a `UniversalDEGrad`), "feed-forward" (a `FeedForward`), or
+            "denoiser" (the network alone).
         denoiser: ``kind`` ("DnCNN", "UNet" or "NonexpansiveDenoiser") and its arguments.
         kernel_size, sigma, padding_mode: arguments of the `GaussianBlur`.
         noise: standard deviation of the measurements' noise, for images in [−1, 1].

@@ -184,8 +184,8 @@ class UniversalDEGrad(DEGrad):
         channels = 2 * config.channels + 1
         if (getattr(network, "conditions", 0), getattr(network, "injection", 0)) != (CONDITIONS, channels):
             raise ValueError(
-                f"denoiser is {dict(config.denoiser)}; the universal form takes a UNet with conditions={CONDITIONS} and "
-                f"injection={channels}"
+                f"denoiser is {dict(config.denoiser)}; the universal form takes a UNet with "
+                f"conditions={CONDITIONS} and injection={channels}"
             )
         noise_range = config.noise_range or (0.0, 0.1)
         options = config.degrad_options()
