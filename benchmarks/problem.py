@@ -108,8 +108,8 @@ def trained(checkpoint: str) -> Weights:
     model, config = load_model(checkpoint)
     if not (isinstance(model, DEGrad) and isinstance(model.regularizer, RED)):
         raise ValueError(f"checkpoint is of the form {config.form!r}; it takes 'filtered' or 'preconditioned'")
-    if config.ranges is not None:
-        raise ValueError(f"checkpoint is {checkpoint}, for a range of measurements; it takes one for a single setting")
+    if config.form == "universal" or config.kernel_size is None:
+        raise ValueError(f"checkpoint is {checkpoint}, for many measurements; it takes one for a single setting")
     weight = float(model.regularizer.weight.detach())
     return Weights(_settled(model.regularizer.denoiser), weight, config.kernel_size, config.sigma, config.noise)
 

@@ -20,8 +20,6 @@ from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov, tv
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
-from jfbfast.models.conditional import ConditionalDEGrad
-from jfbfast.models.config import MeasurementRanges
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
 from jfbfast.models.penalty import jacobian_penalty
@@ -56,7 +54,6 @@ __all__ = [
     "Anderson",
     "Blur",
     "Broyden",
-    "ConditionalDEGrad",
     "ConvergenceWarning",
     "DEGrad",
     "DnCNN",
@@ -67,7 +64,6 @@ __all__ = [
     "Implicit",
     "Inertial",
     "IterativeOperator",
-    "MeasurementRanges",
     "Neumann",
     "NonexpansiveDenoiser",
     "Phantom",

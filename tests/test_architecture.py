@@ -42,5 +42,5 @@ def test_imports_keep_the_contracts_of_pyproject_toml() -> None:
 
 def test_every_documented_name_is_public() -> None:
     assert all(hasattr(jfbfast, name) for name in jfbfast.__all__)
-    assert {"solve_fixed_point", "FixedPointSolver", "MeasurementRanges"} <= set(jfbfast.__all__)
+    assert {"solve_fixed_point", "FixedPointSolver", "UniversalDEGrad"} <= set(jfbfast.__all__)
     assert all(hasattr(jfbfast.spectrum, name) for name in jfbfast.spectrum.__all__)

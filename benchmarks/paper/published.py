@@ -84,6 +84,7 @@ class PublishedRun(Run):
         settings, config = self.settings, self.config
         assert isinstance(model, DEGrad)
         assert settings.training_tol is not None and settings.training_max_iter is not None
+        assert settings.learning_rate is not None
         network = PublishedDEGrad(model, settings.training_tol, settings.training_max_iter)
         rate = Optimization(settings.learning_rate, settings.schedule)
         task = DeblurTask(network, config.blur(), config.noise, rate, settings.seed)

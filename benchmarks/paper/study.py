@@ -148,9 +148,9 @@ class Study:
 
     def about(self) -> str:
         """What was measured, as one sentence."""
-        s = self.setting
+        s, (height, width) = self.setting, self.blur.kernel_size
         return (
-            f"{len(self.files)} images; blur {s.kernel_size} × {s.kernel_size}, σ = {s.sigma:g}, {s.padding_mode} "
+            f"{len(self.files)} images; blur {height} × {width}, σ = {s.sigma:g}, {s.padding_mode} "
             f"beyond the edge; noise {s.noise:g} on [−1, 1]; parameters chosen on {len(self.validation_files)} "
             "other images."
         )

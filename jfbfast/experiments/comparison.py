@@ -287,7 +287,7 @@ def compare(
     if not scores:
         raise ValueError("no method could be scored")
     title = (
-        f"{len(scored)} images; blur {setting.kernel_size} × {setting.kernel_size}, σ = {setting.sigma:g}, "
+        f"{len(scored)} images; blur {blur.kernel_size[0]} × {blur.kernel_size[1]}, σ = {setting.sigma:g}, "
         f"{setting.padding_mode}; noise {setting.noise:g}; parameters chosen on {len(tuned)} other images"
     )
     console.print(results_table(scores, title))

@@ -36,17 +36,24 @@ from jfbfast.experiments.settings import (
     write_photographs,
     write_settings,
 )
-from jfbfast.experiments.tasks import ConditionalDeblurTask, DeblurTask, DenoiserTask, JacobianPenalty, Optimization
+from jfbfast.experiments.tasks import (
+    DeblurTask,
+    DenoiserTask,
+    JacobianPenalty,
+    Measurements,
+    Optimization,
+    UniversalTask,
+)
 from jfbfast.experiments.trainer import MovingAverage, TrainingError, fit
 from jfbfast.imaging.datasets import Images, RandomCrops, least_side, split, usable_photographs
 from jfbfast.imaging.photographs import image_files
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from jfbfast.models.conditional import ConditionalDEGrad
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.pretrained import load_model
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
+from jfbfast.models.universal import UniversalDEGrad
 
 
 class _Residual(nn.Module):
@@ -79,9 +86,6 @@ def _take_weights(model: nn.Module, source: nn.Module) -> None:
     if isinstance(inner, UNet) and isinstance(given, UNet):
         head = next(name for name in weights if name.endswith("head.weight"))
         weights[head] = inner.widened_head(given)
-    if isinstance(model, ConditionalDEGrad) and not isinstance(source, ConditionalDEGrad):
-        weights["regularizer.log_filter_damping"] = weights["regularizer.log_weight"]
-        weights = model.state_dict() | weights
     model.load_state_dict(dict(weights))  # a plain dict has no metadata, which describes the source's blur
 
 
@@ -289,7 +293,10 @@ class Run:
     def _train(self, model: nn.Module, crops: RandomCrops, val: Images | None, console: Console) -> float | None:
         settings, config, runner = self.settings, self.config, None
         steps, pretrained = settings.pretraining_steps or 0, self.out / "pretrained.safetensors"
-        optimization = Optimization(settings.learning_rate, settings.schedule, settings.warmup, settings.beta2)
+        rate, first_rate = settings.learning_rate, settings.pretraining_rate
+        assert rate is not None and first_rate is not None  # as the settings are resolved
+        chosen = (settings.schedule, settings.warmup, settings.beta2, settings.optimizer)
+        optimization, pretraining = Optimization(rate, *chosen), Optimization(first_rate, *chosen)
         if pretrained.exists():
             found, of = load_checkpoint(pretrained)
             if of != config:
@@ -299,7 +306,6 @@ class Run:
         elif steps and not (self.out / "training.ckpt").exists():
             console.print(f"Pretraining the denoiser: {steps} steps.", highlight=False)
             low, high = settings.pretraining_noise
-            pretraining = replace(optimization, learning_rate=settings.pretraining_rate)
             task = DenoiserTask(denoiser_of(model), (low, high), pretraining, settings.seed)
             runner = self._fit(task, crops, val, steps)
             self._save(pretrained, model)
@@ -324,8 +330,11 @@ class Run:
             interval, samples = settings.jacobian_interval, settings.jacobian_samples
             contraction = JacobianPenalty(settings.jacobian_penalty, settings.jacobian_bound, interval, samples)
         options: dict[str, Any] = {"seed": settings.seed, "in_training": in_training, "contraction": contraction}
-        if isinstance(model, ConditionalDEGrad):
-            return ConditionalDeblurTask(model, optimization, measurements=settings.measurements, **options)
+        if isinstance(model, UniversalDEGrad):
+            assert settings.sigma_range and settings.noise_range and settings.padding_mode
+            blurs = settings.kernel_size, settings.padding_mode
+            measurements = Measurements(settings.sigma_range, settings.noise_range, *blurs)
+            return UniversalTask(model, measurements, optimization, parts=settings.measurements, **options)
         return DeblurTask(model, config.blur(), config.noise, optimization, **options)
 
     @contextmanager

@@ -24,7 +24,8 @@ _BOUNDS = (
 )
 _CHOICES = {
     "denoiser": ("DnCNN", "UNet", "NonexpansiveDenoiser"),
-    "schedule": ("onecycle", "cosine", "constant"),
+    "optimizer": ("adam", "muon"),
+    "schedule": ("onecycle", "cosine", "linear", "constant"),
     "precision": ("32", "bf16", "fp16"),
     "solve_dtype": ("float32", "bfloat16", "float16"),
     "spectral_norm": ("matrix", "conv", "none"),
@@ -33,7 +34,8 @@ _CHOICES = {
 # Settings that have an effect only under a condition: their names, the condition, and the end of the error message.
 _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], str], ...] = (
     ("squash", lambda s: s.resize is not None, "it has an effect only with resize"),
-    ("measurements", lambda s: s.conditional, "it has an effect only with sigma_range"),
+    ("sigma_range noise_range measurements", lambda s: s.universal, "it has an effect only with form=universal"),
+    ("sigma noise", lambda s: not s.universal, "with form=universal, for all blurs and noise levels, it has no effect"),
     ("blocks", lambda s: s.denoiser == "UNet", "it has an effect only with denoiser=UNet"),
     ("batch_norm spectral_norm", lambda s: s.denoiser == "DnCNN", "it has an effect only with denoiser=DnCNN"),
     ("depth bias", lambda s: s.denoiser != "UNet", "with denoiser=UNet it has no effect"),
@@ -47,7 +49,7 @@ _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], str], ...] = (
     (
         "averaging solver tol max_iter training_tol training_max_iter solve_dtype gradient jacobian_penalty",
         lambda s: s.implicit,
-        "it has an effect only with form=filtered, preconditioned or paper",
+        "it has an effect only with form=filtered, preconditioned, paper or universal",
     ),
     (
         "solver max_iter training_max_iter training_tol solve_dtype",
@@ -64,7 +66,7 @@ _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], str], ...] = (
         lambda s: bool(s.resolved().pretraining_steps),
         "it has an effect only with pretraining_steps",
     ),
-    ("warmup", lambda s: s.schedule != "onecycle", "it has an effect only with schedule=cosine or constant"),
+    ("warmup", lambda s: s.schedule != "onecycle", "with schedule=onecycle it has no effect"),
     (
         "jacobian_bound jacobian_interval jacobian_samples",
         lambda s: s.jacobian_penalty > 0,
@@ -102,14 +104,18 @@ def _wrong_values(settings: TrainingSettings) -> Iterator[str]:
         if values[name] is not None and values[name] not in choices:
             yield f"{name} is {values[name]!r}; it takes one of {', '.join(choices)}"
     for name in ("learning_rate", "pretraining_rate"):
-        if not values[name] > 0:
+        if values[name] is not None and not values[name] > 0:
             yield f"{name} is {values[name]}; it takes a positive number"
     for name in ("ema", "beta2"):
         if not 0 <= values[name] < 1:
             yield f"{name} is {values[name]}; it takes a number in [0, 1)"
-    levels = settings.pretraining_noise
-    if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:
-        yield f"pretraining_noise is {levels}; it takes two non-negative numbers, the lesser first"
+    levels = "non-negative"
+    for name, kind in (("sigma_range", "positive"), ("noise_range", levels), ("pretraining_noise", levels)):
+        ends = values[name]
+        if ends is None:
+            continue
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] or (kind == "positive" and ends[0] == 0):
+            yield f"{name} is {ends}; it takes two {kind} numbers, the lesser first"
 
 
 def _unused(settings: TrainingSettings) -> Iterator[str]:
@@ -130,16 +136,14 @@ def _contradictions(settings: TrainingSettings) -> Iterator[str]:
             yield f"solver is {s.solver!r}; {name} is a setting of its own"
     if s.implicit and gradient["kind"] == "shine" and solver["kind"] in ("Inertial", "Picard"):
         yield f"solver is {s.solver!r}; gradient={s.gradient} takes Anderson or Broyden"
-    if (s.sigma_range is None) != (s.noise_range is None):
-        yield "sigma_range and noise_range are for one network; it takes both, or neither"
-    if s.conditional and (s.form, s.denoiser) != ("filtered", "UNet"):
-        yield f"form is {s.form} with a {s.denoiser}; sigma_range takes filtered with a UNet"
-    if s.conditional and s.batch_size % s.measurements:
+    if s.universal and s.denoiser != "UNet":
+        yield f"denoiser is {s.denoiser}; form=universal takes a UNet"
+    if s.universal and s.batch_size % s.measurements:
         yield f"measurements is {s.measurements}; it takes a divisor of batch_size={s.batch_size}"
     for name, side in (("crop", s.crop), ("resize", s.resize)):
-        if s.padding_mode == "valid" and side is not None and side < s.kernel_size:
-            yield f"{name} is {side}; with padding_mode=valid it takes at least kernel_size={s.kernel_size}"
-    for name, given in (("sigma_range", s.conditional), ("injection", s.injection)):
+        if s.resolved().padding_mode == "valid" and side is not None and side < s.largest_kernel:
+            yield f"{name} is {side}; with padding_mode=valid it takes at least the kernel's size, {s.largest_kernel}"
+    for name, given in (("form=universal", s.universal), ("injection", s.injection)):
         if given and s.pretraining_steps:
             yield f"pretraining_steps is {s.pretraining_steps}; with {name} it takes 0"
     if s.form == "denoiser" and s.pretraining_steps == 0:

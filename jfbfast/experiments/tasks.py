@@ -1,10 +1,11 @@
-"""What is trained, and on which loss: a denoiser, a network that undoes one blur, or one for a range of blurs."""
+"""What is trained, and on which loss: a denoiser, a network that undoes one blur, or one for all blurs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import lightning as L
@@ -13,34 +14,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jfbfast.experiments.muon import Muon
 from jfbfast.imaging.datasets import Sample
 from jfbfast.imaging.quality import decibels, measure, psnr
-from jfbfast.models.conditional import ConditionalDEGrad
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.penalty import jacobian_penalty
+from jfbfast.models.universal import UniversalDEGrad
 from jfbfast.operators.blur import GaussianBlur
 from jfbfast.operators.frame import cut_to
 from jfbfast.solvers import Status
 
-BALANCE = 5e-4  # mean squared error at σ = 1 and noise 0.01, at which `ConditionalDeblurTask`'s loss equals the error
+BALANCE = 5e-4  # mean squared error at σ = 1 and noise 0.01, at which `UniversalTask`'s loss equals the error
 ERROR_FLOOR = 1e-5  # 56 dB: without it, batches with almost no noise would outweigh all others
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """Adam and the schedule of its learning rate.
+    """The optimizer and the schedule of its learning rate.
 
     Attributes:
         learning_rate: the highest of the schedule.
-        schedule: "onecycle", "cosine" (down to zero) or "constant".
-        warmup: steps of linear warm-up in the last two schedules.
+        schedule: "onecycle", "cosine" (down to zero), "linear" (constant, then down to zero over the last half) or
+            "constant".
+        warmup: steps of linear warm-up in all schedules but the first.
         beta2: β₂ of Adam.
+        optimizer: "adam", or "muon" for `Muon`, where Adam's learning rate is a tenth of Muon's.
     """
 
     learning_rate: float
     schedule: str = "onecycle"
     warmup: int = 0
     beta2: float = 0.999
+    optimizer: str = "adam"
+
+    def factor(self, step: int, steps: int) -> float:
+        """The share of the highest learning rate that a step has, in all schedules but the first."""
+        left = 1 - step / steps
+        decay = {"cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "linear": min(1, 2 * left)}
+        return min(1, (step + 1) / max(1, self.warmup)) * decay.get(self.schedule, 1)
 
 
 @dataclass(frozen=True)
@@ -112,16 +123,14 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         chosen, steps = self.optimization, self.steps
-        rate = chosen.learning_rate
-        optimizer = torch.optim.Adam(self.parameters(), lr=rate, betas=(0.9, chosen.beta2))
-
-        def factor(step: int) -> float:
-            decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if chosen.schedule == "cosine" else 1
-            return min(1, (step + 1) / max(1, chosen.warmup)) * decay
-
-        schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        rate, betas = chosen.learning_rate, (0.9, chosen.beta2)
+        muon = chosen.optimizer == "muon"
+        optimizer: Any = Muon(self, learning_rate=rate, betas=betas) if muon else None
+        optimizer = optimizer or torch.optim.Adam(self.parameters(), lr=rate, betas=betas)
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: chosen.factor(step, steps))
         if chosen.schedule == "onecycle":
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, cycle_momentum=not muon)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -209,8 +218,39 @@ class DeblurTask(Task):
         return error + chosen.weight * chosen.interval * penalty
 
 
-class ConditionalDeblurTask(DeblurTask):
-    """Train one network for a range of blurs and noise levels; each part of a batch gets a random pair of them.
+@dataclass(frozen=True)
+class Measurements:
+    """The Gaussian blurs and noise levels that a universal network is trained on.
+
+    Attributes:
+        sigma: least and largest σ > 0, in pixels.
+        noise: least and largest noise level ν ≥ 0.
+        kernel_size, padding_mode: arguments of `GaussianBlur`.
+    """
+
+    sigma: Sequence[float] = (0.3, 5.0)
+    noise: Sequence[float] = (0.0, 0.1)
+    kernel_size: int | None = None
+    padding_mode: str = "valid"
+
+    def draw(self, generator: np.random.Generator) -> tuple[GaussianBlur, float]:
+        """Draw a random pair (A, ν): log σ is uniform, and so is √ν, so that weak noise is not rare."""
+        return self._at(*generator.random(2).tolist())
+
+    def grid(self) -> list[tuple[GaussianBlur, float]]:
+        """The pairs to validate on: the middle and the four corners."""
+        return [self._at(0.5, 0.5), *(self._at(*corner) for corner in product((0.0, 1.0), repeat=2))]
+
+    def _at(self, s: float, n: float) -> tuple[GaussianBlur, float]:
+        """The pair at the fractions s and n (in [0, 1]) of the ranges of log σ and √ν."""
+        sigma = math.exp((1 - s) * math.log(self.sigma[0]) + s * math.log(self.sigma[1]))
+        noise = ((1 - n) * math.sqrt(self.noise[0]) + n * math.sqrt(self.noise[1])) ** 2
+        within = min(max(noise, self.noise[0]), self.noise[1])  # rounding could leave the range
+        return GaussianBlur(self.kernel_size, sigma, self.padding_mode), within
+
+
+class UniversalTask(DeblurTask):
+    """Train one network for many blurs and noise levels; each part of a batch gets a random pair of them.
 
     All processes use the same pairs. The loss of a part is its mean squared error e, divided by the value of e, which
     is held constant. Its gradient is that of log e, so that every pair counts equally in dB, although the errors differ
@@ -218,32 +258,37 @@ class ConditionalDeblurTask(DeblurTask):
 
     Args:
         model: the network.
+        measurements: the blurs and noise levels.
         optimization, options: as in `DeblurTask`; the samples of ``contraction`` are counted in each part.
-        measurements: the number of pairs in a batch; each gets an equal part of it.
+        parts: the number of pairs in a batch; each gets an equal part of it.
     """
 
-    model: ConditionalDEGrad
+    model: UniversalDEGrad
 
     def __init__(
-        self, model: ConditionalDEGrad, optimization: Optimization, *, measurements: int = 4, **options: Any
+        self,
+        model: UniversalDEGrad,
+        measurements: Measurements,
+        optimization: Optimization,
+        *,
+        parts: int = 4,
+        **options: Any,
     ) -> None:
-        super().__init__(model, model.blur, model.measurement[1], optimization, **options)
-        self.measurements = measurements
+        super().__init__(model, model.blur, model.noise, optimization, **options)
+        self.measurements, self.parts = measurements, parts
 
-    def set_measurement(self, sigma: float, noise: float) -> None:
+    def set_measurement(self, blur: GaussianBlur, noise: float) -> None:
         """Measure, and restore, with this blur and noise from now on."""
-        self.model.set_measurement(sigma, noise)
-        self.blur, self.noise = self.model.blur, noise
+        self.model.set_measurement(blur, noise)
+        self.blur, self.noise = blur, noise
 
     def training_step(self, sample: Sample, batch_index: int) -> Tensor:
-        if len(sample.x) % self.measurements:
-            raise ValueError(
-                f"{len(sample.x)} samples of a batch are no multiple of its {self.measurements} measurements"
-            )
+        if len(sample.x) % self.parts:
+            raise ValueError(f"{len(sample.x)} samples of a batch are no multiple of its {self.parts} measurements")
         generator = np.random.default_rng((self.seed, self.global_step, 0, 1))  # no other stream has a key of four
         losses = []
-        for part in zip(*(values.chunk(self.measurements) for values in sample), strict=True):
-            self.set_measurement(*self.model.ranges.draw(generator))
+        for part in zip(*(values.chunk(self.parts) for values in sample), strict=True):
+            self.set_measurement(*self.measurements.draw(generator))
             losses.append(super().training_step(Sample(*part), batch_index))
         return torch.stack(losses).mean()
 
@@ -253,6 +298,6 @@ class ConditionalDeblurTask(DeblurTask):
         return super().loss(error * (BALANCE / (mean.mean() + ERROR_FLOOR)), sample)
 
     def validation_step(self, sample: Sample, batch_index: int) -> None:
-        for pair in self.model.ranges.grid():
+        for pair in self.measurements.grid():
             self.set_measurement(*pair)
             super().validation_step(sample, batch_index)

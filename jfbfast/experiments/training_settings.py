@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
-from jfbfast.models.conditional import CONDITIONS
 from jfbfast.models.config import ModelConfig
+from jfbfast.models.universal import CONDITIONS, INJECTED
+from jfbfast.operators.blur import GaussianBlur
 
 
 def _option(text: str, default: Any = MISSING) -> Any:
@@ -38,27 +39,29 @@ class TrainingSettings:
     crop: int = _option("Side of the random crops in pixels.", 64)
     flips: bool = _option("Mirror half of the crops, left to right.", True)
 
-    kernel_size: int = _option("Side of the Gaussian blur kernel in pixels, odd.", 5)
+    kernel_size: int | None = _option(
+        "Side of the Gaussian blur kernel in pixels, odd. (default: 5; with --form universal it follows from σ)", None
+    )
     sigma: float = _option("Standard deviation of the blur in pixels.", 1.0)
-    padding_mode: str = _option(
+    padding_mode: str | None = _option(
         "What the blur sees beyond the edges: zeros (mid-grey), reflect, replicate or circular; or valid, where the "
-        "measurement leaves out the margin that depends on it.",
-        "reflect",
+        "measurement leaves out the margin that depends on it. (default: reflect; with --form universal valid)",
+        None,
     )
     noise: float = _option("Standard deviation of the noise, for images in [−1, 1].", 0.01)
 
     sigma_range: tuple[float, ...] | None = _option(
-        "Train one filtered UNet for blurs from the smaller to the larger σ, as in 0.5,5. (default: --sigma alone)",
-        None,
+        "With --form universal: the smallest and the largest σ of the blurs to train on. (default: 0.3,5)", None
     )
     noise_range: tuple[float, ...] | None = _option(
-        "With --sigma-range: the noise levels, from the smaller to the larger, as in 0,0.1.", None
+        "With --form universal: the smallest and the largest noise level. (default: 0,0.1)", None
     )
-    measurements: int = _option("With --sigma-range: how many pairs of σ and noise share a batch equally.", 4)
+    measurements: int = _option("With --form universal: how many pairs of σ and noise share a batch equally.", 4)
 
     form: str = _option(
-        "What to train: the filtered, preconditioned or paper form of DE-GRAD; feed-forward, the network applied once "
-        "to Tikhonov's restoration; or denoiser, the network alone.",
+        "What to train: the filtered, preconditioned or paper form of DE-GRAD; universal, one filtered DE-GRAD for all "
+        "blurs and noise levels; feed-forward, the network applied once to Tikhonov's restoration; or denoiser, the "
+        "network alone.",
         "filtered",
     )
     denoiser: str = _option("The trained network: DnCNN, UNet or NonexpansiveDenoiser.", "DnCNN")
@@ -94,24 +97,34 @@ class TrainingSettings:
     )
 
     init: str | None = _option(
-        "Start from a shipped model or a file: the same network, the same without --injection or for one setting, or "
-        "its denoiser. (default: random weights)",
+        "Start from a shipped model or a file: the same network, the same without --injection, or its denoiser. "
+        "(default: random weights)",
         None,
     )
     pretraining_steps: int | None = _option(
-        "Batches of denoising before the training. (default: 1000; 0 with --init, --sigma-range or --injection, except "
-        "for --form denoiser)",
+        "Batches of denoising before the training. (default: 1000; 0 with --init, --injection or --form universal, "
+        "except for --form denoiser)",
         None,
     )
-    pretraining_rate: float = _option("Highest learning rate of pretraining.", 1e-3)
+    pretraining_rate: float | None = _option(
+        "Highest learning rate of pretraining. (default: 1e-3; with --optimizer muon 0.01)", None
+    )
     pretraining_noise: tuple[float, ...] = _option(
         "Smallest and largest noise level of pretraining, for images in [−1, 1].", (0.01, 0.12)
     )
     steps: int = _option("Batches of training the network itself.", 500)
     batch_size: int = _option("Crops in a batch, over all processes together.", 16)
-    learning_rate: float = _option("Highest learning rate.", 3e-4)
-    schedule: str = _option("Schedule of the learning rate: onecycle, cosine or constant.", "onecycle")
-    warmup: int = _option("Steps of linear warm-up, with the schedules cosine and constant.", 0)
+    optimizer: str = _option(
+        "adam; or muon, which makes the updates of the inner convolutions orthogonal, and leaves the rest to Adam with "
+        "a tenth of the learning rate.",
+        "adam",
+    )
+    learning_rate: float | None = _option("Highest learning rate. (default: 3e-4; with --optimizer muon 0.01)", None)
+    schedule: str = _option(
+        "Schedule of the learning rate: onecycle, cosine, linear (down to zero over the last half) or constant.",
+        "onecycle",
+    )
+    warmup: int = _option("Steps of linear warm-up, with all schedules but onecycle.", 0)
     beta2: float = _option("β₂ of Adam.", 0.999)
     clip: float = _option("Scale a gradient of a larger norm down to this norm; 0 means never.", 1.0)
     jacobian_penalty: float = _option("Weight of the penalty on ∂T/∂x that trains T to contract; 0 means none.", 0.0)
@@ -132,9 +145,16 @@ class TrainingSettings:
     tensorboard: bool = _option("Write TensorBoard files too.", True)
 
     @property
-    def conditional(self) -> bool:
-        """Whether the network is for a range of blurs and noise levels."""
-        return self.sigma_range is not None
+    def universal(self) -> bool:
+        """Whether the network is for all blurs and noise levels."""
+        return self.form == "universal"
+
+    @property
+    def largest_kernel(self) -> int:
+        """The longest side of the blurs' kernels, in pixels."""
+        settings = self.resolved()
+        sigma = max(settings.sigma_range or (settings.sigma,))
+        return max(GaussianBlur(settings.kernel_size, sigma).kernel_size)
 
     @property
     def implicit(self) -> bool:
@@ -143,9 +163,13 @@ class TrainingSettings:
 
     def dependent_defaults(self) -> dict[str, Any]:
         """The values that None stands for, where they depend on other settings."""
-        paper = self.form == "paper"
-        pretrained = self.conditional or self.injection or (self.init is not None and self.form != "denoiser")
+        paper, muon = self.form == "paper", self.optimizer == "muon"
+        pretrained = self.universal or self.injection or (self.init is not None and self.form != "denoiser")
         return {
+            "kernel_size": None if self.universal else 5,
+            "padding_mode": "valid" if self.universal else "reflect",
+            "sigma_range": (0.3, 5.0) if self.universal else None,
+            "noise_range": (0.0, 0.1) if self.universal else None,
             "features": (64, 96, 128) if self.denoiser == "UNet" else (64,),
             "batch_norm": paper,
             "spectral_norm": "matrix" if paper else "none",
@@ -153,6 +177,8 @@ class TrainingSettings:
             "training_tol": self.tol,
             "training_max_iter": self.max_iter,
             "pretraining_steps": 0 if pretrained else 1000,
+            "pretraining_rate": 0.01 if muon else 1e-3,
+            "learning_rate": 0.01 if muon else 3e-4,
         }
 
     def resolved(self) -> TrainingSettings:
@@ -163,7 +189,7 @@ class TrainingSettings:
     def model_config(self) -> ModelConfig:
         """The description of the network.
 
-        A network for a range starts at ``sigma`` and ``noise``; their defaults move to the nearest end of the range.
+        A universal network starts at σ = 1 and noise 0.01, or at the nearest end of the range.
 
         Raises:
             ValueError: several numbers of features for a network that takes one, or a value that `ModelConfig` refuses.
@@ -174,7 +200,7 @@ class TrainingSettings:
         if self.denoiser == "UNet":
             network |= {"features": list(settings.features), "blocks": list(self.blocks)}
             network |= {"injection": True} if self.injection else {}
-            network |= {"conditions": CONDITIONS} if self.conditional else {}
+            network |= {"conditions": CONDITIONS, "injection": INJECTED} if self.universal else {}
         elif len(settings.features) != 1:
             raise ValueError(f"features is {settings.features}; a {self.denoiser} takes one number")
         else:
@@ -185,21 +211,17 @@ class TrainingSettings:
                 "spectral_norm": {"matrix": True, "conv": "conv", "none": False}[str(settings.spectral_norm)],
                 "residual": self.form != "paper",
             }
-        sigma, noise = self.sigma, self.noise
-        if self.sigma_range and sigma == TrainingSettings.sigma:
-            sigma = min(max(sigma, self.sigma_range[0]), self.sigma_range[-1])
-        if self.noise_range and noise == TrainingSettings.noise:
-            noise = min(max(noise, self.noise_range[0]), self.noise_range[-1])
+        sigmas, noises = settings.sigma_range or (self.sigma,) * 2, settings.noise_range or (self.noise,) * 2
         same = ("form", "kernel_size", "padding_mode", "weight", "step_size", "averaging")
         return ModelConfig(
-            **{name: getattr(self, name) for name in same},
+            **{name: getattr(settings, name) for name in same},
             denoiser=network,
-            sigma=sigma,
-            noise=noise,
+            sigma=min(max(self.sigma, sigmas[0]), sigmas[-1]),
+            noise=min(max(self.noise, noises[0]), noises[-1]),
             solver={**parse_kind("solver", self.solver), "tol": self.tol, "max_iter": self.max_iter},
             gradient=parse_kind("gradient", self.gradient),
-            sigma_range=None if self.sigma_range is None else list(self.sigma_range),
-            noise_range=None if self.noise_range is None else list(self.noise_range),
+            sigma_range=None if settings.sigma_range is None else list(settings.sigma_range),
+            noise_range=None if settings.noise_range is None else list(settings.noise_range),
         )
 
 

@@ -1,5 +1,5 @@
 """Everything with weights, and the files that hold them."""
 
-from jfbfast.models import conditional, degrad, denoisers, feed_forward, unet  # each registers what files can name
+from jfbfast.models import degrad, denoisers, feed_forward, unet, universal  # each registers what files can name
 
-__all__ = ["conditional", "degrad", "denoisers", "feed_forward", "unet"]
+__all__ = ["degrad", "denoisers", "feed_forward", "unet", "universal"]

@@ -6,14 +6,10 @@ memory. Arguments without a bound here are checked by the class that takes them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
-from numbers import Real
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
 from jfbfast import checks
@@ -81,62 +77,6 @@ def _dncnn() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class MeasurementRanges:
-    """The range of blurs and noise levels that a network is trained for.
-
-    Attributes:
-        sigma: least and largest σ of the Gaussian blur, in pixels.
-        noise: least and largest standard deviation ν of the noise, on [−1, 1].
-
-    Raises:
-        ValueError: not two numbers in ascending order; σ not positive, or ν negative.
-
-    Example:
-        >>> from jfbfast import MeasurementRanges
-        >>> ranges = MeasurementRanges(sigma=(0.5, 5.0), noise=(0.0, 0.1))
-        >>> (2.0, 0.03) in ranges, (9.0, 0.03) in ranges
-        (True, False)
-    """
-
-    sigma: tuple[float, float] = (0.5, 5.0)
-    noise: tuple[float, float] = (0.0, 0.1)
-
-    def __post_init__(self) -> None:
-        for name, values in (("sigma_range", self.sigma), ("noise_range", self.noise)):
-            if not isinstance(values, Sequence):
-                raise ValueError(f"{name} is {values}; it takes two numbers")
-            positive = name == "sigma_range"
-            valid = len(values) == 2 and (values[0] > 0 if positive else values[0] >= 0)
-            if not valid or not values[0] <= values[1] < math.inf:
-                least = "positive" if positive else "non-negative"
-                raise ValueError(f"{name} is {tuple(values)}; it takes two {least} numbers, the lesser first")
-
-    def __contains__(self, setting: tuple[float, float]) -> bool:
-        """Whether the setting (σ, ν) lies within both ranges."""
-        return all(low <= value <= high for value, (low, high) in zip(setting, (self.sigma, self.noise), strict=True))
-
-    def check(self, sigma: float, noise: float) -> None:
-        """Raise ValueError, naming the argument and its range, unless both lie within their ranges."""
-        for name, value, (low, high) in (("sigma", sigma, self.sigma), ("noise", noise, self.noise)):
-            if isinstance(value, bool) or not (isinstance(value, Real) and low <= value <= high):
-                raise ValueError(f"{name} is {value}; this model takes a number from {low:g} to {high:g}")
-
-    def draw(self, generator: np.random.Generator) -> tuple[float, float]:
-        """Draw a random setting (σ, ν): log σ is uniform, and so is √ν, so that weak noise is not rare."""
-        return self._at(*generator.random(2).tolist())
-
-    def grid(self) -> list[tuple[float, float]]:
-        """The settings to validate on: the middle and the four corners."""
-        return [self._at(0.5, 0.5), *(self._at(*corner) for corner in product((0.0, 1.0), repeat=2))]
-
-    def _at(self, sigma: float, noise: float) -> tuple[float, float]:
-        """The setting at the fractions ``sigma`` and ``noise`` (in [0, 1]) of the ranges of log σ and √ν."""
-        (s, t), (low, high) = map(math.log, self.sigma), map(math.sqrt, self.noise)
-        found = math.exp(s + sigma * (t - s)), (low + noise * (high - low)) ** 2
-        return min(max(found[0], self.sigma[0]), self.sigma[1]), min(max(found[1], self.noise[0]), self.noise[1])
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """What rebuilds a network: its form, its denoiser, and the measurements that it is for.
 
@@ -145,15 +85,15 @@ class ModelConfig:
             "filtered" (a `DEGrad` with `RED`), "universal" (a `UniversalDEGrad`), "feed-forward" (a `FeedForward`), or
             "denoiser" (the network alone).
         denoiser: ``kind`` ("DnCNN", "UNet" or "NonexpansiveDenoiser") and its arguments.
-        kernel_size, sigma, padding_mode: arguments of the `GaussianBlur`.
+        kernel_size, sigma, padding_mode: arguments of the `GaussianBlur`; a kernel_size of None follows from σ.
         noise: standard deviation of the measurements' noise, for images in [−1, 1].
         weight: λ of `RED`, or of the feed-forward network's Tikhonov restoration, at the start of training.
         step_size: η of the paper's form, at the start of training.
         averaging: of the `DEGrad`.
         solver: ``kind`` ("Anderson", "Broyden", "Inertial" or "Picard") and its arguments.
         gradient: ``kind``, the name of a gradient method, and its arguments.
-        sigma_range, noise_range: least and largest σ and noise of a filtered `ConditionalDEGrad`, which starts at
-            ``sigma`` and ``noise``; None for a network for one setting.
+        sigma_range, noise_range: least and largest σ and noise that a `UniversalDEGrad` was trained on, whose first
+            measurement has ``sigma`` and ``noise``; None for a network for one setting.
 
     Raises:
         ValueError: a value of another type, or out of its bounds.
@@ -167,7 +107,7 @@ class ModelConfig:
 
     form: Literal["paper", "preconditioned", "filtered", "universal", "feed-forward", "denoiser"] = "filtered"
     denoiser: Description = field(default_factory=_dncnn)
-    kernel_size: int = 5
+    kernel_size: int | None = 5
     sigma: float = 1.0
     padding_mode: str = "reflect"
     noise: float = 0.01
@@ -184,8 +124,9 @@ class ModelConfig:
         _check_choice("padding_mode", self.padding_mode, PADDING_MODES)
         for name in ("denoiser", "solver", "gradient"):
             _check_description(name, getattr(self, name))
-        if not checks.is_integer(self.kernel_size) or not 1 <= self.kernel_size <= 1023 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size!r}; it takes an odd integer from 1 to 1023")
+        size = 1 if self.kernel_size is None else self.kernel_size
+        if not checks.is_integer(size) or not 1 <= size <= 1023 or size % 2 == 0:
+            raise ValueError(f"kernel_size is {size!r}; it takes an odd integer from 1 to 1023, or None")
         for name, bounds in (("sigma", _SIGMA), ("noise", _NOISE), ("weight", _POSITIVE), ("step_size", _POSITIVE)):
             _check_between(name, getattr(self, name), bounds)
         if self.averaging != "auto":
@@ -197,21 +138,16 @@ class ModelConfig:
                     _check_between(name, value, bounds)
 
     @property
-    def ranges(self) -> MeasurementRanges | None:
-        """The range of measurements that the network is for; None for one setting."""
-        if self.sigma_range is None or self.noise_range is None:
-            return None
-        return MeasurementRanges(tuple(self.sigma_range), tuple(self.noise_range))  # type: ignore[arg-type]  # checked
-
-    @property
     def channels(self) -> int:
         """Channels of the network's images."""
         return int(self.denoiser.get("channels", 3))
 
     @property
     def least_side(self) -> int:
-        """The shortest side, in pixels, of images that A takes; the same in every padding mode but "valid"."""
-        return self.kernel_size if self.padding_mode == "valid" else self.kernel_size // 2 + 1
+        """The shortest side, in pixels, of images that every A of the training takes."""
+        sigma = self.sigma if self.sigma_range is None else max(self.sigma_range)
+        size = max(GaussianBlur(self.kernel_size, sigma).kernel_size)
+        return size if self.padding_mode == "valid" else size // 2 + 1
 
     def blur(self) -> GaussianBlur:
         """The measurement operator A."""
@@ -240,5 +176,4 @@ class ModelConfig:
             )
         if self.form == "denoiser":
             return network
-        model = registry.MODELS[self.form if self.ranges is None else "conditional"]
-        return model.from_config(self, network)
+        return registry.MODELS[self.form].from_config(self, network)

@@ -16,9 +16,9 @@ from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.operator_record import described, keep_operator, record_operator
-from jfbfast.models.pretrained import load_model
+from jfbfast.models.pretrained import load_model, set_gaussian
 from jfbfast.models.red import RED, log_parameter
-from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.iterative import (
     IterativeOperator,
     LinearOperator,
@@ -84,6 +84,7 @@ class DEGrad(nn.Module):
         (torch.Size([2, 1, 16, 16]), 2)
     """
 
+    takes_any_blur = False  # whether `set_measurement` sets the network too, and not A alone
     solution: FixedPointSolution | None
 
     def __init__(
@@ -134,12 +135,13 @@ class DEGrad(nn.Module):
 
         Args:
             name: of a shipped model, or a file.
-            sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1]. A model for a range
-                of them (a `ConditionalDEGrad`) needs both; a model for a single setting takes its own or None.
+            sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1]; None takes the model's
+                own. They set a `UniversalDEGrad` for a whole Gaussian and unknown surroundings; its
+                ``set_measurement`` takes every other blur. A model for a single setting takes its own values only.
 
         Raises:
             ValueError: neither a name nor a file (the message lists the names); a network that is not a DE-GRAD;
-                σ or noise missing, out of the model's range, or other than its own.
+                σ or noise other than the only ones that the model is for, or a noise level out of its range.
 
         Example:
             >>> import jfbfast
@@ -151,7 +153,7 @@ class DEGrad(nn.Module):
         if not isinstance(model, cls):
             taken = "a DE-GRAD" if cls is DEGrad else f"a {cls.__name__}"
             raise ValueError(f"name is {str(name)!r}, a {config.form} network; it takes {taken}")
-        model.adapt_to(sigma, noise, config, str(name))
+        set_gaussian(str(name), model, config, sigma, noise)
         return model
 
     @classmethod
@@ -164,17 +166,7 @@ class DEGrad(nn.Module):
         red = RED(network, config.weight, "weight" if config.form == "filtered" else None)
         return cls(config.blur(), red, preconditioner="exact", **config.degrad_options())
 
-    def adapt_to(self, sigma: float | None, noise: float | None, config: ModelConfig, name: str) -> None:
-        """Set a loaded model for this σ (pixels) and noise level (on [−1, 1]); None takes the values of its training.
-
-        ``config`` has the model's settings; messages call the model ``name``. Raises ValueError for values that the
-        model was not trained for.
-        """
-        for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
-            if value not in (None, own):
-                raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
-
-    def set_blur(self, blur: GaussianBlur, noise: float) -> None:
+    def set_measurement(self, blur: Any, noise: float) -> None:
         """Restore measurements with this blur and noise level from now on, whatever the model was trained for."""
         self.blur = blur
 

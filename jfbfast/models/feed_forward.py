@@ -11,7 +11,7 @@ from jfbfast import checks
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.red import log_parameter
-from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.blur import SeparableBlur
 from jfbfast.solvers import FixedPointSolution, Picard
 
 
@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
         """Make the untrained model around its network, for `ModelConfig.model`."""
         return cls(config.blur(), network, config.weight)
 
-    def set_blur(self, blur: GaussianBlur, noise: float) -> None:
+    def set_measurement(self, blur: SeparableBlur, noise: float) -> None:
         """Restore measurements with this blur from now on, whatever the model was trained for."""
         self.blur = blur
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config
-from jfbfast.models.config import DEGRAD_FORMS, SETTING, MeasurementRanges, ModelConfig
+from jfbfast.models.config import DEGRAD_FORMS, SETTING, ModelConfig
+from jfbfast.operators.blur import GaussianBlur
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -21,7 +22,7 @@ def pretrained_names() -> list[str]:
     Example:
         >>> import jfbfast
         >>> jfbfast.pretrained_names()
-        ['gaussian5', 'gaussian5-sigma1', 'gaussian5-sigma5']
+        ['gaussian5-sigma1', 'gaussian5-sigma5']
     """
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
@@ -68,25 +69,42 @@ def measurement_setting(given: Mapping[str, Any], configs: Sequence[ModelConfig]
 
 def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig, say: Callable[[str], object]) -> None:
     """Set a network for these measurements, and call ``say`` with a sentence if it was trained for others."""
-    model.set_blur(setting.blur(), setting.noise)
-    inputs = () if config.ranges is None else ("sigma", "noise")
-    other = [each for each in SETTING if each not in inputs and getattr(config, each) != getattr(setting, each)]
-    if other:
+    model.set_measurement(setting.blur(), setting.noise)
+    other = [each for each in SETTING if getattr(config, each) != getattr(setting, each)]
+    if other and config.form != "universal":
         told = ", ".join(f"{each} = {getattr(config, each)}" for each in other)
         say(f"{name} was trained for other measurements ({told}).")
+
+
+def set_gaussian(name: str, model: Any, config: ModelConfig, sigma: float | None, noise: float | None) -> None:
+    """Set a loaded DE-GRAD for a Gaussian blur of this σ and this noise level; None stands for its own value.
+
+    A universal one is set for a whole Gaussian and unknown surroundings. Raises ValueError if one for a single setting
+    is for another σ or noise level.
+    """
+    if config.form != "universal":
+        for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
+            if value not in (None, own):
+                raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
+    elif (sigma, noise) != (None, None):
+        blur = GaussianBlur(None, config.sigma if sigma is None else sigma, "valid")
+        model.set_measurement(blur, config.noise if noise is None else noise)
 
 
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str | None) -> str | None:
     """The name of the shipped DE-GRAD that was trained for this blur and noise, or None.
 
-    A model for exactly this setting is preferred to one for a range, and a filtered model to one of another form.
+    A model for exactly this setting is preferred to a universal one, and a filtered model to one of another form.
     With ``padding_mode=None``, any padding mode matches.
     """
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
-        ranges = config.ranges or MeasurementRanges((config.sigma,) * 2, (config.noise,) * 2)
-        suits = config.kernel_size == kernel_size and (sigma, noise) in ranges
-        if config.form in DEGRAD_FORMS and suits and padding_mode in (None, config.padding_mode):
-            found.append((config.ranges is not None, config.form != "filtered", name))
+        own = (config.kernel_size, config.sigma, config.noise) == (kernel_size, sigma, noise)
+        suits = own and padding_mode in (None, config.padding_mode)
+        if config.form == "universal":
+            low, high = config.noise_range or (noise, noise)
+            suits = low <= noise <= high
+        if config.form in DEGRAD_FORMS and suits:
+            found.append((config.form == "universal", config.form != "filtered", name))
     return min(found)[-1] if found else None

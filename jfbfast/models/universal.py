@@ -144,7 +144,7 @@ class UniversalDEGrad(DEGrad):
     Args:
         denoiser: D of `UniversalRED`.
         blur, noise: the first measurement, as in `set_measurement`; None for a Gaussian of σ = 1 pixel.
-        noise_range: the noise levels that `set_measurement` takes.
+        noise_range: the least and the largest noise level that `set_measurement` takes.
         weight: of `UniversalRED`.
         options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
 
@@ -162,6 +162,7 @@ class UniversalDEGrad(DEGrad):
         torch.Size([2, 3, 16, 16])
     """
 
+    takes_any_blur = True
     regularizer: UniversalRED
 
     def __init__(
@@ -212,14 +213,6 @@ class UniversalDEGrad(DEGrad):
         condition = describe(power_spectrum(blur), noise)
         self.blur, self._noise = blur, float(noise)
         self.regularizer.condition = condition.to(self.regularizer.condition)
-
-    def set_blur(self, blur: KnownBlur, noise: float) -> None:
-        self.set_measurement(blur, noise)
-
-    def adapt_to(self, sigma: float | None, noise: float | None, config: ModelConfig, name: str) -> None:
-        if sigma is None or noise is None:
-            raise ValueError(f"{name} is for any blur and noise level; it takes sigma and noise, or set_measurement")
-        self.set_measurement(GaussianBlur(None, sigma, "valid"), noise)
 
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:

@@ -137,8 +137,11 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="of the form 'denoiser'"):
         problem.trained(tmp_path / "denoiser")
     assert problem.trained("gaussian5-sigma1").denoiser.injection
-    with pytest.raises(ValueError, match="checkpoint is gaussian5, for a range of measurements; it takes one for a"):
-        problem.trained("gaussian5")
+    denoiser = {"kind": "UNet", "features": [4], "blocks": [1], "conditions": 3, "injection": 7}
+    other = ModelConfig(form="universal", denoiser=denoiser)
+    save_checkpoint(tmp_path / "universal", other.model(), other)
+    with pytest.raises(ValueError, match="universal, for many measurements; it takes one for a single setting"):
+        problem.trained(tmp_path / "universal")
     with pytest.raises(ValueError, match="the benchmark step alone takes one"):
         run("kernels", tmp_path, True, Console(), checkpoint=tmp_path / "weights")
 

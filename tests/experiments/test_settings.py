@@ -9,6 +9,7 @@ import pytest
 from jfbfast.experiments.settings import make_settings, read_settings, write_settings
 
 ROOT = Path(__file__).parents[2]
+UNIVERSAL = {"form": "universal", "denoiser": "UNet"}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parents[2]
         ({"flips": 1}, "flips is 1; it takes true or false"),
         ({"steps": 0}, "steps is 0"),
         ({"spectral_norm": "some"}, "spectral_norm is 'some'; it takes one of matrix, conv, none"),
-        ({"schedule": "steep"}, "schedule is 'steep'; it takes one of onecycle, cosine, constant"),
+        ({"schedule": "steep"}, "schedule is 'steep'; it takes one of onecycle, cosine, linear, constant"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it takes one of adam, muon"),
         ({"ema": 1}, "ema is 1"),
         ({"beta2": 2}, r"beta2 is 2\.0; it takes a number in \[0, 1\)"),
         ({"noise": -1}, r"noise is -1\.0; it takes a number of at least 0"),
@@ -54,9 +56,9 @@ ROOT = Path(__file__).parents[2]
         ({"denoiser": "UNet", "batch_norm": True}, "batch_norm is True; it has an effect only with denoiser=DnCNN"),
         ({"step_size": 9}, r"step_size is 9\.0; it has an effect only with form=paper"),
         ({"blocks": "1,1"}, r"blocks is \(1, 1\); it has an effect only with denoiser=UNet"),
-        ({"warmup": 10}, "warmup is 10; it has an effect only with schedule=cosine or constant"),
+        ({"warmup": 10}, "warmup is 10; with schedule=onecycle it has no effect"),
         ({"padding_mode": "valid", "kernel_size": 31, "crop": 30}, "crop is 30; with padding_mode=valid it takes"),
-        ({"padding_mode": "valid", "resize": 4}, "resize is 4; .* it takes at least kernel_size=5"),
+        ({"padding_mode": "valid", "resize": 4}, "resize is 4; .* it takes at least the kernel's size, 5"),
         ({"squash": True}, "squash is True; it has an effect only with resize"),
         (
             {"injection": True},
@@ -66,7 +68,17 @@ ROOT = Path(__file__).parents[2]
             {"denoiser": "UNet", "injection": True, "pretraining_steps": 5},
             "pretraining_steps is 5; with injection it takes 0",
         ),
-        ({"measurements": 2}, "measurements is 2; it has an effect only with sigma_range"),
+        ({"measurements": 2}, "measurements is 2; it has an effect only with form=universal"),
+        ({"sigma_range": "1,2"}, r"sigma_range is \(1\.0, 2\.0\); it has an effect only with form=universal"),
+        ({**UNIVERSAL, "sigma": 2}, r"sigma is 2\.0; with form=universal, for all blurs"),
+        ({**UNIVERSAL, "measurements": 5}, "measurements is 5; it takes a divisor of batch_size=16"),
+        ({**UNIVERSAL, "pretraining_steps": 5}, "pretraining_steps is 5; with form=universal it takes 0"),
+        ({**UNIVERSAL, "crop": 30}, "crop is 30; .* it takes at least the kernel's size, 31"),
+        ({**UNIVERSAL, "sigma_range": "0,5"}, "sigma_range is .* two positive numbers, the lesser first"),
+        ({**UNIVERSAL, "sigma_range": "5,1"}, "sigma_range is .* two positive numbers, the lesser first"),
+        ({**UNIVERSAL, "sigma_range": "1"}, "sigma_range is .* two positive numbers"),
+        ({**UNIVERSAL, "noise_range": "-1,1"}, "noise_range is .* two non-negative numbers"),
+        ({"form": "universal"}, "denoiser is DnCNN; form=universal takes a UNet"),
         (
             {"pretraining_steps": 0, "pretraining_rate": 1},
             r"pretraining_rate is 1\.0; it has an effect only with pretraining_steps",
@@ -103,7 +115,6 @@ def test_a_bad_setting_is_named(values, message):
         ({"gradient": "jfb:terms"}, "NAME:KEY=VALUE"),
         ({"form": "paper", "denoiser": "UNet"}, "takes a DnCNN, not residual"),
         ({"features": "4,8"}, "a DnCNN takes one number"),
-        ({"denoiser": "UNet", "sigma_range": [], "noise_range": []}, r"sigma_range is \[\]; it takes 2 values"),
         ({"solver": "Newton"}, "solver is of kind 'Newton'"),
         ({"solver": "Picard:memory=3"}, "Picard does not take"),
     ],
@@ -118,6 +129,19 @@ def test_settings_from_the_command_line_and_from_a_file_are_the_same():
     assert typed.features == (4, 8, 8) and typed.learning_rate == 1e-3 and typed.pretraining_noise == (0.1, 1.0)
     config = make_settings({"data": "d", "gradient": "jfb"}).model_config()
     assert json.loads(json.dumps(config.denoiser)) == config.denoiser
+
+
+def test_defaults_depend_on_the_form_and_the_optimizer():
+    adam, muon = (make_settings({"data": "d", "optimizer": name}).resolved() for name in ("adam", "muon"))
+    assert (adam.learning_rate, adam.pretraining_rate) == (3e-4, 1e-3)
+    assert (muon.learning_rate, muon.pretraining_rate) == (0.01, 0.01)
+    assert (adam.kernel_size, adam.padding_mode, adam.sigma_range) == (5, "reflect", None)
+    config = make_settings({"data": "d", **UNIVERSAL}).model_config()
+    assert (config.kernel_size, config.padding_mode) == (None, "valid")
+    assert (config.sigma_range, config.noise_range) == ([0.3, 5.0], [0.0, 0.1])
+    assert (config.blur().kernel_size, config.least_side) == ((7, 7), 31)
+    config = make_settings({"data": "d", **UNIVERSAL, "sigma_range": "2,5", "noise_range": "0.02,0.1"}).model_config()
+    assert (config.sigma, config.noise) == (2.0, 0.02)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "training").glob("*.yaml")), ids=lambda file: file.stem)

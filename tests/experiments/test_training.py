@@ -96,8 +96,7 @@ def test_a_network_is_trained_with_unknown_surroundings():
 SHARED = """
 import json, sys, torch, jfbfast
 from lightning.pytorch.callbacks import Callback
-from jfbfast.models.conditional import ConditionalDEGrad
-from jfbfast.experiments.tasks import ConditionalDeblurTask, DeblurTask, Optimization
+from jfbfast.experiments.tasks import DeblurTask, Measurements, Optimization, UniversalTask
 from jfbfast.experiments.trainer import fit
 from jfbfast.imaging.datasets import RandomCrops
 torch.manual_seed(0)
@@ -107,8 +106,8 @@ if sys.argv[2] == "one setting":
     model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact", solver=solver)
     task = DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3)).double()
 else:
-    model = ConditionalDEGrad(jfbfast.UNet(3, (4,), (1,), conditions=2), solver=solver)
-    task = ConditionalDeblurTask(model, Optimization(1e-3), measurements=2).double()
+    model = jfbfast.UniversalDEGrad(jfbfast.UNet(3, (4,), (1,), conditions=3, injection=7), solver=solver)
+    task = UniversalTask(model, Measurements((0.5, 0.7)), Optimization(1e-3), parts=2).double()
 
 class Double(torch.utils.data.Dataset):
     crops = RandomCrops([torch.rand(3, 20, 24), torch.rand(3, 16, 16)], 8, length=12)
@@ -127,7 +126,7 @@ fit(task, Double(), steps=3, batch_size=4, accelerator="cpu", callbacks=[Gradien
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["one setting", "ranges"])
+@pytest.mark.parametrize("kind", ["one setting", "universal"])
 def test_processes_share_a_batch(tmp_path, kind):
     """The gradient of a step on two gloo processes is that of one process with the whole batch."""
     alone, shared = ([str(tmp_path / name), kind] for name in ("one", "two"))

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from jfbfast import ConditionalDEGrad, DEGrad
+from jfbfast import DEGrad, UniversalDEGrad
 from jfbfast.models import pretrained
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint
 from jfbfast.models.config import FORMS, ModelConfig
@@ -117,8 +117,8 @@ def test_shipped_models_load_by_name(shipped):
         DEGrad.from_pretrained("nothing")
     with pytest.raises(ValueError, match="a denoiser network; it takes a DE-GRAD"):
         DEGrad.from_pretrained("c-denoiser")
-    with pytest.raises(ValueError, match="a filtered network; it takes a ConditionalDEGrad"):
-        ConditionalDEGrad.from_pretrained("b-filtered")
+    with pytest.raises(ValueError, match="a filtered network; it takes a UniversalDEGrad"):
+        UniversalDEGrad.from_pretrained("b-filtered")
     for file in (shipped / "d-seven.safetensors", str(shipped / "d-seven.safetensors")):
         assert DEGrad.from_pretrained(file).state_dict().keys() == load_checkpoint(file)[0].state_dict().keys()
     (shipped / "e-broken").write_text("broken")

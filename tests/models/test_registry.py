@@ -12,7 +12,7 @@ from jfbfast.models.config import FORMS, ModelConfig
 
 def test_every_form_and_every_network_of_the_package_is_registered():
     assert {"DnCNN": DnCNN, "NonexpansiveDenoiser": NonexpansiveDenoiser, "UNet": UNet} == registry.NETWORKS
-    assert {*registry.MODELS} == {*FORMS, "conditional"} - {"denoiser"}
+    assert {*registry.MODELS} == {*FORMS} - {"denoiser"}
 
 
 def test_a_file_can_name_a_network_that_another_module_registers(tmp_path, monkeypatch):
@@ -46,7 +46,7 @@ def test_a_file_can_name_a_network_that_another_module_registers(tmp_path, monke
         ({"solver": {"kind": "Anderson", "memory": 101}}, "memory of solver is 101; it takes an integer from 1 to 100"),
         ({"denoiser": {"kind": "UNet", "features": [4] * 9}}, "features of denoiser is .*; it takes 1 to 8 values"),
         ({"sigma_range": [1.0]}, r"sigma_range is \[1.0\]; it takes 2 values"),
-        ({"form": "feed-forward", "sigma_range": [1, 2], "noise_range": [0, 1]}, "take the filtered form"),
+        ({"kernel_size": 4}, "kernel_size is 4; it takes an odd integer from 1 to 1023, or None"),
     ],
 )
 def test_a_description_that_no_network_fits_is_named(values, message):

@@ -5,12 +5,19 @@ import math
 import pytest
 import torch
 
-from jfbfast import Anderson, Blur, GaussianBlur, SeparableBlur, UNet, UniversalDEGrad, point_spread
+from jfbfast import Anderson, Blur, DEGrad, GaussianBlur, SeparableBlur, UNet, UniversalDEGrad, point_spread
+from jfbfast.models import pretrained
 from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.universal import describe, power_spectrum
+from jfbfast.operators.inverse import _axis_svd, factors
 
 DENOISER = {"kind": "UNet", "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 7}
+
+CONFIG = ModelConfig(
+    form="universal", denoiser=DENOISER, kernel_size=None, padding_mode="valid", noise_range=[0.0, 0.1]
+)
+SINGLE = ModelConfig(denoiser={"kind": "UNet", "features": [4], "blocks": [1]}, padding_mode="zeros")
 
 
 def small_model(**options):
@@ -124,3 +131,55 @@ def test_a_file_rebuilds_the_model_for_its_first_measurement(tmp_path):
 def test_a_config_with_another_network_is_refused():
     with pytest.raises(ValueError, match="the universal form takes a UNet with conditions=3 and injection=7"):
         ModelConfig(form="universal", denoiser={**DENOISER, "injection": True}).model()
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of shipped models: a universal one, and one for a single setting."""
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    for name, config in (("a-universal", CONFIG), ("b-single", SINGLE)):
+        save_checkpoint(tmp_path / f"{name}.safetensors", config.model(), config)
+
+
+def test_shipped_models_are_set_for_their_own_measurements_only(shipped):
+    model = DEGrad.from_pretrained("a-universal", sigma=2.0, noise=0.03)
+    assert (model.blur.sigma, model.blur.kernel_size, model.noise) == ((2.0, 2.0), (13, 13), 0.03)
+    assert model.blur.padding_mode == "valid" and not model.training
+    assert DEGrad.from_pretrained("a-universal", sigma=2.0).noise == 0.01
+    assert DEGrad.from_pretrained("a-universal").blur.sigma == (1.0, 1.0)
+    with pytest.raises(ValueError, match=r"noise is 0\.3; it takes a number from 0 to 0\.1"):
+        DEGrad.from_pretrained("a-universal", sigma=2.0, noise=0.3)
+    DEGrad.from_pretrained("b-single", sigma=1.0, noise=0.01)
+    with pytest.raises(ValueError, match=r"noise is 0\.03; b-single was trained for noise = 0\.01 alone"):
+        DEGrad.from_pretrained("b-single", noise=0.03)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ((5, 1.0, 0.01, "zeros"), "b-single"),
+        ((5, 1.0, 0.02, "zeros"), "a-universal"),
+        ((5, 1.0, 0.01, "reflect"), "a-universal"),
+        ((None, 4.0, 0.0, None), "a-universal"),
+        ((5, 2.0, 0.2, "zeros"), None),
+    ],
+)
+def test_a_model_for_one_setting_is_preferred_to_a_universal_one(shipped, setting, name):
+    assert pretrained.matching_name(*setting) == name
+
+
+def test_a_comparison_sets_each_model_for_the_measurements():
+    said, setting = [], ModelConfig(sigma=2.0, noise=0.03, padding_mode="zeros")
+    model, single = CONFIG.model(), SINGLE.model()
+    pretrained.set_network("universal", model, CONFIG, setting, said.append)
+    assert model.noise == 0.03 and model.blur.sigma == (2.0, 2.0) and not said
+    pretrained.set_network("single", single, SINGLE, setting, said.append)
+    assert single.blur.sigma == (2.0, 2.0) and "single was trained for other measurements (sigma = 1.0" in said[0]
+
+
+def test_the_cache_of_factors_stays_bounded_for_many_blurs():
+    x = torch.rand(1, 8, 8)
+    for i in range(80):
+        GaussianBlur(5, 0.5 + i / 20).solve(x, 0.1)
+    for cache in (factors, _axis_svd):
+        assert cache.cache_info().currsize <= cache.cache_info().maxsize <= 64

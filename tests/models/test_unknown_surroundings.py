@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from jfbfast import (
     RED,
     Anderson,
-    ConditionalDEGrad,
     DEGrad,
     GaussianBlur,
     Status,
@@ -86,9 +85,6 @@ def test_the_other_networks_restore_the_margin_too():
     d = torch.randn(1, 2, 7, 6)
     assert FeedForward(BLUR, torch.nn.Identity())(d).shape == (1, 2, 11, 8)
     assert plug_and_play(BLUR, d, lambda z: 0.5 * z, 0.5).value.shape == (1, 2, 11, 8)
-    model = ConditionalDEGrad(UNet(2, (4, 6), (1, 1), conditions=2), padding_mode="valid")
-    model.set_measurement(2.0, 0.03)
-    assert model(d).shape == (1, 2, 11, 10)
 
 
 def test_a_description_of_a_model_keeps_the_mode():
