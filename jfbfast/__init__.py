@@ -28,6 +28,7 @@ from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
+from jfbfast.models.universal import UniversalDEGrad
 from jfbfast.operators import point_spread
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
@@ -75,6 +76,7 @@ __all__ = [
     "Shine",
     "Status",
     "UNet",
+    "UniversalDEGrad",
     "Unrolled",
     "WarmStart",
     "backend",

@@ -46,9 +46,9 @@ class DEGrad(nn.Module):
       what A keeps of x; with ``UNet(injection=True)`` as denoiser, R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
-        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A`` and
-            ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than a
-            `SeparableBlur`, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
+        blur: A: a `SeparableBlur`, a `Blur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A``
+            and ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than
+            the first two, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
             injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. Its
             buffers are not in the model's ``state_dict``, which records what A is: loading it into a model with
             another A warns.
@@ -193,9 +193,10 @@ class DEGrad(nn.Module):
             return self.log_damping.exp()
         return self.regularizer.weight
 
-    def layer(self, x: Tensor, d: Tensor) -> Tensor:
-        """T_α(x; d) for the images x and the measurements d of one batch."""
-        r = self.regularizer(x, self.blur, d) if isinstance(self.regularizer, RED) else self.regularizer(x)
+    def layer(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
+        """T_α(x; d) for the images x and the measurements d of one batch; ``injected`` is R's injection, if known."""
+        red = isinstance(self.regularizer, RED)
+        r = self.regularizer(x, self.blur, d, *injected) if red else self.regularizer(x)
         if r.shape != x.shape:
             raise ValueError(
                 f"regularizer maps shape {tuple(x.shape)} to {tuple(r.shape)}; it takes one that keeps the shape"
@@ -271,15 +272,17 @@ class DEGrad(nn.Module):
         """
         self.solution = None
         self._check_arguments(d, x0)
+        # Computed once, since it is the same at every evaluation.
+        injected = self.regularizer.injected(self.blur, d) if isinstance(self.regularizer, RED) else ()
         if x0 is None:
-            x0 = self.start(d)
+            x0 = self.start(d, *injected)
         self._check_dtype(x0)
         if self.averaging_is_due:
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
             self.layer,
             x0,
-            inputs=(d,),
+            inputs=(d, *injected),
             solver=self.solver,
             gradient=self.gradient,
             solve_dtype=self.solve_dtype,
@@ -321,8 +324,10 @@ class DEGrad(nn.Module):
             raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {dtype}")
 
     @torch.no_grad()
-    def start(self, d: Tensor) -> Tensor:
+    def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
+        if injected and self.preconditioner and self.log_damping is None:
+            return injected[0].detach()
         start = self.blur.adjoint(d)
         return start if self.damping is None else self.blur.solve(start, self.damping)
 
