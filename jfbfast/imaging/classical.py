@@ -37,6 +37,8 @@ def direct_inverse(blur: SeparableBlur, d: Tensor) -> Tensor:
         >>> torch.allclose(jfbfast.direct_inverse(blur, blur(x)), x)
         True
     """
+    if not isinstance(blur, SeparableBlur):
+        raise TypeError(f"blur is {type(blur).__name__}; direct_inverse takes a SeparableBlur")
     if any(blur.margin):
         raise ValueError("padding_mode is 'valid'; direct_inverse takes another one, since A x has fewer pixels than x")
     return inverse.direct(d, blur.taps)
