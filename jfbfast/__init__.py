@@ -28,6 +28,7 @@ from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
+from jfbfast.operators import point_spread
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.iterative import IterativeOperator
 from jfbfast.solvers import (
@@ -81,6 +82,7 @@ __all__ = [
     "gradient_descent",
     "jacobian_penalty",
     "keep_freed_memory",
+    "point_spread",
     "pretrained_names",
     "show_config",
     "solve_fixed_point",
