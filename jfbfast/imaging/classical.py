@@ -35,9 +35,7 @@ def direct_inverse(blur: SeparableBlur, d: Tensor) -> Tensor:
         True
     """
     if any(blur.margin):
-        raise ValueError(
-            "padding_mode is 'valid'; direct_inverse takes another one, since A x has fewer pixels than x"
-        )
+        raise ValueError("padding_mode is 'valid'; direct_inverse takes another one, since A x has fewer pixels than x")
     return inverse.direct(d, blur.taps)
 
 

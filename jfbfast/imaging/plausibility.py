@@ -8,13 +8,28 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.operators.blur import SeparableBlur
-from jfbfast.operators.inverse import power_spectrum
+from jfbfast.imaging.blurs import AnyBlur
+from jfbfast.operators.frame import cut
 
 BLOCK = 128  # pixels
 CONTRADICTION = 1.4  # times the noise, the file's included; a photograph that shows more contradicts its noise level
 LEAST_NOISE = 1e-4  # stands for a given noise level of 0
+TOLERANCE = 0.05  # by which share σ, or the size of another blur, may be wrong
 FILE_ERROR = 0.005  # on [−1, 1]: about what JPEG of quality 90 adds; rounding to 8 bits adds 0.0023
+
+
+def gain(blur: AnyBlur, height: int, width: int) -> Tensor:
+    """|â|² of a blur at the frequencies of `torch.fft.fft2`, (height, width), from the image that it makes of a point."""
+    y, x = blur.kernel_size
+    point = torch.zeros(1, 1, 2 * y - 1, 2 * x - 1, dtype=torch.float64)
+    point[..., y - 1, x - 1] = 1
+    image = blur(point)[0, 0]
+    if blur.margin == (0, 0):
+        image = cut(image, (y // 2, x // 2))
+    wrapped = torch.zeros(height, width, dtype=torch.float64)
+    places = torch.meshgrid(torch.arange(y) % height, torch.arange(x) % width, indexing="ij")
+    wrapped.index_put_(places, image, accumulate=True)
+    return torch.fft.fft2(wrapped).abs().square()
 
 
 class PowerSpectrum:
@@ -38,7 +53,7 @@ class PowerSpectrum:
         scene: the expected power of the sharp scene, (h, w); not finite where it is unknown.
     """
 
-    def __init__(self, blur: SeparableBlur, d: Tensor) -> None:
+    def __init__(self, blur: AnyBlur, d: Tensor) -> None:
         block = max(BLOCK, 8 * max(blur.kernel_size))
         height, width = (min(block, side) for side in d.shape[-2:])
         # Hann windows without their zeros
@@ -51,11 +66,7 @@ class PowerSpectrum:
             total += torch.fft.fft2(blocks).abs().square().double().sum((0, 1))
             count += blocks.shape[0] * blocks.shape[1]
         self.power = total / (count * window.square().sum())
-        y, x = (
-            power_spectrum(taps, n, total.device, total.dtype)
-            for taps, n in zip((blur.taps.y, blur.taps.x), total.shape, strict=True)
-        )
-        self.gain = y[:, None] * x
+        self.gain = gain(blur, height, width)
         down, across = (2 * math.pi * torch.fft.fftfreq(n, dtype=total.dtype) for n in total.shape)
         squared = down[:, None].square() + across.square()  # |ω|²
         low = (self.gain > 0.5) & (squared > 0) & (squared < (math.pi / 4) ** 2)
@@ -82,6 +93,16 @@ class PowerSpectrum:
         while (seen := self.noise(level)) > CONTRADICTION * math.hypot(level, FILE_ERROR):
             level = seen
         return max(given, seen), level > start
+
+    def mismatch(self, tolerance: float = TOLERANCE) -> float:
+        """The part of d, as a noise level, that a slightly wrong blur would leave unexplained.
+
+        If the σ of a Gaussian is wrong by ε, the tolerance, |â| = exp(−|ω|²σ²/2) is wrong by ε |ω|²σ² |â| = ε |log |â|²| |â|.
+        The same expression stands for an error in the size of other blurs.
+        """
+        gain = self.gain.clamp_min(1e-12)
+        power = (tolerance * gain.log()).square() * gain * self.scene
+        return float(power[self.scene.isfinite()].sum() / power.numel()) ** 0.5
 
     def damping(self, noise: float) -> float:
         """Find the λ at which Tikhonov's residual A x − d is as strong as the noise (Morozov's discrepancy principle).
