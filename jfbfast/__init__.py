@@ -31,6 +31,7 @@ from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
 from jfbfast.operators import point_spread
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import IterativeOperator
 from jfbfast.solvers import (
     Anderson,
@@ -53,6 +54,7 @@ __all__ = [
     "JFB",
     "RED",
     "Anderson",
+    "Blur",
     "Broyden",
     "ConditionalDEGrad",
     "ConvergenceWarning",

@@ -16,7 +16,7 @@ from jfbfast.operators import inverse, ops
 from jfbfast.operators.tables import Taps
 
 
-def _check_fixed(name: str, value: object) -> None:
+def check_fixed(name: str, value: object) -> None:
     """Raise ValueError for a tensor that requires a gradient; a blur's weights would not get one."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
@@ -25,7 +25,7 @@ def _check_fixed(name: str, value: object) -> None:
 
 
 def _filter(name: str, taps: Sequence[float] | Tensor) -> tuple[float, ...]:
-    _check_fixed(name, taps)
+    check_fixed(name, taps)
     values = tuple(float(t) for t in taps)
     if len(values) % 2 == 0 or not all(map(math.isfinite, values)):
         raise ValueError(f"{name} is {values}; it takes an odd number of finite weights")
@@ -196,7 +196,7 @@ class GaussianBlur(SeparableBlur):
     ) -> None:
         sigmas = _pair("sigma", sigma)
         for s in sigmas:
-            _check_fixed("sigma", s)
+            check_fixed("sigma", s)
         if not all(0 < s < math.inf for s in sigmas):
             raise ValueError(f"sigma is {sigma}; it takes positive numbers of pixels")
         sizes = _pair("kernel_size", kernel_size)

@@ -13,6 +13,7 @@ from jfbfast.backends.tensors import compute_dtype
 from jfbfast.buffers import buffers_of, used
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.inverse import scalar_gradient
 
 _ADJOINTS = ("adjoint", "A_adjoint")  # the names here and in deepinv
@@ -45,7 +46,8 @@ def linear_operator(name: str, given: Any) -> Any:
 def may_hold_sample_data(module: nn.Module | None) -> bool:
     """Whether a module contains a linear operator that may hold something of each sample, such as a mask or a kernel.
 
-    Only a `SeparableBlur` is known to hold none. A layer with any other operator is evaluated on whole batches.
+    Only a `SeparableBlur` and a `Blur` are known to hold none. A layer with another operator is evaluated on whole
+    batches.
     """
     found: list[Any] = [module]
     seen: set[int] = set()
@@ -61,7 +63,7 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
                     found.append(attribute)
             for name in _ADJOINTS:  # hasattr of a module would call its slow __getattr__
                 has_adjoint = hasattr(type(value), name) or name in value.__dict__ or name in value._modules
-                if has_adjoint and not isinstance(value, (SeparableBlur, IterativeOperator)):
+                if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
                     return True
         elif isinstance(value, (list, tuple)):
             found.extend(value)
@@ -73,15 +75,15 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
 
 
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
-    """Aᵀ(A x − d) + r, in one pass over the images if A is a `SeparableBlur`."""
-    if isinstance(operator, SeparableBlur):
+    """Aᵀ(A x − d) + r, in one pass over the images if A is separable."""
+    if isinstance(operator, (SeparableBlur, Blur)):
         return operator.gradient(x, d, r)
     return operator.adjoint(operator(x) - d) + r
 
 
 def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor, step_size: Tensor) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r), in one pass over the images if A is a `SeparableBlur`."""
-    if isinstance(operator, SeparableBlur):
+    """x − η(Aᵀ(A x − d) + r), in one pass over the images if A is separable."""
+    if isinstance(operator, (SeparableBlur, Blur)):
         return operator.gradient_step(x, d, r, step_size)
     return x - step_size * gradient(operator, x, d, r)
 
