@@ -1,4 +1,4 @@
-"""Shapes and dtypes of a batch of samples, for every room."""
+"""Shapes, dtypes and devices, for every room."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def flat(x: Tensor) -> Tensor:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape (B,) to (B, 1, …, 1), which broadcasts against ``like`` (B, …)."""
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; ValueError if torch cannot use it."""
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name}; it takes cpu or cuda")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the latter
+        raise ValueError(f"--device is {name}; it takes cpu or cuda ({str(error).splitlines()[0]})") from error

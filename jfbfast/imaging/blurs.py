@@ -14,6 +14,7 @@ from jfbfast.operators.convolution import Blur
 
 AnyBlur = SeparableBlur | Blur  # A; both have the same methods
 
+SOLVE_TOL = 1e-3  # of conjugate gradients; they stay in float32
 KINDS = ("sigma", "psf", "motion", "defocus")
 
 
@@ -49,9 +50,8 @@ class BlurChoice:
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"the blur is given by {' and '.join(given) or 'nothing'}; it takes one of {', '.join(KINDS)}"
-            )
+            told = " and ".join(given) or "nothing"
+            raise ValueError(f"the blur is given by {told}; it takes one of {', '.join(KINDS)}")
         if self.kernel_size is not None and self.sigma is None:
             raise ValueError(f"kernel_size is {self.kernel_size}; it is for a Gaussian, given by sigma")
         if self.motion is not None and (not isinstance(self.motion, Sequence) or len(self.motion) != 2):
@@ -66,10 +66,13 @@ class BlurChoice:
         if self.sigma is not None:
             return GaussianBlur(self.kernel_size, self.sigma, padding_mode)
         if self.motion is not None:
-            return Blur(point_spread.motion(*self.motion), padding_mode)
-        if self.defocus is not None:
-            return Blur(point_spread.defocus(self.defocus), padding_mode)
-        return Blur(self.psf if isinstance(self.psf, Tensor) else point_spread.read(self.psf), padding_mode)
+            psf = point_spread.motion(*self.motion)
+        elif self.defocus is not None:
+            psf = point_spread.defocus(self.defocus)
+        else:
+            assert self.psf is not None
+            psf = self.psf if isinstance(self.psf, Tensor) else point_spread.read(self.psf)
+        return Blur(psf, padding_mode, tol=SOLVE_TOL)
 
     def __str__(self) -> str:
         if self.sigma is not None:

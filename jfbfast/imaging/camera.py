@@ -1,11 +1,11 @@
-"""What a camera does to a blurred scene before it is a file: it encodes the light, and clips what is too bright or dark.
+"""What a camera does to a blurred scene: it encodes the light, and clips what is too bright or too dark.
 
 Restorations are made for a measurement d = A x + noise of encoded values. A camera measures d = F(x) + noise, where F
 blurs linear light and encodes it again. The measurement that A alone would have made of the scene is d + A x − F(x). It
 depends on x, so it is found by turns: restore, correct the measurement, restore again.
 
-So the noise stays as white as it is in the file, and networks see encoded values, as in training. A restoration in linear
-light would amplify its errors in the shadows when it is encoded again.
+So the noise stays as white as it is in the file, and networks see encoded values, as in training. A restoration in
+linear light would amplify its errors in the shadows when it is encoded again.
 """
 
 from __future__ import annotations
@@ -72,4 +72,4 @@ class Camera(NamedTuple):
 
 def clipped_share(d: Tensor) -> float:
     """The share of the values of d that may be clipped, at black or at white."""
-    return float(((d >= WHITEST) | (d <= BLACKEST)).float().mean())
+    return int(((d >= WHITEST) | (d <= BLACKEST)).count_nonzero()) / max(1, d.numel())

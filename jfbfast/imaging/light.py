@@ -40,7 +40,7 @@ def to_linear(x: Tensor) -> Tensor:
 
 
 def to_encoded(x: Tensor) -> Tensor:
-    """Turn linear light into encoded values: the inverse of `to_linear`, up to the 1e-7 by which sRGB's constants differ.
+    """Turn linear light into encoded values: the inverse of `to_linear`, up to the 1e-7 that sRGB's constants leave.
 
     Args:
         x: any shape, on [−1, 1]; values beyond are extended as in `to_linear`.

@@ -1,7 +1,7 @@
 """The networks that restore a tile of a photograph: what each was trained for, and what it takes to use it.
 
-A network that is told its blur, by ``set_measurement(blur, noise)``, restores any photograph as it is. The networks for a
-Gaussian blur of one kernel size were trained on images with known surroundings; `GaussianNetwork` makes up for that.
+A network that is told its blur, by ``set_measurement(blur, noise)``, restores any photograph as it is. The networks
+for a Gaussian of one kernel size were trained on images with known surroundings; `GaussianNetwork` makes up for that.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class ChannelWise:
 
 
 class AnyBlurNetwork:
-    """A network that can be set for any blur and noise level: its model has ``set_measurement(blur, noise)``.
+    """A network that can be set for any blur and noise level.
+
+    Its model's class has ``takes_any_blur = True``, and its method ``set_measurement(blur, noise)`` takes A with
+    padding_mode="valid" (or "zeros"). The model maps d to the scene x, in the shape of Aᵀd.
 
     Args:
         name: of the network, for messages.
@@ -72,7 +75,6 @@ class AnyBlurNetwork:
     """
 
     extends = False
-    takes_any_noise = True
 
     def __init__(self, name: str, model: nn.Module, config: ModelConfig, blur: AnyBlur) -> None:
         self.name, self.blur, self.model = name, blur, model
@@ -124,7 +126,6 @@ class GaussianNetwork:
         self._dims = setting.blur() if self.extends else None
         self.choice = BlurChoice(sigma=setting.sigma, kernel_size=setting.kernel_size)
         self.blur = self.choice.operator("reflect" if self.extends else setting.padding_mode)
-        self.takes_any_noise = config.ranges is not None
         self._restore = ChannelWise(model, config.channels)
 
     @property

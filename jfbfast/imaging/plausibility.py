@@ -19,7 +19,7 @@ FILE_ERROR = 0.005  # on [−1, 1]: about what JPEG of quality 90 adds; rounding
 
 
 def gain(blur: AnyBlur, height: int, width: int) -> Tensor:
-    """|â|² of a blur at the frequencies of `torch.fft.fft2`, (height, width), from the image that it makes of a point."""
+    """|â|² of a blur at the frequencies of `torch.fft.fft2`, (height, width), from its image of a point."""
     y, x = blur.kernel_size
     point = torch.zeros(1, 1, 2 * y - 1, 2 * x - 1, dtype=torch.float64)
     point[..., y - 1, x - 1] = 1
@@ -97,8 +97,8 @@ class PowerSpectrum:
     def mismatch(self, tolerance: float = TOLERANCE) -> float:
         """The part of d, as a noise level, that a slightly wrong blur would leave unexplained.
 
-        If the σ of a Gaussian is wrong by ε, the tolerance, |â| = exp(−|ω|²σ²/2) is wrong by ε |ω|²σ² |â| = ε |log |â|²| |â|.
-        The same expression stands for an error in the size of other blurs.
+        If the σ of a Gaussian is wrong by the share ε, the tolerance, then |â| = exp(−|ω|²σ²/2) is wrong by
+        ε|ω|²σ²|â| = ε|log |â|²||â|. The same expression stands for an error in the size of other blurs.
         """
         gain = self.gain.clamp_min(1e-12)
         power = (tolerance * gain.log()).square() * gain * self.scene

@@ -119,8 +119,8 @@ class Restoration:
         blur: the blur; None for that of a network that was trained for one.
         noise: standard deviation of the noise of the encoded values, on [−1, 1]; None for 0.01, or the network's.
         light: what the blur acted on: "linear" light, as optics do, or "encoded" values, as image editors do.
-        padding_mode: what the blur saw beyond the photograph's edges: "valid" if that is unknown, "replicate", "reflect",
-            "circular", or "zeros" (mid-grey).
+        padding_mode: what the blur saw beyond the photograph's edges: "valid" if that is unknown, "replicate",
+            "reflect", "circular", or "zeros" (mid-grey).
         checkpoint: what restores: a shipped network's name, a network's file, or "tikhonov". None for a shipped network
             that was trained for this blur and noise, or Tikhonov regularisation if there is none.
         tolerance: by which share the blur's size may be wrong. What that would leave unexplained counts as noise.
@@ -131,8 +131,8 @@ class Restoration:
 
     Raises:
         CheckpointError: no such checkpoint.
-        ValueError: an impossible blur; a denoiser alone; a noise level for a network that was trained for one; a network
-            that is not for this kind of blur; an argument out of its range.
+        ValueError: an impossible blur; a denoiser alone; a noise level for a network that was trained for one; a
+            network that is not for this kind of blur; an argument out of its range.
     """
 
     def __init__(
@@ -194,18 +194,23 @@ class Restoration:
         return name
 
     def _noise(self, name: str, d: Tensor) -> tuple[PowerSpectrum, float, bool]:
-        """The spectrum of d in the light of the blur, the noise to restore for, and whether d contradicts the given one.
+        """The spectrum of d in the blur's light, the noise to restore for, and whether d contradicts the given one.
 
         Linear light is scaled so that the noise has the level of the encoded values.
         """
-        seen = to_linear(d) / linear_noise(d, 1.0) if self.light == "linear" else d
+        seen = d
+        if self.light == "linear":
+            step = max(1, min(d.shape[-2:]) // 512)  # every so many pixels say enough of a large photograph
+            scale = linear_noise(d[:, ::step, ::step], 1.0)
+            seen = torch.cat([to_linear(rows).div_(scale) for rows in d.split(512, dim=1)], dim=1)
         spectrum = PowerSpectrum(self.smooth, seen)
         noise, contradicted = spectrum.plausible_noise(self.noise)
         noise = math.hypot(noise, spectrum.mismatch(self.tolerance))
         if contradicted:
             self.warn(
                 f"{name} is sharper or noisier than {self.blur} and noise of {self.noise:g} could leave it. It is "
-                f"restored for noise of {noise:.2g}, and can become softer than it was: check the blur and the noise level."
+                f"restored for noise of {noise:.2g}, and can become softer than it was: check the blur and the noise "
+                "level."
             )
         return spectrum, noise, contradicted
 
@@ -275,9 +280,9 @@ class Restoration:
             raise ValueError(f"photo has shape {tuple(photo.shape)}; it takes one image (C, H, W)")
         started, d = time.perf_counter(), photo.detach().float().cpu()
         height, width = d.shape[-2:]
+        measured, extension, restore, residual, network, report = self._plan(name, d)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
-            measured, extension, restore, residual, network, report = self._plan(name, d)
             if max(height, width) <= tile:
                 tile = max(tile, *measured.shape[-2:])
             if overlap is None:
