@@ -93,7 +93,7 @@ def restore(
         str,
         typer.Option(
             help="What the blur saw beyond the photograph's edges: valid, if that is unknown; or replicate, reflect, "
-            "circular, or zeros (mid-grey)."
+            "circular, or, with --light encoded, zeros (mid-grey)."
         ),
     ] = "valid",
     checkpoint: Annotated[

@@ -70,6 +70,6 @@ class Camera(NamedTuple):
         return x
 
 
-def clipped_share(d: Tensor) -> float:
-    """The share of the values of d that may be clipped, at black or at white."""
-    return int(((d >= WHITEST) | (d <= BLACKEST)).count_nonzero()) / max(1, d.numel())
+def clipped(d: Tensor) -> Tensor:
+    """Which values of d may be clipped, at black or at white."""
+    return (d >= WHITEST) | (d <= BLACKEST)

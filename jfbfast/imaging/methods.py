@@ -49,7 +49,7 @@ class Tikhonov:
         """Restore a measurement (1, C, h, w); ``start`` is not used."""
         (y, x), (r_y, r_x) = self.blur.margin, self.smooth.margin
         height, width = d.shape[-2] + 2 * y, d.shape[-1] + 2 * x
-        unit = self.blur(d.new_ones(1, 1, height, width)).clamp_min(0.1)  # A1 is below 1 if A sees zeros beyond edges
+        unit = self.blur(d.new_ones(1, 1, height, width)).clamp_min(1e-3)  # A1 is below 1 if A sees zeros beyond edges
         sides = (r_x + x, r_x + x, r_y + y, r_y + y)
         about = self.smooth(F.pad(d / unit, sides, mode="replicate"))
         return about + tikhonov(self.blur, d - self.blur(about), self.damping)

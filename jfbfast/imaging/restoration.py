@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jfbfast import checks
 from jfbfast.imaging.blurs import BlurChoice
-from jfbfast.imaging.camera import CLIPPED_SHARE, Camera, clipped_share
+from jfbfast.imaging.camera import CLIPPED_SHARE, Camera, clipped
 from jfbfast.imaging.light import LIGHTS, linear_noise, to_encoded, to_linear
 from jfbfast.imaging.methods import Tikhonov, extend, extension_width
 from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, load_network
@@ -120,7 +120,7 @@ class Restoration:
         noise: standard deviation of the noise of the encoded values, on [−1, 1]; None for 0.01, or the network's.
         light: what the blur acted on: "linear" light, as optics do, or "encoded" values, as image editors do.
         padding_mode: what the blur saw beyond the photograph's edges: "valid" if that is unknown, "replicate",
-            "reflect", "circular", or "zeros" (mid-grey).
+            "reflect", "circular", or "zeros" (mid-grey, of encoded values).
         checkpoint: what restores: a shipped network's name, a network's file, or "tikhonov". None for a shipped network
             that was trained for this blur and noise, or Tikhonov regularisation if there is none.
         tolerance: by which share the blur's size may be wrong. What that would leave unexplained counts as noise.
@@ -151,6 +151,8 @@ class Restoration:
         for name, value, taken in (("light", light, LIGHTS), ("padding_mode", padding_mode, EDGES)):
             if value not in taken:
                 raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, taken))}")
+        if padding_mode == "zeros" and light == "linear":
+            raise ValueError("light is 'linear'; padding_mode='zeros' takes 'encoded', whose zero is mid-grey")
         checks.non_negative("tolerance", tolerance)
         if noise is not None:
             checks.non_negative("noise", noise)
@@ -193,9 +195,10 @@ class Restoration:
             )
         return name
 
-    def _noise(self, name: str, d: Tensor) -> tuple[PowerSpectrum, float, bool]:
+    def _noise(self, name: str, d: Tensor, untrusted: Tensor) -> tuple[PowerSpectrum, float, bool]:
         """The spectrum of d in the blur's light, the noise to restore for, and whether d contradicts the given one.
 
+        ``untrusted`` says which values of d may be clipped.
         Linear light is scaled so that the noise has the level of the encoded values.
         """
         seen = d
@@ -203,7 +206,7 @@ class Restoration:
             step = max(1, min(d.shape[-2:]) // 512)  # every so many pixels say enough of a large photograph
             scale = linear_noise(d[:, ::step, ::step], 1.0)
             seen = torch.cat([to_linear(rows).div_(scale) for rows in d.split(512, dim=1)], dim=1)
-        spectrum = PowerSpectrum(self.smooth, seen)
+        spectrum = PowerSpectrum(self.smooth, seen, untrusted)
         noise, contradicted = spectrum.plausible_noise(self.noise)
         noise = math.hypot(noise, spectrum.mismatch(self.tolerance))
         if contradicted:
@@ -215,7 +218,9 @@ class Restoration:
         return spectrum, noise, contradicted
 
     def _plan(self, name: str, d: Tensor) -> _Plan:
-        spectrum, noise, contradicted = self._noise(name, d)
+        untrusted = clipped(d)
+        share = int(untrusted.count_nonzero()) / max(1, d.numel())
+        spectrum, noise, contradicted = self._noise(name, d, untrusted)
         network = None if contradicted and isinstance(self.network, GaussianNetwork) else self.network
         operator, extension = self.operator, 0
         if network is not None and network.extends:
@@ -224,18 +229,18 @@ class Restoration:
             extension = extension_width(operator)
         mode = "replicate" if self.padding_mode == "valid" else self.padding_mode
 
-        damping = (PowerSpectrum(self.smooth, d) if self.light == "linear" else spectrum).damping(noise)
+        damping = (PowerSpectrum(self.smooth, d, untrusted) if self.light == "linear" else spectrum).damping(noise)
         rough = Tikhonov(operator, self.smooth, damping)
         rough_linear = Tikhonov(operator, self.smooth, spectrum.damping(noise))
         solve = None if network is None else network.prepare(noise)
-        camera, residual, clipped = Camera(operator, self.light), _MeanSquare(), clipped_share(d)
+        camera, residual = Camera(operator, self.light), _MeanSquare()
 
         def first(part: Tensor) -> Tensor:
             return to_encoded(rough_linear(to_linear(part))) if self.light == "linear" else rough(part)
 
         def restore(part: Tensor) -> Tensor:
             part = part.to(self.device)
-            if self.light == "linear" or clipped > CLIPPED_SHARE:
+            if self.light == "linear" or share > CLIPPED_SHARE:
                 x = camera.restore(part, first, rough, solve)
             else:
                 x = (solve or rough)(part, None)
@@ -249,7 +254,7 @@ class Restoration:
             padding_mode=self.padding_mode,
             noise=noise,
             contradicted=contradicted,
-            clipped=clipped,
+            clipped=share,
         )
         measured = extend(d, extension, mode) if extension else d
         return _Plan(measured, extension, restore, residual, network, report)
