@@ -1,4 +1,7 @@
-"""Classical methods: direct inverse, gradient descent with early stopping, Tikhonov regularisation, total variation."""
+"""Classical methods: direct inverse, gradient descent with early stopping, Tikhonov regularisation, total variation.
+
+They restore images of the shape of Aᵀd: with the padding mode "valid", the frame of d and the margin around it.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +183,8 @@ def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_
     """
     checks.positive("weight", weight)
     dual = 0.02
-    norm = float(blur.normal(torch.ones_like(d[:1])).max()) if d.numel() else 1.0
+    x0 = blur.adjoint(d)
+    norm = float(blur.normal(torch.ones_like(x0[:1])).max()) if d.numel() else 1.0
     primal = 1 / (norm / 2 + 8 * dual)
 
     def iterate(state: Tensor, d: Tensor) -> Tensor:
@@ -190,7 +194,6 @@ def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_
         u = u * (weight / torch.hypot(*u).clamp_min(weight))
         return torch.cat((following[:, None], u.movedim(0, 1)), dim=1)
 
-    x0 = blur.adjoint(d)
     start = torch.stack((x0, torch.zeros_like(x0), torch.zeros_like(x0)), dim=1)
     solution = Picard(tol=tol, max_iter=max_iter).solve(iterate, start, (d,))
     return solution._replace(value=solution.value[:, 0])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from jfbfast import checks
+from jfbfast.backends.reference import PADDING_MODES
 from jfbfast.imaging.blurs import BlurChoice
 from jfbfast.imaging.camera import CLIPPED_SHARE, Camera, clipped
 from jfbfast.imaging.light import LIGHTS, linear_noise, to_encoded, to_linear
@@ -27,7 +28,6 @@ from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning
 
 NOISE = 0.01  # on [−1, 1], if no level is given
-EDGES = ("valid", "replicate", "reflect", "circular", "zeros")
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Restoration:
         say: Callable[[str], object] = lambda _: None,
         warn: Callable[[str], object] = lambda _: None,
     ) -> None:
-        for name, value, taken in (("light", light, LIGHTS), ("padding_mode", padding_mode, EDGES)):
+        for name, value, taken in (("light", light, LIGHTS), ("padding_mode", padding_mode, PADDING_MODES)):
             if value not in taken:
                 raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, taken))}")
         if padding_mode == "zeros" and light == "linear":

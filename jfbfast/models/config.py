@@ -207,6 +207,11 @@ class ModelConfig:
         """Channels of the network's images."""
         return int(self.denoiser.get("channels", 3))
 
+    @property
+    def least_side(self) -> int:
+        """The shortest side, in pixels, of images that A takes; the same in every padding mode but "valid"."""
+        return self.kernel_size if self.padding_mode == "valid" else self.kernel_size // 2 + 1
+
     def blur(self) -> GaussianBlur:
         """The measurement operator A."""
         return GaussianBlur(self.kernel_size, self.sigma, self.padding_mode)

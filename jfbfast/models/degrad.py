@@ -250,7 +250,10 @@ class DEGrad(nn.Module):
 
     @torch.compiler.disable
     def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
-        """The restored images T(x*) for the measurements d.
+        """The restored images T(x*) for the measurements d, in the shape of Aᵀd.
+
+        With the padding mode "valid" they have a margin around the frame of d, of ``blur.margin`` pixels on each side.
+        It is known only as far as the blur brought something of it into d.
 
         Args:
             d: (B, C, H, W), in the units that R was trained in.
@@ -259,8 +262,8 @@ class DEGrad(nn.Module):
         Raises:
             TypeError: d or x0 is not a tensor.
             ValueError: d does not have four dimensions; d has another dtype than the network's parameters (checked for
-                the networks of this package, outside autocast); x0 has another shape, dtype or device than d, or than
-                Aᵀd if A is not a `SeparableBlur`.
+                the networks of this package, outside autocast); x0 has another shape, dtype or device than Aᵀd, which
+                are those of d for a `SeparableBlur` in any padding mode but "valid".
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
@@ -289,15 +292,15 @@ class DEGrad(nn.Module):
             raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
         if x0 is not None and not isinstance(x0, Tensor):
             raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
-        name, like = "d", d
-        if isinstance(self.blur, SeparableBlur):
-            if d.dim() != 4:
-                raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
-        elif x0 is not None:
-            with torch.no_grad():
-                name, like = "Aᵀd", self.blur.adjoint(d)
+        separable = isinstance(self.blur, SeparableBlur)
+        if separable and d.dim() != 4:
+            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
         if x0 is None:
             return
+        name, like = "d", d
+        if not separable or any(self.blur.margin):
+            with torch.no_grad():
+                name, like = "Aᵀd", self.blur.adjoint(d)
         if x0.shape != like.shape:
             raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
         if (x0.dtype, x0.device) != (like.dtype, like.device):

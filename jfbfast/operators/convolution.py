@@ -12,12 +12,11 @@ from jfbfast import checks
 from jfbfast.backends.dispatch import DTYPES
 from jfbfast.backends.reference import PADDING_MODES
 from jfbfast.backends.tensors import compute_dtype
-from jfbfast.operators import spectral
+from jfbfast.operators import spectral, spectral_inverse
 from jfbfast.operators.blur import SeparableBlur, check_fixed
 from jfbfast.operators.inverse import scalar_gradient
 from jfbfast.operators.spectral import Kernel
 
-_MODES = (*PADDING_MODES, "valid")
 _NEGLIGIBLE = 1e-12  # singular values of a point spread function, relative to its norm
 _FEW = 4  # separable terms; so many passes of the fused kernels take less time than two FFTs
 
@@ -71,8 +70,8 @@ class Blur(nn.Module):
             raise ValueError(
                 f"psf has values from {values.min()} to {values.max()}; it takes finite ones, not all zero"
             )
-        if padding_mode not in _MODES:
-            raise ValueError(f"padding_mode is {padding_mode!r}; it takes one of {', '.join(map(repr, _MODES))}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode is {padding_mode!r}; it takes one of {', '.join(map(repr, PADDING_MODES))}")
         if tol is not None:
             checks.number("tol", tol, lambda t: 0 < t < 1, "None or a number in (0, 1)")
         checks.integer("max_iter", max_iter, 1)
@@ -191,7 +190,7 @@ def _separable_terms(psf: Tensor, padding_mode: str) -> tuple[SeparableBlur, ...
     """The separable blurs that add up to the convolution with the psf, or none if they are more than a few."""
     u, s, vh = torch.linalg.svd(psf)
     count = int((s > _NEGLIGIBLE * psf.norm()).sum())
-    if count > _FEW or padding_mode not in PADDING_MODES:
+    if count > _FEW:
         return ()
     return tuple(SeparableBlur((s[i] * u[:, i]).flip(0), vh[i].flip(0), padding_mode) for i in range(count))
 
@@ -221,7 +220,7 @@ class _Tikhonov(torch.autograd.Function):
 
     @staticmethod
     def forward(b: Tensor, damping: Tensor, kernel: Kernel, tol: float | None, max_iter: int) -> Tensor:
-        return spectral.tikhonov(b, damping, kernel, tol, max_iter)
+        return spectral_inverse.tikhonov(b, damping, kernel, tol, max_iter)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,6 +12,17 @@ def cut(x: Tensor, margin: tuple[int, int]) -> Tensor:
     """Return the part of x (…, H, W) within the frame, (…, H − 2y, W − 2x); x itself without a margin."""
     (y, x_), (height, width) = margin, x.shape[-2:]
     return x[..., y : height - y, x_ : width - x_] if y or x_ else x
+
+
+def cut_to(x: Tensor, like: Tensor) -> Tensor:
+    """Return the part of x within the frame of ``like``, a measurement or an image of its size."""
+    (height, width), (h, w) = x.shape[-2:], like.shape[-2:]
+    return cut(x, ((height - h) // 2, (width - w) // 2))
+
+
+def inner_shape(shape: Sequence[int], margin: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape of a measurement d of images x of ``shape``."""
+    return (*shape[:-2], shape[-2] - 2 * margin[0], shape[-1] - 2 * margin[1])
 
 
 def padded(d: Tensor, margin: tuple[int, int]) -> Tensor:

@@ -56,7 +56,7 @@ def _check_like(x: Tensor, name: str, other: Tensor | None, margin: tuple[int, i
     """Raise ValueError unless ``other`` is None, or has the dtype and the device of x, and its shape without margin."""
     if other is None:
         return
-    shape = (*x.shape[:-2], x.shape[-2] - 2 * margin[0], x.shape[-1] - 2 * margin[1])
+    shape = frame.inner_shape(x.shape, margin)
     if other.shape != shape or other.dtype != x.dtype or other.device != x.device:
         of = "what x is" if margin == (0, 0) else f"a measurement of x {tuple(x.shape)} by padding_mode='valid'"
         raise ValueError(
