@@ -45,9 +45,9 @@ class DEGrad(nn.Module):
       what A keeps of x; with ``UNet(injection=True)`` as denoiser, R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
-        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A`` and
-            ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than a
-            `SeparableBlur`, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
+        blur: A: a `SeparableBlur`, a `Blur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A``
+            and ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than
+            the first two, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
             injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. Its
             buffers are not in the model's ``state_dict``, which records what A is: loading it into a model with
             another A warns.
