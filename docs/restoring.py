@@ -1,4 +1,4 @@
-"""Make docs/restoring.jpg and the table of docs/restoring.md from scikit-image's photographs: python docs/restoring.py"""
+"""Make docs/restoring.jpg, and the table of docs/restoring.md, from photographs of scikit-image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 import jfbfast
 from jfbfast.imaging.light import to_encoded, to_linear
 
-NAMES = ("astronaut", "coffee", "chelsea", "rocket")  # in the public domain
+NAMES = ("astronaut", "coffee", "chelsea", "rocket")  # in the public domain, or CC0
 MARGIN, BORDER = 32, 10
 SHOWN = {"astronaut": (60, 150), "rocket": (60, 190), "coffee": (60, 150), "chelsea": (60, 130)}  # top, left
 SIDE = 110

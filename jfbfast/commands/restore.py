@@ -10,6 +10,7 @@ import typer
 
 from jfbfast.commands.common import make_console, one_sentence, say_error
 from jfbfast.imaging.blurs import BlurChoice
+from jfbfast.imaging.plausibility import TOLERANCE
 
 
 def _numbers(option: str, text: str, counts: tuple[int, ...], takes: str) -> list[float]:
@@ -88,7 +89,7 @@ def restore(
     ] = "linear",
     tolerance: Annotated[
         float, typer.Option(help="By which share the size of the blur may be wrong; 0 if you know it exactly.")
-    ] = 0.05,
+    ] = TOLERANCE,
     padding_mode: Annotated[
         str,
         typer.Option(
@@ -141,6 +142,8 @@ def restore(
 
         if tile < LEAST_TILE:
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
+        if report is not None and report.suffix != ".json":
+            raise ValueError(f"--report is {report}; it takes a name that ends in .json")
         choices = _blurs(sigma or [], psf, motion, defocus, kernel_size, checkpoint not in (None, "tikhonov"))
         trials = len(choices) > 1
         if trials and compare:

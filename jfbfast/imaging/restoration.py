@@ -21,7 +21,7 @@ from jfbfast.imaging.camera import CLIPPED_SHARE, Camera, clipped
 from jfbfast.imaging.light import LIGHTS, linear_noise, to_encoded, to_linear
 from jfbfast.imaging.methods import Tikhonov, extend, extension_width
 from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, load_network
-from jfbfast.imaging.plausibility import TOLERANCE, PowerSpectrum
+from jfbfast.imaging.plausibility import LEAST_NOISE, TOLERANCE, PowerSpectrum
 from jfbfast.imaging.tiling import TileRestorer, restore_tiled, seamless_overlap, tiling_error
 from jfbfast.models.pretrained import matching_name
 from jfbfast.operators.frame import cut
@@ -133,6 +133,15 @@ class Restoration:
         CheckpointError: no such checkpoint.
         ValueError: an impossible blur; a denoiser alone; a noise level for a network that was trained for one; a
             network that is not for this kind of blur; an argument out of its range.
+
+    Example:
+        >>> import torch
+        >>> from jfbfast.imaging.blurs import BlurChoice
+        >>> from jfbfast.imaging.restoration import Restoration
+        >>> restoration = Restoration(BlurChoice(defocus=1.5), noise=0.005)
+        >>> grey, bright = restoration(torch.zeros(1, 24, 30)), restoration(torch.full((1, 20, 20), 0.5))
+        >>> torch.allclose(grey.image, torch.zeros(1, 24, 30), atol=1e-3), bright.report.blur
+        (True, 'a defocus of radius 1.5')
     """
 
     def __init__(
@@ -229,9 +238,9 @@ class Restoration:
             extension = extension_width(operator)
         mode = "replicate" if self.padding_mode == "valid" else self.padding_mode
 
-        damping = (PowerSpectrum(self.smooth, d, untrusted) if self.light == "linear" else spectrum).damping(noise)
-        rough = Tikhonov(operator, self.smooth, damping)
-        rough_linear = Tikhonov(operator, self.smooth, spectrum.damping(noise))
+        encoded = PowerSpectrum(self.smooth, d, untrusted) if self.light == "linear" else spectrum
+        damping, linear_damping = (each.damping(max(noise, LEAST_NOISE)) for each in (encoded, spectrum))
+        rough, rough_linear = (Tikhonov(operator, self.smooth, value) for value in (damping, linear_damping))
         solve = None if network is None else network.prepare(noise)
         camera, residual = Camera(operator, self.light), _MeanSquare()
 

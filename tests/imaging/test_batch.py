@@ -237,6 +237,7 @@ def test_a_blur_is_given_in_one_way(tmp_path, photograph):
         (("--motion", "9"), "--motion is 9; it takes a length in pixels and an angle in degrees"),
         (("--psf", "none.png"), "none.png"),
         (("--defocus", "-1"), "radius is -1"),
+        (("--sigma", "1", "--report", "x.png"), "--report is x.png; it takes a name that ends in .json"),
         (("--sigma", "1", "--light", "red"), "light is 'red'"),
         (("--sigma", "1", "--device", "foo"), "--device is foo; it takes cpu or cuda"),
     ):
