@@ -18,6 +18,7 @@ from jfbfast import diagnostics, spectrum
 from jfbfast.backends.dispatch import backend
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov, tv
+from jfbfast.imaging.restoration import restore
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
 from jfbfast.models.conditional import ConditionalDEGrad
@@ -88,6 +89,7 @@ __all__ = [
     "keep_freed_memory",
     "point_spread",
     "pretrained_names",
+    "restore",
     "show_config",
     "solve_fixed_point",
     "spectrum",

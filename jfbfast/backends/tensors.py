@@ -1,4 +1,4 @@
-"""Shapes and dtypes of a batch of samples, for every room."""
+"""Shapes, dtypes and devices, for every room."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def padded(d: Tensor, margin: tuple[int, int]) -> Tensor:
     """Return d (…, h, w) with a margin (y, x) of zeros on each side, (…, h + 2y, w + 2x); d itself if it is (0, 0)."""
     y, x = margin
     return F.pad(d, (x, x, y, y)) if y or x else d
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; ValueError if torch cannot use it."""
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name}; it takes cpu or cuda")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the latter
+        raise ValueError(f"--device is {name}; it takes cpu or cuda ({str(error).splitlines()[0]})") from error

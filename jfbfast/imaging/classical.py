@@ -15,6 +15,7 @@ from jfbfast import checks
 from jfbfast.backends.tensors import flat, per_sample
 from jfbfast.operators import inverse
 from jfbfast.operators.blur import SeparableBlur
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import LinearOperator
 from jfbfast.solvers import FixedPointSolution, Picard
 
@@ -110,7 +111,7 @@ def gradient_descent(
 
 
 @torch.no_grad()
-def tikhonov(blur: SeparableBlur, d: Tensor, damping: float | Tensor) -> Tensor:
+def tikhonov(blur: SeparableBlur | Blur, d: Tensor, damping: float | Tensor) -> Tensor:
     """Minimise ½‖A x − d‖² + λ/2‖x‖², in closed form: (AᵀA + λI)⁻¹Aᵀd.
 
     Args:
