@@ -1,5 +1,6 @@
 """Estimates of a photograph's blur and noise."""
 
+import functools
 import math
 
 import numpy as np
@@ -14,12 +15,13 @@ from jfbfast.imaging.photographs import ImageError, Photograph, write_photograph
 SIDE = 192
 
 
+@functools.cache
 def dead_leaves(seed, side=SIDE + 24, channels=3):
     """Opaque discs that hide one another, radii by a power law, antialiased: as sharp as photographs are."""
     random = np.random.default_rng(seed)
-    scene = np.full((channels, 2 * side, 2 * side), 0.0, dtype=np.float32)
+    scene = np.zeros((channels, 2 * side, 2 * side), dtype=np.float32)
     y, x = np.ogrid[: 2 * side, : 2 * side]
-    for _ in range(600):
+    for _ in range(400):
         radius = 6 * random.uniform(0.003, 1) ** -0.5
         top, left = random.uniform(0, 2 * side, 2)
         scene[:, np.square(y - top) + np.square(x - left) < radius**2] = random.uniform(-0.8, 0.8, (channels, 1))
