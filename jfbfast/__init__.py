@@ -29,6 +29,7 @@ from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
+from jfbfast.models.universal import UniversalDEGrad
 from jfbfast.operators import point_spread
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
@@ -77,6 +78,7 @@ __all__ = [
     "Shine",
     "Status",
     "UNet",
+    "UniversalDEGrad",
     "Unrolled",
     "WarmStart",
     "backend",

@@ -212,8 +212,8 @@ def evaluate(
     padding_mode: Annotated[
         str | None,
         typer.Option(
-            help="What the blur sees beyond the edges: zeros (mid-grey), reflect, replicate or circular. "
-            "(default: the network's, or reflect)"
+            help="What the blur sees beyond the edges: zeros (mid-grey), reflect, replicate or circular; or valid, "
+            "where the measurement leaves out the margin that depends on it. (default: the network's, or reflect)"
         ),
     ] = None,
     train: Annotated[

@@ -152,6 +152,26 @@ def test_evaluate_prints_and_writes_one_table(tmp_path):
     assert result.exit_code == 1 and "a denoiser alone" in " ".join(result.output.split())
 
 
+def test_train_and_evaluate_with_unknown_surroundings(tmp_path):
+    folder = write_photographs(tmp_path / "photographs", 4, (6, 7), (24, 20))
+    write_photographs(folder / "small", 1, (4, 4), (9, 24))
+    options = "--features 4 --depth 2 --pretraining-steps 0 --steps 2 --batch-size 2 --crop 16 --validation 1"
+    result = run("train", folder, "--out", tmp_path / "run", "--padding-mode", "valid", *options.split())
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "run" / "model.safetensors"
+    options = ("--train", 0, "--validation", 1, "--methods", "blurred,direct-inverse,tikhonov")
+    result = run("evaluate", file, folder, *options, "--out", tmp_path / "table.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert (found["padding_mode"], found["images"]) == ("valid", ["1.png", "2.png", "3.png"])
+    assert [row["method"] for row in found["methods"]] == ["blurred", "tikhonov", "run"]
+    assert "direct-inverse is not in the table: padding_mode is 'valid'" in " ".join(result.output.split())
+    result = run("diagnose", file, folder / "1.png", "--out", tmp_path, "--crop", 12, "--samples", 1, "--iterations", 5)
+    assert result.exit_code == 0, result.output
+    result = run("restore", folder / "1.png", "--checkpoint", file, "--out", tmp_path)
+    assert result.exit_code == 1 and "is 'valid'; restore takes 'zeros'" in " ".join(result.output.split())
+
+
 def test_evaluate_leaves_out_what_a_network_was_trained_on(tmp_path):
     folder = write_photographs(tmp_path / "photographs", 10, (4, 4), (20, 20))
     file = write_network(tmp_path / "run" / "model")
@@ -266,6 +286,7 @@ def test_a_small_demo_runs(tmp_path, monkeypatch):
         (("restore", "missing.png", "--tile", 0), "--tile is 0; it takes an integer of at least 32"),
         (("restore", "missing.png", "--tile", -5), "--tile is -5"),
         (("restore", "missing.png", "--padding-mode", "foo"), "padding_mode is 'foo'"),
+        (("restore", "missing.png", "--padding-mode", "valid"), "padding_mode is 'valid'; restore takes 'zeros'"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message, tmp_path, monkeypatch):

@@ -92,7 +92,10 @@ def measurement(plan: Plan, networks: Networks) -> ModelConfig:
     """The measurements of all parts: the plan's, or else those of "ours", of "paper", or of the first network."""
     configs = [networks[role][1] for role in ("ours", "paper", *networks) if role in networks]
     given = {name: getattr(plan, name) for name in SETTING}
-    return measurement_setting(given, [config for config in configs if config.form != "denoiser"])
+    setting = measurement_setting(given, [config for config in configs if config.form != "denoiser"])
+    if setting.padding_mode == "valid":
+        raise ValueError("padding_mode is 'valid'; the paper's tables take images and measurements of one size")
+    return setting
 
 
 class Study:

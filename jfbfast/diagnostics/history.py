@@ -15,6 +15,7 @@ from jfbfast.backends.tensors import flat
 from jfbfast.imaging.quality import psnr
 from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.models.degrad import DEGrad
+from jfbfast.operators.frame import cut
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer
 from jfbfast.solvers.base import check_batch, checked_solver
 
@@ -34,13 +35,17 @@ class History(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The fixed point x = layer(x, *inputs), and how to solve for it; the fields are as in `fixed_point`."""
+    """The fixed point x = layer(x, *inputs), and how to solve for it; the fields are as in `fixed_point`.
+
+    Only what lies within a ``margin`` of (y, x) pixels is compared with the truth.
+    """
 
     layer: Layer
     start: Tensor
     inputs: tuple[Tensor, ...]
     solver: FixedPointSolver
     solve_dtype: torch.dtype | None
+    margin: tuple[int, int] = (0, 0)
 
 
 def problem(
@@ -57,7 +62,8 @@ def problem(
         if model.averaging_is_due:
             model = copy.deepcopy(model)
             model.update_averaging(d, x0)
-        return Problem(model.layer, model.start(d) if x0 is None else x0, (d,), model.solver, model.solve_dtype)
+        x0, margin = model.start(d) if x0 is None else x0, getattr(model.blur, "margin", (0, 0))
+        return Problem(model.layer, x0, (d,), model.solver, model.solve_dtype, margin)
     start = d if x0 is None and len(inputs) else x0
     if not callable(model) or isinstance(model, type) or not isinstance(start, Tensor):
         raise TypeError(
@@ -87,7 +93,8 @@ def convergence_history(
     Args:
         model: a DE-GRAD, or the layer T(x, *inputs) of any implicit network, as in `fixed_point`.
         d: for a DE-GRAD, the measurements, (B, C, H, W). For a layer with inputs, the start, in place of x0.
-        x: the true images in [−1, 1], with the shape of the fixed points.
+        x: the true images in [−1, 1], with the shape of the fixed points. With the padding mode "valid", the part of
+            them within the frame of d counts.
         iterations: number of evaluations of T.
         x0: the start, (B, …); by default a DE-GRAD's own start.
         inputs: for a layer, the tensors (B, …) that it depends on.
@@ -122,7 +129,7 @@ def history_of(posed: Problem, x: Tensor | None, iterations: int) -> History:
         image = posed.layer(value, *posed.inputs)
         residuals.append(flat(image - value).norm(dim=1) / flat(image).norm(dim=1))
         if x is not None:
-            qualities.append(psnr(image, x))
+            qualities.append(psnr(cut(image, posed.margin), cut(x, posed.margin)))
         return image
 
     solver = replace(posed.solver, tol=0.0, atol=0.0, max_iter=iterations)

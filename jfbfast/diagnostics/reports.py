@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jfbfast.backends.tensors import padded
 from jfbfast.diagnostics.conditioning import agreement_of, jfb_condition, lipschitz_bound, trained_parameters
 from jfbfast.diagnostics.history import Problem, history_of, problem
 from jfbfast.diagnostics.measurements import Measurements
@@ -19,6 +20,7 @@ from jfbfast.implicit.fixed_point import solve_fixed_point
 from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.implicit.methods import Implicit
 from jfbfast.models.degrad import DEGrad
+from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolver
 from jfbfast.spectrum import operator_norm, ritz_values
 
@@ -94,7 +96,7 @@ def report(
     Args:
         model, d, x0, inputs, solver: as in `convergence_history`.
         x: the true images in [−1, 1], with the shape of the fixed points. They give the quality, and the gradients
-            are those of ℓ = ½‖T(x*) − x‖². Without them the gradients are for a random cotangent.
+            are those of ℓ = ½‖T(x*) − x‖² within the frame of d. Without them they are for a random cotangent.
         iterations: number of evaluations in the history.
         steps: number of Arnoldi steps for the eigenvalues, each a vector-Jacobian product.
         seed: of the random cotangent.
@@ -145,7 +147,7 @@ def _measured(posed: Problem, x: Tensor | None, iterations: int, steps: int, see
         cotangent = torch.randn(value.shape, generator=random, dtype=value.dtype).to(value.device)
     else:
         with torch.no_grad():
-            cotangent = layer(value, *inputs) - x
+            cotangent = padded(cut(layer(value, *inputs) - x, posed.margin), posed.margin)
     trained = bool(trained_parameters(layer))
     exact = Implicit(tol=10 * torch.finfo(value.dtype).eps, max_iter=200)
     cosine, ratio = agreement_of(posed, value, cotangent, exact) if trained else ({}, {})

@@ -274,7 +274,7 @@ def compare(
         chosen.append(network_method(name, model.to(where)))
     trained = [*checkpoints, *([] if denoiser is None else [denoiser])]
     choosing, rest = unseen_photographs(data, trained, train, validation, tell)
-    least = max(LEAST_SIDE, setting.kernel_size // 2 + 1)
+    least = max(LEAST_SIDE + 2 * max(blur.margin), setting.least_side)
     usable = partial(usable_photographs, say=tell, resize=resize, squash=squash, least=least, purpose="scoring")
     scored, tuned = usable(rest[:limit]), usable(choosing, needed=False)
 

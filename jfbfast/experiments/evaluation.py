@@ -23,11 +23,15 @@ from jfbfast.imaging.quality import PAPER_OFFSET, measure, psnr, ssim
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.feed_forward import plug_and_play
 from jfbfast.operators.blur import SeparableBlur
+from jfbfast.operators.frame import cut_to
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolution, Status
 
 
 class Restoration(NamedTuple):
-    """Restored images (B, C, H, W), with each sample's evaluations (B,) and `Status` (B,) where the method has them."""
+    """Restored images (B, C, H, W), with each sample's evaluations (B,) and `Status` (B,) where the method has them.
+
+    The images have the size of the measurement or, with the padding mode "valid", the margin around it too.
+    """
 
     images: Tensor
     evaluations: Tensor | None = None
@@ -115,11 +119,13 @@ def measurements(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images x (b, 3, H, W) and their measurements d = A x + ν ε; neighbours of the same size share a batch.
 
+    With the padding mode "valid", x is returned within the frame of d, in which restorations are compared with it.
     The noise depends only on the seed of the images and on the index of an image, not on the batch size.
     """
     for sample in batches(images, batch_size):
         x = sample.x.to(device)
-        yield x, measure(x, blur, noise, sample.noise.to(device))
+        d = measure(x, blur, noise, sample.noise.to(device))
+        yield cut_to(x, d), d
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -145,7 +151,8 @@ def _score(
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         seconds += time.perf_counter() - start
-        found.append((psnr(restored.images, x), ssim(restored.images, x), restored.evaluations, restored.status))
+        images = cut_to(restored.images, x)
+        found.append((psnr(images, x), ssim(images, x), restored.evaluations, restored.status))
         if progress is not None:
             progress(len(x))
     qualities, similarities, evaluations, status = map(_joined, zip(*found, strict=True))

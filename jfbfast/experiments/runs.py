@@ -157,7 +157,7 @@ class Run:
             resize=settings.resize,
             squash=settings.squash,
             cache=int(settings.cache * 2**30),
-            least=1 if settings.resize else max(least_side(settings.crop), self.config.kernel_size // 2 + 1),
+            least=1 if settings.resize else max(least_side(settings.crop), self.config.least_side),
             purpose=f"crops of {settings.crop} pixels",
         )
         photographs, validation = usable(kept), usable(held_out, needed=False)

@@ -136,6 +136,9 @@ def _contradictions(settings: TrainingSettings) -> Iterator[str]:
         yield f"form is {s.form} with a {s.denoiser}; sigma_range takes filtered with a UNet"
     if s.conditional and s.batch_size % s.measurements:
         yield f"measurements is {s.measurements}; it takes a divisor of batch_size={s.batch_size}"
+    for name, side in (("crop", s.crop), ("resize", s.resize)):
+        if s.padding_mode == "valid" and side is not None and side < s.kernel_size:
+            yield f"{name} is {side}; with padding_mode=valid it takes at least kernel_size={s.kernel_size}"
     for name, given in (("sigma_range", s.conditional), ("injection", s.injection)):
         if given and s.pretraining_steps:
             yield f"pretraining_steps is {s.pretraining_steps}; with {name} it takes 0"

@@ -19,6 +19,7 @@ from jfbfast.models.conditional import ConditionalDEGrad
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.operators.blur import GaussianBlur
+from jfbfast.operators.frame import cut_to
 from jfbfast.solvers import Status
 
 BALANCE = 5e-4  # mean squared error at σ = 1 and noise 0.01, at which `ConditionalDeblurTask`'s loss equals the error
@@ -60,7 +61,10 @@ class JacobianPenalty:
 
 
 class Task(L.LightningModule):
-    """A network and its loss, the mean squared error of `restore`. All random numbers depend only on seed and step."""
+    """A network and its loss, the mean squared error of `restore`. All random numbers depend only on seed and step.
+
+    With the padding mode "valid", images are compared within the frame of the measurement.
+    """
 
     phase = "training"  # the name in messages, and of the checkpoint's file
 
@@ -70,7 +74,7 @@ class Task(L.LightningModule):
         self.steps = 1  # the steps of the whole training; `fit` sets them
 
     def restore(self, sample: Sample) -> Tensor:
-        """The images that the loss compares with ``sample.x``."""
+        """The images that the loss compares with ``sample.x``, or with the part of it within their frame."""
         raise NotImplementedError
 
     def loss(self, error: Tensor, sample: Sample) -> Tensor:
@@ -96,13 +100,14 @@ class Task(L.LightningModule):
         torch.manual_seed(int(generator.integers(2**63)))
 
     def training_step(self, sample: Sample, batch_index: int) -> Tensor:
-        error = F.mse_loss(self.restore(sample).to(sample.x.dtype), sample.x)
+        restored = self.restore(sample).to(sample.x.dtype)
+        error = F.mse_loss(restored, cut_to(sample.x, restored))
         self.report(loss=error.detach(), psnr=decibels(error.detach()))
         return self.loss(error, sample)
 
     def validation_step(self, sample: Sample, batch_index: int) -> None:
-        x = sample.x
-        restored = self.restore(sample).to(x.dtype)
+        restored = self.restore(sample).to(sample.x.dtype)
+        x = cut_to(sample.x, restored)
         self.report(len(x), val_psnr=psnr(restored, x).mean(), val_loss=F.mse_loss(restored, x))
 
     def configure_optimizers(self) -> Any:
@@ -175,7 +180,7 @@ class DeblurTask(Task):
     def restore(self, sample: Sample) -> Tensor:
         d, model = self.measure(sample), self.model
         if not isinstance(model, DEGrad):
-            return model(d)
+            return cut_to(model(d), d)
         before = {name: getattr(model, name) for name in self.in_training}
         try:
             for name, value in self.in_training.items() if self.training else ():
@@ -189,7 +194,7 @@ class DeblurTask(Task):
         diverged = (model.solution.status == Status.DIVERGED).float().mean()
         prefix = "" if self.training else "val_"
         self.report(len(d), **{f"{prefix}evaluations": evaluations, f"{prefix}diverged": diverged})
-        return restored
+        return cut_to(restored, d)
 
     def loss(self, error: Tensor, sample: Sample) -> Tensor:
         chosen = self.contraction

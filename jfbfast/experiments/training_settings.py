@@ -41,7 +41,9 @@ class TrainingSettings:
     kernel_size: int = _option("Side of the Gaussian blur kernel in pixels, odd.", 5)
     sigma: float = _option("Standard deviation of the blur in pixels.", 1.0)
     padding_mode: str = _option(
-        "What the blur sees beyond the edges: zeros (mid-grey), reflect, replicate or circular.", "reflect"
+        "What the blur sees beyond the edges: zeros (mid-grey), reflect, replicate or circular; or valid, where the "
+        "measurement leaves out the margin that depends on it.",
+        "reflect",
     )
     noise: float = _option("Standard deviation of the noise, for images in [−1, 1].", 0.01)
 

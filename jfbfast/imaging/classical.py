@@ -1,4 +1,7 @@
-"""Classical methods: direct inverse, gradient descent with early stopping, Tikhonov regularisation, total variation."""
+"""Classical methods: direct inverse, gradient descent with early stopping, Tikhonov regularisation, total variation.
+
+They restore images of the shape of Aᵀd: with the padding mode "valid", the frame of d and the margin around it.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,7 @@ def direct_inverse(blur: SeparableBlur, d: Tensor) -> Tensor:
         True
     """
     if any(blur.margin):
-        raise ValueError(
-            "padding_mode is 'valid'; direct_inverse takes another one, since A x has fewer pixels than x"
-        )
+        raise ValueError("padding_mode is 'valid'; direct_inverse takes another one, since A x has fewer pixels than x")
     return inverse.direct(d, blur.taps)
 
 
@@ -181,7 +182,8 @@ def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_
     """
     checks.positive("weight", weight)
     dual = 0.02
-    norm = float(blur.normal(torch.ones_like(d[:1])).max()) if d.numel() else 1.0
+    x0 = blur.adjoint(d)
+    norm = float(blur.normal(torch.ones_like(x0[:1])).max()) if d.numel() else 1.0
     primal = 1 / (norm / 2 + 8 * dual)
 
     def iterate(state: Tensor, d: Tensor) -> Tensor:
@@ -191,7 +193,6 @@ def tv(blur: SeparableBlur, d: Tensor, weight: float, *, tol: float = 1e-4, max_
         u = u * (weight / torch.hypot(*u).clamp_min(weight))
         return torch.cat((following[:, None], u.movedim(0, 1)), dim=1)
 
-    x0 = blur.adjoint(d)
     start = torch.stack((x0, torch.zeros_like(x0), torch.zeros_like(x0)), dim=1)
     solution = Picard(tol=tol, max_iter=max_iter).solve(iterate, start, (d,))
     return solution._replace(value=solution.value[:, 0])

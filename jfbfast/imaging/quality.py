@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from jfbfast.operators.frame import cut_to
+
 RANGE = 2.0  # of images in [−1, 1]; PSNR and SSIM are taken at it
 LEAST_SIDE = 6  # pixels of an image for SSIM
 PAPER_OFFSET = 20 * math.log10(RANGE)  # dB by which PSNR is lower with peak 1 on [−1, 1], as in the paper's code
@@ -20,9 +22,11 @@ def measure(x: Tensor, blur: Callable[[Tensor], Tensor], noise: float, white: Te
         x: images (…, H, W).
         blur: A.
         noise: ν ≥ 0, in x's units.
-        white: ε, white noise of standard deviation 1, like x.
+        white: ε, white noise of standard deviation 1, like x. If A x is smaller, with the padding mode "valid", the
+            part within its frame is used.
     """
-    return blur(x) + noise * white
+    blurred = blur(x)
+    return blurred + noise * cut_to(white, blurred)
 
 
 def decibels(error: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jfbfast.imaging.classical import tikhonov
 from jfbfast.imaging.photographs import check_target, check_unused, read_photograph, write_photograph
 from jfbfast.imaging.plausibility import PowerSpectrum
-from jfbfast.models.config import SETTING
+from jfbfast.models.config import SETTING, ModelConfig
 from jfbfast.models.pretrained import (
     load_model,
     matching_name,
@@ -224,6 +224,11 @@ def network_restorer(model: nn.Module, channels: int, blur: SeparableBlur | None
     return restore
 
 
+def _check_surroundings(name: str, setting: ModelConfig) -> None:
+    if setting.padding_mode == "valid":
+        raise ValueError(f"{name} is 'valid'; restore takes 'zeros', 'reflect', 'replicate' or 'circular'")
+
+
 def choose_restorer(
     checkpoint: str | None,
     given: Mapping[str, Any],
@@ -265,6 +270,7 @@ def choose_restorer(
     """
     setting = measurement_setting(given, [])
     setting.blur()  # raises before a network is looked for
+    _check_surroundings("padding_mode", setting)
     zeros, picked = setting.padding_mode == "zeros", checkpoint is None
     edges = "zeros" if zeros else None
     if picked:
@@ -290,6 +296,7 @@ def choose_restorer(
         model, config = load_model(checkpoint)
         if config.form == "denoiser":
             raise ValueError(f"checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
+        _check_surroundings(f"padding_mode of {checkpoint}", config)
         if config.ranges is not None:
             model.adapt_to(given["sigma"], given["noise"], config, checkpoint)  # raises if one is missing
         elif given["noise"] not in (None, config.noise) and not picked:

@@ -312,9 +312,9 @@ def fixed_point(
     statistics and normalises by the batch in every evaluation, so that one sample's solve depends on the others'. The
     last application is made on the whole batch: a sample that it finds unconverged ends as MAX_ITER.
 
-    If the layer's module has a linear operator other than a `SeparableBlur` (a deepinv physics, or anything with an
-    ``adjoint``), which may hold data of each sample, the whole batch is evaluated until its last sample is done.
-    Several threads may evaluate a module in eval() without gradients; training is for one thread at a time.
+    If the layer's module has a linear operator other than a `SeparableBlur` or a `Blur` (a deepinv physics, or anything
+    with an ``adjoint``), which may hold data of each sample, the whole batch is evaluated until its last sample is
+    done. Several threads may evaluate a module in eval() without gradients; training is for one thread at a time.
 
     A sample whose solve diverged is returned as its best finite iterate (NaN if it had none) and gets no gradient.
 

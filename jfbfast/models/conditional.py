@@ -167,10 +167,10 @@ class ConditionalDEGrad(DEGrad):
         super().set_blur(blur, noise)
 
     @torch.no_grad()
-    def start(self, d: Tensor) -> Tensor:
+    def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """(1 + λ)P Aᵀd, which has the brightness of d; P Aᵀd would be darker for a large λ."""
         assert self.damping is not None
-        return ((1 + self.damping) * super().start(d)).to(d.dtype)
+        return ((1 + self.damping) * super().start(d, *injected)).to(d.dtype)
 
     def trained_for(self) -> str:
         return f"a GaussianBlur of {self.blur.kernel_size} pixels with padding_mode={self.blur.padding_mode!r}"

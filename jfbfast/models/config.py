@@ -24,13 +24,13 @@ from jfbfast.operators.blur import GaussianBlur
 
 Description = Mapping[str, Any]
 
-DEGRAD_FORMS = ("paper", "preconditioned", "filtered")
+DEGRAD_FORMS = ("paper", "preconditioned", "filtered", "universal")
 FORMS = (*DEGRAD_FORMS, "feed-forward", "denoiser")
 SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # the fields that describe the measurements
 
 _MOST_SCALES = 8  # the most entries in the features and blocks of a UNet
 _SIGMA, _NOISE, _POSITIVE, _AVERAGING = (1e-3, 1e6), (0, 100), (1e-9, 1e6), (1e-6, 1)
-_FLAGS = ("bias", "residual", "injection", "fallback")
+_FLAGS = ("bias", "residual", "fallback")
 _COUNTS = {
     "channels": (1, 64),
     "features": (1, 4096),
@@ -142,7 +142,8 @@ class ModelConfig:
 
     Attributes:
         form: "paper" (T(x) = x − η(Aᵀ(A x − d) + R(x)), where R is the network itself), "preconditioned" or
-            "filtered" (a `DEGrad` with `RED`), "feed-forward" (a `FeedForward`), or "denoiser" (the network alone).
+            "filtered" (a `DEGrad` with `RED`), "universal" (a `UniversalDEGrad`), "feed-forward" (a `FeedForward`), or
+            "denoiser" (the network alone).
         denoiser: ``kind`` ("DnCNN", "UNet" or "NonexpansiveDenoiser") and its arguments.
         kernel_size, sigma, padding_mode: arguments of the `GaussianBlur`.
         noise: standard deviation of the measurements' noise, for images in [−1, 1].
@@ -164,7 +165,7 @@ class ModelConfig:
         ('DEGrad', (2.0, 2.0))
     """
 
-    form: Literal["paper", "preconditioned", "filtered", "feed-forward", "denoiser"] = "filtered"
+    form: Literal["paper", "preconditioned", "filtered", "universal", "feed-forward", "denoiser"] = "filtered"
     denoiser: Description = field(default_factory=_dncnn)
     kernel_size: int = 5
     sigma: float = 1.0
@@ -207,6 +208,11 @@ class ModelConfig:
         """Channels of the network's images."""
         return int(self.denoiser.get("channels", 3))
 
+    @property
+    def least_side(self) -> int:
+        """The shortest side, in pixels, of images that A takes; the same in every padding mode but "valid"."""
+        return self.kernel_size if self.padding_mode == "valid" else self.kernel_size // 2 + 1
+
     def blur(self) -> GaussianBlur:
         """The measurement operator A."""
         return GaussianBlur(self.kernel_size, self.sigma, self.padding_mode)
@@ -227,10 +233,10 @@ class ModelConfig:
             ValueError: an unknown kind, or an argument that a kind does not take.
         """
         network = registry.build("denoiser", self.denoiser, registry.NETWORKS)
-        if self.denoiser.get("injection") and self.form not in ("preconditioned", "filtered"):
+        if self.denoiser.get("injection") and self.form not in ("preconditioned", "filtered", "universal"):
             raise ValueError(
                 f"form is {self.form!r} with {dict(self.denoiser)}; a network with injection takes the form "
-                "'preconditioned' or 'filtered'"
+                "'preconditioned', 'filtered' or 'universal'"
             )
         if self.form == "denoiser":
             return network

@@ -19,6 +19,7 @@ from jfbfast.models.operator_record import described, keep_operator, record_oper
 from jfbfast.models.pretrained import load_model
 from jfbfast.models.red import RED, log_parameter
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import (
     IterativeOperator,
     LinearOperator,
@@ -45,9 +46,9 @@ class DEGrad(nn.Module):
       what A keeps of x; with ``UNet(injection=True)`` as denoiser, R(x; d) = λ(x − D(W x, P Aᵀd)).
 
     Args:
-        blur: A: a `SeparableBlur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A`` and
-            ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than a
-            `SeparableBlur`, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
+        blur: A: a `SeparableBlur`, a `Blur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A``
+            and ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than
+            the first two, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
             injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. Its
             buffers are not in the model's ``state_dict``, which records what A is: loading it into a model with
             another A warns.
@@ -192,9 +193,10 @@ class DEGrad(nn.Module):
             return self.log_damping.exp()
         return self.regularizer.weight
 
-    def layer(self, x: Tensor, d: Tensor) -> Tensor:
-        """T_α(x; d) for the images x and the measurements d of one batch."""
-        r = self.regularizer(x, self.blur, d) if isinstance(self.regularizer, RED) else self.regularizer(x)
+    def layer(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
+        """T_α(x; d) for the images x and the measurements d of one batch; ``injected`` is R's injection, if known."""
+        red = isinstance(self.regularizer, RED)
+        r = self.regularizer(x, self.blur, d, *injected) if red else self.regularizer(x)
         if r.shape != x.shape:
             raise ValueError(
                 f"regularizer maps shape {tuple(x.shape)} to {tuple(r.shape)}; it takes one that keeps the shape"
@@ -250,7 +252,10 @@ class DEGrad(nn.Module):
 
     @torch.compiler.disable
     def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
-        """The restored images T(x*) for the measurements d.
+        """The restored images T(x*) for the measurements d, in the shape of Aᵀd.
+
+        With the padding mode "valid" they have a margin around the frame of d, of ``blur.margin`` pixels on each side.
+        It is known only as far as the blur brought something of it into d.
 
         Args:
             d: (B, C, H, W), in the units that R was trained in.
@@ -259,23 +264,25 @@ class DEGrad(nn.Module):
         Raises:
             TypeError: d or x0 is not a tensor.
             ValueError: d does not have four dimensions; d has another dtype than the network's parameters (checked for
-                the networks of this package, outside autocast); x0 has another shape, dtype or device than d, or than
-                Aᵀd if A is not a `SeparableBlur`.
+                the networks of this package, outside autocast); x0 has another shape, dtype or device than Aᵀd, which
+                are those of d for a blur in any padding mode but "valid".
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
         self.solution = None
         self._check_arguments(d, x0)
+        # Computed once, since it is the same at every evaluation.
+        injected = self.regularizer.injected(self.blur, d) if isinstance(self.regularizer, RED) else ()
         if x0 is None:
-            x0 = self.start(d)
+            x0 = self.start(d, *injected)
         self._check_dtype(x0)
         if self.averaging_is_due:
             self.update_averaging(d, x0)
         restored, self.solution = solve_fixed_point(
             self.layer,
             x0,
-            inputs=(d,),
+            inputs=(d, *injected),
             solver=self.solver,
             gradient=self.gradient,
             solve_dtype=self.solve_dtype,
@@ -289,15 +296,15 @@ class DEGrad(nn.Module):
             raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
         if x0 is not None and not isinstance(x0, Tensor):
             raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
-        name, like = "d", d
-        if isinstance(self.blur, SeparableBlur):
-            if d.dim() != 4:
-                raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
-        elif x0 is not None:
-            with torch.no_grad():
-                name, like = "Aᵀd", self.blur.adjoint(d)
+        a_blur = isinstance(self.blur, (SeparableBlur, Blur))
+        if a_blur and d.dim() != 4:
+            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
         if x0 is None:
             return
+        name, like = "d", d
+        if not a_blur or any(self.blur.margin):
+            with torch.no_grad():
+                name, like = "Aᵀd", self.blur.adjoint(d)
         if x0.shape != like.shape:
             raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
         if (x0.dtype, x0.device) != (like.dtype, like.device):
@@ -317,8 +324,10 @@ class DEGrad(nn.Module):
             raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {dtype}")
 
     @torch.no_grad()
-    def start(self, d: Tensor) -> Tensor:
+    def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
+        if injected and self.preconditioner and self.log_damping is None:
+            return injected[0].detach()
         start = self.blur.adjoint(d)
         return start if self.damping is None else self.blur.solve(start, self.damping)
 

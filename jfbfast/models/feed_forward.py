@@ -37,7 +37,7 @@ def plug_and_play(
         tol, max_iter: of `Picard`; the iteration need not converge.
 
     Returns:
-        The solution; its ``value`` is x, (B, C, H, W).
+        The solution; its ``value`` is x, in the shape of Aᵀd.
 
     Raises:
         ValueError: ρ not positive and finite.
@@ -99,5 +99,5 @@ class FeedForward(nn.Module):
         return self.log_weight.exp()
 
     def forward(self, d: Tensor) -> Tensor:
-        """Restore the measurements d (B, C, H, W); returns images of the same shape."""
+        """Restore the measurements d (B, C, H, W); returns images of the shape of Aᵀd."""
         return self.denoiser(self.blur.solve(self.blur.adjoint(d), self.weight)).to(d.dtype)

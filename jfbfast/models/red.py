@@ -87,13 +87,14 @@ class RED(nn.Module):
         """The methods of the operator that R calls."""
         return ("filter",) * self.filtered + ("adjoint", "solve") * self.injection
 
-    def forward(self, x: Tensor, operator: Any = None, d: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, operator: Any = None, d: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """R(x), or R(x; d).
 
         Args:
             x: images (B, C, H, W).
             operator: A; only a filter or an injection needs it.
             d: the measurements; only an injection needs them.
+            z: the image that an injection adds, if ``injected(operator, d)`` was called before.
 
         Returns:
             A tensor of the shape of x.
@@ -107,7 +108,7 @@ class RED(nn.Module):
                 kind, needed = type(operator).__name__, ", ".join(self.needs)
                 raise ValueError(f"operator is {kind}; this RED takes one with {needed}")
         seen = operator.filter(x, self.filter_damping) if self.filtered else x
-        denoised = self.denoise(seen, *self.injected(operator, d))
+        denoised = self.denoise(seen, *(self.injected(operator, d) if z is None else (z,)))
         if denoised.shape != x.shape:
             raise ValueError(
                 f"denoiser maps shape {tuple(x.shape)} to {tuple(denoised.shape)}; it takes one that keeps the shape"

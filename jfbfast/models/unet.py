@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from jfbfast import checks
 from jfbfast.models import registry
 
+Condition = Sequence[float | Tensor]
+
 
 class ResidualBlock(nn.Module):
     """x + convolution(ReLU(convolution(x))), 3 × 3."""
@@ -45,11 +47,12 @@ class UNet(nn.Module):
         features: channels at each scale, from half resolution down.
         blocks: residual blocks at each scale, on the way down and again on the way up; the coarsest scale has one pass.
         conditions: how many numbers it takes besides the images; each becomes a constant map, as FFDNet's noise level.
-        injection: take a second image z, which a `RED` with injection supplies, and return x + network(x, z).
+        injection: take a second image z, which a `RED` with injection supplies, and return x + network(x, z): True for
+            a z like x, or the number of its channels.
 
     Raises:
         ValueError: a number below 1, no scale, ``blocks`` and ``features`` of different lengths, or an ``injection``
-            that is not a bool.
+            that is neither a bool nor a positive integer.
 
     Example:
         >>> import torch, jfbfast
@@ -66,7 +69,7 @@ class UNet(nn.Module):
         features: Sequence[int] = (64, 96, 128),
         blocks: Sequence[int] = (2, 2, 2),
         conditions: int = 0,
-        injection: bool = False,
+        injection: bool | int = False,
     ) -> None:
         super().__init__()
         for name, values in (("channels", (channels,)), ("features", features), ("blocks", blocks)):
@@ -77,12 +80,13 @@ class UNet(nn.Module):
             raise ValueError(f"blocks is {tuple(blocks)}; it takes as many as features, {len(features)}")
         checks.integer("conditions", conditions, 0)
         if not isinstance(injection, bool):
-            raise ValueError(f"injection is {injection!r}; it takes True or False")
+            checks.integer("injection", injection, 1)
         *finer, coarsest = features
         self.channels = channels
         self.conditions = conditions
         self.injection = injection
-        self.head = nn.Conv2d(4 * channels * (1 + injection) + conditions, features[0], 3, padding=1)
+        self.injected_channels = channels * injection if isinstance(injection, bool) else injection
+        self.head = nn.Conv2d(4 * (channels + self.injected_channels) + conditions, features[0], 3, padding=1)
         self.encoders = nn.ModuleList(map(_blocks, finer, blocks))
         self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(features))
         self.middle = _blocks(coarsest, blocks[-1])
@@ -92,32 +96,36 @@ class UNet(nn.Module):
         with torch.no_grad():  # so that it starts close to the identity
             self.tail.weight *= 0.1
 
-    def forward(self, x: Tensor, z: Tensor | None = None, condition: Sequence[float] = ()) -> Tensor:
-        """Map images x, and z with ``injection``, both (B, channels, H, W), to images of the same shape.
+    def forward(self, x: Tensor, z: Tensor | None = None, condition: Condition = ()) -> Tensor:
+        """Map images x (B, channels, H, W), with ``injection`` and z of the same size, to images of the shape of x.
+
+        Args:
+            x, z: the images.
+            condition: the numbers, each the same for all samples, or a tensor (B,).
 
         Raises:
             ValueError: images of another shape; a ``condition`` of a length other than ``conditions``; z without
                 ``injection``, or no z with it.
         """
         checks.images("x", x.shape, self.channels)
-        if self.injection != (z is not None):
+        if bool(self.injection) != (z is not None):
             told = "a second image" if self.injection else "None"
             raise ValueError(f"z is {'None' if z is None else 'an image'}; this network takes {told}")
-        if z is not None and z.shape != x.shape:
-            raise ValueError(f"z has shape {tuple(z.shape)}; it takes that of x, {tuple(x.shape)}")
+        if z is not None and z.shape != (expected := (len(x), self.injected_channels, *x.shape[-2:])):
+            raise ValueError(f"z has shape {tuple(z.shape)}; with x of shape {tuple(x.shape)} it takes {expected}")
         if len(condition) != self.conditions:
             raise ValueError(f"condition is {tuple(condition)}; this network takes {self.conditions} numbers")
         if not x.numel():  # torch's pixel_unshuffle keeps the shape of an empty batch
             return x
         return x + self._network(x if z is None else torch.cat([x, z], 1), condition)
 
-    def _network(self, seen: Tensor, condition: Sequence[float]) -> Tensor:
-        """network(x, z) for x and z concatenated along the channels, (B, channels or twice as many, H, W)."""
+    def _network(self, seen: Tensor, condition: Condition) -> Tensor:
+        """network(x, z) for x and z concatenated along the channels."""
         for dim in (-2, -1):
             if seen.shape[dim] % 2:
                 return self._blended(seen, dim, condition)
         h = F.pixel_unshuffle(seen, 2)
-        h = torch.cat([h, *(torch.full_like(h[:, :1], value) for value in condition)], 1)
+        h = torch.cat([h, *(_constant_map(value, h) for value in condition)], 1)
         h = self.head(h.contiguous(memory_format=torch.channels_last))
         skips = []
         for encoder, down in zip(self.encoders, self.down, strict=True):
@@ -128,7 +136,7 @@ class UNet(nn.Module):
             h = decoder(up(h)[..., : skip.shape[-2], : skip.shape[-1]] + skip)
         return F.pixel_shuffle(self.tail(h), 2)
 
-    def _blended(self, seen: Tensor, dim: int, condition: Sequence[float]) -> Tensor:
+    def _blended(self, seen: Tensor, dim: int, condition: Condition) -> Tensor:
         """Blend the network's outputs without the last and without the first pixel of an odd side of n pixels.
 
         The weights at pixel i are 1 − i/(n − 1) and i/(n − 1). So no cell of 2 × 2 pixels reaches over an edge.
@@ -157,6 +165,14 @@ class UNet(nn.Module):
         widened[:, :images] = given[:, :images]
         widened[:, own : own + other.conditions] = given[:, images:]
         return widened
+
+
+def _constant_map(value: float | Tensor, h: Tensor) -> Tensor:
+    """A map (B, 1, H, W) like h (B, C, H, W) of one value, or of one for each sample (repeated if B is a multiple)."""
+    if not isinstance(value, Tensor):
+        return torch.full_like(h[:, :1], value)
+    values = value.to(h).reshape(-1)
+    return values.repeat(len(h) // len(values)).view(-1, 1, 1, 1).expand_as(h[:, :1])
 
 
 def _even(h: Tensor) -> Tensor:

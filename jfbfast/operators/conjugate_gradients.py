@@ -23,6 +23,7 @@ def conjugate_gradients(
     dims: tuple[int, ...],
     goal: str,
     precondition: Callable[[Tensor], Tensor] = lambda r: r,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """(AᵀA + λI)⁻¹ b from a start at zero; each system has its own step lengths and stops by itself.
 
@@ -35,6 +36,7 @@ def conjugate_gradients(
         dims: the dimensions of one system; the others count the systems.
         goal: what the warning says of the systems that failed, after their number: "images did not reach …".
         precondition: r ↦ M⁻¹ r, M symmetric positive definite.
+        norm: what takes the place of ‖b‖ in the stopping rule, one for each system.
 
     Returns:
         x, all NaN for a system with a b that is not finite.
@@ -51,7 +53,7 @@ def conjugate_gradients(
     z = precondition(r)
     p = z
     rz = dot(r, z)
-    bound = tol**2 * dot(b, b)
+    bound = tol**2 * (dot(b, b) if norm is None else norm**2)
     active = dot(r, r) > bound  # False for a system with NaN, too
     for iteration in range(max_iter):
         if (b.device.type == "cpu" or iteration % _CUDA_POLL == 0) and not active.any():

@@ -57,6 +57,23 @@ def test_the_spectrum_at_the_fixed_point_agrees_with_the_dense_one(measured):
     assert (found.contraction_factor < 1).all() and (found.contraction_factor <= found.lipschitz_bound).all()
 
 
+def test_unknown_surroundings_count_for_nothing_in_a_report():
+    """What the truth is beyond the frame of d changes neither the quality nor the gradients."""
+    torch.manual_seed(0)
+    model = DEGrad(GaussianBlur(3, 1.0, "valid"), RED(DnCNN(1, 2, 2, norm=None), 0.1, "weight"), preconditioner="exact")
+    x = torch.rand(1, 1, 6, 7) * 2 - 1
+    d = model.blur(x)
+    other = torch.full_like(x, 100.0)
+    other[..., 1:-1, 1:-1] = x[..., 1:-1, 1:-1]
+    reports = [report(model, d, truth, iterations=20, steps=5) for truth in (x, other)]
+    assert reports[0].history.solution.value.shape == x.shape
+    torch.testing.assert_close(reports[1].history.psnr, reports[0].history.psnr)
+    torch.testing.assert_close(reports[1].cosine["jfb"], reports[0].cosine["jfb"])
+    value = reports[0].history.solution.value
+    quality = psnr(model.layer(value, d)[..., 1:-1, 1:-1], x[..., 1:-1, 1:-1])
+    torch.testing.assert_close(reports[0].history.psnr[-1], quality, rtol=1e-4, atol=1e-3)
+
+
 def test_a_printed_report_has_a_line_with_a_verdict_for_each_figure(measured):
     *_, found = measured
     lines = str(found).splitlines()[1:]

@@ -83,6 +83,22 @@ def test_measurements_do_not_depend_on_the_batch():
     assert (other - one[0][1]).abs().max() > 0.1
 
 
+def test_unknown_surroundings_are_scored_within_the_frame():
+    blur = GaussianBlur(5, 1.0, "valid")
+    images = Images(pictures(3), seed=5)
+    (x, d), *_ = measurements(images, blur, 0.1, 1)
+    assert x.shape == d.shape == (1, 3, 20, 16)
+    torch.testing.assert_close(x[0], images.photographs[0][:, 2:-2, 2:-2].float() / 127.5 - 1)
+    exact = torch.stack([image.float() / 127.5 - 1 for image in images.photographs])
+    perfect = Method("perfect", lambda _: lambda d: Restoration(exact[: len(d)]))  # the margin included
+    assert (evaluate(perfect, Images(images.photographs[:1]), [], blur, 0.1).psnr > 100).all()
+    methods = baseline_methods(blur)
+    found = {name: evaluate(methods[name], images, images, blur, 0.01).psnr.mean() for name in ("blurred", "tikhonov")}
+    assert found["tikhonov"] > found["blurred"] + 0.5
+    with pytest.raises(ValueError, match="padding_mode is 'valid'"):
+        evaluate(methods["direct-inverse"], images, [], blur, 0.01)
+
+
 def test_a_parameter_is_chosen_on_validation_alone():
     seen = []
 

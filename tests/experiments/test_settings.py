@@ -55,6 +55,8 @@ ROOT = Path(__file__).parents[2]
         ({"step_size": 9}, r"step_size is 9\.0; it has an effect only with form=paper"),
         ({"blocks": "1,1"}, r"blocks is \(1, 1\); it has an effect only with denoiser=UNet"),
         ({"warmup": 10}, "warmup is 10; it has an effect only with schedule=cosine or constant"),
+        ({"padding_mode": "valid", "kernel_size": 31, "crop": 30}, "crop is 30; with padding_mode=valid it takes"),
+        ({"padding_mode": "valid", "resize": 4}, "resize is 4; .* it takes at least kernel_size=5"),
         ({"squash": True}, "squash is True; it has an effect only with resize"),
         (
             {"injection": True},

@@ -7,7 +7,8 @@ import jfbfast
 from helpers import processes
 from jfbfast.experiments.tasks import DeblurTask, JacobianPenalty, Optimization
 from jfbfast.experiments.trainer import MovingAverage, fit, shared_batches
-from jfbfast.imaging.datasets import RandomCrops
+from jfbfast.imaging.datasets import RandomCrops, Sample
+from jfbfast.models.feed_forward import FeedForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,6 +62,35 @@ def test_the_penalty_is_taken_at_an_interval_on_some_samples(monkeypatch):
     mine = task(JacobianPenalty(1e-4, bound=0.5, interval=2, samples=3))
     fit(mine, RandomCrops([torch.rand(3, 20, 20)], 8, length=20), steps=5, batch_size=4, progress=False)
     assert taken == [(step, 3, 3, 0.5) for step in (0, 2, 4)]
+
+
+def test_unknown_surroundings_are_compared_within_the_frame():
+    model = FeedForward(jfbfast.GaussianBlur(5, 1.0, "valid"), torch.nn.Identity(), 0.01)
+    mine = DeblurTask(model, model.blur, 0.0)
+    x, white = torch.rand(2, 3, 16, 14), torch.randn(2, 3, 16, 14)
+    sample = Sample(x, white, torch.zeros(2))
+    restored = mine.restore(sample)
+    assert restored.shape == (2, 3, 12, 10) == mine.measure(sample).shape
+    whole = model(model.blur(x))
+    torch.testing.assert_close(restored, whole[..., 2:-2, 2:-2])
+    seen = {}
+    mine.report = lambda batch_size=None, **values: seen.update(values)
+    error = mine.training_step(sample, 0)
+    torch.testing.assert_close(error, (whole - x)[..., 2:-2, 2:-2].square().mean())
+    mine.validation_step(sample, 0)
+    torch.testing.assert_close(seen["val_loss"], error)
+
+
+def test_a_network_is_trained_with_unknown_surroundings():
+    torch.manual_seed(0)
+    blur = jfbfast.GaussianBlur(5, 1.0, "valid")
+    regularizer = jfbfast.RED(jfbfast.DnCNN(3, 6, 4, norm=None, residual=True), 0.1, "weight")
+    model = jfbfast.DEGrad(blur, regularizer, preconditioner="exact")
+    before = [p.detach().clone() for p in model.parameters()]
+    mine = DeblurTask(model, blur, 0.01, Optimization(1e-2), contraction=JacobianPenalty(1e-3))
+    runner = fit(mine, RandomCrops([torch.rand(3, 20, 20)], 12, length=6), steps=3, batch_size=2, progress=False)
+    assert runner.callback_metrics["loss"].isfinite() and model.solution.value.shape == (2, 3, 12, 12)
+    assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
 
 
 SHARED = """

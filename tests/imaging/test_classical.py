@@ -66,6 +66,24 @@ def test_bad_input_is_named(options, message):
         jfbfast.gradient_descent(GaussianBlur(), torch.zeros(1, 1, 8, 8), **options)
 
 
+def test_unknown_surroundings_are_restored_with_the_frame():
+    blur, truth = GaussianBlur(5, 1.0, "valid"), photograph_like(1, 1, 20, 18)
+    d = blur(truth)
+    found = jfbfast.tikhonov(blur, d, 0.01)
+    gradient = blur.adjoint(blur(found) - d) + 0.01 * found
+    assert found.shape == truth.shape and gradient.norm() < 1e-12 * found.norm()
+    descent = jfbfast.gradient_descent(blur, d, damping=0.1, step_size=1.5, max_iter=200).value
+    torch.testing.assert_close(descent, jfbfast.tikhonov(blur, d, 0.1), rtol=0, atol=1e-8)
+    solution = tv(blur, d, 1e-3, tol=1e-5, max_iter=2000)  # the margin moves slowly
+
+    def cost(x):
+        return 0.5 * (blur(x) - d).square().sum() + 1e-3 * torch.hypot(*differences(x)).sum()
+
+    least = cost(solution.value)
+    assert (solution.status == Status.CONVERGED).all() and solution.value.shape == truth.shape
+    assert all(cost(solution.value + 1e-3 * torch.randn_like(truth)) > least for _ in range(5))
+
+
 def test_the_differences_have_their_adjoint():
     x, u = torch.randn(2, 3, 7, 6, dtype=torch.float64), torch.randn(2, 2, 3, 7, 6, dtype=torch.float64)
     torch.testing.assert_close((differences(x) * u).sum(), (x * differences_adjoint(u)).sum())

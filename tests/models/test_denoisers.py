@@ -156,7 +156,9 @@ def test_images_with_other_channels_are_refused(shape):
     for network in (DnCNN(3, 4, 3), NonexpansiveDenoiser(3, 4, 3), UNet(3, (4,), (1,))):
         with pytest.raises(ValueError, match=r"x has shape .*; it takes images \(B, 3, H, W\)"):
             network(x)
-    with pytest.raises(ValueError, match=r"z has shape \(1, 3, 8, 9\); it takes that of x"):
+    with pytest.raises(
+        ValueError, match=r"z has shape \(1, 3, 8, 9\); with x of shape \(1, 3, 8, 8\) it takes \(1, 3, 8, 8\)"
+    ):
         UNet(3, (4,), (1,), injection=True)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
 
 

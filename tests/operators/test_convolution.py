@@ -8,6 +8,7 @@ import pytest
 import scipy.signal
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import jfbfast
@@ -23,6 +24,20 @@ def random_psf(size, rank=None, seed=0):
     rank = min(size) if rank is None else rank
     u, v = (torch.rand(rank, n, generator=generator, dtype=torch.float64) - 0.3 for n in size)
     return torch.einsum("ry,rx->yx", u, v) / (rank * max(size))
+
+
+class Bare(nn.Module):
+    """The operator with ``forward`` and ``adjoint`` alone."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, x):
+        return self.operator(x)
+
+    def adjoint(self, y):
+        return self.operator.adjoint(y)
 
 
 def dense(operator, shape):
@@ -43,7 +58,7 @@ def convolved(x, psf, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rank", [1, 3, None])  # separable, a short sum, by FFT
+@pytest.mark.parametrize("rank", [1, None])  # separable, by FFT
 @pytest.mark.parametrize(("size", "shape"), [((5, 7), (9, 14)), ((7, 5), (8, 7)), ((5, 5), (5, 5)), ((9, 1), (13, 4))])
 def test_a_blur_is_a_convolution_and_its_adjoint_is_exact(mode, rank, size, shape):
     psf = random_psf(size, rank)
@@ -82,7 +97,7 @@ def test_a_blur_is_scipys_convolution_and_the_psf_is_the_image_of_a_point(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("rank", [1, None])
 @pytest.mark.parametrize(("size", "shape"), [((5, 5), (9, 8)), ((3, 5), (7, 13))])
 def test_solve_and_filter_against_dense_matrices(mode, rank, size, shape):
     blur = Blur(random_psf(size, rank), mode)
@@ -118,13 +133,12 @@ def test_a_separable_point_spread_function_gives_a_separable_blur(mode):
     by_fft = Blur(torch.outer(u, v) + 1e-6 * random_psf((5, 5)), mode)
     torch.testing.assert_close(by_fft(x), separable(x), rtol=0, atol=1e-5)
     torch.testing.assert_close(by_fft.solve(x, 1e-3), separable.solve(x, 1e-3), rtol=0, atol=1e-2)
-    assert len(blur._terms) == 1 and not by_fft._terms
+    assert blur._separable and not by_fft._separable
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rank", [3, None])
-def test_the_derivatives_pass_gradcheck_once_and_twice(mode, rank):
-    blur = Blur(random_psf((5, 5), rank), mode)
+def test_the_derivatives_pass_gradcheck_once_and_twice(mode):
+    blur = Blur(random_psf((5, 5)), mode)
     x, r = torch.randn(2, 2, 1, 6, 7, dtype=torch.float64, requires_grad=True).unbind()
     d = blur(x.detach()).clone().requires_grad_()
     step, one = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.3))
@@ -141,9 +155,8 @@ def test_the_derivatives_pass_gradcheck_once_and_twice(mode, rank):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rank", [3, None])
-def test_vmap_is_a_loop(mode, rank):
-    blur = Blur(random_psf((5, 5), rank), mode)
+def test_vmap_is_a_loop(mode):
+    blur = Blur(random_psf((5, 5)), mode)
     x = torch.randn(3, 2, 8, 9, dtype=torch.float64)
     damping = torch.tensor([1e-2, 0.1, 1.0], dtype=torch.float64)
     for function in (blur, lambda y: blur.adjoint(blur(y)), lambda y: blur.solve(y, 0.1)):
@@ -156,7 +169,7 @@ def test_vmap_is_a_loop(mode, rank):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("rank", [1, None])
 def test_half_precision_is_computed_in_float32_and_autocast_changes_nothing(mode, rank):
     blur = Blur(random_psf((5, 5), rank), mode)
     x = torch.randn(1, 2, 12, 11)
@@ -164,13 +177,23 @@ def test_half_precision_is_computed_in_float32_and_autocast_changes_nothing(mode
     functions = (blur, lambda y: blur.adjoint(blur(y)), lambda y: blur.solve(y, 0.05), lambda y: blur.filter(y, 0.05))
     for function in functions[:1] + functions[2:]:
         assert function(half).dtype == torch.bfloat16
-        torch.testing.assert_close(function(half), function(half.float()).bfloat16(), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(function(half), function(half.float()).bfloat16(), rtol=1e-2, atol=0.02)
     for function in functions:
         with torch.autocast("cpu", torch.bfloat16):
             found = function(x)
         assert torch.equal(found, function(x))
         exact = function(x.double())
         torch.testing.assert_close(function(x).double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(("size", "shape"), [((1, 7), (23, 40)), ((5, 3), (37, 22)), ((9, 9), (23, 23))])
+def test_valid_solves_are_right_for_every_shape_of_the_margin(size, shape):
+    blur = Blur(random_psf(size) + 1e-3 * torch.eye(*size).double(), "valid")
+    b = torch.randn(2, *shape, dtype=torch.float64)
+    by_operator = jfbfast.IterativeOperator(Bare(blur), tol=1e-12, max_iter=5000)
+    for damping in (1e-4, 0.1):
+        expected = by_operator.solve(b, damping)
+        assert (blur.solve(b, damping) - expected).norm() <= 1e-8 * expected.norm()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -203,13 +226,13 @@ def test_conjugate_gradients_stop_at_their_tolerance_or_warn(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("psf", [point_spread.motion(7, 30), point_spread.gaussian((0.7, 1.3))])
+@pytest.mark.parametrize("psf", [point_spread.motion(4, 30), point_spread.gaussian((0.7, 1.3))])
 def test_degrad_restores_with_any_point_spread_function(mode, psf):
-    blur = Blur(psf, mode)
+    blur = Blur(psf, mode, tol=1e-3)
     red = jfbfast.RED(jfbfast.UNet(channels=1, features=(4, 8), blocks=(1, 1), injection=True), 0.1, "weight")
     model = jfbfast.DEGrad(blur, red, preconditioner="exact")
     assert model.blur is blur and not may_hold_sample_data(model)
-    x = torch.rand(2, 1, 26, 31) - 0.5
+    x = torch.rand(2, 1, 16, 21) - 0.5
     d = blur(x)
     restored = model(d)
     assert restored.shape == x.shape
@@ -239,6 +262,7 @@ def test_a_state_dict_says_which_blur_it_was_recorded_for():
     model(point_spread.motion(7, 30)).load_state_dict(state)
     with pytest.warns(UserWarning, match="the weights are from a model for Blur.*this model is for Blur"):
         model(point_spread.motion(7, 31)).load_state_dict(state)
+    model(point_spread.motion(7, 30) * (1 + 1e-15)).load_state_dict(state)  # another platform's rounding
 
 
 @pytest.mark.parametrize(
@@ -264,7 +288,7 @@ def test_bad_arguments_are_named(call, message):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("rank", [1, None])
 def test_a_point_spread_function_larger_than_the_image_is_refused(mode, rank):
     blur = Blur(random_psf((5, 7), rank), mode)
     for shape in ((4, 12), (12, 6)):
