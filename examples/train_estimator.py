@@ -25,6 +25,7 @@ from jfbfast.imaging.photographs import image_files, read_photograph
 
 HIDDEN, NETWORKS, EPOCHS, BATCH = 64, 3, 40, 256
 SIGMAS, NOISES = (0.7, 1.0, 1.5, 2.0, 3.0), (0.0, 0.005, 0.01, 0.03)  # of the measurement
+SURE = 1.35  # σ's range from end to end
 SHARES = torch.tensor([0.1, 0.5, 0.9])
 
 
@@ -134,7 +135,7 @@ def errors(photos: list[Tensor], weights: dict[str, Tensor], side: int, sigma: f
     """Measure the middle of each photograph, ``side`` pixels after the blur, and compare its estimate with the truth.
 
     Returns:
-        One row for each: σ's ratio to the truth; the noise's; whether each is in its range; the width of σ's range.
+        One row for each: σ's ratio to the truth; the noise's; whether each is in its range; log(high / low).
     """
     rows, whole = [], side + 2 * math.ceil(3 * sigma)
     for photo in photos:
@@ -166,10 +167,11 @@ def report(photos: list[Tensor], weights: dict[str, Tensor], side: int) -> None:
     print("| all |", *(f"{words(found[:, i].flatten(0, 1))} |" for i in range(len(columns))))
     for name, part in (("plain", slice(4)), ("JPEG", slice(4, 5)), ("linear light", slice(5, 6))):
         rows = found[:, part].flatten(0, 2)
-        sigma, noise, width = (float(rows[:, i].mean()) for i in (2, 3, 4))
-        print(
-            f"{name}: {words(rows)}; σ in its range {sigma:.0%}, noise {noise:.0%}, mean log width of σ's {width:.2f}"
-        )
+        inside, quiet, _ = rows[:, 2:].mean(0).tolist()
+        sure = rows[rows[:, 4] < math.log(SURE)]
+        print(f"{name}: {words(rows)}; in their ranges: σ {inside:.0%}, noise {quiet:.0%}")
+        share = f"{len(sure) / len(rows):.0%} have σ's range within a factor of {SURE}"
+        print(f"    {share}" + (f", and of these: {words(sure)}" if len(sure) else ""))
 
 
 def main() -> None:
