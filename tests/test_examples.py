@@ -4,7 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from jfbfast.imaging.estimation import estimator
+from jfbfast.imaging.photographs import Photograph, write_photograph
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -17,6 +22,18 @@ def test_example(name, words, one_thread):
     ran = subprocess.run([sys.executable, EXAMPLES / name, "2"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert all(word in ran.stdout for word in words)
+
+
+def test_the_estimator_is_trained_and_measured_on_a_directory(tmp_path, one_thread):
+    for i in range(3):
+        blocks = torch.rand(3, 20, 20).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        write_photograph(tmp_path / f"{i}.png", Photograph(blocks, None, np.dtype("uint8")))
+    command = [sys.executable, EXAMPLES / "train_estimator.py", tmp_path, "--samples", "4", "--held-out", "1"]
+    ran = subprocess.run([*command, "--out", tmp_path / "own.npz"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.count("| all |") == 2
+    with np.load(tmp_path / "own.npz") as own:
+        assert {name: own[name].shape for name in own} == {name: tuple(v.shape) for name, v in estimator().items()}
 
 
 def test_readme_has_the_example_s_loop():
