@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import jfbfast
 from jfbfast import point_spread
 from jfbfast.experiments.muon import Muon
+from jfbfast.experiments.training_settings import parse_kind
 from jfbfast.imaging.datasets import Photographs
 from jfbfast.imaging.light import to_linear
 from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
@@ -136,7 +137,7 @@ class Measurements:
         self.axes = [Axis(sigma) for sigma in self.sigmas]
 
     def crop(self) -> Tensor:
-        """A crop on [−1, 1], half of the crops shrunk by up to two, mirrored and turned; one in seven is linear light."""
+        """A crop on [−1, 1]: half are shrunk by up to two, half are mirrored or turned, and 15% are linear light."""
         g = self.random
         photograph = self.photographs[int(g.choice(len(self.photographs), p=self.share))]
         side = SIDE if g.random() < 0.5 else round(SIDE * g.uniform(1, 2))
@@ -197,12 +198,14 @@ class Measurements:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photographs", type=Path, help="directory; the last 15 by name are left out, for validation")
+    parser.add_argument("photographs", type=Path, help="directory of photographs")
     parser.add_argument("out", type=Path, help="file of the trained network")
+    parser.add_argument("--held-out", type=int, default=15, help="photographs, the last by name, to leave out")
     parser.add_argument("--init", help="a shipped network or a file to start from (default: random weights)")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--evaluations", type=int, default=1, help="of the layer in a solve, before the last one")
     parser.add_argument("--later", type=int, default=3, help="the same in the last 40 %% of the steps")
+    parser.add_argument("--gradient", default="jfb", help="as in jfbfast train, for example unrolled:steps=4")
     parser.add_argument("--features", type=int, nargs="+", default=[96, 128, 192])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=0.01, help="learning rate of Muon")
@@ -214,12 +217,21 @@ def main(given: argparse.Namespace) -> None:
     jfbfast.keep_freed_memory()
     torch.manual_seed(given.seed)
     files = sorted(file for file in given.photographs.rglob("*") if file.suffix.lower() in SUFFIXES)
-    photographs = Photographs(files[:-15], least=2 * SIDE, purpose="a crop that is shrunk by two")
+    photographs = Photographs(
+        files[: len(files) - given.held_out], least=2 * SIDE, purpose="a crop that is shrunk by two"
+    )
     measurements = Measurements(photographs, given.seed + 1)
 
     denoiser = {"kind": "UNet", "channels": 3, "features": given.features, "blocks": [2] * len(given.features)}
     denoiser |= {"conditions": 3, "injection": 7}
-    config = ModelConfig(form="universal", denoiser=denoiser, padding_mode="valid", noise_range=[0.0, 0.1])
+    config = ModelConfig(
+        form="universal",
+        denoiser=denoiser,
+        kernel_size=7,
+        padding_mode="valid",
+        noise_range=[0.0, 0.1],
+        gradient=parse_kind("gradient", given.gradient),
+    )
     model = load_checkpoint(given.init)[0].train() if given.init else config.model()
     average = copy.deepcopy(model)  # exponential moving average of the weights
     optimizer = Muon(model, learning_rate=given.rate)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from jfbfast import UniversalDEGrad
 from jfbfast.imaging.estimation import estimator
 from jfbfast.imaging.photographs import Photograph, write_photograph
 
@@ -34,6 +35,26 @@ def test_the_estimator_is_trained_and_measured_on_a_directory(tmp_path, one_thre
     assert ran.stdout.count("| all |") == 2
     with np.load(tmp_path / "own.npz") as own:
         assert {name: own[name].shape for name in own} == {name: tuple(v.shape) for name, v in estimator().items()}
+
+
+def test_the_universal_networks_script_writes_a_network(tmp_path, one_thread):
+    for i in range(2):
+        pixels = torch.rand(3, 170, 180, generator=torch.Generator().manual_seed(i))
+        write_photograph(tmp_path / f"{i}.png", Photograph(pixels, None, np.dtype("uint8")))
+    command = [
+        sys.executable,
+        EXAMPLES / "train_universal.py",
+        tmp_path,
+        tmp_path / "own.safetensors",
+        "--held-out",
+        "1",
+    ]
+    command += ["--steps", "4", "--batch", "2", "--features", "4", "8"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    model = UniversalDEGrad.from_pretrained(tmp_path / "own.safetensors", sigma=1.5, noise=0.02)
+    d = torch.rand(1, 3, 20, 21)
+    assert model(d).shape == (1, 3, 20 + 2 * 5, 21 + 2 * 5)  # the scene, with what lies beyond the edges
 
 
 def test_readme_has_the_example_s_loop():
