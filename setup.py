@@ -247,7 +247,7 @@ def packages() -> dict[str, str]:
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"jfbfast": ["py.typed"], "jfbfast.weights": ["*.safetensors", "*.md"]},
+    package_data={"jfbfast": ["py.typed"], "jfbfast.weights": ["*.npz", "*.safetensors", "*.md"]},
     ext_modules=extensions(),
     cmdclass={"build": CleanBuild, "build_ext": BuildWithNinja},
 )

@@ -102,11 +102,12 @@ PYBIND11_MODULE(_native, module) {
     module.def(
         "gradient",
         [](DType dtype, Address x, Address d, Address r, Address out, const std::vector<std::int64_t>& shape,
-           const BandAddress& y_band, const BandAddress& x_band, const BandAddress& y_adjoint,
-           const BandAddress& x_adjoint, bool circular, bool step, double step_size, int threads) {
+           const std::array<std::int64_t, 2>& d_margin, const BandAddress& y_band, const BandAddress& x_band,
+           const BandAddress& y_adjoint, const BandAddress& x_adjoint, bool circular, bool step, double step_size,
+           int threads) {
             kernels().gradient(dtype,
-                               {pointer(x), pointer(d), pointer(r), pointer(out), step, step_size,
-                                bands(y_band, x_band, circular), bands(y_adjoint, x_adjoint, circular)},
+                               {pointer(x), pointer(d), d_margin[0], d_margin[1], pointer(r), pointer(out), step,
+                                step_size, bands(y_band, x_band, circular), bands(y_adjoint, x_adjoint, circular)},
                                shape_of(shape), threads);
         },
         release);

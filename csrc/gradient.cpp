@@ -8,16 +8,24 @@ namespace jfbfast {
 namespace JFBFAST_ISA {
 namespace {
 
-// One row of u = A x - d; d may be null.
+// One row of u = A x - d; d may be null. It has the columns [begin, end) and is zero beyond, or all if framed is false.
 template <class S>
 struct Difference {
     const S* d;
+    std::int64_t begin, end;
+    bool framed;
     Wide<S>* u;
 
     template <class Lanes>
     void operator()(std::int64_t c, Vec<Wide<S>> sum, Lanes lanes) const {
-        if (d) sum -= load(d + c, lanes);
+        if (d) sum -= framed && (c < begin || c + kLanes<Wide<S>> > end) ? at_edge(c) : load(d + (c - begin), lanes);
         store(u + c, sum, lanes);
+    }
+
+    Vec<Wide<S>> at_edge(std::int64_t c) const {
+        S part[kLanes<Wide<S>>] = {};
+        for (std::int64_t i = larger(c, begin); i < smaller(c + kLanes<Wide<S>>, end); ++i) part[i - c] = d[i - begin];
+        return load(part);
     }
 };
 
@@ -42,6 +50,7 @@ template <class S>
 void gradient_planes(const Gradient& g, Shape shape, int threads) {
     typedef Wide<S> T;
     const std::int64_t height = shape.height, width = shape.width;
+    const std::int64_t d_height = height - 2 * g.d_margin_y, d_width = width - 2 * g.d_margin_x;
     const bool circular = g.bands.circular;
     const int radius = g.bands.y.radius, slots = 2 * radius + 1, ring = Window<T>::rows_for(radius);
     const RowTable<T> table(g.bands.x, width, circular), adjoint_table(g.adjoint.x, width, circular);
@@ -60,7 +69,7 @@ void gradient_planes(const Gradient& g, Shape shape, int threads) {
         const Task task = tasks[k];
         const std::int64_t offset = task.plane * height * width;
         const S* const x = static_cast<const S*>(g.x) + offset;
-        const S* const d = static_cast<const S*>(g.d) + (g.d ? offset : 0);
+        const S* const d = static_cast<const S*>(g.d) + (g.d ? task.plane * d_height * d_width : 0);
         const S* const r = static_cast<const S*>(g.r) + (g.r ? offset : 0);
         S* const out = static_cast<S*>(g.out) + offset;
 
@@ -87,8 +96,10 @@ void gradient_planes(const Gradient& g, Shape shape, int threads) {
             }
             if (inside) correlate_columns(input.around(j, inside), rows, radius, inside, width, columns, stride);
             for (int k = 0; k < inside; ++k) {
-                const S* const d_row = d ? d + wrap(j + k, height) * width : nullptr;
-                correlate_row(columns + k * stride, table, Difference<S>{d_row, u.enter()});
+                const std::int64_t row = wrap(j + k, height) - g.d_margin_y;
+                const S* const d_row = d && row >= 0 && row < d_height ? d + row * d_width : nullptr;
+                correlate_row(columns + k * stride, table,
+                              Difference<S>{d_row, g.d_margin_x, width - g.d_margin_x, g.d_margin_x > 0, u.enter()});
             }
             for (int k = inside; k < count; ++k) std::memset(u.enter(), 0, width * sizeof(T));
         };

@@ -45,8 +45,9 @@ struct Shape {
 
 struct Gradient {
     const void* x;
-    const void* d;  // null for zero
-    const void* r;  // null for zero
+    const void* d;                        // null for zero; without the margins below, in which it is zero
+    std::int64_t d_margin_y, d_margin_x;  // how many rows and columns of x lie beyond d on each side
+    const void* r;                        // null for zero
     void* out;
     bool step;  // whether out is x - step_size * g; otherwise it is g
     double step_size;

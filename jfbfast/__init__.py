@@ -18,6 +18,8 @@ from jfbfast import diagnostics, spectrum
 from jfbfast.backends.dispatch import backend
 from jfbfast.config import keep_freed_memory, show_config
 from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov, tv
+from jfbfast.imaging.estimation import Estimate, estimate
+from jfbfast.imaging.restoration import restore
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
 from jfbfast.models.degrad import DEGrad
@@ -57,6 +59,7 @@ __all__ = [
     "ConvergenceWarning",
     "DEGrad",
     "DnCNN",
+    "Estimate",
     "FixedPointSolution",
     "FixedPointSolver",
     "GaussianBlur",
@@ -78,12 +81,14 @@ __all__ = [
     "backend",
     "diagnostics",
     "direct_inverse",
+    "estimate",
     "fixed_point",
     "gradient_descent",
     "jacobian_penalty",
     "keep_freed_memory",
     "point_spread",
     "pretrained_names",
+    "restore",
     "show_config",
     "solve_fixed_point",
     "spectrum",

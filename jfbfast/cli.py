@@ -5,31 +5,28 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from inspect import Parameter, Signature
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
-_EXTRAS = "the command line needs more packages: pip install 'jfbfast[train]'"
+from jfbfast.commands.common import EXTRAS, console
+from jfbfast.commands.common import one_sentence as _one_sentence
 
 try:
     import typer
-    from rich.console import Console
     from typer.core import TyperCommand
 
+    from jfbfast.commands.restore import restore
     from jfbfast.config import keep_freed_memory, show_config
-    from jfbfast.experiments.processes import Interrupted, rank, signals_interrupt
+    from jfbfast.experiments.processes import signals_interrupt
     from jfbfast.experiments.settings import setting_types
     from jfbfast.experiments.training_settings import TrainingSettings
 except ModuleNotFoundError as error:  # pragma: no cover
-    sys.exit(f"{error.name} is not installed; {_EXTRAS}")
+    sys.exit(f"{error.name} is not installed; {EXTRAS}")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(emoji=False, quiet=rank() > 0)  # only one of torchrun's processes prints
 
 _SIDE = "Side of the blur kernel in pixels, odd; 6σ + 1 holds a Gaussian. (default: the network's, or 5)"
 _SIGMA = "Standard deviation of the blur in pixels; a network for a range needs it. (default: the network's, or 1)"
@@ -38,24 +35,6 @@ KernelSize = Annotated[int | None, typer.Option(help=_SIDE)]
 Sigma = Annotated[float | None, typer.Option(help=_SIGMA)]
 Noise = Annotated[float | None, typer.Option(help=_NOISE)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
-
-
-def _say_error(error: BaseException | str, kind: str = "error") -> None:
-    Console(stderr=True, emoji=False).print(f"{kind}: {error}", highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """End the program with one sentence, and not with a traceback, if the user made a mistake."""
-    try:
-        yield
-    except (ModuleNotFoundError, ValueError, OSError) as error:
-        _say_error(f"{error.name} is not installed; {_EXTRAS}" if isinstance(error, ModuleNotFoundError) else error)
-        raise typer.Exit(1) from error
-    except Interrupted as stop:
-        if rank() == 0:
-            _say_error(stop)
-        raise typer.Exit(128 + stop.signal) from stop
 
 
 @app.callback()
@@ -83,76 +62,7 @@ def demo(
         run(out, seed, console)
 
 
-@app.command()
-def restore(
-    images: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="IMAGE…",
-            readable=False,  # a file that cannot be read is reported in its turn
-            help="Blurred photographs, grey or colour, of 8 or 16 bits: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM.",
-        ),
-    ],
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="What restores: a shipped model, a file from demo or train, or tikhonov. "
-            "(default: a shipped model for this blur and noise if there is one, else tikhonov)",
-        ),
-    ] = None,
-    kernel_size: KernelSize = None,
-    sigma: Sigma = None,
-    noise: Noise = None,
-    padding_mode: Annotated[
-        str,
-        typer.Option(
-            help="What the blur saw beyond the photograph's edges: zeros (mid-grey), reflect, circular or replicate, "
-            "which is the best guess if you do not know."
-        ),
-    ] = "replicate",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .png, .tiff or .jpg for one image, or a directory. (default: here, as NAME-restored.png or .tiff)"
-        ),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
-    tile: Annotated[int, typer.Option(help="Side of the tiles in pixels, which are restored one by one.")] = 512,
-    overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share. (default: enough for no seam)")] = None,
-    check_tiles: Annotated[bool, typer.Option(help="Also restore in one piece, and print the difference.")] = False,
-) -> None:
-    """Undo a known Gaussian blur in photographs of up to 250 megapixels.
-
-    Give a larger --noise if the photograph shows more noise.
-
-    The restored files keep depth, alpha, colour profile, EXIF and resolution. Nothing is restored if an IMAGE is
-    missing, or if an output file exists or cannot be written. If one IMAGE cannot be restored, the others still are.
-    """
-    with _one_sentence():
-        from jfbfast.imaging.batch import choose_targets, restore_files
-        from jfbfast.imaging.restoration import LEAST_TILE, choose_restorer
-
-        if tile < LEAST_TILE:
-            raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
-        given = {"kernel_size": kernel_size, "sigma": sigma, "noise": noise, "padding_mode": padding_mode}
-        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        prepare = choose_restorer(checkpoint, given, say, partial(_say_error, kind="warning"))
-        failed = restore_files(
-            images,
-            choose_targets(images, out, overwrite),
-            prepare,
-            console=console,
-            say_error=_say_error,
-            tile=tile,
-            overlap=overlap,
-            check_tiles=check_tiles,
-            overwrite=overwrite,
-        )
-        if failed and len(images) > 1:
-            _say_error(f"{failed} of {len(images)} photographs could not be restored")
-        if failed:
-            raise typer.Exit(1)
+app.command()(restore)
 
 
 def train(out: Path, config: Path | None, resume: bool, **flags: object) -> None:

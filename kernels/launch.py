@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from jfbfast.backends.reference import Bands
+from jfbfast.backends.tensors import margin, padded
 
 from .stream import blur_kernel, gradient_kernel
 from .wide import wide_kernel
@@ -144,7 +145,7 @@ def gradient(
     """
     fused = _radius(bands) <= FUSED_RADIUS
     x = x.contiguous()
-    d = None if d is None else d.contiguous()
+    d = None if d is None else padded(d, margin(x, d)).contiguous()
     r = None if r is None else r.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():

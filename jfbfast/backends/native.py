@@ -19,6 +19,7 @@ import torch.utils.dlpack  # before the compiled module, so that both share one 
 from torch import Tensor
 
 from .reference import Bands
+from .tensors import margin
 
 _ISAS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline"}
 if (_limit := os.environ.get("JFBFAST_ISA")) and _limit not in _ISAS:
@@ -106,9 +107,10 @@ def gradient(
     if x.numel():
         images = x.data_ptr(), 0 if d is None else d.data_ptr(), 0 if r is None else r.data_ptr(), out.data_ptr()
         planes = (x.shape[:-2].numel(), *x.shape[-2:])
+        lacking = (0, 0) if d is None else margin(x, d)
         tables = (*_tables(bands), *_tables(adjoint), bands.circular)
         step = (False, 0.0) if step_size is None else (True, float(step_size))
-        _native.gradient(_DTYPES[x.dtype], *images, planes, *tables, *step, _threads())
+        _native.gradient(_DTYPES[x.dtype], *images, planes, lacking, *tables, *step, _threads())
     return out
 
 

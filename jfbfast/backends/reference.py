@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jfbfast.backends.tensors import compute_dtype
+from jfbfast.backends.tensors import compute_dtype, margin, padded
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular", "valid")
 
@@ -106,9 +106,12 @@ def blur(x: Tensor, bands: Bands) -> Tensor:
 def gradient(
     x: Tensor, d: Tensor | None, r: Tensor | None, bands: Bands, adjoint: Bands, step_size: Tensor | None = None
 ) -> Tensor:
-    """g = Aᵀ(A x − d) + r for x, d, r (…, H, W), where None stands for zero; x − ηg if there is a step size η ()."""
+    """g = Aᵀ(A x − d) + r for x, d, r (…, H, W), where None stands for zero; x − ηg if there is a step size η ().
+
+    d may be smaller than x; it then lacks a margin of zeros on each side.
+    """
     g = blur(x.to(bands.y.dtype), bands)
-    g = blur(g if d is None else g - d, adjoint)
+    g = blur(g if d is None else g - padded(d, margin(x, d)), adjoint)
     g = g if r is None else g + r
     return (g if step_size is None else x.to(g.dtype) - step_size * g).to(x.dtype)
 

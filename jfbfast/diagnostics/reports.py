@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jfbfast.backends.tensors import padded
 from jfbfast.diagnostics.conditioning import agreement_of, jfb_condition, lipschitz_bound, trained_parameters
 from jfbfast.diagnostics.history import Problem, history_of, problem
 from jfbfast.diagnostics.measurements import Measurements
@@ -19,7 +20,7 @@ from jfbfast.implicit.fixed_point import solve_fixed_point
 from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.implicit.methods import Implicit
 from jfbfast.models.degrad import DEGrad
-from jfbfast.operators.frame import cut, padded
+from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolver
 from jfbfast.spectrum import operator_norm, ritz_values
 

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
+from jfbfast.backends.tensors import usable_device
 from jfbfast.experiments.evaluation import (
     Choice,
     Method,
@@ -114,16 +115,6 @@ def unseen_photographs(
     if again := len(seen.intersection(rest)):
         say(f"{checkpoint} was trained on {again} of the photographs that choose or are scored.")
     return chosen, scored
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name; ValueError if torch cannot use it."""
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name}; it takes cpu or cuda")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the latter
-        raise ValueError(f"--device is {name}; it takes cpu or cuda ({str(error).splitlines()[0]})") from error
 
 
 def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelConfig]]:
@@ -263,7 +254,7 @@ def compare(
         raise ValueError(f"--denoiser is {denoiser}; it is for pnp, which --methods does not have")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    where = _device(device)
+    where = usable_device(device)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     networks = _networks(checkpoints)
     setting = measurement_setting(given, [config for _, _, config in networks])

@@ -15,6 +15,7 @@ from jfbfast import checks
 from jfbfast.backends.tensors import flat, per_sample
 from jfbfast.operators import inverse
 from jfbfast.operators.blur import SeparableBlur
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import LinearOperator
 from jfbfast.solvers import FixedPointSolution, Picard
 
@@ -37,6 +38,8 @@ def direct_inverse(blur: SeparableBlur, d: Tensor) -> Tensor:
         >>> torch.allclose(jfbfast.direct_inverse(blur, blur(x)), x)
         True
     """
+    if not isinstance(blur, SeparableBlur):
+        raise TypeError(f"blur is {type(blur).__name__}; direct_inverse takes a SeparableBlur")
     if any(blur.margin):
         raise ValueError("padding_mode is 'valid'; direct_inverse takes another one, since A x has fewer pixels than x")
     return inverse.direct(d, blur.taps)
@@ -108,7 +111,7 @@ def gradient_descent(
 
 
 @torch.no_grad()
-def tikhonov(blur: SeparableBlur, d: Tensor, damping: float | Tensor) -> Tensor:
+def tikhonov(blur: SeparableBlur | Blur, d: Tensor, damping: float | Tensor) -> Tensor:
     """Minimise ½‖A x − d‖² + λ/2‖x‖², in closed form: (AᵀA + λI)⁻¹Aᵀd.
 
     Args:

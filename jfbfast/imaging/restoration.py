@@ -1,381 +1,387 @@
-"""Restore photographs of any size in bounded memory: in overlapping tiles, which are blended."""
+"""Restore a photograph: choose the method, allow for what is not known exactly, and put the tiles together."""
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jfbfast.imaging.classical import tikhonov
-from jfbfast.imaging.photographs import check_target, check_unused, read_photograph, write_photograph
-from jfbfast.imaging.plausibility import PowerSpectrum
-from jfbfast.models.config import SETTING, ModelConfig
-from jfbfast.models.pretrained import (
-    load_model,
-    matching_name,
-    measurement_setting,
-    set_network,
-)
-from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast import checks
+from jfbfast.backends.reference import PADDING_MODES
+from jfbfast.imaging.blurs import BlurChoice
+from jfbfast.imaging.camera import CLIPPED_SHARE, Camera, clipped
+from jfbfast.imaging.light import LIGHTS, linear_noise, to_encoded, to_linear
+from jfbfast.imaging.methods import Tikhonov, extend, extension_width
+from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, load_network
+from jfbfast.imaging.plausibility import LEAST_NOISE, TOLERANCE, PowerSpectrum
+from jfbfast.imaging.tiling import TileRestorer, restore_tiled, seamless_overlap, tiling_error
+from jfbfast.models.pretrained import matching_name
+from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning
 
-Restorer = Callable[[Tensor], Tensor]  # (1, C, h, w) on [−1, 1] to the same shape
+NOISE = 0.01  # on [−1, 1], if no level is given
 
 
-class Prepared(NamedTuple):
-    """A photograph, and the method that restores it.
+@dataclass
+class Report:
+    """How a photograph was restored.
 
     Attributes:
-        measured: the photograph on [−1, 1], (C, H + 2m, W + 2m), extended by m pixels beyond each edge.
-        margin: m ≥ 0, to be cut off again.
-        restore: restores its tiles.
-        how: the method, in words.
+        method: what restored it.
+        blur: the blur that was undone, in words.
+        light, padding_mode: as given.
+        noise: the noise level that it was restored for: the given one, or the higher one that the photograph shows, and
+            what the tolerance adds to it.
+        contradicted: whether the photograph is sharper or noisier than the given blur and noise could leave it.
+        clipped: the share of its values that may be clipped.
+        evaluations: of the network's layer, the mean number in a tile; None for Tikhonov regularisation.
+        unconverged: the number of solves that did not converge.
+        residual: root mean square of d − F(x), with what the camera makes of the restored scene, on [−1, 1].
+        tiles: their number.
+        tiling_error: with ``check_tiles``, the largest difference from the restoration in one piece, on [−1, 1].
+        seconds: that it took.
     """
+
+    method: str
+    blur: str
+    light: str
+    padding_mode: str
+    noise: float
+    contradicted: bool
+    clipped: float
+    evaluations: float | None = None
+    unconverged: int = 0
+    residual: float = math.nan
+    tiles: int = 1
+    tiling_error: float | None = None
+    seconds: float = 0.0
+
+    def values(self) -> dict[str, Any]:
+        """The attributes, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [self.method]
+        if self.tiling_error is not None:
+            parts.append(f"tiles differ by {self.tiling_error / 2:.1e} of white")
+        if self.unconverged:
+            parts.append(f"{self.unconverged} solves did not converge")
+        return "; ".join(parts)
+
+
+class Restored(NamedTuple):
+    """A restored photograph: ``image`` (C, H, W) on [−1, 1], unclipped, and the `Report` on it."""
+
+    image: Tensor
+    report: Report
+
+
+class _MeanSquare:
+    """The mean square of what is added."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, values: Tensor) -> None:
+        self.total += float(values.double().square().sum())
+        self.count += values.numel()
+
+    def root(self) -> float:
+        return math.sqrt(self.total / self.count) if self.count else math.nan
+
+
+class _Plan(NamedTuple):
+    """How one photograph is restored: ``restore`` restores the tiles of ``measured``."""
 
     measured: Tensor
-    margin: int
-    restore: Restorer
-    how: str
+    extension: int
+    restore: TileRestorer
+    residual: _MeanSquare
+    network: AnyBlurNetwork | GaussianNetwork | None
+    report: Report
 
 
-Prepare = Callable[[str, Tensor], Prepared]  # from a photograph's name and its values on [−1, 1], (C, H, W)
-
-ALIGNMENT = 16  # pixels; divisible by the coarsest step of a U-Net of four scales
-LEAST_TILE = 2 * ALIGNMENT  # pixels; any overlap then leaves room to align the tiles
-HALF_A_GREY_LEVEL = 1 / 255  # half of a step of 8-bit samples, on [−1, 1]
-EXTENSIONS: dict[str, Literal["edge", "reflect", "wrap"]] = {  # mode of numpy.pad by padding mode
-    "replicate": "edge",
-    "reflect": "reflect",
-    "circular": "wrap",
-}
-
-
-def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Return the start and the end of evenly spread tiles, which cover ``length`` and overlap by at least ``overlap``.
-
-    They start at multiples of `ALIGNMENT`, so that a U-Net halves the resolution at the same pixels as in the whole
-    image. The last tile can therefore be longer than ``tile``, by less than `ALIGNMENT`.
-    """
-    if length <= tile:
-        return [(0, length)]
-    stride = (tile - overlap) // ALIGNMENT * ALIGNMENT
-    count = 1 + -(-(length - tile) // stride)
-    starts = [i * (length - tile) // (count - 1) // ALIGNMENT * ALIGNMENT for i in range(count)]
-    return [(start, start + tile) for start in starts[:-1]] + [(starts[-1], length)]
-
-
-def _weights(span: tuple[int, int], length: int, overlap: int) -> Tensor:
-    """Blending weights: 1 inside a tile; at an inner edge nearly 0 over 3/8 of the overlap, and then a ramp."""
-    start, end = span
-    margin, width = 3 * overlap // 8, overlap // 4
-    ramp = ((torch.arange(end - start) + 1 - margin) / width).clamp(1e-6, 1)
-    weights = torch.ones(end - start)
-    if start > 0:
-        weights = weights * ramp
-    if end < length:
-        weights = weights * ramp.flip(0)
-    return weights
-
-
-def tiles(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield the rows, the columns and the blending weights of each tile of an image."""
-    for y, x in product(_spans(height, tile, overlap), _spans(width, tile, overlap)):
-        yield slice(*y), slice(*x), _weights(y, height, overlap)[:, None] * _weights(x, width, overlap)
-
-
-def restore_tiled(
-    restore: Restorer,
-    d: Tensor,
-    *,
-    tile: int = 512,
-    overlap: int = 96,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Apply ``restore`` to overlapping tiles of an image and blend them.
-
-    The blend drops what lies within 3/8 of the overlap of an inner edge. No seam is seen if a restored pixel depends
-    only on pixels within that distance; `border_reach` measures it.
+class Restoration:
+    """Restores photographs with the same blur and noise level. Call it with each of them.
 
     Args:
-        restore: (1, C, h, w) to the same shape.
-        d: (C, H, W), any size.
-        tile: side of a tile in pixels, at least `LEAST_TILE`.
-        overlap: least number of pixels that neighbouring tiles share; at least 4 and under half of ``tile``.
-        progress: called after each tile with the number of tiles done and of all tiles.
-
-    Raises:
-        ValueError: ``tile`` or ``overlap`` out of its range.
-
-    Example:
-        >>> import torch, jfbfast
-        >>> from jfbfast.imaging.restoration import restore_tiled
-        >>> blur, d = jfbfast.GaussianBlur(5, 1.0, "reflect"), torch.rand(3, 90, 70)
-        >>> tiled = restore_tiled(lambda part: jfbfast.tikhonov(blur, part, 0.1), d, tile=64, overlap=24)
-        >>> torch.allclose(tiled, jfbfast.tikhonov(blur, d, 0.1), atol=0.01)
-        True
-    """
-    if tile < LEAST_TILE:
-        raise ValueError(f"tile is {tile}; it takes at least {LEAST_TILE}")
-    if not 4 <= overlap < tile / 2:
-        raise ValueError(f"overlap is {overlap}; it takes at least 4 and less than half of tile={tile}")
-    total, weight = torch.zeros_like(d), torch.zeros(d.shape[-2:], device=d.device)
-    plan = list(tiles(d.shape[-2], d.shape[-1], tile, overlap))
-    for done, (rows, columns, share) in enumerate(plan, 1):
-        share = share.to(d.device)
-        total[:, rows, columns] += share * restore(d[None, :, rows, columns].contiguous())[0]
-        weight[rows, columns] += share
-        if progress is not None:
-            progress(done, len(plan))
-    return total / weight
-
-
-def border_reach(restore: Restorer, d: Tensor, tile: int = 512, tolerance: float = HALF_A_GREY_LEVEL) -> int:
-    """Measure how far from a cut, in pixels, a restoration differs visibly from the uncut one.
-
-    The image's centre, at most a tile, is restored with and without its upper quarter, and with and without its left
-    quarter. This accounts for the network's receptive field, the operator's, and how often the solve applies them.
-
-    Args:
-        restore: (1, C, h, w) to the same shape.
-        d: (C, H, W).
-        tile: side of the centre.
-        tolerance: the largest difference on [−1, 1] that does not count.
-    """
-    top, left = (max(0, (n - tile) // 2) for n in d.shape[-2:])
-    part = d[None, :, top : top + tile, left : left + tile].contiguous()
-    whole = restore(part)
-    reach = 0
-    for dim in (-2, -1):
-        cut = part.shape[dim] // 4 // ALIGNMENT * ALIGNMENT
-        kept = part.shape[dim] - cut
-        difference = restore(part.narrow(dim, cut, kept).contiguous()) - whole.narrow(dim, cut, kept)
-        seen = (difference.abs().movedim(dim, 0).flatten(1).amax(1) > tolerance).nonzero()
-        reach = max(reach, int(seen[-1]) + 1 if cut and len(seen) else 0)
-    return reach
-
-
-def seamless_overlap(restore: Restorer, d: Tensor, tile: int = 512) -> int:
-    """Return the overlap at which the tiles of d leave no visible seam: 8/3 of the `border_reach`.
-
-    At least 32 pixels, at most what ``tile`` allows.
-    """
-    wanted = 8 * -(-border_reach(restore, d, tile) // 3)
-    return min(max(32, wanted), (tile - 1) // 2)
-
-
-def tiling_error(restore: Restorer, d: Tensor, tiled: Tensor) -> float:
-    """Return the largest difference on [−1, 1] between d's restoration in tiles, as given, and in one piece."""
-    return float((tiled - restore(d[None].contiguous())[0]).abs().max())
-
-
-def extend(d: Tensor, margin: int, padding_mode: str) -> Tensor:
-    """Extend an image (C, H, W) by ``margin`` pixels on every side, as the padding mode continues it."""
-    sides = ((0, 0), (margin, margin), (margin, margin))
-    return torch.from_numpy(np.pad(d.numpy(), sides, mode=EXTENSIONS[padding_mode]))
-
-
-def tikhonov_restorer(blur: SeparableBlur, d: Tensor, damping: float) -> Restorer:
-    """Return Tikhonov regularisation about a constant c, so that it commutes with an offset of brightness.
-
-        x = c1 + (1 + λ)(AᵀA + λI)⁻¹Aᵀ(d − cA1)
-
-    c is the constant with the measurement cA1 nearest to d, channel by channel. The factor 1 + λ keeps the contrast
-    of what the blur does not change.
-
-    Args:
-        blur: A.
-        d: the whole image, (C, H, W), to which c is fitted.
-        damping: λ > 0.
-    """
-
-    def constant(like: Tensor) -> Tensor:
-        return blur(torch.ones_like(like[..., :1, :, :]))
-
-    unit = constant(d)
-    offset = (d * unit).sum((-2, -1), keepdim=True) / unit.square().sum((-2, -1), keepdim=True)
-    return lambda part: offset + (1 + damping) * tikhonov(blur, part - offset * constant(part), damping)
-
-
-def network_restorer(model: nn.Module, channels: int, blur: SeparableBlur | None = None) -> Restorer:
-    """Return the model's restoration, for images with any number of channels.
-
-    Args:
-        model: a network.
-        channels: the model's number; other images are restored channel by channel, as grey ones.
-        blur: A with zeros beyond the edges, if the images are pieces that were cut out of a larger scene. The network
-            expects images that darken towards the edges, as the blur A1 of a constant does. So it gets d · A1.
-    """
-
-    @torch.inference_mode()
-    def restore(measured: Tensor) -> Tensor:
-        if blur is not None:
-            measured = measured * blur(torch.ones_like(measured[:, :1]))
-        if measured.shape[1] == channels:
-            return model(measured)
-        greys = (channel.expand(-1, channels, -1, -1) for channel in measured.split(1, dim=1))
-        return torch.cat([model(grey).mean(1, keepdim=True) for grey in greys], dim=1)
-
-    return restore
-
-
-def _check_surroundings(name: str, setting: ModelConfig) -> None:
-    if setting.padding_mode == "valid":
-        raise ValueError(f"{name} is 'valid'; restore takes 'zeros', 'reflect', 'replicate' or 'circular'")
-
-
-def choose_restorer(
-    checkpoint: str | None,
-    given: Mapping[str, Any],
-    say: Callable[[str], object],
-    warn: Callable[[str], object],
-) -> Prepare:
-    """Choose what restores photographs with these measurements: a network, or Tikhonov regularisation.
-
-    With zeros beyond the edges, A pads with zeros. With any other padding mode, the photograph is extended beyond its
-    edges, and restored as a piece of a larger scene.
-
-    Args:
-        checkpoint: a shipped network's name or a network's file, or "tikhonov". None for the shipped network that was
-            trained for these measurements, or Tikhonov if there is none.
-        given: kernel_size, sigma and noise, where None stands for the value of the checkpoint, or of `ModelConfig` if
-            there is no checkpoint; and padding_mode, what lies beyond the photograph's edges ("replicate" if unknown).
-        say: called with the choice if ``checkpoint`` is None, and with the measurements that a network was trained for
-            if they are not the given ones.
-        warn: called for a photograph that contradicts the blur and the noise. Tikhonov restores it, at the noise that
-            it shows.
-
-    Returns:
-        A function that prepares a photograph, given its name and its values.
+        blur: the blur; None for that of a network that was trained for one.
+        noise: standard deviation of the noise of the encoded values, on [−1, 1]; None for 0.01, or the network's.
+        light: what the blur acted on: "linear" light, as optics do, or "encoded" values, as image editors do.
+        padding_mode: what the blur saw beyond the photograph's edges: "valid" if that is unknown, "replicate",
+            "reflect", "circular", or "zeros" (mid-grey, of encoded values).
+        checkpoint: what restores: a shipped network's name, a network's file, or "tikhonov". None for a shipped network
+            that was trained for this blur and noise, or Tikhonov regularisation if there is none.
+        tolerance: by which share the blur's size may be wrong. What that would leave unexplained counts as noise.
+        device: where to restore.
+        say: called with sentences on the choice of the method.
+        warn: called with a sentence for a photograph that contradicts the blur and the noise. Tikhonov regularisation
+            restores it, at the noise that it shows, unless a network can be set for that noise.
 
     Raises:
         CheckpointError: no such checkpoint.
-        ValueError: an impossible blur; a denoiser alone; a noise level for a network that was trained for one, or none
-            for a network that takes one.
+        ValueError: an impossible blur; a denoiser alone; a noise level for a network that was trained for one; a
+            network that is not for this kind of blur; an argument out of its range.
 
     Example:
         >>> import torch
-        >>> from jfbfast.imaging.restoration import choose_restorer, restore_tiled
-        >>> given = {"kernel_size": 5, "sigma": 1.0, "noise": 0.01, "padding_mode": "replicate"}
-        >>> prepare = choose_restorer("tikhonov", given, say=print, warn=print)
-        >>> prepared = prepare("grey.png", torch.full((1, 20, 24), 0.5))
-        >>> restored = restore_tiled(prepared.restore, prepared.measured)
-        >>> torch.allclose(restored, torch.full_like(restored, 0.5), atol=1e-3)
-        True
+        >>> from jfbfast.imaging.blurs import BlurChoice
+        >>> from jfbfast.imaging.restoration import Restoration
+        >>> restoration = Restoration(BlurChoice(defocus=1.5), noise=0.005)
+        >>> grey, bright = restoration(torch.zeros(1, 24, 30)), restoration(torch.full((1, 20, 20), 0.5))
+        >>> torch.allclose(grey.image, torch.zeros(1, 24, 30), atol=1e-3), bright.report.blur
+        (True, 'a defocus of radius 1.5')
     """
-    setting = measurement_setting(given, [])
-    setting.blur()  # raises before a network is looked for
-    _check_surroundings("padding_mode", setting)
-    zeros, picked = setting.padding_mode == "zeros", checkpoint is None
-    edges = "zeros" if zeros else None
-    if picked:
-        checkpoint = matching_name(setting.kernel_size, setting.sigma, setting.noise, edges)
-        given = {name: getattr(setting, name) for name in SETTING}
-    by_tikhonov = checkpoint is None or checkpoint == "tikhonov"
-    if by_tikhonov and not setting.noise > 0:
-        raise ValueError(
-            f"noise is {setting.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
-            "number: rounding to 8 bits alone is 0.0023"
-        )
-    if picked:
-        say(
-            f"Restoring by the shipped model {checkpoint}."
-            if checkpoint
-            else f"No shipped model is for kernel size {setting.kernel_size}, σ = {setting.sigma:g} and noise "
-            f"{setting.noise:g}{', zeros beyond the edge' if zeros else ''}: restoring by Tikhonov regularisation, "
-            "λ by the discrepancy principle."
-        )
-    network: Restorer | None = None
-    if not by_tikhonov:
-        assert checkpoint is not None
-        model, config = load_model(checkpoint)
-        if config.form == "denoiser":
-            raise ValueError(f"checkpoint is {checkpoint}, a denoiser alone; it takes a network that undoes blur")
-        _check_surroundings(f"padding_mode of {checkpoint}", config)
-        if config.ranges is not None:
-            model.adapt_to(given["sigma"], given["noise"], config, checkpoint)  # raises if one is missing
-        elif given["noise"] not in (None, config.noise) and not picked:
+
+    def __init__(
+        self,
+        blur: BlurChoice | None,
+        *,
+        noise: float | None = None,
+        light: str = "linear",
+        padding_mode: str = "valid",
+        checkpoint: str | Path | None = None,
+        tolerance: float = TOLERANCE,
+        device: str | torch.device = "cpu",
+        say: Callable[[str], object] = lambda _: None,
+        warn: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        for name, value, taken in (("light", light, LIGHTS), ("padding_mode", padding_mode, PADDING_MODES)):
+            if value not in taken:
+                raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(map(repr, taken))}")
+        if padding_mode == "zeros" and light == "linear":
+            raise ValueError("light is 'linear'; padding_mode='zeros' takes 'encoded', whose zero is mid-grey")
+        checks.non_negative("tolerance", tolerance)
+        if noise is not None:
+            checks.non_negative("noise", noise)
+        self.light, self.padding_mode, self.tolerance = light, padding_mode, tolerance
+        self.device, self.say, self.warn = torch.device(device), say, warn
+        if blur is not None:
+            blur.operator(self._mode())  # raises before a network is looked for
+        if checkpoint is None:
+            checkpoint = self._shipped(blur, NOISE if noise is None else noise)
+        self.network: AnyBlurNetwork | GaussianNetwork | None = None
+        if checkpoint is not None and checkpoint != "tikhonov":
+            self.network = load_network(str(checkpoint), blur, noise, padding_mode, self.device, say)
+        if isinstance(self.network, GaussianNetwork):
+            blur, noise = self.network.choice, self.network.setting.noise
+        if blur is None:
+            raise ValueError("the blur is not given; it takes one of sigma, psf, motion, defocus")
+        self.blur, self.noise = blur, NOISE if noise is None else noise
+        if self.network is None and not self.noise > 0:
             raise ValueError(
-                f"noise is {given['noise']}; {checkpoint} was trained for noise of {config.noise:g}, so it takes none"
+                f"noise is {self.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
+                "number: rounding to 8 bits alone is 0.0023"
             )
-        setting = measurement_setting({**given, "padding_mode": edges}, [config])
-        set_network(checkpoint, model, config, setting, say)
-        network = network_restorer(model, config.channels, None if zeros else setting.blur())
-    blur = GaussianBlur(setting.kernel_size, setting.sigma, "zeros" if zeros else "reflect")
-    # Twice the blur's reach and 24 pixels, rounded up; wider margins changed the border by less than 0.05 dB.
-    margin = 0 if zeros else -(-(24 + max(blur.kernel_size)) // ALIGNMENT) * ALIGNMENT
+        self.operator, self.smooth = blur.operator(self._mode()), blur.operator("valid")
 
-    def prepare(name: str, d: Tensor) -> Prepared:
-        measured = extend(d, margin, given["padding_mode"]) if margin else d
-        spectrum = PowerSpectrum(blur, d)
-        noise, contradicted = spectrum.plausible_noise(setting.noise)
-        if network is not None and not contradicted:
-            assert checkpoint is not None
-            if config.ranges is not None:
-                model.adapt_to(setting.sigma, min(noise, config.ranges.noise[1]), config, checkpoint)
-            return Prepared(measured, margin, network, checkpoint)
+    def _mode(self) -> str:
+        return "zeros" if self.padding_mode == "zeros" else "valid"
+
+    def _shipped(self, blur: BlurChoice | None, noise: float) -> str | None:
+        """The name of the shipped network for this blur and noise, or None for Tikhonov regularisation."""
+        name = None
+        edges = "zeros" if self.padding_mode == "zeros" else None
+        if blur is not None and blur.kernel_size is not None and isinstance(blur.sigma, (int, float)):
+            name = matching_name(blur.kernel_size, blur.sigma, noise, edges)
+        if name is not None:
+            self.say(f"Restoring by the shipped model {name}.")
+        elif blur is not None:
+            self.say(
+                f"No shipped model is for {blur} and noise {noise:g}{', zeros beyond the edge' if edges else ''}: "
+                "restoring by Tikhonov regularisation, λ by the discrepancy principle."
+            )
+        return name
+
+    def _noise(self, name: str, d: Tensor, untrusted: Tensor) -> tuple[PowerSpectrum, float, bool]:
+        """The spectrum of d in the blur's light, the noise to restore for, and whether d contradicts the given one.
+
+        ``untrusted`` says which values of d may be clipped.
+        Linear light is scaled so that the noise has the level of the encoded values.
+        """
+        seen = d
+        if self.light == "linear":
+            step = max(1, min(d.shape[-2:]) // 512)  # every so many pixels say enough of a large photograph
+            scale = linear_noise(d[:, ::step, ::step], 1.0)
+            seen = torch.cat([to_linear(rows).div_(scale) for rows in d.split(512, dim=1)], dim=1)
+        spectrum = PowerSpectrum(self.smooth, seen, untrusted)
+        noise, contradicted = spectrum.plausible_noise(self.noise)
+        noise = math.hypot(noise, spectrum.mismatch(self.tolerance))
         if contradicted:
-            warn(
-                f"{name} is sharper or noisier than a blur of σ = {setting.sigma:g} and noise of {setting.noise:g} "
-                f"could leave it. It is restored by Tikhonov regularisation for noise of {noise:.2g}, and can become "
-                "softer than it was: check the blur and the noise level."
+            self.warn(
+                f"{name} is sharper or noisier than {self.blur} and noise of {self.noise:g} could leave it. It is "
+                f"restored for noise of {noise:.2g}, and can become softer than it was: check the blur and the noise "
+                "level."
             )
-        damping = spectrum.damping(noise)
-        return Prepared(measured, margin, tikhonov_restorer(blur, measured, damping), f"Tikhonov, λ = {damping:.2g}")
+        return spectrum, noise, contradicted
 
-    return prepare
+    def _plan(self, name: str, d: Tensor) -> _Plan:
+        untrusted = clipped(d)
+        share = int(untrusted.count_nonzero()) / max(1, d.numel())
+        spectrum, noise, contradicted = self._noise(name, d, untrusted)
+        network = None if contradicted and isinstance(self.network, GaussianNetwork) else self.network
+        operator, extension = self.operator, 0
+        if network is not None and network.extends:
+            operator, extension = network.blur, extension_width(network.blur)
+        elif self.padding_mode not in ("valid", "zeros"):
+            extension = extension_width(operator)
+        mode = "replicate" if self.padding_mode == "valid" else self.padding_mode
+
+        encoded = PowerSpectrum(self.smooth, d, untrusted) if self.light == "linear" else spectrum
+        damping, linear_damping = (each.damping(max(noise, LEAST_NOISE)) for each in (encoded, spectrum))
+        rough, rough_linear = (Tikhonov(operator, self.smooth, value) for value in (damping, linear_damping))
+        solve = None if network is None else network.prepare(noise)
+        camera, residual = Camera(operator, self.light), _MeanSquare()
+
+        def first(part: Tensor) -> Tensor:
+            return to_encoded(rough_linear(to_linear(part))) if self.light == "linear" else rough(part)
+
+        def restore(part: Tensor) -> Tensor:
+            part = part.to(self.device)
+            if self.light == "linear" or share > CLIPPED_SHARE:
+                x = camera.restore(part, first, rough, solve)
+            else:
+                x = (solve or rough)(part, None)
+            residual.add(camera.corrected(part, x) - operator(x))
+            return cut(x, operator.margin).cpu()
+
+        report = Report(
+            method=f"Tikhonov, λ = {damping:.2g}" if network is None else network.name,
+            blur=str(self.blur),
+            light=self.light,
+            padding_mode=self.padding_mode,
+            noise=noise,
+            contradicted=contradicted,
+            clipped=share,
+        )
+        measured = extend(d, extension, mode) if extension else d
+        return _Plan(measured, extension, restore, residual, network, report)
+
+    def __call__(
+        self,
+        photo: Tensor,
+        name: str = "the photograph",
+        *,
+        tile: int = 512,
+        overlap: int | None = None,
+        check_tiles: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Restored:
+        """Restore a photograph.
+
+        Args:
+            photo: (C, H, W) on [−1, 1], encoded values, any number of channels.
+            name: its name in warnings.
+            tile, progress: of `restore_tiled`; a photograph that fits a tile is restored in one piece.
+            overlap: of `restore_tiled`; None for `seamless_overlap`.
+            check_tiles: also restore in one piece, and report the `tiling_error`.
+
+        Raises:
+            ValueError: another shape; ``tile`` or ``overlap`` out of its range.
+        """
+        if photo.dim() != 3:
+            raise ValueError(f"photo has shape {tuple(photo.shape)}; it takes one image (C, H, W)")
+        started, d = time.perf_counter(), photo.detach().float().cpu()
+        height, width = d.shape[-2:]
+        measured, extension, restore, residual, network, report = self._plan(name, d)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            if max(height, width) <= tile:
+                tile = max(tile, *measured.shape[-2:])
+            if overlap is None:
+                several = max(measured.shape[-2:]) > tile
+                overlap = seamless_overlap(restore, measured, tile) if several else min(96, tile // 4)
+            caught.clear()  # only the restoration itself is reported, not the measurement of the overlap
+            residual.clear()
+            if network is not None:
+                network.evaluations.clear()
+
+            def count(done: int, total: int) -> None:
+                report.tiles = total
+                if progress is not None:
+                    progress(done, total)
+
+            restored = restore_tiled(restore, measured, tile=tile, overlap=overlap, progress=count)
+            report.unconverged = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+            report.residual = residual.root()
+            if network is not None:
+                report.evaluations = sum(network.evaluations) / report.tiles
+            if check_tiles:
+                report.tiling_error = tiling_error(restore, measured, restored)
+        report.seconds = time.perf_counter() - started
+        return Restored(restored[:, extension : extension + height, extension : extension + width], report)
 
 
-def restore_file(
-    source: Path,
-    target: Path,
-    prepare: Prepare,
+def restore(
+    photo: Tensor,
     *,
+    sigma: float | Sequence[float] | None = None,
+    psf: Tensor | str | Path | None = None,
+    motion: Sequence[float] | None = None,
+    defocus: float | None = None,
+    kernel_size: int | None = None,
+    noise: float | None = None,
+    light: str = "linear",
+    padding_mode: str = "valid",
+    checkpoint: str | Path | None = None,
+    tolerance: float = TOLERANCE,
+    device: str | torch.device = "cpu",
     tile: int = 512,
     overlap: int | None = None,
-    check_tiles: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    overwrite: bool = False,
-) -> str:
-    """Restore a photograph into another file; its depth, alpha, colour profile, EXIF and resolution are kept.
+) -> Restored:
+    """Undo a known blur in a photograph of any size. `jfbfast restore` does this with files.
 
     Args:
-        source, target: the files.
-        prepare: from `choose_restorer`.
-        tile, progress: of `restore_tiled`; a photograph that fits a tile is restored in one piece, margins and all.
-        overlap: of `restore_tiled`; None for `seamless_overlap`.
-        check_tiles: also restore in one piece, and report the `tiling_error`.
-        overwrite: replace an existing file.
+        photo: (C, H, W) on [−1, 1], as its file encodes the values, with any number of channels.
+        sigma, psf, motion, defocus: one of them, the blur, as in `BlurChoice`.
+        kernel_size: of a Gaussian, odd; None for 2⌈3σ⌉ + 1.
+        noise, light, padding_mode, checkpoint, tolerance, device: as in `Restoration`, which restores many photographs.
+        tile: side in pixels of the tiles, which are restored one by one.
+        overlap: pixels that tiles share; None for enough to leave no seam.
 
     Returns:
-        How it was restored, in words.
+        The image (C, H, W), unclipped, and the `Report` on how it was restored.
 
     Raises:
-        ImageError: a file that cannot be read or written, or that exists already.
-        ValueError: as `restore_tiled`.
+        ValueError: a value out of its range.
+
+    Warns:
+        UserWarning: the photograph is sharper or noisier than the blur and the noise could leave it.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> sharp = torch.zeros(3, 48, 56)
+        >>> sharp[:, :, 20:40] = 0.5
+        >>> d = jfbfast.GaussianBlur(sigma=1.2, padding_mode="valid")(sharp)
+        >>> restored = jfbfast.restore(d, sigma=1.2, light="encoded", noise=0.003)
+        >>> restored.image.shape, restored.report.blur
+        (torch.Size([3, 40, 48]), 'a Gaussian of σ = 1.2 pixels')
+        >>> error, before = (float((x - sharp[:, 4:-4, 4:-4]).square().mean()) for x in (restored.image, d))
+        >>> error < 0.6 * before
+        True
     """
-    photograph = read_photograph(source)
-    check_unused(target, [source], overwrite)
-    check_target(target, photograph)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        measured, margin, restorer, how = prepare(str(source), 2 * photograph.pixels - 1)
-        height, width = photograph.pixels.shape[-2:]
-        if max(height, width) <= tile:
-            tile = max(tile, *measured.shape[-2:])
-        if overlap is None:
-            several = max(measured.shape[-2:]) > tile
-            overlap = seamless_overlap(restorer, measured, tile) if several else min(96, tile // 4)
-        caught.clear()  # the warnings of the measured overlap
-        restored = restore_tiled(restorer, measured, tile=tile, overlap=overlap, progress=progress)
-        late = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-        if check_tiles:
-            how += f"; tiles differ by {tiling_error(restorer, measured, restored) / 2:.1e} of white"
-    restored = restored[:, margin : margin + height, margin : margin + width]
-    write_photograph(target, photograph._replace(pixels=(restored + 1) / 2), overwrite=overwrite)
-    return f"{how}; {late} tiles did not converge" if late else how
+    blur = None
+    if (sigma, psf, motion, defocus, kernel_size) != (None,) * 5 or checkpoint in (None, "tikhonov"):
+        blur = BlurChoice(sigma, psf, motion, defocus, kernel_size)
+    restoration = Restoration(
+        blur,
+        noise=noise,
+        light=light,
+        padding_mode=padding_mode,
+        checkpoint=checkpoint,
+        tolerance=tolerance,
+        device=device,
+        warn=partial(warnings.warn, stacklevel=4),
+    )
+    return restoration(photo, tile=tile, overlap=overlap)

@@ -19,6 +19,7 @@ from jfbfast.models.operator_record import described, keep_operator, record_oper
 from jfbfast.models.pretrained import load_model, set_gaussian
 from jfbfast.models.red import RED, log_parameter
 from jfbfast.operators.blur import SeparableBlur
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import (
     IterativeOperator,
     LinearOperator,
@@ -84,7 +85,6 @@ class DEGrad(nn.Module):
         (torch.Size([2, 1, 16, 16]), 2)
     """
 
-    takes_any_blur = False  # whether `set_measurement` sets the network too, and not A alone
     solution: FixedPointSolution | None
 
     def __init__(
@@ -256,7 +256,7 @@ class DEGrad(nn.Module):
             TypeError: d or x0 is not a tensor.
             ValueError: d does not have four dimensions; d has another dtype than the network's parameters (checked for
                 the networks of this package, outside autocast); x0 has another shape, dtype or device than Aᵀd, which
-                are those of d for a `SeparableBlur` in any padding mode but "valid".
+                are those of d for a blur in any padding mode but "valid".
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
@@ -287,13 +287,13 @@ class DEGrad(nn.Module):
             raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
         if x0 is not None and not isinstance(x0, Tensor):
             raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
-        separable = isinstance(self.blur, SeparableBlur)
-        if separable and d.dim() != 4:
+        a_blur = isinstance(self.blur, (SeparableBlur, Blur))
+        if a_blur and d.dim() != 4:
             raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
         if x0 is None:
             return
         name, like = "d", d
-        if not separable or any(self.blur.margin):
+        if not a_blur or any(self.blur.margin):
             with torch.no_grad():
                 name, like = "Aᵀd", self.blur.adjoint(d)
         if x0.shape != like.shape:

@@ -12,6 +12,7 @@ from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.models.degrad import DEGrad
 from jfbfast.operators import frame
 from jfbfast.operators.blur import SeparableBlur
+from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer, Status
 
@@ -22,7 +23,7 @@ def _unit(v: Tensor) -> Tensor:
 
 def _fits(layer: DEGrad | Layer, d: Tensor, x: Tensor) -> bool:
     """Whether x can be a solution for the measurements d: a blur tells d's shape, any operator only their number."""
-    if isinstance(layer, DEGrad) and isinstance(layer.blur, SeparableBlur):
+    if isinstance(layer, DEGrad) and isinstance(layer.blur, (SeparableBlur, Blur)):
         return tuple(d.shape) == frame.inner_shape(x.shape, layer.blur.margin)
     return len(d) == len(x)
 

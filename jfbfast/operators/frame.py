@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from jfbfast.backends import tensors
 
 
 def cut(x: Tensor, margin: tuple[int, int]) -> Tensor:
@@ -16,16 +17,9 @@ def cut(x: Tensor, margin: tuple[int, int]) -> Tensor:
 
 def cut_to(x: Tensor, like: Tensor) -> Tensor:
     """Return the part of x within the frame of ``like``, a measurement or an image of its size."""
-    (height, width), (h, w) = x.shape[-2:], like.shape[-2:]
-    return cut(x, ((height - h) // 2, (width - w) // 2))
+    return cut(x, tensors.margin(x, like))
 
 
 def inner_shape(shape: Sequence[int], margin: tuple[int, int]) -> tuple[int, ...]:
     """Return the shape of a measurement d of images x of ``shape``."""
     return (*shape[:-2], shape[-2] - 2 * margin[0], shape[-1] - 2 * margin[1])
-
-
-def padded(d: Tensor, margin: tuple[int, int]) -> Tensor:
-    """Return d (…, h, w) with zeros around its frame, (…, h + 2y, w + 2x); d itself without a margin."""
-    y, x = margin
-    return F.pad(d, (x, x, y, y)) if y or x else d

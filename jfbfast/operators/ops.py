@@ -7,8 +7,8 @@
 Each takes images (…, H, W) and the two filters with their padding mode, and returns a contiguous tensor. At each
 call `dispatch.kernels` decides which module computes it. The convolution's ops are in jfbfast/backends/conv3x3.py.
 
-With the padding mode "valid", A x and d are smaller than x, but the kernels take images of one shape. So A x is cut to
-its frame here, and d is padded with zeros, whose weights are zero.
+With the padding mode "valid", A x and d are smaller than x. The kernels blur images into images of the same shape, so
+A x is cut to its frame here, and the argument of Aᵀ gets a margin of zeros. Their gradient takes d as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, kernels
+from jfbfast.backends.tensors import padded
 from jfbfast.operators import frame, inverse
 from jfbfast.operators.tables import Taps, bands
 
@@ -69,7 +70,7 @@ def _check_like(x: Tensor, name: str, other: Tensor | None, margin: tuple[int, i
 def _blur(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False) -> Tensor:
     _check("x", x)
     taps = Taps(tuple(taps_y), tuple(taps_x), padding_mode)
-    x = frame.padded(x, taps.margin) if adjoint else x
+    x = padded(x, taps.margin) if adjoint else x
     tables = bands(taps, x.shape[-2:], x.dtype, x.device, adjoint)
     out = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2).blur(x, tables)
     return (out if adjoint else frame.cut(out, taps.margin)).contiguous()
@@ -87,7 +88,6 @@ def _gradient(
     _check_like(x, "r", r)
     if step_size is not None and step_size.dim():
         raise ValueError(f"step_size has shape {tuple(step_size.shape)}; it takes a number or a tensor of shape ()")
-    d = None if d is None else frame.padded(d, taps.margin)
     module = kernels(x.device, "blur", radius=max(len(taps_y), len(taps_x)) // 2)
     return module.gradient(x, d, r, forward, adjoint, step_size).contiguous()
 
@@ -101,7 +101,7 @@ def _tikhonov(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, paddin
 @torch.library.register_fake("jfbfast::blur")
 def _like_blurred(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False) -> Tensor:
     margin = Taps(tuple(taps_y), tuple(taps_x), padding_mode).margin
-    return _like_first(frame.padded(x, margin) if adjoint else frame.cut(x, margin))
+    return _like_first(padded(x, margin) if adjoint else frame.cut(x, margin))
 
 
 @torch.library.register_fake("jfbfast::gradient")

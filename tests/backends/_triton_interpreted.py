@@ -17,6 +17,7 @@ from helpers.bands import cast, error, operator
 from jfbfast import kernels
 from jfbfast.backends import reference
 from jfbfast.backends.reference import Bands
+from jfbfast.backends.tensors import padded
 from jfbfast.kernels import launch, rows, stream
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton_interpreted.py"
@@ -161,6 +162,17 @@ def test_empty_batch(shape):
     x = torch.empty(shape, dtype=torch.float64)
     assert kernels.blur(x, bands).shape == shape
     assert kernels.gradient(x, x, None, bands, adjoint).shape == shape
+
+
+@pytest.mark.parametrize("radius", [2, 8])
+def test_a_smaller_d_has_a_margin_of_zeros(radius):
+    bands, adjoint = operator((17, 9), (radius, 1), "valid")
+    x, d, r = torch.randn(3, 1, 17, 9, dtype=torch.float64).unbind()
+    small = d[:, radius:-radius, 1:-1]
+    whole = padded(small, (radius, 1))
+    got = kernels.gradient(x, small, r, bands, adjoint)
+    assert torch.equal(got, kernels.gradient(x, whole, r, bands, adjoint))
+    torch.testing.assert_close(got, reference.gradient(x, d, r, bands, adjoint))  # the margin of d has no weight
 
 
 @pytest.mark.parametrize(("ry", "rx"), [(2, 1), (3, 8)])

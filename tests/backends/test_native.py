@@ -16,7 +16,7 @@ from helpers import processes
 from helpers.bands import cast, operator
 from jfbfast.backends import native, reference
 from jfbfast.backends.reference import PADDING_MODES, Bands
-from jfbfast.backends.tensors import compute_dtype
+from jfbfast.backends.tensors import compute_dtype, padded
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((1, 1), (1, 37), (7, 13), (33, 65), (40, 3))
@@ -112,6 +112,21 @@ def test_strided_images_are_not_misread(dtype: torch.dtype, layout: str) -> None
     assert torch.equal(native.blur(strided[0], bands), native.blur(plain[0], bands))
     got = native.gradient(*strided, bands, adjoint, step_size)
     assert torch.equal(got, native.gradient(*plain, bands, adjoint, step_size))
+
+
+@pytest.mark.parametrize("mode", ("valid", "circular"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_smaller_d_has_a_margin_of_zeros(dtype: torch.dtype, mode: str) -> None:
+    """The result is that of d with the margin, to the bit; a margin that is off by one is noticed."""
+    bands, adjoint = (cast(b, dtype) for b in operator((23, 67), (2, 1), mode))
+    x, d, r = images(3, (5, 23, 67), dtype)
+    for y, x_ in ((2, 1), (0, 3), (4, 0), (11, 33)):
+        small = d[..., : 23 - 2 * y, : 67 - 2 * x_]
+        whole = padded(small, (y, x_))
+        got = native.gradient(x, small, r, bands, adjoint)
+        assert torch.equal(got, native.gradient(x, whole, r, bands, adjoint))
+        assert not torch.equal(got, native.gradient(x, whole.roll((0, 1, 1), (0, 1, 2)), r, bands, adjoint))
+        assert_as_good(got, reference.gradient(x, small, r, bands, adjoint), got.double(), "gradient")
 
 
 def test_expanded_images_are_not_misread() -> None:

@@ -1,5 +1,6 @@
 """Many photographs in one call: targets are checked first, files are written whole, a bad one stops no other."""
 
+import json
 import os
 import resource
 import stat
@@ -27,6 +28,7 @@ def photograph(tmp_path):
     """Make a photograph in the current directory, and return its name."""
     write_photographs(tmp_path / "made", 1)
     (tmp_path / "made" / "0.png").rename(tmp_path / "x.png")
+    (tmp_path / "made").rmdir()
     return "x.png"
 
 
@@ -96,16 +98,15 @@ def test_a_file_is_overwritten_only_on_request(tmp_path, photograph):
 
 
 def test_a_bad_file_does_not_affect_the_others(tmp_path, photograph):
-    (tmp_path / "folder.png").mkdir()
     (tmp_path / "._x.png").write_bytes(b"\0\5\x16\7")
     (tmp_path / "broken.avif").write_bytes(b"\0\0\0\x20ftypavif")
     Image.fromarray(samples("uint8", size=(1, 20))).save("line.png")
     os.mkfifo("pipe.png")
-    bad = ["folder.png", "._x.png", "broken.avif", "pipe.png"]
+    bad = ["._x.png", "broken.avif", "pipe.png"]
     result = restore(*bad, "line.png", photograph, "--out", "out", "--padding-mode", "reflect")
     assert result.exit_code == 1 and sorted(os.listdir("out")) == ["line-restored.png", "x-restored.png"]
     told = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
-    assert len(told) == 5 and told[-1] == "error: 4 of 6 photographs could not be restored"
+    assert len(told) == 4 and told[-1] == "error: 3 of 5 photographs could not be restored"
     assert all(name in line for name, line in zip(bad, told, strict=False))
 
 
@@ -114,7 +115,7 @@ def test_a_bad_file_does_not_affect_the_others(tmp_path, photograph):
 def test_names_and_terminals_need_not_be_unicode(tmp_path, photograph, encoding):
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     os.rename(photograph, name)
-    command = [sys.executable, "-m", "jfbfast", "restore", "--noise", "0.02", "--padding-mode", "reflect"]
+    command = [sys.executable, "-m", "jfbfast", "restore", "--sigma", "1", "--noise", "0.02"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([*command, name, "--out", "out"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "\\u2192" in done.stdout, done.stderr
@@ -176,3 +177,69 @@ def test_a_profile_that_is_too_long_for_png_is_refused(tmp_path):
     with pytest.raises(ImageError, match=r"of 2097152 bytes is too long for \.png; \.tiff can hold it"):
         write_photograph(tmp_path / "a.png", long)
     write_photograph(tmp_path / "a.tiff", long)
+
+
+def test_directories_and_patterns_stand_for_their_photographs(tmp_path, photograph):
+    (tmp_path / "trip" / "day").mkdir(parents=True)
+    for name in ("trip/a.png", "trip/day/b.png", "trip/day/b-restored.png", "trip/c-compared.png"):
+        (tmp_path / name).write_bytes((tmp_path / photograph).read_bytes())
+    (tmp_path / "trip" / "notes.txt").write_text("no photograph")
+    assert restore("trip", "--out", "out").exit_code == 0
+    assert sorted(str(p.relative_to("out")) for p in Path("out").rglob("*.png")) == [
+        "a-restored.png",
+        "day/b-restored.png",
+    ]
+    assert restore("trip/*/b.p?g", "x.png", "--out", "made/{name}.tiff").exit_code == 0
+    assert sorted(os.listdir("made")) == ["b.tiff", "x.tiff"]
+    refused(tmp_path, "trip/*.jpg: no file has such a name", "trip/*.jpg")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path, "empty: no image files there", "empty")
+
+
+def test_a_comparison_and_a_report_lie_beside_the_restoration(tmp_path, photograph):
+    (tmp_path / "bad.png").write_bytes(b"")
+    result = restore(photograph, "bad.png", "--compare", "--report", "report.json", "--out", "out", "-q")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert sorted(os.listdir("out")) == ["x-compared.png", "x-restored.png"]
+    assert read_photograph("out/x-compared.png").pixels.shape[0] == 3
+    good, bad = json.loads((tmp_path / "report.json").read_text())
+    assert good["restored"] == "out/x-restored.png" and good["compared"] == "out/x-compared.png"
+    assert good["method"].startswith("Tikhonov") and good["blur"] == "a Gaussian of σ = 1 pixels"
+    assert good["seconds"] > 0 and good["evaluations"] is None and 0 < good["residual"] < 0.1
+    assert bad == {"photograph": "bad.png", "error": "bad.png: the file is empty"}
+    (tmp_path / "out" / "x-restored.png").unlink()
+    refused(tmp_path, "x-compared.png: is there already", photograph, "--compare", "--out", "out")
+
+
+def test_several_sigmas_are_tried_side_by_side(tmp_path, photograph):
+    result = CliRunner().invoke(app, ["restore", photograph, "--sigma", "0.8", "--sigma", "1,2", "--report", "r.json"])
+    assert result.exit_code == 0 and f"{photograph} → x-trials.png" in result.stdout
+    assert sorted(name for name in contents(tmp_path) if name != photograph) == ["r.json", "x-trials.png"]
+    (row,) = json.loads((tmp_path / "r.json").read_text())
+    assert [trial["blur"] for trial in row["trials"]] == [
+        "a Gaussian of σ = 0.8 pixels",
+        "a Gaussian of σ = 1, 2 pixels",
+    ]
+    result = CliRunner().invoke(app, ["restore", photograph, "--sigma", "0.8", "--sigma", "1", "--compare"])
+    assert result.exit_code == 1 and "--compare is given; it takes one --sigma" in result.stderr
+
+
+def test_a_blur_is_given_in_one_way(tmp_path, photograph):
+    write_photograph("psf.png", Photograph(torch.ones(1, 3, 5), None, np.dtype("uint8")))
+    for number, given in enumerate((("--psf", "psf.png"), ("--motion", "4,-30"), ("--defocus", "1.5"))):
+        result = CliRunner().invoke(app, ["restore", photograph, *given, "--out", f"{number}.png"])
+        assert result.exit_code == 0, result.output
+    for given, message in (
+        ((), "the blur is given by nothing; it takes one of sigma, psf, motion, defocus"),
+        (("--sigma", "1", "--psf", "psf.png"), "the blur is given by sigma and psf"),
+        (("--sigma", "1,2,3"), "--sigma is 1,2,3; it takes a number of pixels, or two, down and across"),
+        (("--sigma", "much"), "--sigma is much"),
+        (("--motion", "9"), "--motion is 9; it takes a length in pixels and an angle in degrees"),
+        (("--psf", "none.png"), "none.png"),
+        (("--defocus", "-1"), "radius is -1"),
+        (("--sigma", "1", "--report", "x.png"), "--report is x.png; it takes a name that ends in .json"),
+        (("--sigma", "1", "--light", "red"), "light is 'red'"),
+        (("--sigma", "1", "--device", "foo"), "--device is foo; it takes cpu or cuda"),
+    ):
+        result = CliRunner().invoke(app, ["restore", photograph, *given])
+        assert result.exit_code == 1 and message in result.stderr, result.output

@@ -7,15 +7,17 @@ import torch.nn.functional as F
 from jfbfast import (
     RED,
     Anderson,
+    Blur,
     DEGrad,
     GaussianBlur,
     Status,
     UNet,
     jacobian_penalty,
 )
+from jfbfast.backends.tensors import padded
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.feed_forward import FeedForward, plug_and_play
-from jfbfast.operators.frame import cut, cut_to, padded
+from jfbfast.operators.frame import cut, cut_to
 
 BLUR = GaussianBlur((5, 3), 1.0, "valid")  # a margin of (2, 1)
 
@@ -62,8 +64,9 @@ def test_output_and_gradients_are_those_of_torchs_convolution(form):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_a_start_has_the_shape_of_the_restoration():
-    model, d = network(BLUR, "filtered").double().eval(), torch.randn(1, 2, 7, 6, dtype=torch.float64)
+@pytest.mark.parametrize("blur", [BLUR, Blur(torch.arange(1.0, 16).view(5, 3) / 120, "valid")])
+def test_a_start_has_the_shape_of_the_restoration(blur):
+    model, d = network(blur, "filtered").double().eval(), torch.randn(1, 2, 7, 6, dtype=torch.float64)
     restored = model(d)
     model(d, restored)
     assert model.solution.iterations.tolist() == [1]
@@ -73,8 +76,9 @@ def test_a_start_has_the_shape_of_the_restoration():
         model(d[0])
 
 
-def test_the_penalty_takes_the_last_solution():
-    model, d = network(BLUR, "filtered").double(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("blur", [BLUR, Blur(torch.arange(1.0, 16).view(5, 3) / 120, "valid")])
+def test_the_penalty_takes_the_last_solution(blur):
+    model, d = network(blur, "filtered").double(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
     model(d).sum().backward()
     jacobian_penalty(model, d, bound=0.0).backward()
     with pytest.raises(ValueError, match="x is None"):

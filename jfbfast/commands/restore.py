@@ -1,0 +1,184 @@
+"""`jfbfast restore`: undo a known blur in photographs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jfbfast.commands.common import make_console, one_sentence, say_error
+from jfbfast.imaging.blurs import BlurChoice
+from jfbfast.imaging.plausibility import TOLERANCE
+
+
+def _numbers(option: str, text: str, counts: tuple[int, ...], takes: str) -> list[float]:
+    """Read numbers with commas between; ValueError, with the text ``takes``, unless there is one of these counts."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        raise ValueError(f"{option} is {text}; it takes {takes}")
+    return values
+
+
+def _blurs(
+    sigmas: list[str], psf: Path | None, motion: str | None, defocus: float | None, kernel_size: int | None, known: bool
+) -> list[BlurChoice | None]:
+    """The blur that the options give; several for several --sigma; None if none is, and the network knows its own."""
+    if known and not sigmas and (psf, motion, defocus, kernel_size) == (None,) * 4:
+        return [None]
+    moved = None if motion is None else _numbers("--motion", motion, (2,), "a length in pixels and an angle in degrees")
+    found: list[BlurChoice | None] = []
+    for text in sigmas:
+        values = _numbers("--sigma", text, (1, 2), "a number of pixels, or two, down and across")
+        found.append(BlurChoice(values[0] if len(values) == 1 else values, psf, moved, defocus, kernel_size))
+    return found or [BlurChoice(None, psf, moved, defocus, kernel_size)]
+
+
+def restore(
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE…",
+            readable=False,  # a file that cannot be read is reported in its turn
+            help="Blurred photographs, directories of them, or patterns such as '*.jpg'; grey or colour, of 8 or 16 "
+            "bits: JPEG, PNG, TIFF, WebP, BMP, PGM or PPM.",
+        ),
+    ],
+    sigma: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="σ|σy,σx",
+            help="The blur: a Gaussian with this standard deviation in pixels, or two of them, down and across. "
+            "Several --sigma are tried on the middle of each photograph, and shown side by side in NAME-trials.png.",
+        ),
+    ] = None,
+    psf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The blur: its image of a point, as .png, .tif or .npy.")
+    ] = None,
+    motion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTH,ANGLE",
+            help="The blur: a straight motion, its length in pixels and its angle in degrees, "
+            "counter-clockwise from the x axis.",
+        ),
+    ] = None,
+    defocus: Annotated[
+        float | None, typer.Option(metavar="RADIUS", help="The blur: a disc with this radius in pixels.")
+    ] = None,
+    kernel_size: Annotated[
+        int | None, typer.Option(help="Side of the Gaussian's kernel in pixels, odd. (default: 2⌈3σ⌉ + 1)")
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of the noise on [−1, 1], as the file encodes the values; rounding to 8 bits alone "
+            "is 0.0023. (default: the network's, or 0.01)"
+        ),
+    ] = None,
+    light: Annotated[
+        str,
+        typer.Option(
+            help="What the blur acted on: linear light, as a lens or a motion does, or the encoded values of the file, "
+            "as most image editors do."
+        ),
+    ] = "linear",
+    tolerance: Annotated[
+        float, typer.Option(help="By which share the size of the blur may be wrong; 0 if you know it exactly.")
+    ] = TOLERANCE,
+    padding_mode: Annotated[
+        str,
+        typer.Option(
+            help="What the blur saw beyond the photograph's edges: valid, if that is unknown; or replicate, reflect, "
+            "circular, or, with --light encoded, zeros (mid-grey)."
+        ),
+    ] = "valid",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What restores: a shipped model, a file from demo or train, or tikhonov. "
+            "(default: a shipped model for this blur and noise if there is one, else tikhonov)",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A directory; or a .png, .tiff or .jpg, with {name} in its name for several photographs. "
+            "(default: here, as NAME-restored.png or .tiff)"
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also write NAME-compared.png, with the photograph before and after.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Write how each photograph was restored; it replaces an older report."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to restore: cpu or cuda.")] = "cpu",
+    tile: Annotated[int, typer.Option(help="Side of the tiles in pixels, which are restored one by one.")] = 512,
+    overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share. (default: enough for no seam)")] = None,
+    check_tiles: Annotated[bool, typer.Option(help="Also restore in one piece, and print the difference.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+) -> None:
+    """Undo a known blur in photographs of up to 250 megapixels.
+
+    Give the blur by one of --sigma, --psf, --motion and --defocus, and a larger --noise if the photograph shows more.
+
+    The restored files keep depth, alpha, colour profile, EXIF and resolution. Nothing is restored if an IMAGE is
+    missing, or if an output file exists or cannot be written. If one IMAGE cannot be restored, the others still are.
+    In a directory, names that end in -restored, -compared or -trials are left out.
+    """
+    with one_sentence():
+        from jfbfast.backends.tensors import usable_device
+        from jfbfast.imaging.batch import COMPARISON, TRIALS, plan_jobs, restore_files
+        from jfbfast.imaging.restoration import Restoration
+        from jfbfast.imaging.tiling import LEAST_TILE
+
+        if tile < LEAST_TILE:
+            raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
+        if report is not None and report.suffix != ".json":
+            raise ValueError(f"--report is {report}; it takes a name that ends in .json")
+        choices = _blurs(sigma or [], psf, motion, defocus, kernel_size, checkpoint not in (None, "tikhonov"))
+        trials = len(choices) > 1
+        if trials and compare:
+            raise ValueError("--compare is given; it takes one --sigma, since several are compared anyway")
+        console = make_console(quiet=quiet)
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        restorations = [
+            Restoration(
+                choice,
+                noise=noise,
+                light=light,
+                padding_mode=padding_mode,
+                checkpoint=checkpoint,
+                tolerance=tolerance,
+                device=usable_device(device),
+                say=say,
+                warn=partial(say_error, kind="warning"),
+            )
+            for choice in choices
+        ]
+        picture = TRIALS if trials else COMPARISON if compare else ""
+        jobs = plan_jobs(images, out, overwrite, restores=not trials, picture=picture)
+        failed = restore_files(
+            jobs,
+            restorations,
+            console=console,
+            say_error=say_error,
+            report=report,
+            compare=compare,
+            tile=tile,
+            overlap=overlap,
+            check_tiles=check_tiles,
+            overwrite=overwrite,
+        )
+        if failed and len(jobs) > 1:
+            say_error(f"{failed} of {len(jobs)} photographs could not be restored")
+        if failed:
+            raise typer.Exit(1)

@@ -1,0 +1,85 @@
+"""The blur of a photograph, as a user gives it: by σ, by a point spread function, as motion or as defocus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from jfbfast.operators import point_spread
+from jfbfast.operators.blur import GaussianBlur, SeparableBlur
+from jfbfast.operators.convolution import Blur
+
+AnyBlur = SeparableBlur | Blur  # A; both have the same methods
+
+SOLVE_TOL = 1e-3  # of conjugate gradients; they stay in float32
+KINDS = ("sigma", "psf", "motion", "defocus")
+
+
+@dataclass(frozen=True)
+class BlurChoice:
+    """A blur by exactly one of its first four attributes.
+
+    Attributes:
+        sigma: standard deviation of a Gaussian in pixels, or a (y, x) pair.
+        psf: a point spread function: a tensor (k_y, k_x), or a file that `point_spread.read` reads.
+        motion: length in pixels and angle in degrees of a straight motion, counter-clockwise from the x axis.
+        defocus: radius of a disc in pixels.
+        kernel_size: side of the Gaussian's kernel, odd; None for 2⌈3σ⌉ + 1.
+
+    Raises:
+        ValueError: none or several of the four; a kernel size for another blur than a Gaussian. The attributes' values
+            are checked by `operator`.
+
+    Example:
+        >>> from jfbfast.imaging.blurs import BlurChoice
+        >>> str(BlurChoice(sigma=(1.0, 2.0))), str(BlurChoice(motion=(9, 30)))
+        ('a Gaussian of σ = 1, 2 pixels', 'a motion of 9 pixels at 30°')
+        >>> BlurChoice(sigma=1.5).operator("valid").kernel_size
+        (11, 11)
+    """
+
+    sigma: float | Sequence[float] | None = None
+    psf: Tensor | str | Path | None = None
+    motion: Sequence[float] | None = None
+    defocus: float | None = None
+    kernel_size: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            told = " and ".join(given) or "nothing"
+            raise ValueError(f"the blur is given by {told}; it takes one of {', '.join(KINDS)}")
+        if self.kernel_size is not None and self.sigma is None:
+            raise ValueError(f"kernel_size is {self.kernel_size}; it is for a Gaussian, given by sigma")
+        if self.motion is not None and (not isinstance(self.motion, Sequence) or len(self.motion) != 2):
+            raise ValueError(f"motion is {self.motion}; it takes a length in pixels and an angle in degrees")
+
+    def operator(self, padding_mode: str = "valid") -> AnyBlur:
+        """A, with this padding mode.
+
+        Raises:
+            ValueError: a value out of its range, or a file that holds no point spread function.
+        """
+        if self.sigma is not None:
+            return GaussianBlur(self.kernel_size, self.sigma, padding_mode)
+        if self.motion is not None:
+            psf = point_spread.motion(*self.motion)
+        elif self.defocus is not None:
+            psf = point_spread.defocus(self.defocus)
+        else:
+            assert self.psf is not None
+            psf = self.psf if isinstance(self.psf, Tensor) else point_spread.read(self.psf)
+        return Blur(psf, padding_mode, tol=SOLVE_TOL)
+
+    def __str__(self) -> str:
+        if self.sigma is not None:
+            sigmas = self.sigma if isinstance(self.sigma, Sequence) else (self.sigma,)
+            return f"a Gaussian of σ = {', '.join(f'{each:g}' for each in sigmas)} pixels"
+        if self.motion is not None:
+            return f"a motion of {self.motion[0]:g} pixels at {self.motion[1]:g}°"
+        if self.defocus is not None:
+            return f"a defocus of radius {self.defocus:g}"
+        return f"the point spread function {'given' if isinstance(self.psf, Tensor) else self.psf}"

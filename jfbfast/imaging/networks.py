@@ -1,0 +1,186 @@
+"""The networks that restore a tile of a photograph: what each was trained for, and what it takes to use it.
+
+A network that is told its blur, by ``set_measurement(blur, noise)``, restores any photograph as it is. The networks
+for a Gaussian of one kernel size were trained on images with known surroundings; `GaussianNetwork` makes up for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jfbfast.imaging.blurs import AnyBlur, BlurChoice
+from jfbfast.imaging.camera import Solve
+from jfbfast.models.config import ModelConfig
+from jfbfast.models.degrad import DEGrad
+from jfbfast.models.pretrained import load_model, measurement_setting, set_network
+
+
+class ChannelWise:
+    """A network's restoration, for images with any number of channels.
+
+    Args:
+        model: maps measurements (B, C, h, w) to images; a `DEGrad` starts from the image that it is given.
+        channels: the model's number; other images are restored channel by channel, as grey ones.
+
+    Attributes:
+        evaluations: of the network's layer, the number for each solve.
+    """
+
+    def __init__(self, model: nn.Module, channels: int) -> None:
+        self.model, self.channels = model, channels
+        self.evaluations: list[int] = []
+
+    def _solve(self, d: Tensor, start: Tensor | None) -> Tensor:
+        if not isinstance(self.model, DEGrad):
+            return self.model(d)
+        x = self.model(d, start)
+        assert self.model.solution is not None
+        self.evaluations += self.model.solution.iterations.tolist()
+        return x
+
+    @torch.inference_mode()
+    def __call__(self, d: Tensor, start: Tensor | None = None) -> Tensor:
+        """Restore a measurement (1, C, h, w), from the image ``start`` or from the network's own start."""
+        if d.shape[1] == self.channels:
+            return self._solve(d, start)
+        greys = []
+        for channel in range(d.shape[1]):
+            part, begin = (
+                None if each is None else each[:, channel : channel + 1].expand(-1, self.channels, -1, -1).contiguous()
+                for each in (d, start)
+            )
+            assert part is not None
+            greys.append(self._solve(part, begin).mean(1, keepdim=True))
+        return torch.cat(greys, dim=1)
+
+
+class AnyBlurNetwork:
+    """A network that can be set for any blur and noise level.
+
+    Its model's class has ``takes_any_blur = True``, and its method ``set_measurement(blur, noise)`` takes A with
+    padding_mode="valid" (or "zeros"). The model maps d to the scene x, in the shape of Aᵀd.
+
+    Args:
+        name: of the network, for messages.
+        model, config: as loaded.
+        blur: A, on the scene of a tile.
+
+    Attributes:
+        extends: whether the photograph has to be extended beyond its edges.
+        blur: A.
+    """
+
+    extends = False
+
+    def __init__(self, name: str, model: nn.Module, config: ModelConfig, blur: AnyBlur) -> None:
+        self.name, self.blur, self.model = name, blur, model
+        self._restore = ChannelWise(model, config.channels)
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Of the network's layer, the number for each solve since `prepare`."""
+        return self._restore.evaluations
+
+    def prepare(self, noise: float) -> Solve:
+        """Set the network for this noise level, and return its restoration of tiles."""
+        self.model.set_measurement(self.blur, noise)  # type: ignore[operator]  # a method
+        self._restore.evaluations.clear()
+        return self._restore
+
+
+class GaussianNetwork:
+    """A network for Gaussian blurs of one kernel size, such as those trained on faces with mid-grey surroundings.
+
+    A photograph is a piece of a larger scene. So it is extended beyond its edges, and A reflects the extended image. A
+    network that was trained with zeros beyond the edges expects images that darken towards them, as the blur A1 of a
+    constant does, so it gets d · A1. It restores measurements that really have zeros beyond their edges as they are.
+
+    Args:
+        name, model, config: as of `AnyBlurNetwork`.
+        given: kernel_size, sigma and noise, where None stands for the network's own value; and whether there are zeros
+            beyond the edges: padding_mode "zeros", or any other one.
+        say: called with a sentence if the network was trained for other measurements.
+
+    Raises:
+        ValueError: a noise level for a network that was trained for one, or none for a network that takes one.
+    """
+
+    def __init__(
+        self, name: str, model: Any, config: ModelConfig, given: Mapping[str, Any], say: Callable[[str], object]
+    ) -> None:
+        if config.ranges is not None:
+            model.adapt_to(given["sigma"], given["noise"], config, name)  # raises if one is missing
+        elif given["noise"] not in (None, config.noise):
+            raise ValueError(
+                f"noise is {given['noise']}; {name} was trained for noise of {config.noise:g}, so it takes none"
+            )
+        zeros = given["padding_mode"] == "zeros"
+        setting = measurement_setting({**given, "padding_mode": "zeros" if zeros else None}, [config])
+        set_network(name, model, config, setting, say)
+        self.name, self.model, self.config, self.setting = name, model, config, setting
+        self.extends = not zeros and setting.padding_mode != "valid"
+        self._dims = setting.blur() if self.extends else None
+        self.choice = BlurChoice(sigma=setting.sigma, kernel_size=setting.kernel_size)
+        self.blur = self.choice.operator("reflect" if self.extends else setting.padding_mode)
+        self._restore = ChannelWise(model, config.channels)
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Of the network's layer, the number for each solve since `prepare`."""
+        return self._restore.evaluations
+
+    def prepare(self, noise: float) -> Solve:
+        """Set the network for this noise level, if it takes one, and return its restoration of tiles."""
+        ranges = self.config.ranges
+        if ranges is not None:
+            within = min(max(noise, ranges.noise[0]), ranges.noise[1])
+            self.model.adapt_to(self.setting.sigma, within, self.config, self.name)
+        self._restore.evaluations.clear()
+
+        def solve(d: Tensor, start: Tensor | None) -> Tensor:
+            if self._dims is not None:
+                d = d * self._dims(torch.ones_like(d[:, :1]))
+            return self._restore(d, start)
+
+        return solve
+
+
+def load_network(
+    name: str,
+    blur: BlurChoice | None,
+    noise: float | None,
+    padding_mode: str,
+    device: torch.device,
+    say: Callable[[str], object],
+) -> AnyBlurNetwork | GaussianNetwork:
+    """Load the network that a name or a file stands for, and set it for this blur and noise level.
+
+    Args:
+        name: a shipped network's name, or a network's file.
+        blur: None for the network's own.
+        noise: None for the network's own, or 0.01.
+        padding_mode: "zeros", or any other one.
+        device: where it is to restore.
+        say: called with a sentence if the network was trained for other measurements.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+        ValueError: a network that is not for this blur or noise level.
+    """
+    model, config = load_model(name)
+    if config.form == "denoiser":
+        raise ValueError(f"checkpoint is {name}, a denoiser alone; it takes a network that undoes blur")
+    model = model.to(device)
+    if getattr(model, "takes_any_blur", False):
+        if blur is None:
+            raise ValueError(f"the blur is not given; {name} takes one of sigma, psf, motion, defocus")
+        return AnyBlurNetwork(name, model, config, blur.operator("zeros" if padding_mode == "zeros" else "valid"))
+    sigma = None if blur is None else blur.sigma
+    if blur is not None and not isinstance(sigma, (int, float)):
+        raise ValueError(f"the blur is {blur}; {name} is for Gaussian blurs with one σ")
+    given = {"kernel_size": None if blur is None else blur.kernel_size, "sigma": sigma, "noise": noise}
+    return GaussianNetwork(name, model, config, {**given, "padding_mode": padding_mode}, say)
