@@ -198,7 +198,7 @@ def diagnose(
         from jfbfast.imaging.datasets import Photographs, RandomCrops
         from jfbfast.imaging.quality import measure
         from jfbfast.models.degrad import DEGrad
-        from jfbfast.models.pretrained import load_model, network_name
+        from jfbfast.models.pretrained import load_model, network_name, set_gaussian
 
         for name, value in (("crop", crop), ("samples", samples)):
             if value < 1:
@@ -206,7 +206,7 @@ def diagnose(
         model, config = load_model(checkpoint)
         if not isinstance(model, DEGrad):
             raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
-        model.adapt_to(sigma, noise, config, str(checkpoint))
+        set_gaussian(str(checkpoint), model, config, sigma, noise)
         crops = RandomCrops(Photographs(images), crop, samples, flips=False, seed=seed)
         x, white, _ = default_collate([crops[i] for i in range(samples)])
         if config.channels == 1:

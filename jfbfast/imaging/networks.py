@@ -61,8 +61,8 @@ class ChannelWise:
 class AnyBlurNetwork:
     """A network that can be set for any blur and noise level.
 
-    Its model's class has ``takes_any_blur = True``, and its method ``set_measurement(blur, noise)`` takes A with
-    padding_mode="valid" (or "zeros"). The model maps d to the scene x, in the shape of Aᵀd.
+    Its form is "universal": the method ``set_measurement(blur, noise)`` takes A with padding_mode="valid" (or "zeros").
+    The model maps d to the scene x, in the shape of Aᵀd.
 
     Args:
         name: of the network, for messages.
@@ -106,15 +106,13 @@ class GaussianNetwork:
         say: called with a sentence if the network was trained for other measurements.
 
     Raises:
-        ValueError: a noise level for a network that was trained for one, or none for a network that takes one.
+        ValueError: a noise level other than the network's own.
     """
 
     def __init__(
         self, name: str, model: Any, config: ModelConfig, given: Mapping[str, Any], say: Callable[[str], object]
     ) -> None:
-        if config.ranges is not None:
-            model.adapt_to(given["sigma"], given["noise"], config, name)  # raises if one is missing
-        elif given["noise"] not in (None, config.noise):
+        if given["noise"] not in (None, config.noise):
             raise ValueError(
                 f"noise is {given['noise']}; {name} was trained for noise of {config.noise:g}, so it takes none"
             )
@@ -134,11 +132,7 @@ class GaussianNetwork:
         return self._restore.evaluations
 
     def prepare(self, noise: float) -> Solve:
-        """Set the network for this noise level, if it takes one, and return its restoration of tiles."""
-        ranges = self.config.ranges
-        if ranges is not None:
-            within = min(max(noise, ranges.noise[0]), ranges.noise[1])
-            self.model.adapt_to(self.setting.sigma, within, self.config, self.name)
+        """Return the network's restoration of tiles; it is the same for every noise level."""
         self._restore.evaluations.clear()
 
         def solve(d: Tensor, start: Tensor | None) -> Tensor:
@@ -175,7 +169,7 @@ def load_network(
     if config.form == "denoiser":
         raise ValueError(f"checkpoint is {name}, a denoiser alone; it takes a network that undoes blur")
     model = model.to(device)
-    if getattr(model, "takes_any_blur", False):
+    if config.form == "universal":
         if blur is None:
             raise ValueError(f"the blur is not given; {name} takes one of sigma, psf, motion, defocus")
         return AnyBlurNetwork(name, model, config, blur.operator("zeros" if padding_mode == "zeros" else "valid"))

@@ -162,7 +162,6 @@ class UniversalDEGrad(DEGrad):
         torch.Size([2, 3, 16, 16])
     """
 
-    takes_any_blur = True
     regularizer: UniversalRED
 
     def __init__(

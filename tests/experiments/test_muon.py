@@ -24,7 +24,7 @@ def test_all_but_inner_convolutions_are_updated_as_by_torchs_adam():
     torch.manual_seed(0)
     ours, theirs = (DnCNN(1, 4, 4, norm=None) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    muon, adam = Muon(ours, learning_rate=0.0), torch.optim.Adam(theirs.parameters(), 1e-3, betas=(0.9, 0.99))
+    muon, adam = Muon(ours, learning_rate=0.01), torch.optim.Adam(theirs.parameters(), 1e-3, betas=(0.9, 0.99))
     inner = {id(p) for p in muon.param_groups[0]["params"]}
     assert len(inner) == 2
     for _ in range(3):
@@ -35,7 +35,7 @@ def test_all_but_inner_convolutions_are_updated_as_by_torchs_adam():
             optimizer.step()
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             if id(mine) in inner:
-                other.data.copy_(mine.data)  # which Muon left alone, at a learning rate of 0
+                other.data.copy_(mine.data)
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
 
 

@@ -77,8 +77,7 @@ def test_a_piece_of_a_larger_scene_gains_up_to_its_border(sigma, middle, edge):
 @pytest.mark.parametrize("colour", [(-1, -1, -1), (1, 1, 1), (0.5, 0.5, 0.5), (1, 1, -1)])
 def test_a_network_leaves_a_flat_photograph_flat(name, colour):
     d = torch.tensor(colour, dtype=torch.float32)[:, None, None].expand(3, 40, 50).contiguous()
-    given = {"sigma": 1.0, "noise": 0.01} if name == "gaussian5" else {}
-    assert (restored(d, name, **given) - d).abs().max() < 2 / 127.5
+    assert (restored(d, name) - d).abs().max() < 2 / 127.5
 
 
 @pytest.mark.parametrize("padding_mode", ["valid", "zeros", "reflect", "replicate", "circular"])
@@ -165,7 +164,7 @@ def test_noise_that_is_given_too_low_is_found():
     assert improvement(x, d, sharp) > 0
     said = []
     rounded, sharp = camera(scene(), 1.0, 0.0)
-    assert improvement(restored(rounded, "gaussian5", said=said, sigma=1.0, noise=0.0), rounded, sharp) > 1 and not said
+    assert improvement(restored(rounded, "gaussian5-sigma1", said=said), rounded, sharp) > 1 and not said
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (3, 200, 130), (1, 5, 400)])
@@ -274,8 +273,6 @@ def test_blocks_with_clipped_values_do_not_count():
 class _AnyBlur(DEGrad):
     """Stands for a network that is told its blur: it restores by Tikhonov's method, and notes what it is told."""
 
-    takes_any_blur = True
-
     def __init__(self):
         torch.nn.Module.__init__(self)
         self.told, self.solution = [], None
@@ -293,7 +290,7 @@ class _AnyBlur(DEGrad):
 
 def test_a_network_for_any_blur_is_told_blur_and_noise(monkeypatch):
     model = _AnyBlur()
-    config = ModelConfig(denoiser={"kind": "DnCNN", "channels": 3})
+    config = ModelConfig(form="universal")
     monkeypatch.setattr("jfbfast.imaging.networks.load_model", lambda name: (model, config))
     d, _ = camera(scene(side=128), 1.0, 0.0, light="linear")
     found = jfbfast.restore(d, motion=(3, 0), checkpoint="any", noise=0.02, tolerance=0)
@@ -314,7 +311,7 @@ def test_an_impossible_restoration_is_refused_in_words(tmp_path):
         ({"sigma": 1.0, "light": "red"}, "light is 'red'; it takes one of 'linear', 'encoded'"),
         ({"sigma": 1.0, "padding_mode": "zeros"}, "light is 'linear'; padding_mode='zeros' takes 'encoded'"),
         ({"sigma": 1.0, "padding_mode": "none"}, "padding_mode is 'none'; it takes one of"),
-        ({"defocus": 2.0, "checkpoint": "gaussian5", "noise": 0.01}, "gaussian5 is for Gaussian blurs with one σ"),
+        ({"defocus": 2.0, "checkpoint": "gaussian5-sigma1"}, "gaussian5-sigma1 is for Gaussian blurs with one σ"),
         ({"sigma": 1.0, "noise": -1}, "noise is -1; it takes a finite number of at least 0"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
