@@ -29,6 +29,14 @@ CONFIGS = {
         kernel_size=7,
         solver={"kind": "Anderson", "tol": 0.1, "memory": 3},
     ),
+    "universal": ModelConfig(
+        "universal",
+        {"kind": "UNet", "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 7},
+        kernel_size=None,
+        padding_mode="valid",
+        sigma_range=[0.3, 5.0],
+        noise_range=[0.0, 0.2],
+    ),
     "feed-forward": ModelConfig("feed-forward", DENOISER, weight=0.01),
     "denoiser": ModelConfig("denoiser", DENOISER),
 }
