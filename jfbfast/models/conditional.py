@@ -73,7 +73,7 @@ class ConditionalRED(RED):
         assert self.log_filter_damping is not None
         return self._scale(self.log_filter_damping, self.filter_damping_exponents)
 
-    def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
+    def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
         """D((1 + δ) · seen; c), or D((1 + δ) · seen, (1 + λ) · z; c)."""
         scaled = ((1 + self.filter_damping) * seen, *((1 + self.weight) * z for z in injected))
         return self.denoiser(*scaled, condition=self.condition)
