@@ -126,6 +126,36 @@ class Circular(nn.Module):
         return self._scaled(x, self.squares / (self.squares + damping))
 
 
+def few_points(g: np.random.Generator) -> Tensor:
+    """Two to six points of random weights, up to 17 pixels apart."""
+    radius = int(g.integers(2, 9))
+    weights = np.zeros((2 * radius + 1, 2 * radius + 1))
+    for _ in range(g.integers(2, 7)):
+        weights[tuple(g.integers(2 * radius + 1, size=2))] += g.uniform(0.2, 1)
+    return torch.from_numpy(weights / weights.sum())
+
+
+def rectangle(width: float, height: float, angle: float) -> Tensor:
+    """A rotated rectangle of uniform weight, sampled at 6 × 6 points of each pixel."""
+    radius = math.ceil(math.hypot(width, height) / 2) + 1
+    side = 2 * radius + 1
+    t = (np.arange(6 * side) + 0.5) / 6 - radius - 0.5
+    y, x = np.meshgrid(t, t, indexing="ij")
+    along, across = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    inside = (abs(along) <= width / 2) & (abs(across) <= height / 2)
+    weights = inside.reshape(side, 6, side, 6).mean((1, 3))
+    return torch.from_numpy(weights / weights.sum())
+
+
+def speckle(g: np.random.Generator) -> Tensor:
+    """Random weights under a Gaussian window."""
+    radius = int(g.integers(2, 8))
+    t = np.arange(2 * radius + 1) - radius
+    window = np.exp(-(t[:, None] ** 2 + t**2) / (2 * (radius * g.uniform(0.3, 0.8)) ** 2))
+    weights = g.random(window.shape) ** g.uniform(1, 6) * window
+    return torch.from_numpy(weights / weights.sum())
+
+
 class Measurements:
     """Random crops of photographs, random blurs and random noise levels."""
 
@@ -155,16 +185,30 @@ class Measurements:
         return self.axes[int(np.abs(np.log(self.sigmas / sigma)).argmin())]
 
     def psf(self) -> Tensor:
+        """A random point spread function; one in ten is the convolution of two of the others."""
         g = self.random
-        kind = g.integers(4)
-        if kind == 0:
+        kind = g.integers(10)
+        if kind < 2:
             return point_spread.motion(g.uniform(2, 20), g.uniform(0, 180))
-        if kind == 1:
+        if kind < 4:
+            return point_spread.trajectory(g.uniform(5, 21), g)
+        if kind == 4:
             return point_spread.defocus(g.uniform(0.7, 5))
-        if kind == 2:
+        if kind == 5:
             sigma = math.exp(g.uniform(math.log(0.5), math.log(4)))
             return point_spread.gaussian((sigma, sigma * g.uniform(0.3, 1)), g.uniform(0, 180))
-        return point_spread.trajectory(g.uniform(5, 21), g)
+        if kind == 6:
+            return few_points(g)
+        if kind == 7:
+            return rectangle(g.uniform(1, 11), g.uniform(1, 11), g.uniform(0, math.pi))
+        if kind == 8:
+            return speckle(g)
+        while True:
+            p, q = self.psf(), self.psf()
+            size = [a + b - 1 for a, b in zip(p.shape, q.shape, strict=True)]
+            if max(size) <= 33:
+                both = torch.fft.irfft2(torch.fft.rfft2(p, s=size) * torch.fft.rfft2(q, s=size), s=size).clamp_min(0)
+                return both / both.sum()
 
     def operator(self, count: int, step: int) -> Gaussians | Circular:
         """Gaussians with unknown surroundings in three steps of five, and any point spread functions in the others."""
@@ -204,7 +248,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--init", help="a shipped network or a file to start from (default: random weights)")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--evaluations", type=int, default=1, help="of the layer in a solve, before the last one")
-    parser.add_argument("--later", type=int, default=3, help="the same in the last 40 %% of the steps")
+    parser.add_argument("--later", type=int, help="the same in the second half of the steps (default: as many)")
+    parser.add_argument("--decay", type=float, default=0.75, help="share of the steps in which the rate falls to 0")
     parser.add_argument("--gradient", default="jfb", help="as in jfbfast train, for example unrolled:steps=4")
     parser.add_argument("--features", type=int, nargs="+", default=[96, 128, 192])
     parser.add_argument("--batch", type=int, default=16)
@@ -223,7 +268,7 @@ def main(given: argparse.Namespace) -> None:
     measurements = Measurements(photographs, given.seed + 1)
 
     denoiser = {"kind": "UNet", "channels": 3, "features": given.features, "blocks": [2] * len(given.features)}
-    denoiser |= {"conditions": 3, "injection": 7}
+    denoiser |= {"conditions": 3, "injection": 13}
     config = ModelConfig(
         form="universal",
         denoiser=denoiser,
@@ -241,8 +286,8 @@ def main(given: argparse.Namespace) -> None:
     for step in range(given.steps):
         left = given.steps - step
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1, (step + 1) / 100, left / (0.75 * given.steps))
-        count = given.evaluations if step < 0.6 * given.steps else given.later
+            group["lr"] = rate * min(1, (step + 1) / 100, left / (given.decay * given.steps))
+        count = given.evaluations if step < given.steps / 2 else given.later or given.evaluations
         model.solver = jfbfast.Picard(tol=1e-3, max_iter=count)
 
         x = torch.stack([measurements.crop() for _ in range(given.batch)])

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
 from jfbfast.models.config import ModelConfig
-from jfbfast.models.universal import CONDITIONS, INJECTED
+from jfbfast.models.universal import CONDITIONS, injected_channels
 from jfbfast.operators.blur import GaussianBlur
 
 
@@ -200,7 +200,7 @@ class TrainingSettings:
         if self.denoiser == "UNet":
             network |= {"features": list(settings.features), "blocks": list(self.blocks)}
             network |= {"injection": True} if self.injection else {}
-            network |= {"conditions": CONDITIONS, "injection": INJECTED} if self.universal else {}
+            network |= {"conditions": CONDITIONS, "injection": injected_channels(channels=3)} if self.universal else {}
         elif len(settings.features) != 1:
             raise ValueError(f"features is {settings.features}; a {self.denoiser} takes one number")
         else:

@@ -108,7 +108,7 @@ class RED(nn.Module):
                 kind, needed = type(operator).__name__, ", ".join(self.needs)
                 raise ValueError(f"operator is {kind}; this RED takes one with {needed}")
         seen = operator.filter(x, self.filter_damping) if self.filtered else x
-        denoised = self.denoise(seen, *(self.injected(operator, d) if z is None else (z,)))
+        denoised = self.denoise(seen, x, *(self.injected(operator, d) if z is None else (z,)))
         if denoised.shape != x.shape:
             raise ValueError(
                 f"denoiser maps shape {tuple(x.shape)} to {tuple(denoised.shape)}; it takes one that keeps the shape"
@@ -123,6 +123,6 @@ class RED(nn.Module):
             raise ValueError("d is None; a RED with injection takes the measurements")
         return (operator.solve(operator.adjoint(d), self.weight),)
 
-    def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
-        """Apply D to W x, and to z with an injection."""
+    def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
+        """Apply D to W x, and to z with an injection; subclasses may use x as well."""
         return self.denoiser(seen, *injected)

@@ -19,11 +19,15 @@ from jfbfast.operators.convolution import Blur
 KnownBlur = SeparableBlur | Blur
 
 CONDITIONS = 3  # numbers that `describe` returns
-INJECTED = 7  # channels of z for colour images: two restorations and one map
 _FREQUENCIES = 64  # per axis, of the grid that spectra are averaged over
 _NYQUIST_POWER = 1e-3  # S at half a cycle per pixel, of images in [−1, 1]
 _REFERENCE_NOISE, _NOISE_FLOOR, _REFERENCE_ERROR = 0.01, 5e-4, 1e-3
-_WEAKER = 1 / 16  # λ of the second restoration in z, relative to the first
+_SHARES = (1.0, 1 / 16, 1 / 256)  # dampings of the restorations in z, relative to λ
+
+
+def injected_channels(channels: int) -> int:
+    """How many channels the denoiser sees besides those of W x: x, the restorations and the map AᵀA1."""
+    return (1 + len(_SHARES)) * channels + 1
 
 
 def power_spectrum(blur: KnownBlur) -> Tensor:
@@ -62,7 +66,7 @@ def describe(power: Tensor, noise: float | Tensor) -> Tensor:
         >>> from jfbfast import GaussianBlur
         >>> from jfbfast.models.universal import describe, power_spectrum
         >>> describe(power_spectrum(GaussianBlur(sigma=1.0)), 0.01)
-        tensor([ 0.0000, -0.4960, -0.1299])
+        tensor([ 0.0000, -0.6566,  0.0221])
     """
     floored = torch.as_tensor(noise, dtype=power.dtype, device=power.device) + _NOISE_FLOOR
     n = power.shape[-1]
@@ -81,18 +85,19 @@ def describe(power: Tensor, noise: float | Tensor) -> Tensor:
 
 
 class UniversalRED(RED):
-    """R(x; d) = λ(x − D((1 + δ)W x, z; c)), with λ and δ that depend on what the measurement keeps, c = `describe`.
+    """R(x; d) = λ(x − D((1 + δ)W x, x, z; c)), with λ and δ that depend on what the measurement keeps, c = `describe`.
 
         λ = λ₀ exp ⟨a, c⟩,  δ = δ₀ exp ⟨b, c⟩,  W = AᵀA(AᵀA + δI)⁻¹.
 
     Where AᵀA ≈ 1, x* keeps a share 1/(1 + λ) of the noise, so λ has to grow with the noise: a₁ starts at 2, since
-    Wiener's filter takes the ratio of noise power to signal power; b₁ starts at 1. z has three parts: Tikhonov's
-    restorations (1 + λ)(AᵀA + λI)⁻¹Aᵀd with λ and with λ/16, and AᵀA1, which tells D how much of a pixel was measured
-    (less at an edge with unknown surroundings). The factors 1 + δ and 1 + λ keep the brightness of what D sees.
+    Wiener's filter takes the ratio of noise power to signal power; b₁ starts at 1. z has four parts: Tikhonov's
+    restorations (1 + μ)(AᵀA + μI)⁻¹Aᵀd for μ = λ, λ/16 and λ/256, whose differences show what was measured well or
+    badly; and AᵀA1, which tells D how much of a pixel was measured (less at an edge with unknown surroundings). The
+    factors 1 + δ and 1 + μ keep the brightness of what D sees.
 
     Args:
-        denoiser: D, called with images (B, C, H, W), z (B, 2C + 1, H, W) and ``condition=(c₁, c₂, c₃)``, such as
-            ``UNet(conditions=3, injection=7)``.
+        denoiser: D, called with images (B, C, H, W), x and z together (B, 4C + 1, H, W), and
+            ``condition=(c₁, c₂, c₃)``, such as ``UNet(conditions=3, injection=13)``.
         weight: λ₀ = δ₀ > 0, the start of two learnable parameters. The exponents a and b are learnable too.
 
     Attributes:
@@ -127,14 +132,14 @@ class UniversalRED(RED):
         if d is None:
             raise ValueError("d is None; a RED with injection takes the measurements")
         b, weight = operator.adjoint(d), self.weight
-        restored = [(1 + share * weight) * operator.solve(b, share * weight) for share in (1.0, _WEAKER)]
+        restored = [(1 + share * weight) * operator.solve(b, share * weight) for share in _SHARES]
         measured = operator.normal(torch.ones_like(b[:, :1]))
         return (torch.cat([*restored, measured], 1).to(d.dtype),)
 
-    def denoise(self, seen: Tensor, *injected: Tensor) -> Tensor:
-        """D((1 + δ) · seen, z; c)."""
+    def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
+        """D((1 + δ) · seen, x, z; c)."""
         scaled = ((1 + self.filter_damping) * seen).to(seen.dtype)
-        return self.denoiser(scaled, *injected, condition=self.condition.unbind(-1))
+        return self.denoiser(scaled, torch.cat([x, *injected], 1), condition=self.condition.unbind(-1))
 
 
 @registry.model("universal")
@@ -154,7 +159,7 @@ class UniversalDEGrad(DEGrad):
 
     Example:
         >>> import torch, jfbfast
-        >>> denoiser = jfbfast.UNet(3, features=(4, 8), blocks=(1, 1), conditions=3, injection=7)
+        >>> denoiser = jfbfast.UNet(3, features=(4, 8), blocks=(1, 1), conditions=3, injection=13)
         >>> model = jfbfast.UniversalDEGrad(denoiser)
         >>> blur = jfbfast.Blur(jfbfast.point_spread.motion(length=5, angle=30), padding_mode="circular")
         >>> model.set_measurement(blur, noise=0.02)
@@ -181,7 +186,7 @@ class UniversalDEGrad(DEGrad):
 
     @classmethod
     def from_config(cls, config: ModelConfig, network: nn.Module) -> UniversalDEGrad:
-        channels = 2 * config.channels + 1
+        channels = injected_channels(config.channels)
         if (getattr(network, "conditions", 0), getattr(network, "injection", 0)) != (CONDITIONS, channels):
             raise ValueError(
                 f"denoiser is {dict(config.denoiser)}; the universal form takes a UNet with "

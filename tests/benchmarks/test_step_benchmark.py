@@ -137,7 +137,7 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="of the form 'denoiser'"):
         problem.trained(tmp_path / "denoiser")
     assert problem.trained("gaussian5-sigma1").denoiser.injection
-    denoiser = {"kind": "UNet", "features": [4], "blocks": [1], "conditions": 3, "injection": 7}
+    denoiser = {"kind": "UNet", "features": [4], "blocks": [1], "conditions": 3, "injection": 13}
     other = ModelConfig(form="universal", denoiser=denoiser)
     save_checkpoint(tmp_path / "universal", other.model(), other)
     with pytest.raises(ValueError, match="universal, for many measurements; it takes one for a single setting"):

@@ -106,7 +106,7 @@ if sys.argv[2] == "one setting":
     model = jfbfast.DEGrad(jfbfast.GaussianBlur(), regularizer, preconditioner="exact", solver=solver)
     task = DeblurTask(model, jfbfast.GaussianBlur(), 0.01, Optimization(1e-3)).double()
 else:
-    model = jfbfast.UniversalDEGrad(jfbfast.UNet(3, (4,), (1,), conditions=3, injection=7), solver=solver)
+    model = jfbfast.UniversalDEGrad(jfbfast.UNet(3, (4,), (1,), conditions=3, injection=13), solver=solver)
     task = UniversalTask(model, Measurements((0.5, 0.7)), Optimization(1e-3), parts=2).double()
 
 class Double(torch.utils.data.Dataset):

@@ -80,7 +80,7 @@ def test_a_universal_run_starts_from_a_denoiser(folder, tmp_path):
     small_runs.train(folder, start.parent, form="denoiser", steps=0, pretraining_steps=1, **alone)
     train(folder, tmp_path / "out", init=str(start), steps=1, learning_rate=1e-9, ema=0)
     source, found = (load_checkpoint(out / "model.safetensors")[0] for out in (start.parent, tmp_path / "out"))
-    y, z = torch.rand(1, 3, 16, 16), torch.rand(1, 7, 16, 16)
+    y, z = torch.rand(1, 3, 16, 16), torch.rand(1, 13, 16, 16)
     heard = found.regularizer.denoiser(y, z, condition=(0.3, 0.2, 0.1))
     torch.testing.assert_close(heard, source(y), rtol=0, atol=1e-5)
 

@@ -31,7 +31,7 @@ CONFIGS = {
     ),
     "universal": ModelConfig(
         "universal",
-        {"kind": "UNet", "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 7},
+        {"kind": "UNet", "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 13},
         kernel_size=None,
         padding_mode="valid",
         sigma_range=[0.3, 5.0],

@@ -12,7 +12,7 @@ from jfbfast.models.config import ModelConfig
 from jfbfast.models.universal import describe, power_spectrum
 from jfbfast.operators.inverse import _axis_svd, factors
 
-DENOISER = {"kind": "UNet", "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 7}
+DENOISER = {"kind": "UNet", "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 13}
 
 CONFIG = ModelConfig(
     form="universal", denoiser=DENOISER, kernel_size=None, padding_mode="valid", noise_range=[0.0, 0.1]
@@ -22,7 +22,7 @@ SINGLE = ModelConfig(denoiser={"kind": "UNet", "features": [4], "blocks": [1]}, 
 
 def small_model(**options):
     torch.manual_seed(0)
-    return UniversalDEGrad(UNet(3, (4, 8), (1, 1), conditions=3, injection=7), **options).eval()
+    return UniversalDEGrad(UNet(3, (4, 8), (1, 1), conditions=3, injection=13), **options).eval()
 
 
 def test_the_power_spectrum_is_that_of_the_taps():
@@ -88,15 +88,15 @@ def test_the_layer_takes_the_injection_or_computes_it():
     torch.testing.assert_close(model.start(d, *injected), model.start(d))
 
 
-def test_the_injection_is_two_restorations_and_a_map_of_what_was_measured():
+def test_the_injection_is_three_restorations_and_a_map_of_what_was_measured():
     model, blur = small_model().double(), GaussianBlur(3, 1.0, "valid")
     model.set_measurement(blur, 0.05)
     d = torch.rand(1, 3, 8, 9, dtype=torch.float64)
     (z,) = model.regularizer.injected(blur, d)
-    for part, share in zip(z[:, :6].split(3, 1), (1, 1 / 16), strict=True):
+    for part, share in zip(z[:, :9].split(3, 1), (1, 1 / 16, 1 / 256), strict=True):
         damping = share * model.regularizer.weight
         torch.testing.assert_close(part, (1 + damping) * blur.solve(blur.adjoint(d), damping))
-    torch.testing.assert_close(z[:, 6:], blur.adjoint(torch.ones_like(d[:, :1])))
+    torch.testing.assert_close(z[:, 9:], blur.adjoint(torch.ones_like(d[:, :1])))
 
 
 def test_parameters_of_the_weights_get_gradients():
@@ -129,7 +129,7 @@ def test_a_file_rebuilds_the_model_for_its_first_measurement(tmp_path):
 
 
 def test_a_config_with_another_network_is_refused():
-    with pytest.raises(ValueError, match="the universal form takes a UNet with conditions=3 and injection=7"):
+    with pytest.raises(ValueError, match="the universal form takes a UNet with conditions=3 and injection=13"):
         ModelConfig(form="universal", denoiser={**DENOISER, "injection": True}).model()
 
 
