@@ -61,7 +61,7 @@ def describe(power: Tensor, noise: float | Tensor) -> Tensor:
         >>> from jfbfast import GaussianBlur
         >>> from jfbfast.models.universal import describe, power_spectrum
         >>> describe(power_spectrum(GaussianBlur(sigma=1.0)), 0.01)
-        tensor([ 0.0000, -0.4960, -0.1299])
+        tensor([ 0.0000, -0.6566,  0.0221])
     """
     floored = torch.as_tensor(noise, dtype=power.dtype, device=power.device) + _NOISE_FLOOR
     n = power.shape[-1]

@@ -29,6 +29,11 @@ CONFIGS = {
         kernel_size=7,
         solver={"kind": "Anderson", "tol": 0.1, "memory": 3},
     ),
+    "universal": ModelConfig(
+        "universal",
+        {"kind": "UNet", "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 13},
+        padding_mode="valid",
+    ),
     "feed-forward": ModelConfig("feed-forward", DENOISER, weight=0.01),
     "denoiser": ModelConfig("denoiser", DENOISER),
 }
