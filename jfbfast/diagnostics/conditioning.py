@@ -12,6 +12,7 @@ from jfbfast.implicit.jacobian import Linearisation
 from jfbfast.implicit.methods import GRADIENTS, GradientMethod
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.red import RED
+from jfbfast.models.universal import UniversalRED
 from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import FixedPointSolver, Layer, Picard
 from jfbfast.spectrum import operator_norm, symmetric_ritz_values
@@ -30,7 +31,8 @@ def lipschitz_bound(model: DEGrad, x: Tensor, d: Tensor) -> Tensor | None:
         d: the measurements, (B, C, H, W); they matter only to a denoiser with injection.
 
     Returns:
-        (B,), or None if the model is not filtered and preconditioned, or has a damping other than R's weight λ.
+        (B,), or None if the model is not filtered and preconditioned, has a damping other than R's weight λ, or has a
+        denoiser that also sees x itself, as a `UniversalDEGrad`.
 
     Example:
         >>> import torch, jfbfast
@@ -41,12 +43,14 @@ def lipschitz_bound(model: DEGrad, x: Tensor, d: Tensor) -> Tensor | None:
         tensor([0.1250, 0.1250], dtype=torch.float64)
     """
     red = model.regularizer
-    if model.preconditioner is None or model.log_damping is not None or not isinstance(red, RED) or not red.filtered:
+    if model.preconditioner is None or model.log_damping is not None:
+        return None
+    if not isinstance(red, RED) or not red.filtered or isinstance(red, UniversalRED):
         return None
     with torch.no_grad():
         weight, damping = red.weight, red.filter_damping
         assert damping is not None
-        lipschitz = operator_norm(red.denoise, model.blur.filter(x, damping), red.injected(model.blur, d))
+        lipschitz = operator_norm(red.denoiser, model.blur.filter(x, damping), red.injected(model.blur, d))
         factor = weight / (weight.sqrt() + damping.sqrt()) ** 2 * lipschitz
         alpha = model.averaging.nan_to_num(1.0) if isinstance(model.averaging, Tensor) else model.averaging
         return 1 - alpha + alpha * factor

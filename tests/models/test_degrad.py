@@ -147,8 +147,8 @@ def test_missing_arguments_of_an_injection_are_named():
     for own, asked in ((True, False), (False, True)):
         with pytest.raises(ValueError, match=f"injection is {asked}; it takes that of the UNet, {own}"):
             RED(UNet(3, (4,), (1,), injection=own), injection=asked)
-    with pytest.raises(ValueError, match="injection is 2; it takes True or False"):
-        UNet(injection=2)
+    with pytest.raises(ValueError, match="injection is 0; it takes an integer of at least 1"):
+        UNet(injection=0)
 
 
 def test_any_denoiser_of_two_images_can_take_an_injection():
