@@ -2,11 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from jfbfast import DnCNN
 from jfbfast.experiments.muon import Muon, orthogonalized
+from jfbfast.experiments.tasks import DenoiserTask, Optimization
 
 
 def test_an_orthogonalized_matrix_has_singular_values_near_one():
@@ -72,3 +74,29 @@ def test_a_resumed_optimizer_takes_the_same_steps():
     train(resumed, data[2:])
     for mine, other in zip(network.parameters(), expected, strict=True):
         torch.testing.assert_close(mine.detach(), other)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 0.96194, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.03806]),
+        ("onecycle", None),
+    ],
+)
+def test_a_schedule_scales_the_rates_of_both_groups(schedule, shares):
+    task = DenoiserTask(DnCNN(1, 4, 4, norm=None), optimization=Optimization(0.01, schedule, 2, 0.99, "muon"))
+    task.steps = 8
+    configured = task.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(8):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    muon, adam = torch.tensor(rates).T
+    torch.testing.assert_close(adam, muon / 10)
+    assert muon.max() <= 0.01 + 1e-9
+    if shares is not None:
+        torch.testing.assert_close(muon, 0.01 * torch.tensor(shares), rtol=1e-4, atol=1e-8)
