@@ -272,7 +272,6 @@ def main(given: argparse.Namespace) -> None:
     config = ModelConfig(
         form="universal",
         denoiser=denoiser,
-        kernel_size=7,
         padding_mode="valid",
         noise_range=[0.0, 0.1],
         gradient=parse_kind("gradient", given.gradient),
