@@ -13,6 +13,7 @@ from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_con
 from jfbfast.models.config import DEGRAD_FORMS, SETTING, MeasurementRanges, ModelConfig
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
+UNIVERSAL = "universal"  # the shipped network for any blur
 
 
 def pretrained_names() -> list[str]:
@@ -87,6 +88,6 @@ def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: st
         config = read_config(pretrained_file(name))
         ranges = config.ranges or MeasurementRanges((config.sigma,) * 2, (config.noise,) * 2)
         suits = config.kernel_size == kernel_size and (sigma, noise) in ranges
-        if config.form in DEGRAD_FORMS and suits and padding_mode in (None, config.padding_mode):
+        if name != UNIVERSAL and config.form in DEGRAD_FORMS and suits and padding_mode in (None, config.padding_mode):
             found.append((config.ranges is not None, config.form != "filtered", name))
     return min(found)[-1] if found else None
