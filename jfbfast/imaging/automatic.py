@@ -34,8 +34,9 @@ def combined(sigma: float, tolerance: float, found: Estimate) -> float:
     """The σ to restore for: the given one, or a smaller one if the photograph shows a smaller one.
 
     The mean of the two logarithms, weighted by the inverses of their variances; ``tolerance`` is the given σ's standard
-    deviation. An estimate that is larger changes nothing: the photograph may have been soft before it was blurred, and
-    a σ that is too small does no harm.
+    deviation, and the share by which the result exceeds the estimate's range at most. An estimate that is larger than
+    the given σ changes nothing: the photograph may have been soft before it was blurred, and a σ that is too small does
+    no harm.
 
     Example:
         >>> from jfbfast import Estimate
@@ -47,7 +48,8 @@ def combined(sigma: float, tolerance: float, found: Estimate) -> float:
     if found.sigma >= sigma:
         return sigma
     given, seen = 1 / tolerance**2, 1 / _spread(found) ** 2
-    return math.exp((given * math.log(sigma) + seen * math.log(found.sigma)) / (given + seen))
+    mean = math.exp((given * math.log(sigma) + seen * math.log(found.sigma)) / (given + seen))
+    return min(mean, (1 + tolerance) * found.sigma_range[1])
 
 
 def known(
