@@ -96,7 +96,7 @@ ROWS: list[tuple[str, str, dict[str, object], Method, Method]] = [
         "coffee",
         {"quality": 75},
         ("noise 0.003", lambda d: restore(d, sigma=1.5, noise=0.003)),
-        ("noise 0.01, as by default", lambda d: restore(d, sigma=1.5)),
+        ("noise estimated, as by default", lambda d: restore(d, sigma=1.5)),
     ),
     (
         "saturated",

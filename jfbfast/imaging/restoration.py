@@ -28,9 +28,9 @@ from jfbfast.models.pretrained import UNIVERSAL, matching_name, pretrained_names
 from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning
 
-# The error of a blur's size that counts as noise, as a share of the tolerance: of a σ, which is compared with the estimate,
-# and of other blurs, which cannot be. Told 20% too much, these lost 1 to 4 dB to the blurred photograph with 0.25.
-CHECKED, UNCHECKED = 0.25, 1.0
+# The error of a blur's size that counts as noise, as a share of the tolerance: of one σ, which is compared with the
+# estimate, and of other blurs, which cannot be. Told 20% too much, these lost 1 to 4 dB with 0.25.
+CHECKED, UNCHECKED = 0.1, 1.0
 
 
 class _Plan(NamedTuple):
