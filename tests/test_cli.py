@@ -1,6 +1,7 @@
 """The command line on real files, and a small demo."""
 
 import json
+import re
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -59,14 +60,15 @@ def test_info_names_the_backends(tmp_path):
     assert "native (CPU)" in out and "C++" in out and "triton (CUDA)" in out
 
 
-def test_restore_without_a_checkpoint_is_tikhonov_and_says_so(blurred, tmp_path):
+def test_restore_without_a_network_is_tikhonov_and_says_so(blurred, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
     truth, path = blurred
     out = tmp_path / "restored.png"
     result = run("restore", path, "--sigma", 1, "--kernel-size", 7, "--noise", 0.01, "--out", out)
     assert result.exit_code == 0, result.output
     assert "Tikhonov" in result.output
     before, after = (float((read_photograph(p).pixels - truth).square().mean()) for p in (path, out))
-    assert after < 0.8 * before
+    assert after < 0.9 * before
     assert read_photograph(out).dtype == np.uint16
 
 
@@ -78,7 +80,8 @@ def test_a_photograph_that_contradicts_its_blur_is_named_and_left_nearly_as_it_i
     for options, most in cases:  # unguarded 0.0103, 0.0109 and 0.36
         result = run("restore", "sharp.png", "--overwrite", *options)
         assert result.exit_code == 0, result.output
-        assert "warning: sharp.png is sharper or noisier than a Gaussian" in " ".join(result.output.split())
+        told = " ".join(result.output.split())
+        assert re.search("warning: sharp.png is sharper (or noisier )?than a Gaussian", told)
         before, after = (read_photograph(name).pixels for name in ("sharp.png", "sharp-restored.png"))
         assert float((after - before).square().mean()) < most
 
@@ -122,7 +125,7 @@ def test_restore_picks_the_shipped_model_for_the_blur(blurred, tmp_path, monkeyp
             "other measurements (padding_mode = reflect)",
         ),
         (("--checkpoint", "small"), "(small; tiles"),
-        (("--sigma", 1), "No shipped model is for a Gaussian of σ = 1 pixels and noise 0.01"),
+        (("--sigma", 1), "Restoring a Gaussian of σ = 1 pixels by Tikhonov regularisation"),
         (("--checkpoint", "tikhonov", "--sigma", 1), "Tikhonov, λ"),
     ):
         again = ("--out", tmp_path / "out", "--overwrite")
@@ -268,7 +271,7 @@ def test_a_small_demo_runs(tmp_path, monkeypatch):
     [
         (("restore", "missing.png", "--sigma", -1), "sigma is -1.0"),
         (("restore", "missing.png", "--sigma", 1, "--kernel-size", 4), "kernel_size is 4"),
-        (("restore", "missing.png", "--noise", 0, "--sigma", 1), "error: noise is 0; Tikhonov"),
+        (("restore", "missing.png", "--noise", 0, "--sigma", 1, "--checkpoint", "tikhonov"), "error: noise is 0; Tik"),
         (("restore", "missing.png", "--checkpoint", "none.safetensors"), "there is no such file"),
         (("restore", "missing.png", "--sigma", 1), "missing.png: there is no such file"),
         (("train", "nowhere"), "no image files"),

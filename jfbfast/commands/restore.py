@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jfbfast.commands.common import make_console, one_sentence, say_error
-from jfbfast.imaging.blurs import BlurChoice
+from jfbfast.imaging.blurs import AUTO, BlurChoice
 from jfbfast.imaging.plausibility import TOLERANCE
 
 
@@ -33,7 +33,10 @@ def _blurs(
     moved = None if motion is None else _numbers("--motion", motion, (2,), "a length in pixels and an angle in degrees")
     found: list[BlurChoice | None] = []
     for text in sigmas:
-        values = _numbers("--sigma", text, (1, 2), "a number of pixels, or two, down and across")
+        if text == AUTO:
+            found.append(BlurChoice(AUTO, psf, moved, defocus, kernel_size))
+            continue
+        values = _numbers("--sigma", text, (1, 2), "a number of pixels, two of them, down and across, or auto")
         found.append(BlurChoice(values[0] if len(values) == 1 else values, psf, moved, defocus, kernel_size))
     return found or [BlurChoice(None, psf, moved, defocus, kernel_size)]
 
@@ -51,8 +54,9 @@ def restore(
     sigma: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="σ|σy,σx",
-            help="The blur: a Gaussian with this standard deviation in pixels, or two of them, down and across. "
+            metavar="σ|σy,σx|auto",
+            help="The blur: a Gaussian with this standard deviation in pixels, or two of them, down and across; or "
+            "auto, to estimate it. "
             "Several --sigma are tried on the middle of each photograph, and shown side by side in NAME-trials.png.",
         ),
     ] = None,
@@ -74,10 +78,11 @@ def restore(
         int | None, typer.Option(help="Side of the Gaussian's kernel in pixels, odd. (default: 2⌈3σ⌉ + 1)")
     ] = None,
     noise: Annotated[
-        float | None,
+        str | None,
         typer.Option(
+            metavar="ν|auto",
             help="Standard deviation of the noise on [−1, 1], as the file encodes the values; rounding to 8 bits alone "
-            "is 0.0023. (default: the network's, or 0.01)"
+            "is 0.0023. auto estimates it. (default: auto, or that of a network that was trained for one)",
         ),
     ] = None,
     light: Annotated[
@@ -88,7 +93,7 @@ def restore(
         ),
     ] = "linear",
     tolerance: Annotated[
-        float, typer.Option(help="By which share the size of the blur may be wrong; 0 if you know it exactly.")
+        float, typer.Option(help="By which share the size of the blur may be wrong; 0 if it is exact.")
     ] = TOLERANCE,
     padding_mode: Annotated[
         str,
@@ -102,7 +107,7 @@ def restore(
         typer.Option(
             metavar="NAME|FILE",
             help="What restores: a shipped model, a file from demo or train, or tikhonov. "
-            "(default: a shipped model for this blur and noise if there is one, else tikhonov)",
+            "(default: the shipped model universal; with --kernel-size, a shipped one that was trained for it)",
         ),
     ] = None,
     out: Annotated[
@@ -128,7 +133,7 @@ def restore(
 ) -> None:
     """Undo a known blur in photographs of up to 250 megapixels.
 
-    Give the blur by one of --sigma, --psf, --motion and --defocus, and a larger --noise if the photograph shows more.
+    Give the blur by one of --sigma, --psf, --motion and --defocus; --sigma auto estimates a Gaussian one.
 
     The restored files keep depth, alpha, colour profile, EXIF and resolution. Nothing is restored if an IMAGE is
     missing, or if an output file exists or cannot be written. If one IMAGE cannot be restored, the others still are.
@@ -144,6 +149,7 @@ def restore(
             raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
         if report is not None and report.suffix != ".json":
             raise ValueError(f"--report is {report}; it takes a name that ends in .json")
+        level = noise if noise in (None, AUTO) else _numbers("--noise", noise, (1,), "a number, or auto")[0]
         choices = _blurs(sigma or [], psf, motion, defocus, kernel_size, checkpoint not in (None, "tikhonov"))
         trials = len(choices) > 1
         if trials and compare:
@@ -153,7 +159,7 @@ def restore(
         restorations = [
             Restoration(
                 choice,
-                noise=noise,
+                noise=level,
                 light=light,
                 padding_mode=padding_mode,
                 checkpoint=checkpoint,

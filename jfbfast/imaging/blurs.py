@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from jfbfast.operators.convolution import Blur
 
 AnyBlur = SeparableBlur | Blur  # A; both have the same methods
 
-SOLVE_TOL = 1e-3  # of conjugate gradients; they stay in float32
+SOLVE_TOL = 1e-4  # of conjugate gradients; a network solves for its fixed point through them
+AUTO = "auto"  # stands for a σ or a noise level that is to be estimated
 KINDS = ("sigma", "psf", "motion", "defocus")
 
 
@@ -23,7 +24,7 @@ class BlurChoice:
     """A blur by exactly one of its first four attributes.
 
     Attributes:
-        sigma: standard deviation of a Gaussian in pixels, or a (y, x) pair.
+        sigma: standard deviation of a Gaussian in pixels, or a (y, x) pair; "auto" if it is to be estimated.
         psf: a point spread function: a tensor (k_y, k_x), or a file that `point_spread.read` reads.
         motion: length in pixels and angle in degrees of a straight motion, counter-clockwise from the x axis.
         defocus: radius of a disc in pixels.
@@ -41,7 +42,7 @@ class BlurChoice:
         (11, 11)
     """
 
-    sigma: float | Sequence[float] | None = None
+    sigma: float | Sequence[float] | str | None = None
     psf: Tensor | str | Path | None = None
     motion: Sequence[float] | None = None
     defocus: float | None = None
@@ -54,15 +55,24 @@ class BlurChoice:
             raise ValueError(f"the blur is given by {told}; it takes one of {', '.join(KINDS)}")
         if self.kernel_size is not None and self.sigma is None:
             raise ValueError(f"kernel_size is {self.kernel_size}; it is for a Gaussian, given by sigma")
+        if isinstance(self.sigma, str) and self.sigma != AUTO:
+            raise ValueError(f"sigma is {self.sigma!r}; it takes one or two numbers of pixels, or 'auto'")
         if self.motion is not None and (not isinstance(self.motion, Sequence) or len(self.motion) != 2):
             raise ValueError(f"motion is {self.motion}; it takes a length in pixels and an angle in degrees")
+
+    def with_sigma(self, sigma: float) -> BlurChoice:
+        """The Gaussian with this σ and the same kernel size."""
+        return replace(self, sigma=sigma)
 
     def operator(self, padding_mode: str = "valid") -> AnyBlur:
         """A, with this padding mode.
 
         Raises:
-            ValueError: a value out of its range, or a file that holds no point spread function.
+            ValueError: a value out of its range, a σ that is to be estimated, or a file that holds no point spread
+                function.
         """
+        if isinstance(self.sigma, str):
+            raise ValueError("sigma is 'auto'; it takes numbers once it is estimated")
         if self.sigma is not None:
             return GaussianBlur(self.kernel_size, self.sigma, padding_mode)
         if self.motion is not None:
@@ -75,6 +85,8 @@ class BlurChoice:
         return Blur(psf, padding_mode, tol=SOLVE_TOL)
 
     def __str__(self) -> str:
+        if isinstance(self.sigma, str):
+            return "a Gaussian of unknown σ"
         if self.sigma is not None:
             sigmas = self.sigma if isinstance(self.sigma, Sequence) else (self.sigma,)
             return f"a Gaussian of σ = {', '.join(f'{each:g}' for each in sigmas)} pixels"

@@ -15,7 +15,7 @@ BLOCK = 128  # pixels
 CONTRADICTION = 1.4  # times the noise, the file's included; a photograph that shows more contradicts its noise level
 LEAST_NOISE = 1e-4  # stands for a given noise level of 0
 MOST_CLIPPED = 0.01  # share of a block's values
-TOLERANCE = 0.05  # by which share σ, or the size of another blur, may be wrong
+TOLERANCE = 0.2  # by which share σ, or the size of another blur, may be wrong
 FILE_ERROR = 0.005  # on [−1, 1]: about what JPEG of quality 90 adds; rounding to 8 bits adds 0.0023
 
 
@@ -108,14 +108,14 @@ class PowerSpectrum:
             level = seen
         return max(given, seen), level > start
 
-    def mismatch(self, tolerance: float = TOLERANCE) -> float:
+    def mismatch(self, error: float) -> float:
         """The part of d, as a noise level, that a slightly wrong blur would leave unexplained.
 
-        If the σ of a Gaussian is wrong by the share ε, the tolerance, then |â| = exp(−|ω|²σ²/2) is wrong by
+        If the σ of a Gaussian is wrong by the share ε, the error, then |â| = exp(−|ω|²σ²/2) is wrong by
         ε|ω|²σ²|â| = ε|log |â|²||â|. The same expression stands for an error in the size of other blurs.
         """
         gain = self.gain.clamp_min(1e-12)
-        power = (tolerance * gain.log()).square() * gain * self.scene
+        power = (error * gain.log()).square() * gain * self.scene
         return float(power[self.scene.isfinite()].sum() / power.numel()) ** 0.5
 
     def damping(self, noise: float) -> float:

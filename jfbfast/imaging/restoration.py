@@ -6,99 +6,31 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from jfbfast import checks
 from jfbfast.backends.reference import PADDING_MODES
-from jfbfast.imaging.blurs import BlurChoice
+from jfbfast.imaging.automatic import NOISE, known
+from jfbfast.imaging.blurs import AUTO, BlurChoice
 from jfbfast.imaging.camera import CLIPPED_SHARE, Camera, clipped
 from jfbfast.imaging.light import LIGHTS, linear_noise, to_encoded, to_linear
 from jfbfast.imaging.methods import Tikhonov, extend, extension_width
 from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, load_network
 from jfbfast.imaging.plausibility import LEAST_NOISE, TOLERANCE, PowerSpectrum
+from jfbfast.imaging.report import MeanSquare, Report, Restored
 from jfbfast.imaging.tiling import TileRestorer, restore_tiled, seamless_overlap, tiling_error
-from jfbfast.models.pretrained import matching_name
+from jfbfast.models.pretrained import UNIVERSAL, matching_name, pretrained_names
 from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning
 
-NOISE = 0.01  # on [−1, 1], if no level is given
-
-
-@dataclass
-class Report:
-    """How a photograph was restored.
-
-    Attributes:
-        method: what restored it.
-        blur: the blur that was undone, in words.
-        light, padding_mode: as given.
-        noise: the noise level that it was restored for: the given one, or the higher one that the photograph shows, and
-            what the tolerance adds to it.
-        contradicted: whether the photograph is sharper or noisier than the given blur and noise could leave it.
-        clipped: the share of its values that may be clipped.
-        evaluations: of the network's layer, the mean number in a tile; None for Tikhonov regularisation.
-        unconverged: the number of solves that did not converge.
-        residual: root mean square of d − F(x), with what the camera makes of the restored scene, on [−1, 1].
-        tiles: their number.
-        tiling_error: with ``check_tiles``, the largest difference from the restoration in one piece, on [−1, 1].
-        seconds: that it took.
-    """
-
-    method: str
-    blur: str
-    light: str
-    padding_mode: str
-    noise: float
-    contradicted: bool
-    clipped: float
-    evaluations: float | None = None
-    unconverged: int = 0
-    residual: float = math.nan
-    tiles: int = 1
-    tiling_error: float | None = None
-    seconds: float = 0.0
-
-    def values(self) -> dict[str, Any]:
-        """The attributes, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        parts = [self.method]
-        if self.tiling_error is not None:
-            parts.append(f"tiles differ by {self.tiling_error / 2:.1e} of white")
-        if self.unconverged:
-            parts.append(f"{self.unconverged} solves did not converge")
-        return "; ".join(parts)
-
-
-class Restored(NamedTuple):
-    """A restored photograph: ``image`` (C, H, W) on [−1, 1], unclipped, and the `Report` on it."""
-
-    image: Tensor
-    report: Report
-
-
-class _MeanSquare:
-    """The mean square of what is added."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.total, self.count = 0.0, 0
-
-    def add(self, values: Tensor) -> None:
-        self.total += float(values.double().square().sum())
-        self.count += values.numel()
-
-    def root(self) -> float:
-        return math.sqrt(self.total / self.count) if self.count else math.nan
+# The error of a blur's size that counts as noise, as a share of the tolerance: of one σ, which is compared with the
+# estimate, and of other blurs, which cannot be. Told 20% too much, these lost 1 to 4 dB with 0.25.
+CHECKED, UNCHECKED = 0.1, 1.0
 
 
 class _Plan(NamedTuple):
@@ -107,7 +39,7 @@ class _Plan(NamedTuple):
     measured: Tensor
     extension: int
     restore: TileRestorer
-    residual: _MeanSquare
+    residual: MeanSquare
     network: AnyBlurNetwork | GaussianNetwork | None
     report: Report
 
@@ -116,16 +48,19 @@ class Restoration:
     """Restores photographs with the same blur and noise level. Call it with each of them.
 
     Args:
-        blur: the blur; None for that of a network that was trained for one.
-        noise: standard deviation of the noise of the encoded values, on [−1, 1]; None for 0.01, or the network's.
+        blur: the blur; None for that of a network that was trained for one. With σ "auto" it is estimated.
+        noise: standard deviation of the noise of the encoded values, on [−1, 1], or "auto" to estimate it. None takes
+            that of a network trained for one; else it is estimated, or 0.01 for a side of less than 64 pixels.
         light: what the blur acted on: "linear" light, as optics do, or "encoded" values, as image editors do.
         padding_mode: what the blur saw beyond the photograph's edges: "valid" if that is unknown, "replicate",
             "reflect", "circular", or "zeros" (mid-grey, of encoded values).
         checkpoint: what restores: a shipped network's name, a network's file, or "tikhonov". None for a shipped network
-            that was trained for this blur and noise, or Tikhonov regularisation if there is none.
-        tolerance: by which share the blur's size may be wrong. What that would leave unexplained counts as noise.
+            that was trained for this kernel size, blur and noise, else the one for any blur; Tikhonov regularisation
+            if there is none.
+        tolerance: by which share the blur's size may be wrong. What that would typically leave unexplained counts as
+            noise, and a σ that the photograph is too sharp for is lowered.
         device: where to restore.
-        say: called with sentences on the choice of the method.
+        say: called with sentences on the choice of the method, and on an estimated σ.
         warn: called with a sentence for a photograph that contradicts the blur and the noise. Tikhonov regularisation
             restores it, at the noise that it shows, unless a network can be set for that noise.
 
@@ -138,7 +73,7 @@ class Restoration:
         >>> import torch
         >>> from jfbfast.imaging.blurs import BlurChoice
         >>> from jfbfast.imaging.restoration import Restoration
-        >>> restoration = Restoration(BlurChoice(defocus=1.5), noise=0.005)
+        >>> restoration = Restoration(BlurChoice(defocus=1.5), noise=0.005, checkpoint="tikhonov")
         >>> grey, bright = restoration(torch.zeros(1, 24, 30)), restoration(torch.full((1, 20, 20), 0.5))
         >>> torch.allclose(grey.image, torch.zeros(1, 24, 30), atol=1e-3), bright.report.blur
         (True, 'a defocus of radius 1.5')
@@ -148,7 +83,7 @@ class Restoration:
         self,
         blur: BlurChoice | None,
         *,
-        noise: float | None = None,
+        noise: float | str | None = None,
         light: str = "linear",
         padding_mode: str = "valid",
         checkpoint: str | Path | None = None,
@@ -163,14 +98,14 @@ class Restoration:
         if padding_mode == "zeros" and light == "linear":
             raise ValueError("light is 'linear'; padding_mode='zeros' takes 'encoded', whose zero is mid-grey")
         checks.non_negative("tolerance", tolerance)
-        if noise is not None:
+        if noise is not None and noise != AUTO:
             checks.non_negative("noise", noise)
         self.light, self.padding_mode, self.tolerance = light, padding_mode, tolerance
         self.device, self.say, self.warn = torch.device(device), say, warn
         if blur is not None:
-            blur.operator(self._mode())  # raises before a network is looked for
+            (blur.with_sigma(1.0) if blur.sigma == AUTO else blur).operator(self._mode())  # raises if it is impossible
         if checkpoint is None:
-            checkpoint = self._shipped(blur, NOISE if noise is None else noise)
+            checkpoint = self._shipped(blur, noise)
         self.network: AnyBlurNetwork | GaussianNetwork | None = None
         if checkpoint is not None and checkpoint != "tikhonov":
             self.network = load_network(str(checkpoint), blur, noise, padding_mode, self.device, say)
@@ -178,33 +113,33 @@ class Restoration:
             blur, noise = self.network.choice, self.network.setting.noise
         if blur is None:
             raise ValueError("the blur is not given; it takes one of sigma, psf, motion, defocus")
-        self.blur, self.noise = blur, NOISE if noise is None else noise
-        if self.network is None and not self.noise > 0:
+        self.blur, self.noise = blur, noise
+        if self.network is None and noise == 0:
             raise ValueError(
-                f"noise is {self.noise:g}; Tikhonov regularisation by the discrepancy principle takes a positive "
+                "noise is 0; Tikhonov regularisation by the discrepancy principle takes a positive "
                 "number: rounding to 8 bits alone is 0.0023"
             )
-        self.operator, self.smooth = blur.operator(self._mode()), blur.operator("valid")
 
     def _mode(self) -> str:
         return "zeros" if self.padding_mode == "zeros" else "valid"
 
-    def _shipped(self, blur: BlurChoice | None, noise: float) -> str | None:
+    def _shipped(self, blur: BlurChoice | None, noise: float | str | None) -> str | None:
         """The name of the shipped network for this blur and noise, or None for Tikhonov regularisation."""
-        name = None
-        edges = "zeros" if self.padding_mode == "zeros" else None
-        if blur is not None and blur.kernel_size is not None and isinstance(blur.sigma, (int, float)):
-            name = matching_name(blur.kernel_size, blur.sigma, noise, edges)
-        if name is not None:
-            self.say(f"Restoring by the shipped model {name}.")
-        elif blur is not None:
-            self.say(
-                f"No shipped model is for {blur} and noise {noise:g}{', zeros beyond the edge' if edges else ''}: "
-                "restoring by Tikhonov regularisation, λ by the discrepancy principle."
-            )
+        name, zeros = None, self.padding_mode == "zeros"
+        if blur is None:
+            return None
+        if blur.kernel_size is not None and isinstance(blur.sigma, (int, float)) and noise != AUTO:
+            level = NOISE if noise is None else float(noise)
+            name = matching_name(blur.kernel_size, blur.sigma, level, "zeros" if zeros else None)
+        if name is None and UNIVERSAL in pretrained_names():
+            name = UNIVERSAL
+        how = "Tikhonov regularisation, λ by the discrepancy principle"
+        self.say(f"Restoring {blur} by {how if name is None else f'the shipped model {name}'}.")
         return name
 
-    def _noise(self, name: str, d: Tensor, untrusted: Tensor) -> tuple[PowerSpectrum, float, bool]:
+    def _noise(
+        self, name: str, d: Tensor, blur: BlurChoice, given: float, untrusted: Tensor
+    ) -> tuple[PowerSpectrum, float, bool]:
         """The spectrum of d in the blur's light, the noise to restore for, and whether d contradicts the given one.
 
         ``untrusted`` says which values of d may be clipped.
@@ -215,12 +150,13 @@ class Restoration:
             step = max(1, min(d.shape[-2:]) // 512)  # every so many pixels say enough of a large photograph
             scale = linear_noise(d[:, ::step, ::step], 1.0)
             seen = torch.cat([to_linear(rows).div_(scale) for rows in d.split(512, dim=1)], dim=1)
-        spectrum = PowerSpectrum(self.smooth, seen, untrusted)
-        noise, contradicted = spectrum.plausible_noise(self.noise)
-        noise = math.hypot(noise, spectrum.mismatch(self.tolerance))
+        spectrum = PowerSpectrum(blur.operator("valid"), seen, untrusted)
+        noise, contradicted = spectrum.plausible_noise(given)
+        share = CHECKED if isinstance(blur.sigma, (int, float)) else UNCHECKED
+        noise = math.hypot(noise, spectrum.mismatch(share * self.tolerance))
         if contradicted:
             self.warn(
-                f"{name} is sharper or noisier than {self.blur} and noise of {self.noise:g} could leave it. It is "
+                f"{name} is sharper or noisier than {blur} and noise of {given:.3g} could leave it. It is "
                 f"restored for noise of {noise:.2g}, and can become softer than it was: check the blur and the noise "
                 "level."
             )
@@ -229,20 +165,22 @@ class Restoration:
     def _plan(self, name: str, d: Tensor) -> _Plan:
         untrusted = clipped(d)
         share = int(untrusted.count_nonzero()) / max(1, d.numel())
-        spectrum, noise, contradicted = self._noise(name, d, untrusted)
+        tolerance = 0.0 if isinstance(self.network, GaussianNetwork) else self.tolerance
+        blur, given, found = known(name, d, self.blur, self.noise, tolerance, self.say, self.warn)
+        spectrum, noise, contradicted = self._noise(name, d, blur, given, untrusted)
         network = None if contradicted and isinstance(self.network, GaussianNetwork) else self.network
-        operator, extension = self.operator, 0
-        if network is not None and network.extends:
+        operator, smooth, extension = blur.operator(self._mode()), blur.operator("valid"), 0
+        if isinstance(network, GaussianNetwork) and network.extends:
             operator, extension = network.blur, extension_width(network.blur)
         elif self.padding_mode not in ("valid", "zeros"):
             extension = extension_width(operator)
         mode = "replicate" if self.padding_mode == "valid" else self.padding_mode
 
-        encoded = PowerSpectrum(self.smooth, d, untrusted) if self.light == "linear" else spectrum
+        encoded = PowerSpectrum(smooth, d, untrusted) if self.light == "linear" else spectrum
         damping, linear_damping = (each.damping(max(noise, LEAST_NOISE)) for each in (encoded, spectrum))
-        rough, rough_linear = (Tikhonov(operator, self.smooth, value) for value in (damping, linear_damping))
-        solve = None if network is None else network.prepare(noise)
-        camera, residual = Camera(operator, self.light), _MeanSquare()
+        rough, rough_linear = (Tikhonov(operator, smooth, value) for value in (damping, linear_damping))
+        solve = None if network is None else network.prepare(noise, operator, self.warn)
+        camera, residual = Camera(operator, self.light), MeanSquare()
 
         def first(part: Tensor) -> Tensor:
             return to_encoded(rough_linear(to_linear(part))) if self.light == "linear" else rough(part)
@@ -258,12 +196,13 @@ class Restoration:
 
         report = Report(
             method=f"Tikhonov, λ = {damping:.2g}" if network is None else network.name,
-            blur=str(self.blur),
+            blur=str(blur),
             light=self.light,
             padding_mode=self.padding_mode,
             noise=noise,
             contradicted=contradicted,
             clipped=share,
+            estimated=found,
         )
         measured = extend(d, extension, mode) if extension else d
         return _Plan(measured, extension, restore, residual, network, report)
@@ -326,12 +265,12 @@ class Restoration:
 def restore(
     photo: Tensor,
     *,
-    sigma: float | Sequence[float] | None = None,
+    sigma: float | Sequence[float] | str | None = None,
     psf: Tensor | str | Path | None = None,
     motion: Sequence[float] | None = None,
     defocus: float | None = None,
     kernel_size: int | None = None,
-    noise: float | None = None,
+    noise: float | str | None = None,
     light: str = "linear",
     padding_mode: str = "valid",
     checkpoint: str | Path | None = None,
@@ -344,7 +283,7 @@ def restore(
 
     Args:
         photo: (C, H, W) on [−1, 1], as its file encodes the values, with any number of channels.
-        sigma, psf, motion, defocus: one of them, the blur, as in `BlurChoice`.
+        sigma, psf, motion, defocus: one of them, the blur, as in `BlurChoice`; sigma="auto" estimates a Gaussian's σ.
         kernel_size: of a Gaussian, odd; None for 2⌈3σ⌉ + 1.
         noise, light, padding_mode, checkpoint, tolerance, device: as in `Restoration`, which restores many photographs.
         tile: side in pixels of the tiles, which are restored one by one.
@@ -357,7 +296,8 @@ def restore(
         ValueError: a value out of its range.
 
     Warns:
-        UserWarning: the photograph is sharper or noisier than the blur and the noise could leave it.
+        UserWarning: the photograph is sharper or noisier than the blur and the noise could leave it, or it hardly
+            shows the blur that is to be estimated.
 
     Example:
         >>> import torch, jfbfast

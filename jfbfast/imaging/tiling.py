@@ -12,6 +12,7 @@ TileRestorer = Callable[[Tensor], Tensor]  # (1, C, h, w) on [−1, 1] to the sa
 
 ALIGNMENT = 16  # pixels; divisible by the coarsest step of a U-Net of four scales
 LEAST_TILE = 2 * ALIGNMENT  # pixels; any overlap then leaves room to align the tiles
+_TRIAL_SIDE = 320  # pixels
 HALF_A_GREY_LEVEL = 1 / 255  # half of a step of 8-bit samples, on [−1, 1]
 
 
@@ -122,9 +123,9 @@ def border_reach(restore: TileRestorer, d: Tensor, tile: int = 512, tolerance: f
 def seamless_overlap(restore: TileRestorer, d: Tensor, tile: int = 512) -> int:
     """Return the overlap at which the tiles of d leave no visible seam: 8/3 of the `border_reach`.
 
-    At least 32 pixels, at most what ``tile`` allows.
+    It is measured in the middle, on at most 320 pixels a side. At least 32 pixels, at most what ``tile`` allows.
     """
-    wanted = 8 * -(-border_reach(restore, d, tile) // 3)
+    wanted = 8 * -(-border_reach(restore, d, min(tile, _TRIAL_SIDE)) // 3)
     return min(max(32, wanted), (tile - 1) // 2)
 
 

@@ -14,6 +14,7 @@ from jfbfast.models.config import DEGRAD_FORMS, SETTING, ModelConfig
 from jfbfast.operators.blur import GaussianBlur
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
+UNIVERSAL = "universal"  # the shipped network for any blur
 
 
 def pretrained_names() -> list[str]:
@@ -100,6 +101,7 @@ def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: st
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
+<<<<<<< HEAD
         own = (config.kernel_size, config.sigma, config.noise) == (kernel_size, sigma, noise)
         suits = own and padding_mode in (None, config.padding_mode)
         if config.form == "universal":
@@ -107,4 +109,10 @@ def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: st
             suits = low <= noise <= high
         if config.form in DEGRAD_FORMS and suits:
             found.append((config.form == "universal", config.form != "filtered", name))
+=======
+        ranges = config.ranges or MeasurementRanges((config.sigma,) * 2, (config.noise,) * 2)
+        suits = config.kernel_size == kernel_size and (sigma, noise) in ranges
+        if name != UNIVERSAL and config.form in DEGRAD_FORMS and suits and padding_mode in (None, config.padding_mode):
+            found.append((config.ranges is not None, config.form != "filtered", name))
+>>>>>>> auto
     return min(found)[-1] if found else None

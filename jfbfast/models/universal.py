@@ -167,6 +167,7 @@ class UniversalDEGrad(DEGrad):
         torch.Size([2, 3, 16, 16])
     """
 
+    takes_any_blur = True  # `set_measurement` sets it
     regularizer: UniversalRED
 
     def __init__(
