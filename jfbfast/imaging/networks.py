@@ -142,17 +142,8 @@ class GaussianNetwork:
         """Of the network's layer, the number for each solve since `prepare`."""
         return self._restore.evaluations
 
-<<<<<<< HEAD
-    def prepare(self, noise: float) -> Solve:
-        """Return the network's restoration of tiles; it is the same for every noise level."""
-=======
     def prepare(self, noise: float, blur: AnyBlur, warn: Callable[[str], object]) -> Solve:
-        """Set the network for this noise level, if it takes one, and return its restoration of tiles."""
-        ranges = self.config.ranges
-        if ranges is not None:
-            within = min(max(noise, ranges.noise[0]), ranges.noise[1])
-            self.model.adapt_to(self.setting.sigma, within, self.config, self.name)
->>>>>>> auto
+        """Return the network's restoration of tiles; it is the same for every noise level."""
         self._restore.evaluations.clear()
 
         def solve(d: Tensor, start: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ def pretrained_names() -> list[str]:
     Example:
         >>> import jfbfast
         >>> jfbfast.pretrained_names()
-        ['gaussian5-sigma1', 'gaussian5-sigma5']
+        ['gaussian5-sigma1', 'gaussian5-sigma5', 'universal']
     """
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
@@ -93,26 +93,15 @@ def set_gaussian(name: str, model: Any, config: ModelConfig, sigma: float | None
 
 
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str | None) -> str | None:
-    """The name of the shipped DE-GRAD that was trained for this blur and noise, or None.
+    """The name of the shipped DE-GRAD that was trained for this blur and noise alone, or None.
 
-    A model for exactly this setting is preferred to a universal one, and a filtered model to one of another form.
-    With ``padding_mode=None``, any padding mode matches.
+    A filtered model is preferred to one of another form. With ``padding_mode=None``, any padding mode matches.
     """
     found = []
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
-<<<<<<< HEAD
         own = (config.kernel_size, config.sigma, config.noise) == (kernel_size, sigma, noise)
-        suits = own and padding_mode in (None, config.padding_mode)
-        if config.form == "universal":
-            low, high = config.noise_range or (noise, noise)
-            suits = low <= noise <= high
-        if config.form in DEGRAD_FORMS and suits:
-            found.append((config.form == "universal", config.form != "filtered", name))
-=======
-        ranges = config.ranges or MeasurementRanges((config.sigma,) * 2, (config.noise,) * 2)
-        suits = config.kernel_size == kernel_size and (sigma, noise) in ranges
-        if name != UNIVERSAL and config.form in DEGRAD_FORMS and suits and padding_mode in (None, config.padding_mode):
-            found.append((config.ranges is not None, config.form != "filtered", name))
->>>>>>> auto
+        one_setting = config.form in DEGRAD_FORMS and config.form != "universal"
+        if one_setting and own and padding_mode in (None, config.padding_mode):
+            found.append((config.form != "filtered", name))
     return min(found)[-1] if found else None

@@ -167,7 +167,6 @@ class UniversalDEGrad(DEGrad):
         torch.Size([2, 3, 16, 16])
     """
 
-    takes_any_blur = True  # `set_measurement` sets it
     regularizer: UniversalRED
 
     def __init__(

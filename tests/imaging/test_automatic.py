@@ -22,7 +22,7 @@ from jfbfast.models.config import ModelConfig
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """A small random network for any blur, in a directory of its own, as universal.safetensors."""
-    denoiser = {"kind": "UNet", "channels": 3, "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 7}
+    denoiser = {"kind": "UNet", "channels": 3, "features": [4, 8], "blocks": [1, 1], "conditions": 3, "injection": 13}
     config = ModelConfig(form="universal", denoiser=denoiser, kernel_size=7, padding_mode="valid", noise_range=[0, 0.1])
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "universal.safetensors"
