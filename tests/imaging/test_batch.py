@@ -232,7 +232,7 @@ def test_a_blur_is_given_in_one_way(tmp_path, photograph):
     for given, message in (
         ((), "the blur is given by nothing; it takes one of sigma, psf, motion, defocus"),
         (("--sigma", "1", "--psf", "psf.png"), "the blur is given by sigma and psf"),
-        (("--sigma", "1,2,3"), "--sigma is 1,2,3; it takes a number of pixels, or two, down and across"),
+        (("--sigma", "1,2,3"), "--sigma is 1,2,3; it takes a number of pixels, two of them, down and across, or auto"),
         (("--sigma", "much"), "--sigma is much"),
         (("--motion", "9"), "--motion is 9; it takes a length in pixels and an angle in degrees"),
         (("--psf", "none.png"), "none.png"),
