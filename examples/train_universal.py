@@ -32,6 +32,7 @@ from jfbfast.models.universal import describe
 from jfbfast.operators.inverse import power_spectrum
 
 SIDE = 80  # pixels of x
+PENALTY_INTERVAL = 6  # steps
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -250,6 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=1, help="of the layer in a solve, before the last one")
     parser.add_argument("--later", type=int, help="the same in the second half of the steps (default: as many)")
     parser.add_argument("--decay", type=float, default=0.75, help="share of the steps in which the rate falls to 0")
+    parser.add_argument("--penalty", type=float, default=2e-3, help="weight of the Jacobian penalty; 0 for none")
     parser.add_argument("--gradient", default="jfb", help="as in jfbfast train, for example unrolled:steps=4")
     parser.add_argument("--features", type=int, nargs="+", default=[96, 128, 192])
     parser.add_argument("--batch", type=int, default=16)
@@ -296,6 +298,9 @@ def main(given: argparse.Namespace) -> None:
         model.regularizer.condition = describe(blur.power, noise.double())
         error = ((model(d) - x).square() * blur.scored).sum((1, 2, 3)) / (3 * blur.scored.sum((1, 2, 3)))
         loss = (error * (5e-4 / (error.detach() + 1e-5))).mean()  # its gradient is that of the error in dB
+        if given.penalty and step % PENALTY_INTERVAL == 0:  # so that the layer contracts
+            penalty = jfbfast.jacobian_penalty(model, d, x=model.solution.value, bound=0.5, iterations=2)
+            loss = loss + given.penalty * PENALTY_INTERVAL * penalty
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.02)
