@@ -127,7 +127,8 @@ def test_every_tile(mode, allocated, monkeypatch):
         for radius, tiles in list(table.items()):
             for tile in tiles:
                 monkeypatch.setitem(table, radius, (tile,))
-                check((1, 67, 140), radius, radius, mode, torch.float32, allocated)
+                margin = radius if mode == "valid" else 0  # wide tiles take widths that are multiples of 4
+                check((1, 67, 140 - 2 * margin), radius, radius, mode, torch.float32, allocated)
 
 
 @pytest.mark.parametrize("radius", [1, 8])
