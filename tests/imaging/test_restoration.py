@@ -251,14 +251,15 @@ def test_a_tolerance_counts_as_noise():
         jfbfast.restore(d, sigma=1.5, tolerance=-1)
 
 
-def test_clipped_pixels_are_not_trusted(monkeypatch):
+@pytest.mark.parametrize(("checkpoint", "least"), [("tikhonov", 1.0), (None, 0.2)])
+def test_clipped_pixels_are_not_trusted(monkeypatch, checkpoint, least):
     bright = (3 * (scene(side=160) + 1) - 1).clamp(max=4)  # overexposed: light of up to 2.5 times white
     d, _ = camera(bright, 1.0, 0.0, cut=16)
     truth = bright[:, 16:-16, 16:-16].clamp(-1, 1)
-    untrusted = restored(d, sigma=1.0, noise=0.004)
+    untrusted = restored(d, checkpoint, sigma=1.0, noise=0.004)
     monkeypatch.setattr("jfbfast.imaging.restoration.CLIPPED_SHARE", 2.0)
-    trusted = restored(d, sigma=1.0, noise=0.004)
-    assert improvement(untrusted, d, truth) > max(0.2, improvement(trusted, d, truth) + 0.1)
+    trusted = restored(d, checkpoint, sigma=1.0, noise=0.004)
+    assert improvement(untrusted, d, truth) > max(least, improvement(trusted, d, truth) + 0.1)
 
 
 def test_blocks_with_clipped_values_do_not_count():
