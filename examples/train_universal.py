@@ -26,12 +26,13 @@ from jfbfast.experiments.muon import Muon
 from jfbfast.experiments.training_settings import parse_kind
 from jfbfast.imaging.datasets import Photographs
 from jfbfast.imaging.light import to_linear
-from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
+from jfbfast.models.checkpoint import save_checkpoint
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.universal import describe
 from jfbfast.operators.inverse import power_spectrum
 
 SIDE = 80  # pixels of x
+LARGEST_NOISE = 0.2
 PENALTY_INTERVAL = 6  # steps
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 
@@ -160,12 +161,37 @@ def speckle(g: np.random.Generator) -> Tensor:
 class Measurements:
     """Random crops of photographs, random blurs and random noise levels."""
 
-    def __init__(self, photographs: Photographs, seed: int) -> None:
+    def __init__(self, photographs: Photographs, seed: int, gaussians_only: bool = False) -> None:
         self.photographs, self.random = photographs, np.random.default_rng(seed)
+        self.gaussians_only = gaussians_only
         areas = np.array([height * width for height, width in photographs.sizes], float)
         self.share = areas / areas.sum()
         self.sigmas = np.geomspace(0.3, 5, 240)
         self.axes = [Axis(sigma) for sigma in self.sigmas]
+
+    def image(self) -> Tensor:
+        """An image on [−1, 1]: a crop in nine of ten; one in twenty is flat areas, and one in twenty is a grey crop."""
+        kind = self.random.random()
+        if kind < 0.05:
+            return self.flat_areas()
+        x = self.crop()
+        return x.mean(0, keepdim=True).expand_as(x) if kind < 0.1 else x
+
+    def flat_areas(self) -> Tensor:
+        """Up to three straight edges between colours, of which about half are black or white in each channel."""
+        g = self.random
+        y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+        image = torch.zeros(3, SIDE, SIDE)
+        for part in range(int(g.integers(1, 5))):
+            colour = torch.from_numpy((3 * g.random(3) - 1.5).clip(-1, 1)).float()
+            if g.random() < 0.3:
+                colour = colour[:1].expand(3)
+            angle, offset = g.uniform(0, 2 * math.pi), g.uniform(0, SIDE)
+            beyond = (math.cos(angle) * (x - SIDE / 2) + math.sin(angle) * (y - SIDE / 2) > offset - SIDE / 2) | (
+                part == 0
+            )
+            image[:, beyond] = colour[:, None]
+        return image
 
     def crop(self) -> Tensor:
         """A crop on [−1, 1]: half are shrunk by up to two, half are mirrored or turned, and 15% are linear light."""
@@ -213,7 +239,7 @@ class Measurements:
 
     def operator(self, count: int, step: int) -> Gaussians | Circular:
         """Gaussians with unknown surroundings in three steps of five, and any point spread functions in the others."""
-        if step % 5 >= 3:
+        if step % 5 >= 3 and not self.gaussians_only:
             return Circular([self.psf() for _ in range(count)])
         pairs = []
         for _ in range(count):
@@ -221,15 +247,24 @@ class Measurements:
             pairs.append((axis, axis if self.random.random() < 0.7 else self.axis()))
         return Gaussians(pairs)
 
+    def noise(self, count: int) -> np.ndarray:
+        """Random noise levels: most below 0.1 and rather low, one in twelve to 0.2, one in twelve to 0.002."""
+        g = self.random
+        kind, share = g.random(count), g.random(count)
+        return np.select([kind < 1 / 12, kind < 1 / 6], [0.002 * share, 0.1 + 0.1 * share], 0.1 * share**2)
+
     def measure(self, x: Tensor, blur: Gaussians | Circular) -> tuple[Tensor, Tensor]:
         """The measurements d of x, and the noise levels (B,); one in twelve is compressed as JPEG."""
-        noise = torch.from_numpy(self.random.random(len(x)) ** 2 * 0.1).float()
-        d = (blur(x) + noise.view(-1, 1, 1, 1) * torch.randn_like(x)) * blur.measured
+        noise = torch.from_numpy(self.noise(len(x))).float()
+        white = torch.randn_like(x)
+        grey = (x == x[:, :1]).flatten(1).all(1)
+        white[grey] = white[grey, :1]  # a grey photograph has the same noise in its three channels
+        d = (blur(x) + noise.view(-1, 1, 1, 1) * white) * blur.measured
         for i in np.flatnonzero(self.random.random(len(x)) < 0.08):
             rows, columns = (torch.nonzero(blur.measured[i, 0].amax(dim))[:, 0] for dim in (1, 0))
             part = d[i, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # a view into d
             compressed = self.compressed(part)
-            noise[i] = (noise[i] ** 2 + F.mse_loss(compressed, part)).sqrt().clamp_max(0.1)
+            noise[i] = (noise[i] ** 2 + F.mse_loss(compressed, part)).sqrt().clamp_max(LARGEST_NOISE)
             part.copy_(compressed)
         return d, noise
 
@@ -248,6 +283,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=15, help="photographs, the last by name, to leave out")
     parser.add_argument("--init", help="a shipped network or a file to start from (default: random weights)")
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of processor time, after which training ends")
+    parser.add_argument("--gaussians-only", action="store_true", help="train on no other kind of blur")
     parser.add_argument("--evaluations", type=int, default=1, help="of the layer in a solve, before the last one")
     parser.add_argument("--later", type=int, help="the same in the second half of the steps (default: as many)")
     parser.add_argument("--decay", type=float, default=0.75, help="share of the steps in which the rate falls to 0")
@@ -267,7 +304,7 @@ def main(given: argparse.Namespace) -> None:
     photographs = Photographs(
         files[: len(files) - given.held_out], least=2 * SIDE, purpose="a crop that is shrunk by two"
     )
-    measurements = Measurements(photographs, given.seed + 1)
+    measurements = Measurements(photographs, given.seed + 1, given.gaussians_only)
 
     denoiser = {"kind": "UNet", "channels": 3, "features": given.features, "blocks": [2] * len(given.features)}
     denoiser |= {"conditions": 3, "injection": 13}
@@ -275,23 +312,22 @@ def main(given: argparse.Namespace) -> None:
         form="universal",
         denoiser=denoiser,
         padding_mode="valid",
-        noise_range=[0.0, 0.1],
+        noise_range=[0.0, LARGEST_NOISE],
         gradient=parse_kind("gradient", given.gradient),
     )
-    model = load_checkpoint(given.init)[0].train() if given.init else config.model()
+    model = jfbfast.UniversalDEGrad.from_pretrained(given.init).train() if given.init else config.model()
     average = copy.deepcopy(model)  # exponential moving average of the weights
     optimizer = Muon(model, learning_rate=given.rate)
     rates = [group["lr"] for group in optimizer.param_groups]
 
-    started = time.perf_counter()
-    for step in range(given.steps):
-        left = given.steps - step
+    started, step, done = time.process_time(), 0, 0.0
+    while done < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1, (step + 1) / 100, left / (given.decay * given.steps))
-        count = given.evaluations if step < given.steps / 2 else given.later or given.evaluations
+            group["lr"] = rate * min(1, (step + 1) / 100, (1 - done) / given.decay)
+        count = given.evaluations if done < 0.5 else given.later or given.evaluations
         model.solver = jfbfast.Picard(tol=1e-3, max_iter=count)
 
-        x = torch.stack([measurements.crop() for _ in range(given.batch)])
+        x = torch.stack([measurements.image() for _ in range(given.batch)])
         blur = measurements.operator(given.batch, step)
         d, noise = measurements.measure(x, blur)
         model.blur = blur
@@ -308,10 +344,13 @@ def main(given: argparse.Namespace) -> None:
         with torch.no_grad():
             for mean, value in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(value, 1 - min(0.998, (1 + step) / (10 + step)))
-        if step % 20 == 0 or left == 1:
+        step += 1
+        seconds = time.process_time() - started
+        done = max(step / given.steps, seconds / (60 * given.minutes))
+        if step % 20 == 0 or done >= 1:
             decibels = float((10 * torch.log10(4 / error.detach())).mean())
-            print(f"step {step}, {time.perf_counter() - started:.0f} s: {decibels:.2f} dB", flush=True)
-        if left == 1 or left % 500 == 1:
+            print(f"step {step}, {seconds:.0f} s: {decibels:.2f} dB", flush=True)
+        if step % 500 == 0 or done >= 1:
             average.set_measurement(config.blur(), config.noise)
             save_checkpoint(given.out, average, config, half=True)
 
