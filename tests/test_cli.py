@@ -260,6 +260,7 @@ def test_a_small_demo_runs(tmp_path, monkeypatch):
         "gradient descent",
         "Tikhonov",
         "DE-GRAD with JFB",
+        "universal",
         "jfbfast-demo.png",
     ):
         assert expected in result.output

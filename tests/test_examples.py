@@ -54,7 +54,7 @@ def test_the_universal_networks_script_writes_a_network(tmp_path, one_thread):
         "--held-out",
         "1",
     ]
-    command += ["--steps", "4", "--batch", "2", "--features", "4", "8"]
+    command += ["--steps", "4", "--minutes", "5", "--batch", "2", "--features", "4", "8", "--gaussians-only"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     model = UniversalDEGrad.from_pretrained(tmp_path / "own.safetensors", sigma=1.5, noise=0.02)
