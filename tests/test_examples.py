@@ -1,5 +1,6 @@
 """The examples run, say what they should and warn of nothing."""
 
+import csv
 import importlib.util
 import io
 import struct
@@ -15,7 +16,7 @@ from PIL import Image
 
 from jfbfast import UniversalDEGrad
 from jfbfast.imaging.estimation import estimator
-from jfbfast.imaging.photographs import Photograph, write_photograph
+from jfbfast.imaging.photographs import Photograph, read_photograph, write_photograph
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -159,3 +160,28 @@ def test_gathering_says_in_a_sentence_what_it_lacks(tmp_path, monkeypatch):
         SystemExit, match=r"gcompris-qt-data 3\.1-2 could not be downloaded .*\nE: Version '3\.1-2' was"
     ):
         gather_photographs.main([str(tmp_path / "new")])
+
+
+def test_the_table_of_the_fixed_point_is_made_from_a_directory(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("fixed_point", EXAMPLES.parent / "docs" / "fixed_point.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fixed_point", script)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "SIDE", 32)
+    monkeypatch.setattr(script, "COUNTS", (1, 2))
+    monkeypatch.setattr(script, "SETTINGS", (script.SETTINGS[1], script.SETTINGS[5], script.SETTINGS[9]))
+    monkeypatch.setattr(script, "CURVES", (script.SETTINGS[0].name, script.SETTINGS[1].name))
+    for i in range(2):
+        blocks = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)).repeat_interleave(4, 1)
+        pixels = blocks.repeat_interleave(4, 2)
+        write_photograph(tmp_path / f"{i}.png", Photograph(pixels, None, np.dtype("uint8")))
+    words = ["fixed_point.py", str(tmp_path), "--network", "fixed point=universal", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    script.main(script.arguments())
+    printed = capsys.readouterr().out
+    assert "| blur, noise | fixed point | Tikhonov | universal |" in printed
+    assert printed.count("(+0.00 ± 0.00)") == 3  # universal against itself
+    with (tmp_path / "fixed_point.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 3 * 2 and all(float(row["psnr"]) > 10 for row in rows)
+    assert read_photograph(tmp_path / "fixed_point.jpg").pixels.shape[0] == 3
