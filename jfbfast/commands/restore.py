@@ -126,7 +126,7 @@ def restore(
         typer.Option(metavar="FILE.json", help="Write how each photograph was restored; it replaces an older report."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to restore: cpu or cuda.")] = "cpu",
-    tile: Annotated[int, typer.Option(help="Side of the tiles in pixels, which are restored one by one.")] = 512,
+    tile: Annotated[int, typer.Option(help="Side of the tiles in pixels, which are restored one by one.")] = 768,
     overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share. (default: enough for no seam)")] = None,
     check_tiles: Annotated[bool, typer.Option(help="Also restore in one piece, and print the difference.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,

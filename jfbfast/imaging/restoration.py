@@ -23,7 +23,7 @@ from jfbfast.imaging.methods import Tikhonov, extend, extension_width
 from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, load_network
 from jfbfast.imaging.plausibility import LEAST_NOISE, TOLERANCE, PowerSpectrum
 from jfbfast.imaging.report import MeanSquare, Report, Restored
-from jfbfast.imaging.tiling import TileRestorer, restore_tiled, seamless_overlap, tiling_error
+from jfbfast.imaging.tiling import TILE, TileRestorer, restore_tiled, seamless_overlap, tiling_error
 from jfbfast.models.pretrained import UNIVERSAL, matching_name, pretrained_names
 from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning
@@ -212,7 +212,7 @@ class Restoration:
         photo: Tensor,
         name: str = "the photograph",
         *,
-        tile: int = 512,
+        tile: int = TILE,
         overlap: int | None = None,
         check_tiles: bool = False,
         progress: Callable[[int, int], None] | None = None,
@@ -276,7 +276,7 @@ def restore(
     checkpoint: str | Path | None = None,
     tolerance: float = TOLERANCE,
     device: str | torch.device = "cpu",
-    tile: int = 512,
+    tile: int = TILE,
     overlap: int | None = None,
 ) -> Restored:
     """Undo a known blur in a photograph of any size. `jfbfast restore` does this with files.

@@ -39,7 +39,7 @@ class Blur(nn.Module):
             ``SeparableBlur(u.flip(0), v.flip(0))``. `jfbfast.point_spread` makes some kinds.
         padding_mode: "zeros", "reflect", "replicate", "circular" or "valid", as in `SeparableBlur`.
         tol: of ``solve`` by conjugate gradients: an image is done where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖. None for 1e-6,
-            or 1e-12 in float64. They run in float64 unless tol is 1e-3 or more.
+            or 1e-12 in float64. They run in float64 unless tol is 1e-3 or more, 1e-5 or more with "valid".
         max_iter: the largest number of their iterations.
 
     Raises:

@@ -216,11 +216,11 @@ def test_a_bad_image_affects_no_other_image(mode):
 def test_conjugate_gradients_stop_at_their_tolerance_or_warn(mode):
     psf = point_spread.defocus(4.0)
     b = torch.randn(2, 64, 51)
-    for tol in (1e-2, 1e-4):
+    for tol in (1e-2, 1e-4, 1e-5):
         x = Blur(psf, mode, tol=tol).solve(b, 1e-3).double()
         residual = Blur(psf, mode).normal(x) + 1e-3 * x - b
         relative = residual.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
-        assert (relative <= 1.01 * tol).all() and (relative > 1e-3 * tol).all()
+        assert (relative <= 1.05 * tol).all() and (relative > 1e-3 * tol).all()
     with pytest.warns(jfbfast.ConvergenceWarning, match="2 of 2 images did not reach .* 1e-06 in 2 iterations"):
         Blur(psf, mode, max_iter=2).solve(b, 1e-3)
 
