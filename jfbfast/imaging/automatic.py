@@ -35,8 +35,8 @@ def cautious(found: Estimate) -> float:
     """The σ to restore for where only an estimate is known: about its 33% quantile.
 
     A σ that is too large costs more than one that is too small. On 16 photographs with two settings each, σ told 10%
-    and 20% too large cost the network 1.9 and 5.2 dB, too small 1.3 and 2.6 dB. With slopes of 2 to 1,
-    the quantile 1 / (1 + 2) has the least expected loss.
+    and 20% too large cost the network 1.9 and 5.2 dB, too small 1.3 and 2.6 dB. With slopes of 2 to 1, the quantile
+    1 / (1 + 2) has the least expected loss.
 
     Example:
         >>> from jfbfast import Estimate
