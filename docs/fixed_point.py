@@ -194,7 +194,7 @@ def tables(rows: list[Row], names: list[str]) -> None:
     by: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         by[row.setting, row.method].append(row)
-    print("| blur, noise | " + " | ".join(names) + " |\n| " + "--- | " * (len(names) + 1))
+    print("| blur, noise | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
     for setting in SETTINGS:
         first = np.array([row.psnr for row in by[setting.name, names[0]]])
         cells = [f"{first.mean():.2f}"]
@@ -246,16 +246,16 @@ def picture(rows: list[Row], curves: dict[tuple[str, str], list[float]], names: 
     axis.axhline(0, color="black", linewidth=0.6)
     lowest, highest = axis.get_ylim()
     axis.set_ylim(max(lowest, -4), highest)
-    axis.text(unseen + 0.06, highest, "not in the small networks' training", va="top", fontsize=8)
+    axis.text(unseen + 0.06, 0.99 * highest, "not in the training of the first three", va="top", fontsize=8)
     axis.set_ylabel("gain over Tikhonov, dB")
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="upper left")
     settings = list(dict.fromkeys(setting for setting, _ in curves))
     for axis, setting in zip(bottom.subplots(1, len(settings)), settings, strict=True):
         for (at_setting, name), values in curves.items():
             if at_setting == setting:
                 axis.plot(COUNTS, values, marker=".", label=name)
-        best = max(max(values) for (at_setting, _), values in curves.items() if at_setting == setting)
-        axis.set_ylim(best - 6, best + 0.5)
+        drawn = [value for (at_setting, _), values in curves.items() if at_setting == setting for value in values]
+        axis.set_ylim(max(min(drawn) - 0.3, max(drawn) - 6), max(drawn) + 0.3)
         axis.set_xscale("log", base=2)
         axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
         axis.set_title(setting, fontsize=9)

@@ -78,7 +78,7 @@ def test_a_piece_of_a_larger_scene_gains_up_to_its_border(sigma, middle, edge):
 def test_a_network_leaves_a_flat_photograph_flat(name, colour):
     d = torch.tensor(colour, dtype=torch.float32)[:, None, None].expand(3, 40, 50).contiguous()
     given = {"sigma": 1.0, "noise": 0.01} if name == "universal" else {}
-    most = 0.1 if name == "universal" else 2 / 127.5  # it has not seen images without any noise
+    most = (12 if name == "universal" else 2) / 127.5  # at the corners, with unknown surroundings
     assert (restored(d, name, **given) - d).abs().max() < most
 
 
