@@ -13,7 +13,6 @@ from jfbfast.imaging.estimation import PATCH, Estimate, estimate
 
 NOISE = 0.01  # on [−1, 1], of photographs that are too small to show theirs
 UNSURE = 1.6  # an estimate is in doubt if the upper end of σ's range is so many times the lower end
-CAUTION = 1 / 3  # of the way from an estimated σ to the lower end of its range, in logarithms
 _WIDTH = 2.56  # standard deviations of a normal distribution between its 10% and 90% quantiles
 
 
@@ -29,22 +28,6 @@ def _spread(found: Estimate) -> float:
     """The standard deviation of log σ."""
     low, high = found.sigma_range
     return max(math.log(high / low) / _WIDTH, 1e-3)
-
-
-def cautious(found: Estimate) -> float:
-    """The σ to restore for where only an estimate is known: about its 33% quantile.
-
-    A σ that is too large costs more than one that is too small. On 16 photographs with two settings each, σ told 10%
-    and 20% too large cost the network 1.9 and 5.2 dB, too small 1.3 and 2.6 dB. With slopes of 2 to 1, the quantile
-    1 / (1 + 2) has the least expected loss.
-
-    Example:
-        >>> from jfbfast import Estimate
-        >>> from jfbfast.imaging.automatic import cautious
-        >>> round(cautious(Estimate(1.0, 0.01, (0.6, 1.5), (0.009, 0.011))), 2)
-        0.84
-    """
-    return found.sigma * (found.sigma_range[0] / found.sigma) ** CAUTION
 
 
 def combined(sigma: float, tolerance: float, found: Estimate) -> float:
@@ -103,13 +86,12 @@ def known(
     low, high = found.sigma_range
     seen = f"σ = {found.sigma:.2f} pixels ({low:.2f} to {high:.2f})"
     if given == AUTO:
-        sigma = round(cautious(found), 3)
-        told = f"{name} shows a blur of {seen} and noise of {found.noise:.2g}; it is restored for σ = {sigma:.2f}"
+        told = f"{name} shows a blur of {seen} and noise of {found.noise:.2g}"
         if high > UNSURE * low:
             warn(f"{told}. It does not show its blur well: compare the results for several σ.")
         else:
             say(f"{told}.")
-        return Known(blur.with_sigma(sigma), level, found)
+        return Known(blur.with_sigma(round(found.sigma, 3)), level, found)
     if checked:
         assert isinstance(given, (int, float))
         sigma = round(combined(given, tolerance, found), 3)

