@@ -220,7 +220,8 @@ def test_conjugate_gradients_stop_at_their_tolerance_or_warn(mode):
         x = Blur(psf, mode, tol=tol).solve(b, 1e-3).double()
         residual = Blur(psf, mode).normal(x) + 1e-3 * x - b
         relative = residual.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
-        assert (relative <= 1.05 * tol).all() and (relative > 1e-3 * tol).all()
+        most = 1.05 if tol == 1e-5 else 1.01  # float32 rounds in "valid"
+        assert (relative <= most * tol).all() and (relative > 1e-3 * tol).all()
     with pytest.warns(jfbfast.ConvergenceWarning, match="2 of 2 images did not reach .* 1e-06 in 2 iterations"):
         Blur(psf, mode, max_iter=2).solve(b, 1e-3)
 
