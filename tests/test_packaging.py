@@ -191,10 +191,13 @@ model = jfbfast.DEGrad(blur, red, preconditioner="exact")
 model(blur(torch.rand(1, 3, 16, 16))).sum().backward()
 assert model.solution.status.tolist() == [jfbfast.Status.CONVERGED]
 jfbfast.show_config()
+jfbfast.DEGrad.from_pretrained("gaussian5-sigma1")(torch.rand(1, 3, 16, 16))
+model.save_pretrained("saved")
+jfbfast.DEGrad.from_pretrained("saved")
 try:
-    jfbfast.DEGrad.from_pretrained("gaussian5-sigma1")
+    model.push_to_hub("somebody/model")
 except ImportError as error:
-    assert "safetensors" in str(error) and "pip install 'jfbfast[train]'" in str(error), error
+    assert "huggingface_hub" in str(error) and "pip install 'jfbfast[hub]'" in str(error), error
 else:
     raise AssertionError("a refused package served")
 """
@@ -202,7 +205,9 @@ else:
 
 def test_the_core_does_without_the_extras(tmp_path: Path) -> None:
     named = [
-        re.match(r"[\w.-]+", text) for text in requires("jfbfast") or () if re.search("extra == .(train|bench)", text)
+        re.match(r"[\w.-]+", text)
+        for text in requires("jfbfast") or ()
+        if re.search("extra == .(train|bench|hub)", text)
     ]
     optional = {name[0].lower() for name in named if name}
     modules = {
@@ -210,7 +215,7 @@ def test_the_core_does_without_the_extras(tmp_path: Path) -> None:
         for module, packages in packages_distributions().items()
         if {package.lower() for package in packages} & optional - {"jfbfast"}
     }
-    assert {"safetensors", "tifffile", "yaml"} <= modules
+    assert {"huggingface_hub", "tifffile", "yaml"} <= modules
     subprocess.run([sys.executable, "-c", WITHOUT_THE_EXTRAS.format(modules=modules)], cwd=tmp_path, check=True)
 
 

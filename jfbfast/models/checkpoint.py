@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -22,21 +23,11 @@ from jfbfast.files import write_whole
 from jfbfast.models.config import ModelConfig
 
 _FORMAT = "jfbfast/3"
-_DAMAGE = (OSError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)  # what a damaged file raises
+DAMAGE = (OSError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)  # what a damaged file raises
 
 
 class CheckpointError(ValueError):
     """A file that is not a checkpoint of this library, or a damaged one."""
-
-
-def _safetensors() -> Any:
-    """Import safetensors, which only reading and writing of files needs."""
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        told = f"{error.name} is not installed, and files of trained networks need it: pip install 'jfbfast[train]'"
-        raise ModuleNotFoundError(told, name=error.name) from error
-    return safetensors
 
 
 def check_tensors(tensors: object, network: nn.Module) -> None:
@@ -55,15 +46,15 @@ def check_tensors(tensors: object, network: nn.Module) -> None:
             raise ValueError(f"its tensor {name} is not of shape {tuple(like.shape)}, as its network's")
         if value.dtype != like.dtype and not (value.is_floating_point() and like.is_floating_point()):
             raise ValueError(f"its tensor {name} is {value.dtype}; its network's is {like.dtype}")
-        _check_finite("it", name, value)
+        check_finite("it", name, value)
 
 
-def _check_finite(owner: str, name: str, value: Tensor) -> None:
+def check_finite(owner: str, name: str, value: Tensor) -> None:
     if name.split(".")[-1] != "averaging" and not value.isfinite().all():  # averaging is NaN before its first estimate
         raise ValueError(f"{owner} has a tensor {name} with values that are not finite in {value.dtype}")
 
 
-def _digest(config: str, tensors: Mapping[str, Tensor]) -> str:
+def digest(config: str, tensors: Mapping[str, Tensor]) -> str:
     """A hash of all that the file holds, to detect damage."""
     sha = hashlib.sha256(f"{_FORMAT}\n{config}\n".encode())
     for name in sorted(tensors):
@@ -84,7 +75,6 @@ def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, 
 
     Raises:
         ValueError: a weight that is not finite, or that overflows float16 with ``half``.
-        ModuleNotFoundError: safetensors is not installed.
 
     Example:
         >>> import tempfile
@@ -102,18 +92,17 @@ def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, 
         kept = value.detach().cpu().contiguous()
         if half and kept.is_floating_point() and kept.dim() > 1:
             kept = kept.half()
-        _check_finite("model", name, kept)
+        check_finite("model", name, kept)
         tensors[name] = kept
     settings = json.dumps(asdict(config), allow_nan=False)
-    header = {"format": _FORMAT, "config": settings, "digest": _digest(settings, tensors)}
-    content = _safetensors().torch.save(tensors, header)
+    header = {"format": _FORMAT, "config": settings, "digest": digest(settings, tensors)}
+    content = safetensors.torch.save(tensors, header)
     write_whole(Path(path), lambda partial: partial.write_bytes(content))
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str], ModelConfig]]:
     """The open file, its header and its settings. Any error within the block becomes a CheckpointError."""
-    safetensors = _safetensors()
     try:
         if not os.path.isfile(path):  # reading a pipe would wait
             raise CheckpointError(f"{path}: {'it is no file' if os.path.exists(path) else 'there is no such file'}")
@@ -127,7 +116,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str], ModelConfig
             yield file, header, ModelConfig(**json.loads(header["config"]))
     except CheckpointError:
         raise
-    except (safetensors.SafetensorError, *_DAMAGE) as error:
+    except (safetensors.SafetensorError, *DAMAGE) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint of jfbfast ({checks.one_line(error)})") from error
 
 
@@ -146,13 +135,12 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
 
     Raises:
         CheckpointError: no such file, a damaged one, or one that `save_checkpoint` did not write.
-        ModuleNotFoundError: safetensors is not installed.
     """
     with _opened(path) as (file, header, config):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):  # has names and shapes only
             check_tensors(tensors, config.model())
-        if header["digest"] != _digest(header["config"], tensors):
+        if header["digest"] != digest(header["config"], tensors):
             raise ValueError("its settings or its tensors are not those that were written")
         model = config.model()
         model.load_state_dict(tensors)

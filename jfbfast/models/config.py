@@ -56,7 +56,7 @@ def _check_length(name: str, values: object, least: int, most: int) -> None:
         raise ValueError(f"{name} is {values!r}; it takes {count} values")
 
 
-def _check_description(name: str, value: object) -> None:
+def check_description(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a kind with arguments, and the flags and counts among them are valid."""
     if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
         raise ValueError(f"{name} is {value!r}; it takes a kind with its arguments")
@@ -123,7 +123,7 @@ class ModelConfig:
         _check_choice("form", self.form, FORMS)
         _check_choice("padding_mode", self.padding_mode, PADDING_MODES)
         for name in ("denoiser", "solver", "gradient"):
-            _check_description(name, getattr(self, name))
+            check_description(name, getattr(self, name))
         size = 1 if self.kernel_size is None else self.kernel_size
         if not checks.is_integer(size) or not 1 <= size <= 1023 or size % 2 == 0:
             raise ValueError(f"kernel_size is {size!r}; it takes an odd integer from 1 to 1023, or None")

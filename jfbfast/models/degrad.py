@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from jfbfast.implicit.methods import GradientMethod
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.implicit_network import ImplicitNetwork
-from jfbfast.models.pretrained import load_model, set_gaussian
+from jfbfast.models.pretrained import set_gaussian
 from jfbfast.models.red import RED, log_parameter
+from jfbfast.models.sharing import load_shared
 from jfbfast.operators.iterative import (
     IterativeOperator,
     LinearOperator,
@@ -22,6 +23,8 @@ from jfbfast.operators.iterative import (
     linear_operator,
 )
 from jfbfast.solvers import FixedPointSolver
+
+D = TypeVar("D", bound="DEGrad")
 
 
 @registry.model("paper", "preconditioned", "filtered")
@@ -111,21 +114,39 @@ class DEGrad(ImplicitNetwork):
         self.log_damping = None if damping is None else log_parameter("damping", damping)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
-        """Load a model that ships with the package, or that `jfbfast train` wrote, in eval().
+    def from_pretrained(
+        cls: type[D],
+        name: str | Path,
+        *,
+        sigma: float | None = None,
+        noise: float | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **objects: Any,
+    ) -> D:
+        """Load a model that ships with the package, from a file, a directory or the Hugging Face hub, in eval().
 
         The shipped models (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
         were blurred with zeros (mid-grey) beyond the edge. The model cards in ``weights/`` have the details.
 
         Args:
-            name: of a shipped model, or a file.
+            name: of a shipped model; a file that `jfbfast train` wrote, or its directory; a directory that
+                ``save_pretrained`` wrote; or "user/model" on the hub, which takes ``pip install 'jfbfast[hub]'``. What
+                lies on this machine goes before the hub.
             sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1]; None takes the model's
                 own. They set a `UniversalDEGrad` for a whole Gaussian and unknown surroundings; its
                 ``set_measurement`` takes every other blur. A model for a single setting takes its own values only.
+            revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub's snapshot_download.
+                With local_files_only, or the variable HF_HUB_OFFLINE=1, only what was downloaded before is used.
+            objects: what the model has of other libraries, such as ``denoiser=my_network``; its weights are loaded.
 
         Raises:
-            ValueError: neither a name nor a file (the message lists the names); a network that is not a DE-GRAD;
-                σ or noise other than the only ones that the model is for, or a noise level out of its range.
+            ValueError: none of these (the message lists the shipped models); a damaged model; a network that is not a
+                DE-GRAD; σ or noise other than the only ones that the model is for, or a noise level out of its range;
+                objects missing, or that it does not take.
 
         Example:
             >>> import jfbfast
@@ -133,10 +154,9 @@ class DEGrad(ImplicitNetwork):
             >>> model.blur.sigma, model.training
             ((1.0, 1.0), False)
         """
-        model, config = load_model(name)
-        if not isinstance(model, cls):
-            taken = "a DE-GRAD" if cls is DEGrad else f"a {cls.__name__}"
-            raise ValueError(f"name is {str(name)!r}, a {config.form} network; it takes {taken}")
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        flags = {"force_download": force_download, "local_files_only": local_files_only}
+        model, config = load_shared(cls, name, objects, {**options, **flags})
         set_gaussian(str(name), model, config, sigma, noise)
         return model
 

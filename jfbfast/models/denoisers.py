@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from jfbfast import checks
 from jfbfast.models import registry
 from jfbfast.models.lipschitz import MaxMin, NonexpansiveConv2d, SpectralNormConv2d
+from jfbfast.models.sharing import Shared
 
 _CONVOLUTIONS: dict[bool | str, Callable[..., nn.Conv2d]] = {
     False: nn.Conv2d,
@@ -20,7 +21,7 @@ _CONVOLUTIONS: dict[bool | str, Callable[..., nn.Conv2d]] = {
 
 
 @registry.network
-class DnCNN(nn.Module):
+class DnCNN(Shared, nn.Module):
     """The network of Zhang et al. (2017): convolution and ReLU, then (convolution, norm, ReLU), then convolution.
 
     The defaults give R of Liu, Tong and Zhao (2024): 17 layers of 3 × 3 with 64 features, without biases, each
@@ -90,7 +91,7 @@ class DnCNN(nn.Module):
 
 
 @registry.network
-class NonexpansiveDenoiser(nn.Module):
+class NonexpansiveDenoiser(Shared, nn.Module):
     """D = (1 − α)x + αN(x) with Lip(N) ≤ 1, so that ‖D(x) − D(y)‖ ≤ ‖x − y‖ for images of every size.
 
     N is a chain of 3 × 3 `NonexpansiveConv2d` with `MaxMin` between them. D is α-averaged, and at α = ½ firmly

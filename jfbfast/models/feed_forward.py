@@ -11,6 +11,7 @@ from jfbfast import checks
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.red import log_parameter
+from jfbfast.models.sharing import Shared
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.solvers import FixedPointSolution, Picard
 
@@ -59,7 +60,7 @@ def plug_and_play(
 
 
 @registry.model("feed-forward")
-class FeedForward(nn.Module):
+class FeedForward(Shared, nn.Module):
     """D((AᵀA + λI)⁻¹Aᵀd): a network applied once, to Tikhonov's restoration.
 
     Args:

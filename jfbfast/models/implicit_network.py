@@ -14,6 +14,7 @@ from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.models import registry
 from jfbfast.models.operator_record import described, keep_operator, record_operator
+from jfbfast.models.sharing import Shared
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import linear_operator
@@ -22,7 +23,7 @@ from jfbfast.solvers.base import checked_solver
 from jfbfast.spectrum import optimal_averaging, ritz_values
 
 
-class ImplicitNetwork(nn.Module):
+class ImplicitNetwork(Shared, nn.Module):
     """Restore measurements d = A x + noise as the fixed point of a layer T(x; d).
 
     A subclass defines T in `step`. It may define where a solve starts, `start`, and what depends on d alone,

@@ -77,17 +77,33 @@ def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig
         say(f"{name} was trained for other measurements ({told}).")
 
 
-def set_gaussian(name: str, model: Any, config: ModelConfig, sigma: float | None, noise: float | None) -> None:
+def set_gaussian(name: str, model: Any, config: ModelConfig | None, sigma: float | None, noise: float | None) -> None:
     """Set a loaded DE-GRAD for a Gaussian blur of this σ and this noise level; None stands for its own value.
 
     A universal one is set for a whole Gaussian and unknown surroundings. Raises ValueError if one for a single setting
     is for another σ or noise level.
+
+    Args:
+        name: of the model, for the message.
+        model: the DE-GRAD.
+        config: its settings, if it ships or `jfbfast train` wrote it.
+        sigma, noise: the setting.
     """
-    if config.form != "universal":
+    if (sigma, noise) == (None, None):
+        return
+    if config is None:
+        if not hasattr(model, "noise_range"):
+            raise ValueError(f"sigma is {sigma} and noise {noise}; {name} takes neither, since it is for {model.blur}")
+        own: Any = getattr(model.blur, "sigma", None) if sigma is None else sigma
+        if own is None:
+            raise ValueError(f"sigma is None; {name} takes a number, since its own blur is {model.blur}")
+        blur = GaussianBlur(None, own, "valid")
+        model.set_measurement(blur, model.noise if noise is None else noise)
+    elif config.form != "universal":
         for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
             if value not in (None, own):
                 raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
-    elif (sigma, noise) != (None, None):
+    else:
         blur = GaussianBlur(None, config.sigma if sigma is None else sigma, "valid")
         model.set_measurement(blur, config.noise if noise is None else noise)
 

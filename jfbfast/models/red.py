@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
+from jfbfast.models.description import Described
 
 
 def log_parameter(name: str, value: float) -> nn.Parameter:
@@ -17,7 +18,7 @@ def log_parameter(name: str, value: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(math.log(value)))
 
 
-class RED(nn.Module):
+class RED(Described, nn.Module):
     """Regularisation by denoising (Romano, Elad, Milanfar, 2017): R(x) = λ(x − D(W x)), or R(x; d) = λ(x − D(W x, z)).
 
     W is the identity, or with ``filter_damping`` the Tikhonov filter AᵀA(AᵀA + δI)⁻¹ of the operator A, so

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jfbfast import checks
 from jfbfast.models import registry
+from jfbfast.models.sharing import Shared
 
 Condition = Sequence[float | Tensor]
 
@@ -34,7 +35,7 @@ def _blocks(features: int, count: int) -> nn.Sequential:
 
 
 @registry.network
-class UNet(nn.Module):
+class UNet(Shared, nn.Module):
     """A denoiser x + network(x): residual blocks at 1/2, 1/4, … of the image's resolution, with skip connections.
 
     The layout is that of DRUNet (Zhang et al., 2021), below a pixel-unshuffle by two as in FFDNet (Zhang

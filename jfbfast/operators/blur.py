@@ -77,6 +77,16 @@ class SeparableBlur(nn.Module):
         return self.taps.padding_mode
 
     @property
+    def taps_y(self) -> tuple[float, ...]:
+        """The filter along the columns."""
+        return self.taps.y
+
+    @property
+    def taps_x(self) -> tuple[float, ...]:
+        """The filter along the rows."""
+        return self.taps.x
+
+    @property
     def kernel_size(self) -> tuple[int, int]:
         """The lengths of the filters, (y, x)."""
         return len(self.taps.y), len(self.taps.x)

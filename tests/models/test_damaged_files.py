@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from jfbfast.models.checkpoint import _FORMAT, CheckpointError, _digest, load_checkpoint, save_checkpoint
+from jfbfast.models.checkpoint import _FORMAT, CheckpointError, digest, load_checkpoint, save_checkpoint
 from jfbfast.models.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +38,7 @@ def written(path, config, tensors=None, **header):
     """Write a checkpoint with a valid digest, whatever it holds."""
     text = config if isinstance(config, str) else json.dumps(config)
     tensors = SMALL.model().state_dict() if tensors is None else tensors
-    path.write_bytes(save(tensors, {"format": _FORMAT, "config": text, "digest": _digest(text, tensors), **header}))
+    path.write_bytes(save(tensors, {"format": _FORMAT, "config": text, "digest": digest(text, tensors), **header}))
     return path
 
 

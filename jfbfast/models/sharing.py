@@ -1,0 +1,264 @@
+"""Models as directories and as repositories of the Hugging Face hub.
+
+They hold ``config.json``, ``model.safetensors`` and ``README.md``, which huggingface_hub's PyTorchModelHubMixin writes
+too. The three methods of `Shared` are named as in that mixin. They are our own because the mixin keeps only arguments
+that JSON can hold, and a model here is made of modules; and because importing it takes a tenth of the time that
+importing torch takes. Only the hub itself needs huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from jfbfast import checks
+from jfbfast.files import write_whole
+from jfbfast.models.card import write_card
+from jfbfast.models.checkpoint import DAMAGE, CheckpointError, check_finite, check_tensors, digest
+from jfbfast.models.config import ModelConfig
+from jfbfast.models.description import TENSOR, Described, describe, missing, restored
+from jfbfast.models.pretrained import load_model, pretrained_names
+
+M = TypeVar("M", bound="Shared")
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+_FORMAT = "jfbfast-model/1"
+_MOST = 10_000_000  # characters of a config.json
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Shared(Described):
+    """A module that can be saved, loaded and shared: ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``."""
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        license: str | None = None,
+        datasets: str | Sequence[str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        description: str | None = None,
+    ) -> None:
+        """Write the model into a directory, for `from_pretrained`.
+
+        ``config.json`` describes the model: its class and arguments, those of its networks, of A, of the solver and of
+        the gradient method. An object that is not of this package, such as your own denoiser, is named there, and
+        whoever loads the model passes one like it. Nothing is pickled.
+
+        ``README.md`` is the model card. If there is one, its text stays, and its metadata too if none is given here.
+
+        Args:
+            directory: made if it does not exist; files of an earlier save are replaced.
+            license: of the weights, such as "mit" (the hub's names).
+            datasets: name or names of the data that the model was trained on.
+            metrics: such as ``{"psnr": 34.0}``, measured on the last of ``datasets``.
+            description: what the model is for, in Markdown, for a new card.
+
+        Raises:
+            ValueError: a weight that is not finite; a constructor that got arguments without a name; two missing
+                objects of one name; metrics without a data set.
+
+        Example:
+            >>> import tempfile, torch, jfbfast
+            >>> red = jfbfast.RED(jfbfast.UNet(1, features=(4,), blocks=(1,)), filter_damping="weight")
+            >>> model = jfbfast.DEGrad(jfbfast.GaussianBlur(sigma=2.0), red, preconditioner="exact").eval()
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     model.save_pretrained(directory, license="mit", datasets="my/photographs", metrics={"psnr": 34.0})
+            ...     loaded = jfbfast.DEGrad.from_pretrained(directory)
+            >>> d = torch.rand(1, 1, 16, 16)
+            >>> torch.equal(model(d), loaded(d)), loaded.blur.sigma
+            (True, (2.0, 2.0))
+        """
+        config, tensors = describe(self)
+        theirs = missing(config)
+        assert isinstance(self, nn.Module)
+        for name, value in self.state_dict().items():
+            tensors[name] = value.detach().cpu().clone().contiguous()  # tied weights must not share memory in a file
+            check_finite("model", name, tensors[name])
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {"format": "pt", "digest": digest(_FORMAT, tensors)}
+        content = safetensors.torch.save(tensors, header)
+        told = json.dumps({"format": _FORMAT, "model": config}, indent=2, allow_nan=False, ensure_ascii=False)
+        write_card(folder / CARD, type(self), theirs, license, datasets, metrics, description)
+        write_whole(folder / WEIGHTS, lambda partial: partial.write_bytes(content))
+        write_whole(folder / CONFIG, lambda partial: partial.write_text(told + "\n", encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **objects: Any,
+    ) -> M:
+        """Load a model, in eval(): from a directory, a file, the hub, or one that ships with the package.
+
+        Args:
+            name: a directory that `save_pretrained` wrote; a file that `jfbfast train` wrote, or its directory; the
+                name of a shipped model; or "user/model" on the Hugging Face hub, which takes
+                ``pip install 'jfbfast[hub]'``. What lies on this machine goes before the hub.
+            revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub's snapshot_download.
+                With local_files_only, or the variable HF_HUB_OFFLINE=1, only what was downloaded before is used.
+            objects: what the model has of other libraries, such as ``denoiser=my_network``; its weights are loaded.
+
+        Raises:
+            CheckpointError: none of these (the message lists the shipped models); a damaged model, or one with another
+                class; objects missing, or that it does not take.
+            ModuleNotFoundError: the hub without huggingface_hub.
+        """
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        flags = {"force_download": force_download, "local_files_only": local_files_only}
+        return load_shared(cls, name, objects, {**options, **flags})[0]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        datasets: str | Sequence[str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        commit_message: str = "Upload a model of jfbfast",
+    ) -> str:
+        """Upload the model to the Hugging Face hub, as `save_pretrained` writes it.
+
+        The text of a card that the repository already has stays.
+
+        Args:
+            repo_id: "user/model"; the repository is made if it does not exist.
+            license, datasets, metrics, description: as in `save_pretrained`.
+            private: of a new repository; None for what is usual for the user.
+            token: of the hub; None for the one that ``hf auth login`` stored.
+            branch, create_pr, commit_message: as in huggingface_hub's upload_folder.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: as in `save_pretrained`.
+            ModuleNotFoundError: huggingface_hub is not installed.
+        """
+        hub = _hub().HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if hub.file_exists(repo_id, CARD):
+                shutil.copyfile(hub.hf_hub_download(repo_id, CARD), Path(folder) / CARD)
+            self.save_pretrained(folder, license=license, datasets=datasets, metrics=metrics, description=description)
+            done = hub.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=branch, create_pr=create_pr, commit_message=commit_message
+            )
+        return str(done)
+
+
+def _hub() -> Any:
+    """Import huggingface_hub, which only the hub needs."""
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        told = f"{error.name} is not installed, and the Hugging Face hub needs it: pip install 'jfbfast[hub]'"
+        raise ModuleNotFoundError(told, name=error.name) from error
+    return huggingface_hub
+
+
+def load_shared(
+    cls: type[M], name: str | Path, objects: Mapping[str, Any], hub: Mapping[str, Any]
+) -> tuple[M, ModelConfig | None]:
+    """`Shared.from_pretrained`, and the settings of a model that ships or that `jfbfast train` wrote."""
+    path, config = Path(name), None
+    on_hub = str(name) not in pretrained_names() and not path.exists() and _HUB_ID.fullmatch(str(name))
+    if on_hub and path.suffix != ".safetensors":
+        path = _downloaded(str(name), hub)
+    if (path / CONFIG).is_file():
+        return _load_directory(path, cls, objects), None
+    model, config = load_model(path / WEIGHTS if (path / WEIGHTS).is_file() else name)
+    if objects:
+        raise CheckpointError(f"{name}: it takes no {', '.join(objects)}; it has all that its settings name")
+    _check_class(str(name), model, cls, f"{config.form} network")
+    return model, config
+
+
+def _check_class(name: str, model: nn.Module, cls: type[Any], told: str) -> None:
+    if not isinstance(model, cls):
+        takes = "DE-GRAD" if cls.__name__ == "DEGrad" else cls.__name__
+        raise CheckpointError(f"name is {name!r}, a {told}; it takes a {takes}")
+
+
+def _downloaded(repo_id: str, hub: Mapping[str, Any]) -> Path:
+    """The directory of a model of the hub on this machine."""
+    module = _hub()
+    try:
+        return Path(module.snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS], **hub))
+    except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
+        shipped = ", ".join(pretrained_names())
+        told = f"name is {repo_id!r}, which is no file here, and the hub does not give it ({checks.one_line(error)})"
+        raise CheckpointError(f"{told}; the shipped models are {shipped}") from error
+
+
+def _load_directory(folder: Path, cls: type[M], objects: Mapping[str, Any]) -> M:
+    """The model in a directory of `save_pretrained`; any error of its files becomes a CheckpointError."""
+    try:
+        node = _read_description(folder)
+        _check_objects(folder, cls, missing(node), objects)
+        with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("digest") not in (None, digest(_FORMAT, tensors)):
+            raise ValueError("its tensors are not those that were written")
+        model = restored(node, tensors, objects, cls)
+        _check_class(str(folder), model, cls, type(model).__name__)
+        weights = {name: value for name, value in tensors.items() if not name.startswith(TENSOR)}
+        check_tensors(weights, model)
+        _load(model, weights)
+    except CheckpointError:
+        raise
+    except (safetensors.SafetensorError, *DAMAGE) as error:
+        raise CheckpointError(f"{folder}: not a whole model of jfbfast ({checks.one_line(error)})") from error
+    return model.eval()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    config = json.loads(checks.read_text(folder / CONFIG, _MOST))
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != _FORMAT or not isinstance(config.get("model"), dict):
+        told = f"format is {found!r}; this version of jfbfast reads {_FORMAT!r}"
+        raise CheckpointError(f"{folder}: not a model of jfbfast ({CONFIG}: {told})")
+    return config["model"]
+
+
+def _check_objects(
+    folder: Path, cls: type[Any], theirs: Mapping[str, tuple[str, str]], objects: Mapping[str, Any]
+) -> None:
+    for name, (path, kind) in theirs.items():
+        if name not in objects:
+            told = f"its {path} is a {kind}, which is not of jfbfast, so pass one like it"
+            raise CheckpointError(f"{folder}: {told}: {cls.__name__}.from_pretrained(…, {name}=…)")
+    for name in objects.keys() - theirs.keys():
+        takes = ", ".join(f"{each}=" for each in theirs) or "no objects"
+        raise CheckpointError(f"{folder}: it has no {name} to be passed; it takes {takes}")
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights, in the dtype that they have in the file."""
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    for name, value in model.state_dict(keep_vars=True).items():
+        value.data = value.data.to(weights[name].dtype)
+    model.load_state_dict(weights)
