@@ -25,6 +25,7 @@ from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Pha
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
 from jfbfast.models.implicit_network import ImplicitNetwork
+from jfbfast.models.inference import inference_module
 from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
@@ -86,6 +87,7 @@ __all__ = [
     "estimate",
     "fixed_point",
     "gradient_descent",
+    "inference_module",
     "jacobian_penalty",
     "keep_freed_memory",
     "point_spread",

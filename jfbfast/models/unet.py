@@ -112,7 +112,7 @@ class UNet(Shared, nn.Module):
         if bool(self.injection) != (z is not None):
             told = "a second image" if self.injection else "None"
             raise ValueError(f"z is {'None' if z is None else 'an image'}; this network takes {told}")
-        if z is not None and z.shape != (expected := (len(x), self.injected_channels, *x.shape[-2:])):
+        if z is not None and z.shape != (expected := (x.shape[0], self.injected_channels, *x.shape[-2:])):
             raise ValueError(f"z has shape {tuple(z.shape)}; with x of shape {tuple(x.shape)} it takes {expected}")
         if len(condition) != self.conditions:
             raise ValueError(f"condition is {tuple(condition)}; this network takes {self.conditions} numbers")
@@ -173,7 +173,7 @@ def _constant_map(value: float | Tensor, h: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full_like(h[:, :1], value)
     values = value.to(h).reshape(-1)
-    return values.repeat(len(h) // len(values)).view(-1, 1, 1, 1).expand_as(h[:, :1])
+    return values.repeat(h.shape[0] // len(values)).view(-1, 1, 1, 1).expand_as(h[:, :1])
 
 
 def _even(h: Tensor) -> Tensor:
