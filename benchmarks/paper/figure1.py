@@ -127,7 +127,7 @@ def settings(recipe: str, plan: Plan, photographs: int, setting: ModelConfig) ->
         "interval": max(1, (count - validation) // plan.training_batch),  # an epoch
         "log_every": 1,
         "seed": plan.seed,
-        "tensorboard": False,
+        "logger": "csv",
     }
 
 
