@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,8 @@ def _make(name: str, out: Path, phase: str, version: str | None) -> Logger:
     if name == "wandb":
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
         return loggers.WandbLogger(told, out, version, project=project, group=out.resolve().name)
-    experiment, server = (os.environ.get(f"MLFLOW_{each}") for each in ("EXPERIMENT_NAME", "TRACKING_URI"))
-    directory = str(out.resolve() / "mlruns")
-    return loggers.MLFlowLogger(experiment or _PROJECT, told, server, save_dir=directory, run_id=version)
+    server = import_module("mlflow").get_tracking_uri()
+    return loggers.MLFlowLogger(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT), told, server, run_id=version)
 
 
 @contextmanager
@@ -65,11 +65,11 @@ def run_logger(name: str, out: Path, phase: str, settings: Mapping[str, Any]) ->
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file}: not the numbers of a run's loggers ({checks.one_line(error)})") from error
     logger = _make(name, out, phase, numbers.get(key))
+    if name != "tensorboard" and rank() == 0 and key not in numbers:
+        logger.log_hyperparams(dict(settings))  # begins the logger's run, which has a number from then on
+        text = json.dumps({**numbers, key: str(logger.version)}, indent=1)
+        write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
     try:
-        if name != "tensorboard" and rank() == 0 and key not in numbers:
-            logger.log_hyperparams(dict(settings))  # begins the logger's run, which has a number from then on
-            text = json.dumps({**numbers, key: str(logger.version)}, indent=1)
-            write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
         yield logger
     finally:
         if isinstance(logger, loggers.WandbLogger) and rank() == 0:

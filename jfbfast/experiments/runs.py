@@ -157,8 +157,8 @@ class Run:
         callbacks = [Metrics(self.out / "metrics.csv", phase, step, settings.log_every), *more]
         if settings.ema:
             callbacks.append(MovingAverage(settings.ema))
-        try:
-            with run_logger(settings.logger, self.out, phase, vars(settings)) as logger:
+        with run_logger(settings.logger, self.out, phase, vars(settings)) as logger:
+            try:
                 return fit(
                     task,
                     train,
@@ -175,14 +175,16 @@ class Run:
                     logger=logger or False,
                     plugins=[files],
                 )
-        except TrainingError as error:
-            raise TrainingError(f"{error}; {self._advice(phase)}") from error
-        except OSError:
-            raise
-        except Exception as error:
-            if resuming and not checkpoints.started:
-                raise CheckpointError(f"{file}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
-            raise
+            except TrainingError as error:
+                raise TrainingError(f"{error}; {self._advice(phase)}") from error
+            except OSError:
+                raise
+            except Exception as error:
+                if resuming and not checkpoints.started:
+                    raise CheckpointError(
+                        f"{file}: not a whole checkpoint of a run ({checks.one_line(error)})"
+                    ) from error
+                raise
 
     def _state(self) -> str:
         """A sentence about what is saved of the run, and the command that continues it."""

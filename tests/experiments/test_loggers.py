@@ -114,18 +114,19 @@ def test_a_logger_that_is_not_installed_is_named_before_the_training(folder, tmp
         train(folder, tmp_path / "out", logger="paper")
 
 
-def test_mlflow_gets_the_directory_of_the_run_and_the_user_s_server(tmp_path, monkeypatch):
+def test_mlflow_gets_the_server_and_the_experiment_of_the_user(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(loggers, "MLFlowLogger", lambda *args, **options: made.append((args, options)))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    module = ModuleType("mlflow")
+    module.get_tracking_uri = lambda: "http://server"
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.setattr(loggers, "MLFlowLogger", lambda *args, **options: made.append((*args, options["run_id"])))
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     run_loggers._make("mlflow", tmp_path / "run", "training", "7")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "blurs")
     run_loggers._make("mlflow", tmp_path / "run", "training", None)
-    here = str(tmp_path / "run" / "mlruns")
     assert made == [
-        (("jfbfast", "run-training", None), {"save_dir": here, "run_id": "7"}),
-        (("blurs", "run-training", "http://server"), {"save_dir": here, "run_id": None}),
+        ("jfbfast", "run-training", "http://server", "7"),
+        ("blurs", "run-training", "http://server", None),
     ]
 
 
