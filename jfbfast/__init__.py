@@ -25,6 +25,7 @@ from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
+from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
@@ -66,6 +67,7 @@ __all__ = [
     "GaussianBlur",
     "GradientMethod",
     "Implicit",
+    "ImplicitNetwork",
     "Inertial",
     "IterativeOperator",
     "Neumann",

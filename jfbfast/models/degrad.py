@@ -8,18 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jfbfast import checks
-from jfbfast.implicit.autograd import ImplicitLayer
-from jfbfast.implicit.fixed_point import ForwardSolve, solve_fixed_point
-from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
-from jfbfast.implicit.prepared import checked_solve_dtype
+from jfbfast.implicit.methods import GradientMethod
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
-from jfbfast.models.operator_record import described, keep_operator, record_operator
+from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.pretrained import load_model, set_gaussian
 from jfbfast.models.red import RED, log_parameter
-from jfbfast.operators.blur import SeparableBlur
-from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import (
     IterativeOperator,
     LinearOperator,
@@ -27,13 +21,11 @@ from jfbfast.operators.iterative import (
     gradient_step,
     linear_operator,
 )
-from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
-from jfbfast.solvers.base import checked_solver
-from jfbfast.spectrum import optimal_averaging, ritz_values
+from jfbfast.solvers import FixedPointSolver
 
 
 @registry.model("paper", "preconditioned", "filtered")
-class DEGrad(nn.Module):
+class DEGrad(ImplicitNetwork):
     """The fixed point of T(x) = x − η(Aᵀ(A x − d) + R(x)), with a trained R (Gilton, Ongie, Willett, 2021).
 
     The layer T has three forms:
@@ -85,8 +77,6 @@ class DEGrad(nn.Module):
         (torch.Size([2, 1, 16, 16]), 2)
     """
 
-    solution: FixedPointSolution | None
-
     def __init__(
         self,
         blur: LinearOperator,
@@ -101,30 +91,24 @@ class DEGrad(nn.Module):
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
     ) -> None:
-        super().__init__()
         operator = linear_operator("blur", blur)
-        _check_options(regularizer, step_size, preconditioner, damping, averaging)
+        _check_options(regularizer, step_size, preconditioner, damping)
         needed = {"solve"} if preconditioner else set()
         if isinstance(regularizer, RED):
             needed.update(regularizer.needs)
         closed = all(callable(getattr(operator, method, None)) for method in needed)
-        self.blur: Any = operator if closed else IterativeOperator(operator)
+        super().__init__(
+            operator if closed else IterativeOperator(operator),
+            averaging=averaging,
+            solver=solver,
+            gradient=gradient,
+            solve_dtype=solve_dtype,
+            compile_solve=compile_solve,
+        )
         self.regularizer: Any = regularizer
         self.preconditioner = preconditioner
-        self.averaging: float | Tensor
-        if averaging == "auto":
-            self.register_buffer("averaging", torch.tensor(torch.nan))
-        else:
-            self.averaging = averaging
-        self.solver = checked_solver(solver) or Anderson()
-        self.gradient = gradient_method(gradient)
-        self.solve_dtype = checked_solve_dtype(solve_dtype)
-        self.compile_solve = compile_solve
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
         self.log_damping = None if damping is None else log_parameter("damping", damping)
-        self.solution = None
-        self.register_state_dict_post_hook(record_operator)
-        self.register_load_state_dict_pre_hook(keep_operator)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, sigma: float | None = None, noise: float | None = None) -> DEGrad:
@@ -166,10 +150,6 @@ class DEGrad(nn.Module):
         red = RED(network, config.weight, "weight" if config.form == "filtered" else None)
         return cls(config.blur(), red, preconditioner="exact", **config.degrad_options())
 
-    def set_measurement(self, blur: Any, noise: float) -> None:
-        """Restore measurements with this blur and noise level from now on, whatever the model was trained for."""
-        self.blur = blur
-
     @property
     def step_size(self) -> Tensor | None:
         """η, a tensor of shape (); None for a preconditioned layer."""
@@ -184,8 +164,12 @@ class DEGrad(nn.Module):
             return self.log_damping.exp()
         return self.regularizer.weight
 
-    def layer(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
-        """T_α(x; d) for the images x and the measurements d of one batch; ``injected`` is R's injection, if known."""
+    def injected(self, d: Tensor) -> tuple[Tensor, ...]:
+        """The injection of a `RED`; () for another R."""
+        return self.regularizer.injected(self.blur, d) if isinstance(self.regularizer, RED) else ()
+
+    def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
+        """T(x; d) for the images x and the measurements d of one batch; ``injected`` is R's injection, if known."""
         red = isinstance(self.regularizer, RED)
         r = self.regularizer(x, self.blur, d, *injected) if red else self.regularizer(x)
         if r.shape != x.shape:
@@ -194,125 +178,8 @@ class DEGrad(nn.Module):
             )
         r = r.to(x.dtype)
         if self.step_size is not None:
-            image = gradient_step(self.blur, x, d, r, self.step_size)
-        else:
-            image = x - self.blur.solve(gradient(self.blur, x, d, r), self.damping)
-        if isinstance(self.averaging, Tensor):
-            return torch.lerp(x, image, self.averaging.nan_to_num(1.0).to(x.dtype))
-        return image if self.averaging == 1 else torch.lerp(x, image, self.averaging)
-
-    @property
-    def averaging_is_due(self) -> bool:
-        """Whether ``averaging="auto"`` has no estimate yet."""
-        return isinstance(self.averaging, Tensor) and bool(self.averaging.isnan())
-
-    @torch.no_grad()
-    def update_averaging(self, d: Tensor, x0: Tensor | None = None) -> None:
-        """Estimate the α of ``averaging="auto"``: the `optimal_averaging` of the spectra at the fixed points for d.
-
-        It solves with T itself, and takes 60 vector-Jacobian products there. One α serves all samples: the
-        one that is best for the worst of them. A sample that diverged counts with the spectrum at its best iterate.
-        If no sample has a finite iterate with an eigenvalue that some α contracts, α becomes NaN, and the layer is T
-        itself. An empty batch changes nothing.
-
-        Args:
-            d, x0: as in `forward`.
-
-        Raises:
-            ValueError: a model whose ``averaging`` is a number.
-        """
-        if not isinstance(self.averaging, Tensor):
-            raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
-        if not len(d):
-            return
-        before = self.averaging
-        try:
-            self._set_averaging(torch.nan)  # so that the layer is T itself
-            implicit = ImplicitLayer(self.layer, (), JFB(), self.solver.tol)
-            found = ForwardSolve(implicit, self.solver).find(self.start(d) if x0 is None else x0, (d,))
-            estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
-        except BaseException:
-            self.averaging = before
-            raise
-        self._set_averaging(float(estimate))
-
-    @torch.inference_mode(False)
-    def _set_averaging(self, value: float) -> None:
-        """Set α in a new tensor, because the graph of an earlier forward may hold the old one."""
-        self.averaging = torch.full_like(self.averaging, value)  # type: ignore[arg-type]
-
-    @torch.compiler.disable
-    def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
-        """The restored images T(x*) for the measurements d, in the shape of Aᵀd.
-
-        With the padding mode "valid" they have a margin around the frame of d, of ``blur.margin`` pixels on each side.
-        It is known only as far as the blur brought something of it into d.
-
-        Args:
-            d: (B, C, H, W), in the units that R was trained in.
-            x0: the start; None for ``start(d)``.
-
-        Raises:
-            TypeError: d or x0 is not a tensor.
-            ValueError: d does not have four dimensions; d has another dtype than the network's parameters (checked for
-                the networks of this package, outside autocast); x0 has another shape, dtype or device than Aᵀd, which
-                are those of d for a blur in any padding mode but "valid".
-
-        Warns:
-            ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
-        """
-        self.solution = None
-        self._check_arguments(d, x0)
-        # Computed once, since it is the same at every evaluation.
-        injected = self.regularizer.injected(self.blur, d) if isinstance(self.regularizer, RED) else ()
-        if x0 is None:
-            x0 = self.start(d, *injected)
-        self._check_dtype(x0)
-        if self.averaging_is_due:
-            self.update_averaging(d, x0)
-        restored, self.solution = solve_fixed_point(
-            self.layer,
-            x0,
-            inputs=(d, *injected),
-            solver=self.solver,
-            gradient=self.gradient,
-            solve_dtype=self.solve_dtype,
-            compile_solve=self.compile_solve,
-        )
-        return restored
-
-    def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
-        """Raise TypeError or ValueError for wrong arguments of `forward`."""
-        if not isinstance(d, Tensor):
-            raise TypeError(f"d is a {type(d).__name__}; it takes a tensor")
-        if x0 is not None and not isinstance(x0, Tensor):
-            raise TypeError(f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None")
-        a_blur = isinstance(self.blur, (SeparableBlur, Blur))
-        if a_blur and d.dim() != 4:
-            raise ValueError(f"d has shape {tuple(d.shape)}; it takes images (B, C, H, W)")
-        if x0 is None:
-            return
-        name, like = "d", d
-        if not a_blur or any(self.blur.margin):
-            with torch.no_grad():
-                name, like = "Aᵀd", self.blur.adjoint(d)
-        if x0.shape != like.shape:
-            raise ValueError(f"x0 has shape {tuple(x0.shape)}; it takes that of {name}, {tuple(like.shape)}")
-        if (x0.dtype, x0.device) != (like.dtype, like.device):
-            raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
-
-    def _check_dtype(self, x0: Tensor) -> None:
-        """Raise ValueError if x0 has another dtype than the network's parameters; torch's own message is less clear.
-
-        Only networks of this package are checked, and not under autocast or with a hook, which may cast.
-        """
-        network = self.regularizer.denoiser if isinstance(self.regularizer, RED) else self.regularizer
-        if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:
-            return
-        dtype = next(network.parameters()).dtype
-        if x0.dtype != dtype and not torch.is_autocast_enabled(x0.device.type):
-            name = "d" if isinstance(self.blur, SeparableBlur) else "Aᵀd"
-            raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {dtype}")
+            return gradient_step(self.blur, x, d, r, self.step_size)
+        return x - self.blur.solve(gradient(self.blur, x, d, r), self.damping)
 
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
@@ -329,17 +196,8 @@ class DEGrad(nn.Module):
         told += [f"{name}={getattr(self, name)!r}" for name in ("preconditioner", "solver", "gradient")]
         return ", ".join(told)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "solution": None}
 
-    def trained_for(self) -> str:
-        """The operator that the weights are for, in words."""
-        return described(self.blur)
-
-
-def _check_options(
-    regularizer: Any, step_size: float, preconditioner: str | None, damping: float | None, averaging: float | str
-) -> None:
+def _check_options(regularizer: Any, step_size: float, preconditioner: str | None, damping: float | None) -> None:
     """Raise TypeError or ValueError for arguments of `DEGrad` that are wrong or contradict each other."""
     if not callable(regularizer) or isinstance(regularizer, type):
         raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
@@ -354,5 +212,3 @@ def _check_options(
         raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
     if preconditioner and damping is None and not isinstance(regularizer, RED):
         raise ValueError("damping is None; the preconditioner takes a positive number unless R is a RED")
-    if averaging != "auto":
-        checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
