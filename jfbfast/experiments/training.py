@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -93,4 +94,6 @@ def train(
         if stop.signal == signal.SIGINT:
             raise KeyboardInterrupt(str(stop)) from stop
         raise
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # until the first process has written the file
     return load_checkpoint(out / "model.safetensors")[0]

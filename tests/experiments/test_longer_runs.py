@@ -89,3 +89,13 @@ def test_each_step_of_a_longer_run_has_the_rate_of_a_run_of_that_length(tmp_path
     short, whole = rates(4, keep=tmp_path / "short.ckpt"), rates(9)
     assert rates(9, resume=str(tmp_path / "short.ckpt")) == whole[4:]
     assert (short == whole[:4]) == (schedule == "constant")
+
+
+def test_a_run_can_be_made_longer_before_its_last_phase(folder, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(folder, whole, steps=6)
+    train(folder, out, steps=4)
+    for name in ("pretrained.safetensors", "training.ckpt", "model.safetensors"):
+        (out / name).unlink()
+    train(folder, out, resume=True, steps=6)
+    assert_same(whole, out)
