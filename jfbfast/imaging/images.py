@@ -188,16 +188,16 @@ class Preparation:
 def _seeded(*key: int) -> Iterator[None]:
     """Within this context, the random numbers of torch, numpy and Python depend on ``key`` alone."""
     first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(first)
-            random.seed(first)
-            np.random.seed(second)
-            yield
+        random.seed(first)
+        np.random.seed(second)
+        torch.default_generator.manual_seed(first)  # torch.manual_seed would queue a call for CUDA each time
+        yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class DatasetImages(Sequence[Tensor]):
