@@ -159,10 +159,9 @@ def test_the_papers_layer_is_exported_for_images_of_any_size():
     torch.testing.assert_close(program.module()(d), module(d), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "paper"] + ["paper"]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_onnxruntime_computes_the_same(tmp_path, name):
     _, module = trained(name)
     d = torch.rand(3, 1, *SIZE)
