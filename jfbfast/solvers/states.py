@@ -29,6 +29,7 @@ class Packing:
     """
 
     def __init__(self, state: Any, name: str = "x0") -> None:
+        self.name = name
         paths, self.structure = pytree.tree_flatten_with_path(state)
         self.names = [name + pytree.keystr(path) for path, _ in paths]
         leaves = [leaf for _, leaf in paths]
@@ -72,7 +73,7 @@ class Packing:
         try:
             leaves = self.structure.flatten_up_to(state)
         except ValueError as error:
-            raise TypeError(f"{told} has another structure than {self.names[0]}'s: {error}") from error
+            raise TypeError(f"{told} has another structure than {self.name}: {error}") from error
         rows = []
         for leaf, known, shape, dtype in zip(leaves, self.names, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
