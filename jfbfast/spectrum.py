@@ -128,7 +128,7 @@ def ritz_values(layer: Callable[..., Any], x: Any, inputs: Sequence[Any] = (), s
         >>> [round(value, 4) for value in sorted(values[0].real.tolist())]
         [-0.25, 0.5]
     """
-    layer, x, inputs = packed(layer, x, inputs)
+    layer, x, inputs = packed(layer, x, inputs)[:3]
     with linearised(layer, x, inputs) as jacobian:
         h = arnoldi(lambda w: flat(jacobian.vjp(_like(x, w))[0]), _flat(x), steps)
         finite = jacobian.finite & h.isfinite().flatten(1).all(1)
@@ -174,7 +174,7 @@ def operator_norm(layer: Callable[..., Any], x: Any, inputs: Sequence[Any] = (),
         >>> round(norm.item(), 4)
         3.0
     """
-    layer, x, inputs = packed(layer, x, inputs)
+    layer, x, inputs = packed(layer, x, inputs)[:3]
     with linearised(layer, x, inputs) as jacobian:
 
         def normal(w: Tensor) -> Tensor:

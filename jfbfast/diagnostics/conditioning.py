@@ -93,10 +93,10 @@ def jfb_condition(
         tensor([inf])
     """
     layer = model.layer if isinstance(model, ImplicitNetwork) else model
-    layer, x, inputs = packed(layer, x, (d,) if isinstance(d, Tensor) else d)
+    layer, x, inputs = packed(layer, x, (d,) if isinstance(d, Tensor) else d)[:3]
     parameters, module = trained_parameters(layer), owner(layer)
     n = x[:1].numel()
-    if sum(p.numel() for p in parameters) < n:
+    if sum(p.numel() * (1 + p.is_complex()) for p in parameters) < n:
         return torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
     whole_batch = may_hold_sample_data(module)
     bounds = x.new_zeros(len(x))
@@ -196,8 +196,9 @@ def agreement_of(
                 solve_dtype=None if method is exact else posed.solve_dtype,
             )
             w = cotangent_of_sample[rows]
-            found = torch.autograd.grad(out, parameters, w, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten() for g in found]).double()
+            # The graph of what an implicit network injects serves every method.
+            found = torch.autograd.grad(out, parameters, w, True, allow_unused=True, materialize_grads=True)
+        return torch.cat([(torch.view_as_real(g) if g.is_complex() else g).flatten() for g in found]).double()
 
     estimates = getattr(posed.solver, "estimates_inverse", True)
     names = [name for name, method in GRADIENTS.items() if estimates or method.needs != "inverse"]

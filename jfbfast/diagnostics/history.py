@@ -88,7 +88,7 @@ def problem(
         injected = () if isinstance(model, DEGrad) else model.injected(d)  # a DEGrad's layer computes its own
         x0, margin = model.start(d, *injected) if x0 is None else x0, getattr(model.blur, "margin", (0, 0))
         whole = Packed(model.layer, x0, (d, *injected))
-        return Problem(*whole, model.solver, model.solve_dtype, whole, margin)
+        return Problem(*whole[:3], model.solver, model.solve_dtype, whole, margin)
     start = d if x0 is None and len(inputs) else x0
     if not callable(model) or isinstance(model, type) or start is None or isinstance(start, (str, bytes)):
         raise TypeError(
@@ -97,14 +97,14 @@ def problem(
         )
     whole = packed(model, start, inputs)
     check_batch(whole.start, whole.inputs)
-    return Problem(*whole, checked_solver(solver) or Anderson(), None, whole)
+    return Problem(*whole[:3], checked_solver(solver) or Anderson(), None, whole)
 
 
 def check_truth(posed: Problem, x: Tensor | None) -> None:
     """Raise TypeError unless the truth is None, or a tensor for a state that is one."""
     if x is not None and not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; it takes the true images; pass a layer's inputs as inputs=(…)")
-    if x is not None and posed.packed.changed is not None:
+    if x is not None and posed.packed.states is not None:
         raise TypeError("x is given; it takes None for a state or inputs that are not real tensors")
 
 

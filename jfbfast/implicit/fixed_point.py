@@ -166,7 +166,7 @@ def solve_fixed_point(
         True
     """
     problem = packed(layer, x0, inputs, has_aux=has_aux, callback=callback)
-    if compile_solve and problem.changed is not None:
+    if compile_solve and problem.states is not None:
         raise ValueError(
             "compile_solve is True; it takes a state that is one real tensor, inputs that are tensors, and neither "
             "has_aux nor a callback"
@@ -184,7 +184,7 @@ def _solved(
     compile_solve: bool,
 ) -> tuple[Tensor, FixedPointSolution]:
     """`solve_fixed_point` of real tensors."""
-    layer, x0, inputs = problem
+    layer, x0, inputs = problem[:3]
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)

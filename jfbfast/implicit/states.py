@@ -82,35 +82,35 @@ class StateLayer:
 
 
 class Packed(NamedTuple):
-    """A fixed-point problem as the solvers take it: x = layer(x, *inputs) from ``start``, real tensors (B, …)."""
+    """A fixed-point problem as the solvers take it: x = layer(x, *inputs) from ``start``, real tensors (B, …).
+
+    Attributes:
+        states: the layer, where the problem had to be packed; None where it is as it was given.
+    """
 
     layer: Callable[..., Tensor]
     start: Tensor
     inputs: tuple[Tensor, ...]
-
-    @property
-    def changed(self) -> StateLayer | None:
-        """The layer, where the problem had to be packed."""
-        return self.layer if isinstance(self.layer, StateLayer) else None
+    states: StateLayer | None = None
 
     def pack(self, state: Any, name: str) -> Any:
         """A state like the start, such as a point or a cotangent, in the form of ``start``."""
-        packing = self.layer.packing if isinstance(self.layer, StateLayer) else None
+        packing = None if self.states is None else self.states.packing
         return state if packing is None else packing.pack(state, name)
 
     def unpack(self, x: Any) -> Any:
         """The state of a tensor in the form of ``start``."""
-        return self.layer.unpacked(x) if isinstance(self.layer, StateLayer) else x
+        return x if self.states is None else self.states.unpacked(x)
 
     def of_states(self, solution: FixedPointSolution) -> FixedPointSolution:
         """The solution with the user's states, and the auxiliary outputs of the last evaluation."""
-        if not isinstance(self.layer, StateLayer):
+        if self.states is None:
             return solution
         following = solution.following
         return solution._replace(
             value=self.unpack(solution.value),
             following=None if following is None else self.unpack(following),
-            aux=self.layer.aux,
+            aux=self.states.aux,
         )
 
 
@@ -153,7 +153,7 @@ def packed(
                 f"it takes the batch size of x0, ({len(start)}, …)"
             )
     wrapped = StateLayer(layer, packing, structure, len(start), has_aux, callback)
-    return Packed(wrapped, start, tuple(leaf for _, leaf in paths))
+    return Packed(wrapped, start, tuple(leaf for _, leaf in paths), wrapped)
 
 
 def _detached(aux: Any) -> Any:
