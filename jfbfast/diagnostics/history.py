@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,9 @@ from jfbfast.operators.frame import cut
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer
 from jfbfast.solvers.base import check_batch, checked_solver
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 class History(NamedTuple):
-    """A solve, evaluation by evaluation.
+    """A solve, evaluation by evaluation; `jfbfast.diagnostics.plots.history` draws it.
 
     Attributes:
         residual: ‖T(x) − x‖ / ‖T(x)‖ at each of the E evaluations of T, (E, B).
@@ -37,16 +34,6 @@ class History(NamedTuple):
     residual: Tensor
     psnr: Tensor | None
     solution: FixedPointSolution
-
-    def plot(self, tol: float = 0.0) -> Figure:
-        """A matplotlib figure of each sample's residual, and its quality, over the evaluations.
-
-        Args:
-            tol: a tolerance to mark; 0 for none.
-        """
-        from jfbfast.diagnostics.plots import history  # takes matplotlib, which is optional
-
-        return history(self, tol)
 
 
 class Problem(NamedTuple):

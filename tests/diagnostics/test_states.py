@@ -60,7 +60,7 @@ def test_a_history_of_states_ends_at_the_fixed_point_and_is_drawn(posed):
     assert history.residual.shape == (25, 2) and (history.residual[-1] < 1e-12).all()
     value = history.solution.value
     torch.testing.assert_close(layer(value, options["inputs"][0]), value)
-    figure = history.plot(tol=1e-6)
+    figure = plots.history(history, tol=1e-6)
     (axis,) = figure.axes
     assert len(axis.lines) == 2 + 2 + 1 and axis.get_yscale() == "log"  # two curves with dots, and the tolerance
     assert len(plots.history(history).axes[0].lines) == 2
