@@ -33,6 +33,7 @@ from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
 from jfbfast.models.universal import UniversalDEGrad
 from jfbfast.operators import point_spread
+from jfbfast.operators.adjoint_check import check_adjoint
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import IterativeOperator
@@ -83,6 +84,7 @@ __all__ = [
     "Unrolled",
     "WarmStart",
     "backend",
+    "check_adjoint",
     "diagnostics",
     "direct_inverse",
     "estimate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from jfbfast import checks
 from jfbfast.backends.tensors import compute_dtype, flat
 from jfbfast.implicit.frozen import frozen, materialised_weights, owner
 from jfbfast.implicit.jacobian import Linearisation
+from jfbfast.implicit.states import packed
 from jfbfast.solvers import Layer
 
 __all__ = ["contraction_factor", "operator_norm", "optimal_averaging", "ritz_values"]
@@ -99,7 +101,7 @@ def arnoldi(operator: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> T
     return h[:, :k]
 
 
-def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: int = 60) -> Tensor:
+def ritz_values(layer: Callable[..., Any], x: Any, inputs: Sequence[Any] = (), steps: int = 60) -> Tensor:
     """Ritz values of ∂T/∂x at x, which approximate its outermost eigenvalues.
 
     They come from Arnoldi's method on the transposed Jacobian (Arnoldi, 1951; Saad, Numerical methods for large
@@ -108,8 +110,9 @@ def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: i
     Args:
         layer: T(x, *inputs), (B, …) to the same shape, sample by sample: a module, a module's method
             or any callable. Its module is evaluated as in eval(), as during a solve.
-        x: the point, (B, …).
-        inputs: tensors (B, …) on which T depends.
+        x: the point, (B, …), or a state of any structure that `fixed_point` takes; of complex numbers the real and
+            imaginary parts count.
+        inputs: tensors (B, …) on which T depends, or structures of them.
         steps: number of vector-Jacobian products, and of vectors kept for each sample.
 
     Returns:
@@ -125,6 +128,7 @@ def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: i
         >>> [round(value, 4) for value in sorted(values[0].real.tolist())]
         [-0.25, 0.5]
     """
+    layer, x, inputs = packed(layer, x, inputs)[:3]
     with linearised(layer, x, inputs) as jacobian:
         h = arnoldi(lambda w: flat(jacobian.vjp(_like(x, w))[0]), _flat(x), steps)
         finite = jacobian.finite & h.isfinite().flatten(1).all(1)
@@ -132,7 +136,7 @@ def ritz_values(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: i
     return torch.where(finite[:, None], values, torch.nan)
 
 
-def contraction_factor(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: int = 60) -> Tensor:
+def contraction_factor(layer: Callable[..., Any], x: Any, inputs: Sequence[Any] = (), steps: int = 60) -> Tensor:
     """The contraction factor γ, (B,): the spectral radius of ∂T/∂x at x, and the rate at which x ← T(x) converges.
 
     It is the largest modulus of the `ritz_values`, and takes the same arguments.
@@ -158,7 +162,7 @@ def symmetric_ritz_values(operator: Callable[[Tensor], Tensor], like: Tensor, st
     return torch.where(finite[:, None], values, torch.nan)
 
 
-def operator_norm(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps: int = 20) -> Tensor:
+def operator_norm(layer: Callable[..., Any], x: Any, inputs: Sequence[Any] = (), steps: int = 20) -> Tensor:
     """The spectral norm ‖J‖₂ of J = ∂T/∂x at x, (B,): a lower bound that converges fast, by Lanczos' method on JJᵀ.
 
     It takes the arguments of `ritz_values`; each step needs two products.
@@ -170,6 +174,7 @@ def operator_norm(layer: Layer, x: Tensor, inputs: Sequence[Tensor] = (), steps:
         >>> round(norm.item(), 4)
         3.0
     """
+    layer, x, inputs = packed(layer, x, inputs)[:3]
     with linearised(layer, x, inputs) as jacobian:
 
         def normal(w: Tensor) -> Tensor:

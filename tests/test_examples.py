@@ -23,7 +23,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.mark.parametrize(
     "name, words",
-    [("train.py", ["step 2:", "dB restored"]), ("any_network.py", ["step 2:", "accuracy"])],
+    [
+        ("train.py", ["step 2:", "dB restored"]),
+        ("any_network.py", ["step 2:", "accuracy"]),
+        ("multiscale.py", ["step 2:", "accuracy"]),
+    ],
 )
 def test_example(name, words, one_thread):
     ran = subprocess.run([sys.executable, EXAMPLES / name, "2"], capture_output=True, text=True, check=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,8 +12,10 @@ from jfbfast.diagnostics.history import Problem, problem
 from jfbfast.implicit.fixed_point import solve_fixed_point
 from jfbfast.implicit.frozen import frozen, owner
 from jfbfast.implicit.jacobian import Linearisation
-from jfbfast.implicit.methods import GRADIENTS, GradientMethod
+from jfbfast.implicit.methods import GRADIENTS, GradientMethod, Implicit
+from jfbfast.implicit.states import packed
 from jfbfast.models.degrad import DEGrad
+from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.red import RED
 from jfbfast.models.universal import UniversalRED
 from jfbfast.operators.iterative import may_hold_sample_data
@@ -62,7 +67,9 @@ def trained_parameters(layer: Layer) -> list[Tensor]:
     return [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
 
-def jfb_condition(model: DEGrad | Layer, x: Tensor, d: Tensor | tuple[Tensor, ...], steps: int = 30) -> Tensor:
+def jfb_condition(
+    model: ImplicitNetwork | Callable[..., Any], x: Any, d: Tensor | tuple[Any, ...], steps: int = 30
+) -> Tensor:
     """A lower bound on the condition number κ(MᵀM) of each sample at x, with M = (∂T/∂Θ)ᵀ.
 
     JFB's gradient is known to descend where M has full column rank and κ(MᵀM) < 1/γ (Fung et al., 2022; Liu, Tong
@@ -71,7 +78,7 @@ def jfb_condition(model: DEGrad | Layer, x: Tensor, d: Tensor | tuple[Tensor, ..
 
     Args:
         model: a DE-GRAD, or the layer T(x, *inputs) of any implicit network: a module or a module's method.
-        x: the point, (B, …).
+        x: the point, (B, …), or a state of any structure that `fixed_point` takes.
         d: the measurements, (B, C, H, W); for a layer the tuple of its inputs.
         steps: number of Lanczos steps; each takes two products.
 
@@ -85,11 +92,11 @@ def jfb_condition(model: DEGrad | Layer, x: Tensor, d: Tensor | tuple[Tensor, ..
         >>> jfbfast.diagnostics.jfb_condition(model, x, model.blur(x))  # 38 parameters, 64 pixels
         tensor([inf])
     """
-    layer = model.layer if isinstance(model, DEGrad) else model
-    inputs = (d,) if isinstance(d, Tensor) else d
+    layer = model.layer if isinstance(model, ImplicitNetwork) else model
+    layer, x, inputs = packed(layer, x, (d,) if isinstance(d, Tensor) else d)[:3]
     parameters, module = trained_parameters(layer), owner(layer)
     n = x[:1].numel()
-    if sum(p.numel() for p in parameters) < n:
+    if sum(p.numel() * (1 + p.is_complex()) for p in parameters) < n:
         return torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
     whole_batch = may_hold_sample_data(module)
     bounds = x.new_zeros(len(x))
@@ -111,7 +118,15 @@ def jfb_condition(model: DEGrad | Layer, x: Tensor, d: Tensor | tuple[Tensor, ..
 
 
 def gradient_agreement(
-    model: DEGrad, d: Tensor, value: Tensor, cotangent: Tensor, exact: GradientMethod
+    model: ImplicitNetwork | Callable[..., Any],
+    d: Any,
+    value: Any,
+    cotangent: Any,
+    exact: GradientMethod | None = None,
+    *,
+    x0: Any = None,
+    inputs: Sequence[Any] = (),
+    solver: FixedPointSolver | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Compare the gradient of every method with the exact implicit gradient, sample by sample, over all parameters.
 
@@ -120,11 +135,14 @@ def gradient_agreement(
     ``value``.
 
     Args:
-        model: a DE-GRAD.
-        d: the measurements, (B, C, H, W).
-        value: the fixed points x*, as precise as possible, (B, C, H, W).
-        cotangent: ∂ℓ/∂T(x*), with the shape of x*.
-        exact: the method that solves for the exact gradient.
+        model, d, x0, inputs, solver: as in `convergence_history`. A layer is a module or a module's method.
+        value: the fixed points x*, as precise as possible, (B, …), with the structure of x0.
+        cotangent: ∂ℓ/∂T(x*), with the shape and structure of x*.
+        exact: the method that solves for the exact gradient; None for `Implicit` to ten times the rounding of x*.
+
+    Raises:
+        TypeError: as `convergence_history`.
+        ValueError: a model without parameters that require a gradient; a ``value`` or ``cotangent`` of another shape.
 
     Returns:
         The cosine to the exact gradient, and the ratio of the norms: dictionaries from the method's name to a tensor
@@ -141,7 +159,21 @@ def gradient_agreement(
         >>> bool(cosine["jfb"] > 0.8)
         True
     """
-    return agreement_of(problem(model, d, None, (), None), value, cotangent, exact)
+    posed = problem(model, d, x0, inputs, solver)
+    value, cotangent = (posed.packed.pack(v, name) for v, name in ((value, "value"), (cotangent, "cotangent")))
+    for name, given in (("value", value), ("cotangent", cotangent)):
+        if given.shape != posed.start.shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; it takes that of x0, {tuple(posed.start.shape)}")
+    if not trained_parameters(posed.layer):
+        raise ValueError(
+            "model has no parameters that require a gradient; it takes a module or a module's method that has some"
+        )
+    return agreement_of(posed, value, cotangent, exact or exact_method(value.dtype))
+
+
+def exact_method(dtype: torch.dtype) -> Implicit:
+    """The method that solves for the exact gradient, to ten times the rounding of ``dtype``."""
+    return Implicit(tol=10 * torch.finfo(dtype).eps, max_iter=200)
 
 
 def agreement_of(
@@ -164,8 +196,9 @@ def agreement_of(
                 solve_dtype=None if method is exact else posed.solve_dtype,
             )
             w = cotangent_of_sample[rows]
-            found = torch.autograd.grad(out, parameters, w, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten() for g in found]).double()
+            # The graph of what an implicit network injects serves every method.
+            found = torch.autograd.grad(out, parameters, w, True, allow_unused=True, materialize_grads=True)
+        return torch.cat([(torch.view_as_real(g) if g.is_complex() else g).flatten() for g in found]).double()
 
     estimates = getattr(posed.solver, "estimates_inverse", True)
     names = [name for name, method in GRADIENTS.items() if estimates or method.needs != "inverse"]

@@ -10,21 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from jfbfast.backends.tensors import padded
-from jfbfast.diagnostics.conditioning import agreement_of, jfb_condition, lipschitz_bound, trained_parameters
-from jfbfast.diagnostics.history import Problem, history_of, problem
+from jfbfast.diagnostics.conditioning import (
+    agreement_of,
+    exact_method,
+    jfb_condition,
+    lipschitz_bound,
+    trained_parameters,
+)
+from jfbfast.diagnostics.history import Problem, check_truth, history_of, problem
 from jfbfast.diagnostics.measurements import Measurements
 from jfbfast.diagnostics.verdicts import rows
 from jfbfast.implicit.fixed_point import solve_fixed_point
 from jfbfast.implicit.frozen import frozen, owner
-from jfbfast.implicit.methods import Implicit
 from jfbfast.models.degrad import DEGrad
+from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning, FixedPointSolver
 from jfbfast.spectrum import operator_norm, ritz_values
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -37,7 +45,7 @@ class Report(Measurements):
         >>> measured = jfbfast.diagnostics.report(lambda x: x / 2 + 1, x0=x0, iterations=20)
         >>> measured.contraction_factor, measured.solution.status.tolist()
         (tensor([0.5000], dtype=torch.float64), [0])
-        >>> measured.plot("report.png")
+        >>> figure = measured.plot("report.png")
     """
 
     def __repr__(self) -> str:
@@ -65,20 +73,23 @@ class Report(Measurements):
             table.add_row(*row)
         return table
 
-    def plot(self, path: str | Path) -> None:
-        """Save a picture of the residuals, the quality, the eigenvalues and the cosines."""
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A matplotlib figure of the residuals, the quality, the eigenvalues and the cosines; saved if given a path."""
         from jfbfast.diagnostics.plots import diagnosis  # takes matplotlib, which is optional
 
-        diagnosis(self, path)
+        figure = diagnosis(self)
+        if path is not None:
+            figure.savefig(path, dpi=140)
+        return figure
 
 
 def report(
-    model: DEGrad | Callable[..., Tensor],
-    d: Tensor | None = None,
+    model: ImplicitNetwork | Callable[..., Any],
+    d: Any = None,
     x: Tensor | None = None,
     *,
-    x0: Tensor | None = None,
-    inputs: Sequence[Tensor] = (),
+    x0: Any = None,
+    inputs: Sequence[Any] = (),
     solver: FixedPointSolver | None = None,
     iterations: int = 300,
     steps: int = 60,
@@ -95,7 +106,8 @@ def report(
 
     Args:
         model, d, x0, inputs, solver: as in `convergence_history`.
-        x: the true images in [−1, 1], with the shape of the fixed points. They give the quality, and the gradients
+        x: the true images in [−1, 1], with the shape of the fixed points; None for a state that is not one real
+            tensor. They give the quality, and the gradients
             are those of ℓ = ½‖T(x*) − x‖² within the frame of d. Without them they are for a random cotangent.
         iterations: number of evaluations in the history.
         steps: number of Arnoldi steps for the eigenvalues, each a vector-Jacobian product.
@@ -114,15 +126,16 @@ def report(
         tensor([0.4000, 0.4000], dtype=torch.float64)
     """
 
-    def owned(value: Any) -> Any:  # autograd refuses tensors that were made under inference_mode
-        return value.clone() if isinstance(value, Tensor) else value
+    def owned(state: Any) -> Any:  # autograd refuses tensors that were made under inference_mode
+        return pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, state)
 
     with torch.inference_mode(False), warnings.catch_warnings():
         d, x, x0 = owned(d), owned(x), owned(x0)
         inputs = inputs if isinstance(inputs, Tensor) else [owned(value) for value in inputs]
         warnings.simplefilter("ignore", ConvergenceWarning)
         posed = problem(model, d, x0, inputs, solver)
-        if isinstance(x, Tensor) and x.shape != posed.start.shape:
+        check_truth(posed, x)
+        if x is not None and x.shape != posed.start.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}; it takes that of x0, {tuple(posed.start.shape)}")
         module = owner(posed.layer)
         if module is not None and not trained_parameters(posed.layer):
@@ -149,8 +162,7 @@ def _measured(posed: Problem, x: Tensor | None, iterations: int, steps: int, see
         with torch.no_grad():
             cotangent = padded(cut(layer(value, *inputs) - x, posed.margin), posed.margin)
     trained = bool(trained_parameters(layer))
-    exact = Implicit(tol=10 * torch.finfo(value.dtype).eps, max_iter=200)
-    cosine, ratio = agreement_of(posed, value, cotangent, exact) if trained else ({}, {})
+    cosine, ratio = agreement_of(posed, value, cotangent, exact_method(value.dtype)) if trained else ({}, {})
     eigenvalues = ritz_values(layer, value, inputs, steps)
     figures = {
         "contraction_factor": eigenvalues.abs().amax(1),
@@ -160,16 +172,8 @@ def _measured(posed: Problem, x: Tensor | None, iterations: int, steps: int, see
         "jfb_condition": jfb_condition(layer, value, inputs) if trained else None,
         "cosine": cosine,
         "norm_ratio": ratio,
-        "solution": solution,
-        "history": history,
+        "solution": posed.packed.of_states(solution),
+        "history": posed.in_states(history),
     }
-    return Report(**_to_cpu(figures), tol=posed.solver.tol)
-
-
-def _to_cpu(value: Any) -> Any:
-    """A tensor, or the tensors in dictionaries and named tuples, on the CPU."""
-    if isinstance(value, dict):
-        return {name: _to_cpu(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return type(value)(*map(_to_cpu, value))
-    return value.cpu() if isinstance(value, Tensor) else value
+    on_cpu = pytree.tree_map(lambda found: found.cpu() if isinstance(found, Tensor) else found, figures)
+    return Report(**on_cpu, tol=posed.solver.tol)

@@ -13,6 +13,7 @@ from jfbfast.backends.precision import precision_for
 from jfbfast.implicit.frozen import TrainingState, assigned, frozen, owner, parameters_of
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.implicit.prepared import convolutions_for
+from jfbfast.implicit.states import StateLayer
 from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer
 from jfbfast.solvers.loop import evaluate
@@ -31,7 +32,8 @@ class ImplicitLayer:
 
     Attributes:
         module: the module that the layer is or is a method of; None for another callable.
-        whole_batch: whether the module may hold data of each sample, so that no sample may leave the batch.
+        whole_batch: whether the module may hold data of each sample, so that it takes whole batches only.
+        stays_whole: whether no sample may leave the batch, for this or for a user who sees each evaluation.
     """
 
     def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, tol: float) -> None:
@@ -49,6 +51,7 @@ class ImplicitLayer:
             if parameter.requires_grad:
                 self.parameters.append(parameter)
         self.whole_batch = may_hold_sample_data(self.module)
+        self.stays_whole = self.whole_batch or (isinstance(layer, StateLayer) and layer.watched)
 
     def apply(
         self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None

@@ -2,103 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from jfbfast.backends.precision import precision_for
 from jfbfast.backends.tensors import per_sample
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
-from jfbfast.implicit.frozen import TrainingState, frozen, materialised_weights, step_spectral_norms
+from jfbfast.implicit.forward_solve import ForwardSolve, autocast_dtype
+from jfbfast.implicit.frozen import TrainingState, step_spectral_norms
 from jfbfast.implicit.methods import GradientMethod, Unrolled, gradient_method
-from jfbfast.implicit.prepared import checked_solve_dtype, prepared
+from jfbfast.implicit.prepared import checked_solve_dtype
+from jfbfast.implicit.states import Callback, Packed, packed
 from jfbfast.implicit.unroll import unroll
-from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer, Status
+from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Status
 from jfbfast.solvers.base import check_batch, checked_solver
 from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
 
-
-class ForwardSolve(NamedTuple):
-    """How to find the fixed point of a layer, without gradients.
-
-    Attributes:
-        implicit: the layer.
-        solver: solves for the fixed point.
-        solve_dtype, compiled: ``solve_dtype`` and ``compile_solve`` of `fixed_point`.
-    """
-
-    implicit: ImplicitLayer
-    solver: FixedPointSolver
-    solve_dtype: torch.dtype | None = None
-    compiled: bool = False
-
-    def find(self, x0: Tensor, inputs: tuple[Tensor, ...], estimate: bool = False) -> FixedPointSolution:
-        """Find the fixed point, starting at x0.
-
-        Low-precision results are verified by the application that follows, if that runs in full precision.
-
-        Args:
-            x0, inputs: as in `fixed_point`.
-            estimate: whether the solution must have an ``inverse``.
-        """
-        solver, autocast = self.solver, autocast_dtype(x0)
-        dtype = self.solve_dtype or autocast
-        fine, leaving = self._prepared(None, inputs)
-        with self._held_still(x0.device):
-            if dtype is None:
-                return solver.solve(fine, x0, leaving, estimate=estimate)
-            coarse, _ = self._prepared(dtype, inputs)
-            if solver.tol == 0 and self.solve_dtype is None:
-                return solver.solve(coarse, x0, leaving, estimate=estimate)  # all max_iter evaluations under autocast
-            verify = self.solve_dtype is not None and autocast is not None
-            return solver.solve(fine, x0, leaving, coarse=coarse, verify=verify, estimate=estimate)
-
-    def finish(self, solution: FixedPointSolution, rejected: Tensor, inputs: tuple[Tensor, ...]) -> FixedPointSolution:
-        """Continue in full precision with those of the rejected samples that only low precision has evaluated."""
-        rows = (rejected & (solution.iterations == solution.coarse_iterations)).nonzero()[:, 0]
-        if not len(rows):
-            return solution
-        assert solution.following is not None
-        start, solver, spent = solution.following, self.solver, solution.iterations[rows]
-        if isinstance(solver, FixedPointSolver):
-            solver = replace(solver, max_iter=solver.max_iter - int(spent.max()))
-        fine, leaving = self._prepared(None, inputs)
-        if leaving:
-            start, leaving = start[rows], tuple([i[rows] for i in leaving])
-        with self._held_still(start.device):
-            found = solver.solve(fine, start, leaving)
-        own = slice(None) if leaving else rows
-        return solution.replaced(
-            rows,
-            value=found.value[own],
-            residual=found.residual[own],
-            iterations=found.iterations[own] + spent,
-            status=found.status[own],
-        )
-
-    def _prepared(self, dtype: torch.dtype | None, inputs: tuple[Tensor, ...]) -> tuple[Layer, tuple[Tensor, ...]]:
-        """The prepared layer and the inputs to pass to it; if the batch stays whole, the layer holds them instead."""
-        layer = prepared(self.implicit.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
-        inputs = tuple([i.detach() for i in inputs])
-        return ((lambda x: layer(x, *inputs)), ()) if self.implicit.whole_batch else (layer, inputs)
-
-    @contextmanager
-    def _held_still(self, device: torch.device) -> Iterator[None]:
-        module = self.implicit.module
-        with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module):
-            yield
-        torch.clear_autocast_cache()  # else torch up to 2.12 reuses the solve's casts, which have no gradient
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of the caller's autocast on x's device, or None."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+State = TypeVar("State")
 
 
 def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: int) -> None:
@@ -137,7 +60,7 @@ def _apply(
     if len(rows) == len(usable):
         out, trace = implicit.apply(points, inputs, _inverse(solution, rows))
         return out, rows, trace.first
-    if inputs and not implicit.whole_batch:
+    if inputs and not implicit.stays_whole:
         out, trace = implicit.apply(points[rows], tuple([i[rows] for i in inputs]), _inverse(solution, rows))
         return value.index_put((rows,), out), rows, trace.first
     # The batch stays whole: the diverged samples take part as zeros.
@@ -214,23 +137,26 @@ def _check_claims(
 
 @torch.compiler.disable
 def solve_fixed_point(
-    layer: Layer,
-    x0: Tensor,
+    layer: Callable[..., Any],
+    x0: State,
     *,
-    inputs: Sequence[Tensor] = (),
+    inputs: Sequence[Any] = (),
     parameters: Iterable[Tensor] | None = None,
     solver: FixedPointSolver | None = None,
     gradient: str | GradientMethod = "jfb",
     solve_dtype: torch.dtype | None = None,
     compile_solve: bool = False,
-) -> tuple[Tensor, FixedPointSolution]:
+    has_aux: bool = False,
+    callback: Callback | None = None,
+) -> tuple[State, FixedPointSolution]:
     """Like `fixed_point`, and also return the `FixedPointSolution`.
 
     The arguments, exceptions and warnings are those of `fixed_point`.
 
     Returns:
-        T(x*), of x0's shape and dtype, with its gradient; and the solution with each sample's residual,
-        evaluations and `Status`, without ``inverse`` and ``following``.
+        T(x*), of x0's structure, shape and dtype, with its gradient; and the solution with each sample's residual,
+        evaluations and `Status`, with a value of x0's structure, without ``inverse`` and ``following``. With
+        ``has_aux`` its ``aux`` has the auxiliary outputs.
 
     Example:
         >>> import torch, jfbfast
@@ -239,6 +165,26 @@ def solve_fixed_point(
         >>> bool((solution.residual <= 1e-3).all())
         True
     """
+    problem = packed(layer, x0, inputs, has_aux=has_aux, callback=callback)
+    if compile_solve and problem.states is not None:
+        raise ValueError(
+            "compile_solve is True; it takes a state that is one real tensor, inputs that are tensors, and neither "
+            "has_aux nor a callback"
+        )
+    out, solution = _solved(problem, parameters, solver, gradient, solve_dtype, compile_solve)
+    return problem.unpack(out), problem.of_states(solution)
+
+
+def _solved(
+    problem: Packed,
+    parameters: Iterable[Tensor] | None,
+    solver: FixedPointSolver | None,
+    gradient: str | GradientMethod,
+    solve_dtype: torch.dtype | None,
+    compile_solve: bool,
+) -> tuple[Tensor, FixedPointSolution]:
+    """`solve_fixed_point` of real tensors."""
+    layer, x0, inputs = problem[:3]
     solver = checked_solver(solver) or Anderson()
     method = gradient_method(gradient)
     checked_solve_dtype(solve_dtype)
@@ -248,7 +194,6 @@ def solve_fixed_point(
             f"gradient is {method}; it takes a solver with a history, Anderson or Broyden, and solver is {solver}"
         )
     check_batch(x0, inputs)
-    inputs = tuple(inputs)
     implicit = ImplicitLayer(layer, parameters, method, solver.tol)
     for tensor in (x0, *inputs, *implicit.parameters):
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -285,18 +230,30 @@ def solve_fixed_point(
     return out, solution._replace(inverse=None, following=None)  # only the backward keeps the estimate
 
 
+@overload
+def fixed_point(
+    layer: Callable[..., Any], x0: State, *, has_aux: Literal[True], **options: Any
+) -> tuple[State, Any]: ...
+
+
+@overload
+def fixed_point(layer: Callable[..., Any], x0: State, *, has_aux: Literal[False] = False, **options: Any) -> State: ...
+
+
 @torch.compiler.disable
 def fixed_point(
-    layer: Layer,
-    x0: Tensor,
+    layer: Callable[..., Any],
+    x0: Any,
     *,
-    inputs: Sequence[Tensor] = (),
+    inputs: Sequence[Any] = (),
     parameters: Iterable[Tensor] | None = None,
     solver: FixedPointSolver | None = None,
     gradient: str | GradientMethod = "jfb",
     solve_dtype: torch.dtype | None = None,
     compile_solve: bool = False,
-) -> Tensor:
+    has_aux: bool = False,
+    callback: Callback | None = None,
+) -> Any:
     """T(x*; inputs) at the fixed point x* = T(x*; inputs), with the gradient of an implicit network.
 
     `solve_fixed_point` also returns the residuals and statuses of the solve.
@@ -318,12 +275,17 @@ def fixed_point(
 
     A sample whose solve diverged is returned as its best finite iterate (NaN if it had none) and gets no gradient.
 
+    A state may be a tuple, list, dict or any other pytree of torch, of real and complex tensors of one precision. All
+    numbers of a sample are then one vector (`Packing` in solvers/states.py). Residuals are norms over the whole state,
+    and ∂T/∂x is that of the real and imaginary parts, so that gradients are PyTorch's own for complex tensors.
+
     Args:
         layer: T(x, *inputs), from (B, …) to the same shape, sample by sample, which does not write over its
             arguments: a module, a module's method or any callable. "Its module" is that of the first two; modules
             that a lambda calls stay in the mode they are in.
-        x0: the start, (B, …); it gets no gradient.
-        inputs: tensors (B, …) on which T depends, differentiable.
+        x0: the start, (B, …), real or complex, or a structure of such tensors, which the layer takes and returns; it
+            gets no gradient.
+        inputs: tensors (B, …) on which T depends, differentiable; each may be a structure of tensors.
         parameters: the tensors Θ that get a gradient; None for all parameters of the layer's module.
         solver: None for `Anderson()`.
         gradient: a gradient method, or the name of one with its default arguments: "jfb" (`JFB`), "neumann"
@@ -331,14 +293,21 @@ def fixed_point(
         solve_dtype: torch.bfloat16 or torch.float16: iterate with the layer in that dtype first, and in full
             precision with the samples that this leaves above ``tol``; residuals are measured in full precision. None
             for the dtype of the caller's autocast, or full precision without one.
-        compile_solve: compile the layer by torch.compile for the solve, if it is a module or a method of one.
+        compile_solve: compile the layer by torch.compile for the solve, if it is a module or a method of one, with a
+            state that is one real tensor.
+        has_aux: the layer returns (state, aux); aux is anything. Samples stay in the batch until the last is done, and
+            those that diverged take part in the last application as zeros.
+        callback: called as callback(evaluation, x, residual) after each evaluation of the layer, with its number from
+            1, the state at which T was evaluated, and ‖T(x) − x‖ / ‖T(x)‖, (B,); the last one is the application that
+            carries the gradient. Samples stay in the batch as with ``has_aux``; those that are done stay still.
 
     Returns:
-        T(x*), of x0's shape and dtype.
+        T(x*), of x0's structure, shapes and dtypes; with ``has_aux`` also the aux of the last application, without
+        gradients.
 
     Raises:
         TypeError: ``parameters`` or ``inputs`` is a tensor, or contains something else; ``gradient`` is neither a
-            name nor a method; ``solver`` is not a solver.
+            name nor a method; ``solver`` is not a solver; a layer that returns another structure than x0's.
         ValueError: an unknown name or ``solve_dtype``; a diverged sample whose data the layer captured and
             that is not finite; a layer that depends on a tensor that requires a gradient and is neither its module's
             parameter nor in ``inputs``, with ``parameters`` None, or on one that was computed before from a tensor
@@ -363,7 +332,7 @@ def fixed_point(
         >>> cell.weight.grad.shape
         torch.Size([3, 3])
     """
-    return solve_fixed_point(
+    out, solution = solve_fixed_point(
         layer,
         x0,
         inputs=inputs,
@@ -372,4 +341,7 @@ def fixed_point(
         gradient=gradient,
         solve_dtype=solve_dtype,
         compile_solve=compile_solve,
-    )[0]
+        has_aux=has_aux,
+        callback=callback,
+    )
+    return (out, solution.aux) if has_aux else out

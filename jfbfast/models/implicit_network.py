@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from jfbfast import checks
 from jfbfast.implicit.autograd import ImplicitLayer
-from jfbfast.implicit.fixed_point import ForwardSolve, solve_fixed_point
+from jfbfast.implicit.fixed_point import solve_fixed_point
+from jfbfast.implicit.forward_solve import ForwardSolve
 from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.models import registry

@@ -58,7 +58,7 @@ def evaluate(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> 
 
     Raises:
         TypeError: the layer does not return a tensor.
-        ValueError: the layer changes the shape, or writes over x or an input.
+        ValueError: the layer changes the shape, returns complex numbers, or writes over x or an input.
     """
     given = [value for value in (x, *inputs) if not value.is_inference()]
     versions = [value._version for value in given]
@@ -71,6 +71,8 @@ def evaluate(layer: Layer, name: str, x: Tensor, inputs: tuple[Tensor, ...]) -> 
         raise ValueError(
             f"{name} maps shape {tuple(x.shape)} to {tuple(f.shape)}; it takes a layer that keeps the shape"
         )
+    if f.is_complex():
+        raise ValueError(f"{name} returns {f.dtype} for an x of {x.dtype}; it takes a complex x0 in `fixed_point`")
     return f.to(x.dtype)
 
 

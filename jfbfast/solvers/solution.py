@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class FixedPointSolution(NamedTuple):
         following: the iterate one step after ``value``, (B, …), at which T has not been evaluated. A sample that
             diverged, or whose last residual was not its lowest, has ``value`` here. None if the solver gives no
             following iterates.
+        aux: the auxiliary outputs of the last application, if the layer of `solve_fixed_point` has any.
+
+    With a state of several tensors, or a complex one, ``value`` has its structure.
 
     Example:
         >>> import torch, jfbfast
@@ -58,6 +61,7 @@ class FixedPointSolution(NamedTuple):
     coarse_iterations: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
     inverse: InverseEstimate | None = None
     following: Tensor | None = None
+    aux: Any = None
 
     def replaced(self, rows: Tensor, **fields: Tensor) -> FixedPointSolution:
         """A copy of the solution with new values of these fields for these samples, (b,) indices."""

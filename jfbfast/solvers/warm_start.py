@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from jfbfast import checks
 from jfbfast.backends.tensors import flat
 from jfbfast.solvers import FixedPointSolution, Status
+from jfbfast.solvers.states import Packing, is_plain
+
+State = TypeVar("State")
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -62,19 +65,28 @@ class WarmStart:
         """Samples stored."""
         return len(self._values)
 
-    def get(self, indices: Tensor | Sequence[int], default: Tensor) -> Tensor:
+    def get(self, indices: Tensor | Sequence[int], default: State) -> State:
         """The stored fixed point of each sample, or its row of ``default`` if none is stored.
 
         Args:
             indices: B integers, one for each sample.
-            default: (B, …), the starts of samples that are not stored; it is not changed.
+            default: (B, …), the starts of samples that are not stored; it is not changed. It may have any structure
+                that `fixed_point` takes.
 
         Returns:
-            (B, …), of the dtype and on the device of ``default``.
+            (B, …), of the structure, the dtype and on the device of ``default``.
 
         Raises:
             ValueError: indices that are not B integers; a stored sample of another shape.
         """
+        if not is_plain(default):
+            packing = Packing(default, "default")
+            found: State = packing.unpack(self._get(indices, packing.pack(default)))
+            return found
+        assert isinstance(default, Tensor)
+        return self._get(indices, default)
+
+    def _get(self, indices: Tensor | Sequence[int], default: Tensor) -> Any:
         keys = _keys(indices, default)
         start = default.detach().clone()
         found = [(row, self._values[key]) for row, key in enumerate(keys) if key in self._values]
@@ -98,8 +110,10 @@ class WarmStart:
         Raises:
             ValueError: indices that are not one integer for each sample.
         """
-        keys = _keys(indices, solution.value)
-        values = solution.value.to(device=self.device, dtype=self.dtype)
+        value: Any = solution.value
+        value = value if is_plain(value) else Packing(value, "value").pack(value)
+        keys = _keys(indices, value)
+        values = value.to(device=self.device, dtype=self.dtype)
         finite = flat(values).isfinite().all(1)
         usable = (finite & (solution.status != Status.DIVERGED).to(finite.device)).tolist()
         for key, value, stored in zip(keys, values, usable, strict=True):

@@ -124,7 +124,7 @@ def test_a_wrong_result_of_low_precision_is_continued_in_full_precision(monkeypa
     d = torch.rand(3, 4, dtype=torch.float64) + 1
     fine, coarse = Counted(lambda x, d: 0.5 * x + d), Counted(lambda x, d: 0.2 * x + d)
     monkeypatch.setattr(
-        "jfbfast.implicit.fixed_point.prepared",
+        "jfbfast.implicit.forward_solve.prepared",
         lambda layer, dtype=None, **_: fine if dtype is None else coarse,
     )
     with warnings.catch_warnings():
