@@ -22,15 +22,17 @@ from jfbfast.imaging.estimation import Estimate, estimate
 from jfbfast.imaging.restoration import restore
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
+from jfbfast.models.deadmm import DEADMM
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
+from jfbfast.models.deprox import DEProx
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
 from jfbfast.models.universal import UniversalDEGrad
-from jfbfast.operators import point_spread
+from jfbfast.operators import data_fidelity, point_spread
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import IterativeOperator
@@ -52,6 +54,7 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "DEADMM",
     "JFB",
     "RED",
     "Anderson",
@@ -59,6 +62,7 @@ __all__ = [
     "Broyden",
     "ConvergenceWarning",
     "DEGrad",
+    "DEProx",
     "DnCNN",
     "Estimate",
     "FixedPointSolution",
@@ -81,6 +85,7 @@ __all__ = [
     "Unrolled",
     "WarmStart",
     "backend",
+    "data_fidelity",
     "diagnostics",
     "direct_inverse",
     "estimate",

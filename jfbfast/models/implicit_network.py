@@ -25,8 +25,8 @@ from jfbfast.spectrum import optimal_averaging, ritz_values
 class ImplicitNetwork(nn.Module):
     """Restore measurements d = A x + noise as the fixed point of a layer T(x; d).
 
-    A subclass defines T in `step`. It may define where a solve starts, `start`, and what depends on d alone,
-    `injected`.
+    A subclass defines T in `step`. It may define where a solve starts, `start`, what depends on d alone, `injected`,
+    and the `image` that belongs to a fixed point, if that is not itself an image.
 
     Args:
         blur: A, with ``adjoint``, or a linear physics of deepinv.
@@ -94,6 +94,10 @@ class ImplicitNetwork(nn.Module):
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd."""
         return self.blur.adjoint(d)
+
+    def image(self, state: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
+        """The restored images of T's fixed points, in their shape; by default the fixed points themselves."""
+        return state
 
     def layer(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T_α(x; d) = (1 − α)x + αT(x; d), the layer that is solved for its fixed point."""
@@ -175,7 +179,7 @@ class ImplicitNetwork(nn.Module):
         self._check_dtype(x0)
         if self.averaging_is_due:
             self.update_averaging(d, x0)
-        restored, self.solution = solve_fixed_point(
+        state, self.solution = solve_fixed_point(
             self.layer,
             x0,
             inputs=(d, *injected),
@@ -184,7 +188,7 @@ class ImplicitNetwork(nn.Module):
             solve_dtype=self.solve_dtype,
             compile_solve=self.compile_solve,
         )
-        return restored
+        return self.image(state, d, *injected)
 
     def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
         """Raise TypeError or ValueError for wrong arguments of `forward`."""

@@ -74,15 +74,16 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
     return False
 
 
-def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
-    """Aᵀ(A x − d) + r, in one pass over the images if A is separable."""
+def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor | None) -> Tensor:
+    """Aᵀ(A x − d) + r, in one pass over the images if A is separable; None stands for r = 0."""
     if isinstance(operator, (SeparableBlur, Blur)):
         return operator.gradient(x, d, r)
-    return operator.adjoint(operator(x) - d) + r
+    g = operator.adjoint(operator(x) - d)
+    return g if r is None else g + r
 
 
-def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor, step_size: Tensor) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r), in one pass over the images if A is separable."""
+def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor | None, step_size: Tensor) -> Tensor:
+    """x − η(Aᵀ(A x − d) + r), in one pass over the images if A is separable; None stands for r = 0."""
     if isinstance(operator, (SeparableBlur, Blur)):
         return operator.gradient_step(x, d, r, step_size)
     return x - step_size * gradient(operator, x, d, r)
