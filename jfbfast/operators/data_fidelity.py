@@ -187,24 +187,27 @@ class _Scaled(nn.Module):
 
 
 class Poisson(DataFidelity):
-    """The Kullback-Leibler divergence, for photon counts: f(x; d) = (1/γ) Σ u − y + y log(y/u), u = A x + b, y = d + b.
+    """For photon counts, the Kullback-Leibler divergence f(x; d) = (1/γ) Σ u − y + y log(y/u).
 
-    The counts y/γ are Poisson distributed with the mean u/γ. So d has the units of A x: for counts n, d = γn − b. Images
-    on [0, 1] take a small b ≥ 0, the light that is not the image's. Images on [−1, 1], as the networks of this package
-    expect them, take b = 1: then x + 1 is the light, and a pixel with x = 0 has 1/γ photons. A must not make A x + b
-    negative, as no blur does.
+    Here u = A x + b and y = d + b. The counts y/γ are Poisson distributed with the mean u/γ. So d has the units of A x;
+    for counts n it is γn − b. Images on [0, 1] take a small b ≥ 0, the light that is not the image's. Images on
+    [−1, 1], as the networks of this package expect them, take b = 1: then x + 1 is the light, and a pixel with x = 0
+    has 1/γ photons. A must not make A x + b negative, as no blur does.
 
-    The step is η(∇f + R) against the gradient, or with ``mirror`` the mirror-descent step of Burg's entropy
-    −Σ log(x + b) (Bauschke, Bolte, Teboulle, 2017; for deep equilibrium models Daniele et al., 2025),
+    The step is the mirror-descent step of Burg's entropy −Σ log(x + b) (Bauschke, Bolte, Teboulle, 2017; for deep
+    equilibrium models Daniele et al., 2025),
 
-        x + b ← (x + b) / (1 + η(x + b)(∇f(x; d) + R(x))).
+        x + b ← (x + b) / (1 + η(x + b)(∇f(x; d) + R(x))),
 
-    Both have the same fixed points. ∇f grows as 1/γ, so an η of about γ suits either.
+    or without ``mirror`` the projected gradient step, max(x − η(∇f + R), −b), which has the same fixed points. Where
+    light nearly vanishes, ∇f is so steep that the gradient step needs a small η, and with it many evaluations; the
+    mirror step is scaled by the light itself. ∇f grows as 1/γ, so an η of 0.1γ to γ suits, and an R of the order 1/γ.
 
     Args:
         gain: γ > 0, the value of one photon, as in ``deepinv.physics.PoissonNoise``.
         background: b ≥ 0, in the units of A x.
         mirror: take the mirror-descent step. It divides by no less than ½, so that x + b at most doubles in a step.
+            False takes the projected gradient step.
         floor: below this u > 0 each term of f goes on as its parabola, which is convex, and so has a gradient
             everywhere. The mirror step takes x + b as at least this.
 
@@ -221,7 +224,7 @@ class Poisson(DataFidelity):
     """
 
     def __init__(
-        self, gain: float = 1.0, background: float = 0.0, *, mirror: bool = False, floor: float = 1e-3
+        self, gain: float = 1.0, background: float = 0.0, *, mirror: bool = True, floor: float = 1e-3
     ) -> None:
         super().__init__()
         checks.positive("gain", gain)
@@ -259,9 +262,9 @@ class Poisson(DataFidelity):
     def descend(  # type: ignore[override]
         self, operator: Any, x: Tensor, d: Tensor, r: Tensor | None, step_size: Tensor, y: Tensor
     ) -> Tensor:
-        """One step against ∇f + r, by the gradient or by the mirror step."""
+        """One step against ∇f + r, by the mirror or by the projected gradient."""
         if not self.mirror:
-            return super().descend(operator, x, d, r, step_size, y)
+            return super().descend(operator, x, d, r, step_size, y).clamp_min(-self.background)
         light = (x + self.background).clamp_min(self.floor)
         g = self.gradient(operator, x, d, y)
         g = g if r is None else g + r
