@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
+import jfbfast
 from jfbfast import (
     RED,
     Anderson,
