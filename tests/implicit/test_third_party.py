@@ -221,7 +221,7 @@ def test_a_learnt_operator_keeps_its_weights_in_the_state_dict():
 def test_a_start_that_is_not_a_tensor_is_refused(x0):
     model = DEGrad(GaussianBlur(), RED(jfbfast.DnCNN(3, 6, 3, residual=True)))
     with pytest.raises(TypeError, match=f"x0 is a {type(x0).__name__}; it takes a tensor to start from, or None"):
-        model(torch.rand(1, 3, 8, 8), x0)
+        model(torch.rand(1, 3, 8, 8), x0=x0)
 
 
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
