@@ -111,7 +111,7 @@ class IterativeOperator(nn.Module):
     injection adds to the denoiser's input, is at most tol·‖x‖.
 
     Everything is differentiable in the images and the damping, also twice; the derivatives of a solve are
-    solves too. Learnable parameters and buffers of A get their gradient through A and Aᵀ, but none through ``solve`` and
+    solves too. Learnable parameters of A get their gradient through A and Aᵀ, but none through ``solve`` and
     ``filter``. At a fixed point of x − P(g), where g = 0, the gradient through P is zero, so nothing is lost; the
     gradients through the filter and an injection are not zero, and are left out.
 
