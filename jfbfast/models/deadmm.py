@@ -47,7 +47,7 @@ class DEADMM(ImplicitNetwork):
 
     def __init__(
         self,
-        blur: LinearOperator,
+        blur: LinearOperator | None,
         denoiser: nn.Module,
         *,
         data_fidelity: Any = None,

@@ -36,7 +36,8 @@ class DEGrad(ImplicitNetwork):
         blur: A: a `SeparableBlur`, a `Blur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A``
             and ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than
             the first two, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
-            injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. Its
+            injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. None for
+            a model whose every call brings its operator, ``model(d, physics)``. Its
             buffers are not in the model's ``state_dict``, which records what A is: loading it into a model with
             another A warns.
         regularizer: R, a map of images to images of the same shape. Wrap a denoiser D in a `RED`.
@@ -77,7 +78,7 @@ class DEGrad(ImplicitNetwork):
 
     def __init__(
         self,
-        blur: LinearOperator,
+        blur: LinearOperator | None,
         regularizer: nn.Module,
         *,
         data_fidelity: Any = None,
@@ -90,7 +91,7 @@ class DEGrad(ImplicitNetwork):
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
     ) -> None:
-        operator = linear_operator("blur", blur)
+        operator: Any = None if blur is None else linear_operator("blur", blur)
         _check_options(regularizer, step_size, preconditioner, damping)
         fidelity = as_data_fidelity(data_fidelity)
         if preconditioner:
@@ -98,9 +99,9 @@ class DEGrad(ImplicitNetwork):
         needed = {"solve"} if preconditioner else set()
         if isinstance(regularizer, RED):
             needed.update(regularizer.needs)
-        closed = all(callable(getattr(operator, method, None)) for method in needed)
+        complete = operator is None or all(callable(getattr(operator, method, None)) for method in needed)
         super().__init__(
-            operator if closed else IterativeOperator(operator),
+            operator if complete else IterativeOperator(operator),
             averaging=averaging,
             solver=solver,
             gradient=gradient,

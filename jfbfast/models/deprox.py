@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.red import log_parameter
 from jfbfast.operators.data_fidelity import DataFidelity, as_data_fidelity, check_quadratic
-from jfbfast.operators.iterative import IterativeOperator, LinearOperator, gradient, linear_operator
+from jfbfast.operators.iterative import LinearOperator, gradient, linear_operator, with_solve
 
 
 class DEProx(ImplicitNetwork):
@@ -44,7 +44,7 @@ class DEProx(ImplicitNetwork):
 
     def __init__(
         self,
-        blur: LinearOperator,
+        blur: LinearOperator | None,
         denoiser: nn.Module,
         *,
         data_fidelity: Any = None,
@@ -119,9 +119,8 @@ def denoised(denoiser: Any, x: Tensor) -> Tensor:
 
 
 def solvable(name: str, operator: Any) -> Any:
-    """The operator with a ``solve``: its own, or an `IterativeOperator` around it."""
-    operator = linear_operator(name, operator)
-    return operator if callable(getattr(operator, "solve", None)) else IterativeOperator(operator)
+    """The operator with a ``solve``: its own, or an `IterativeOperator` around it; None for None."""
+    return None if operator is None else with_solve(linear_operator(name, operator))
 
 
 def data_step(

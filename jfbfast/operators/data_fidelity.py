@@ -2,12 +2,13 @@
 
 Example:
     >>> import torch, jfbfast
+    >>> _ = torch.manual_seed(0)
     >>> blur = jfbfast.GaussianBlur(padding_mode="reflect")
     >>> counts = torch.poisson(100 * (blur(torch.rand(1, 1, 8, 8)) + 1))  # 100 photons where x = 0
     >>> d = counts / 100 - 1  # in the units of A x
     >>> poisson = jfbfast.data_fidelity.Poisson(gain=1 / 100, background=1.0)
-    >>> red = jfbfast.RED(torch.nn.Identity(), weight=1.0)
-    >>> restored = jfbfast.DEGrad(blur, red, step_size=0.01, data_fidelity=poisson, averaging=1.0)(d)
+    >>> red = jfbfast.RED(blur, weight=100.0)  # a blur as denoiser, for a short example
+    >>> restored = jfbfast.DEGrad(blur, red, step_size=0.003, data_fidelity=poisson)(d)
     >>> restored.shape
     torch.Size([1, 1, 8, 8])
 """
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
-from jfbfast.operators.iterative import IterativeOperator, PhysicsOperator, gradient_step
+from jfbfast.operators.iterative import IterativeOperator, gradient_step
+from jfbfast.operators.physics import PhysicsOperator
 
 __all__ = ["DataFidelity", "LeastSquares", "Poisson", "WeightedLeastSquares"]
 
@@ -223,9 +225,7 @@ class Poisson(DataFidelity):
         tensor([[[[ 0., -2.]]]])
     """
 
-    def __init__(
-        self, gain: float = 1.0, background: float = 0.0, *, mirror: bool = True, floor: float = 1e-3
-    ) -> None:
+    def __init__(self, gain: float = 1.0, background: float = 0.0, *, mirror: bool = True, floor: float = 1e-3) -> None:
         super().__init__()
         checks.positive("gain", gain)
         checks.non_negative("background", background)
