@@ -91,7 +91,7 @@ def test_the_implicit_gradient_of_a_form_is_exact(name):
     assert gradcheck(lambda d, *parameters: model(d), (d, *model.parameters()), atol=1e-6, fast_mode=True)
 
 
-def test_the_exact_forms_and_the_preconditioned_de_grad_share_their_first_data_step():
+def test_the_exact_forms_and_the_preconditioned_de_grad_share_their_data_step():
     network, d = NonexpansiveDenoiser(1, 4, 2), torch.randn(2, 1, 8, 8)
     blur = GaussianBlur()
     degrad = DEGrad(blur, RED(network, 0.05), preconditioner="exact")

@@ -75,7 +75,7 @@ def test_a_poisson_gradient_is_finite_where_no_light_is():
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-def test_a_poisson_step_rests_where_the_gradient_vanishes_and_keeps_the_light_positive(mirror):
+def test_a_poisson_step_rests_where_the_gradient_vanishes_and_keeps_light_positive(mirror):
     fidelity = Poisson(gain=0.5, background=1.0, mirror=mirror)
     x, step = images(), torch.tensor(0.1).double()
     d = BLUR(x)
