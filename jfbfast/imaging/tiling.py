@@ -15,7 +15,8 @@ ALIGNMENT = 16  # pixels; divisible by the coarsest step of a U-Net of four scal
 LEAST_TILE = 2 * ALIGNMENT  # pixels; any overlap then leaves room to align the tiles
 TILE = 768  # pixels; with 512, wide overlaps are up to half as much again to restore, and 0.4 GB less
 _TRIAL_SIDE = 320  # pixels
-ROUNDING = 2 / 255 / math.sqrt(12)  # root mean square of what rounding to 8 bits changes, on [−1, 1]
+# Root mean square on [−1, 1], 0.7 of what rounding to 8 bits changes: single pixels then differ by less than 1/255.
+VISIBLE = 0.7 * 2 / 255 / math.sqrt(12)
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
@@ -100,7 +101,7 @@ def restore_tiled(
     return total / weight
 
 
-def border_reach(restore: TileRestorer, d: Tensor, tile: int = TILE, tolerance: float = ROUNDING) -> int:
+def border_reach(restore: TileRestorer, d: Tensor, tile: int = TILE, tolerance: float = VISIBLE) -> int:
     """Measure how far from a cut, in pixels, a restoration differs visibly from the uncut one.
 
     The image's centre, at most a tile, is restored with and without its upper quarter, and with and without its left
