@@ -35,7 +35,7 @@ def test_example(name, words, one_thread):
 @pytest.mark.parametrize("name", ["deepinv_training.py", "deepinv_equivariant.py"])
 def test_a_deepinv_script_has_at_most_25_lines_and_trains(name, one_thread):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 25
-    ran = subprocess.run([sys.executable, EXAMPLES / name, "1"], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, EXAMPLES / name, "2"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     found = ast.literal_eval(ran.stdout.splitlines()[-1])
     assert found["PSNR"] > found["PSNR no learning"]
