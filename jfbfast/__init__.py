@@ -23,8 +23,10 @@ from jfbfast.imaging.estimation import Estimate, estimate
 from jfbfast.imaging.restoration import restore
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
+from jfbfast.models.deadmm import DEADMM
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
+from jfbfast.models.deprox import DEProx
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.inference import inference_module
 from jfbfast.models.penalty import jacobian_penalty
@@ -32,7 +34,7 @@ from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
 from jfbfast.models.universal import UniversalDEGrad
-from jfbfast.operators import point_spread
+from jfbfast.operators import data_fidelity, point_spread
 from jfbfast.operators.adjoint_check import check_adjoint
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
@@ -55,6 +57,7 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "DEADMM",
     "JFB",
     "RED",
     "Anderson",
@@ -62,6 +65,7 @@ __all__ = [
     "Broyden",
     "ConvergenceWarning",
     "DEGrad",
+    "DEProx",
     "DnCNN",
     "Estimate",
     "FixedPointSolution",
@@ -85,6 +89,7 @@ __all__ = [
     "WarmStart",
     "backend",
     "check_adjoint",
+    "data_fidelity",
     "diagnostics",
     "direct_inverse",
     "estimate",

@@ -1,5 +1,6 @@
 """The examples run, say what they should and warn of nothing."""
 
+import ast
 import csv
 import importlib.util
 import io
@@ -33,6 +34,15 @@ def test_example(name, words, one_thread):
     ran = subprocess.run([sys.executable, EXAMPLES / name, "2"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert all(word in ran.stdout for word in words)
+
+
+@pytest.mark.parametrize("name", ["deepinv_training.py", "deepinv_equivariant.py"])
+def test_a_deepinv_script_has_at_most_25_lines_and_trains(name, one_thread):
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 25
+    ran = subprocess.run([sys.executable, EXAMPLES / name, "2"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    found = ast.literal_eval(ran.stdout.splitlines()[-1])
+    assert found["PSNR"] > found["PSNR no learning"]
 
 
 def test_the_estimator_is_trained_and_measured_on_a_directory(tmp_path, one_thread):

@@ -42,7 +42,7 @@ class ChannelWise:
     def _solve(self, d: Tensor, start: Tensor | None) -> Tensor:
         if not isinstance(self.model, DEGrad):
             return self.model(d)
-        x = self.model(d, start)
+        x = self.model(d, x0=start)
         assert self.model.solution is not None
         self.evaluations += self.model.solution.iterations.tolist()
         return x

@@ -15,13 +15,8 @@ from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.pretrained import set_gaussian
 from jfbfast.models.red import RED, log_parameter
 from jfbfast.models.sharing import load_shared
-from jfbfast.operators.iterative import (
-    IterativeOperator,
-    LinearOperator,
-    gradient,
-    gradient_step,
-    linear_operator,
-)
+from jfbfast.operators.data_fidelity import as_data_fidelity, check_quadratic
+from jfbfast.operators.iterative import IterativeOperator, LinearOperator, gradient, linear_operator
 from jfbfast.solvers import FixedPointSolver
 
 D = TypeVar("D", bound="DEGrad")
@@ -44,12 +39,16 @@ class DEGrad(ImplicitNetwork):
         blur: A: a `SeparableBlur`, a `Blur`, any module with ``adjoint``, or a linear physics of deepinv (with ``A``
             and ``A_adjoint``). It may hold a mask or a kernel for each sample: with an operator other than
             the first two, converged samples stay in the batch. If it lacks the ``solve`` (preconditioner,
-            injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. Its
+            injection) or the ``filter`` that the layer uses, an `IterativeOperator` around it supplies both. None for
+            a model whose every call brings its operator, ``model(d, physics)``. Its
             buffers are not in the model's ``state_dict``, which records what A is: loading it into a model with
             another A warns.
         regularizer: R, a map of images to images of the same shape. Wrap a denoiser D in a `RED`.
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
+        data_fidelity: f, whose gradient takes the place of Aᵀ(A x − d): None for `LeastSquares`, ½‖A x − d‖²;
+            `WeightedLeastSquares`, `Poisson` or your own from ``jfbfast.data_fidelity``, or one of deepinv. Only the
+            first two take a preconditioner.
         damping: λ > 0 of the preconditioner, the start of a learnable parameter; None takes the
             weight of a `RED` regulariser.
         averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), which has the same fixed points. "auto"
@@ -82,9 +81,10 @@ class DEGrad(ImplicitNetwork):
 
     def __init__(
         self,
-        blur: LinearOperator,
+        blur: LinearOperator | None,
         regularizer: nn.Module,
         *,
+        data_fidelity: Any = None,
         step_size: float = 1.0,
         preconditioner: Literal["exact"] | None = None,
         damping: float | None = None,
@@ -94,14 +94,17 @@ class DEGrad(ImplicitNetwork):
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
     ) -> None:
-        operator = linear_operator("blur", blur)
+        operator: Any = None if blur is None else linear_operator("blur", blur)
         _check_options(regularizer, step_size, preconditioner, damping)
+        fidelity = as_data_fidelity(data_fidelity)
+        if preconditioner:
+            check_quadratic("the preconditioned layer", fidelity)
         needed = {"solve"} if preconditioner else set()
         if isinstance(regularizer, RED):
             needed.update(regularizer.needs)
-        closed = all(callable(getattr(operator, method, None)) for method in needed)
+        complete = operator is None or all(callable(getattr(operator, method, None)) for method in needed)
         super().__init__(
-            operator if closed else IterativeOperator(operator),
+            operator if complete else IterativeOperator(operator),
             averaging=averaging,
             solver=solver,
             gradient=gradient,
@@ -109,6 +112,7 @@ class DEGrad(ImplicitNetwork):
             compile_solve=compile_solve,
         )
         self.regularizer: Any = regularizer
+        self.data_fidelity = fidelity
         self.preconditioner = preconditioner
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
         self.log_damping = None if damping is None else log_parameter("damping", damping)
@@ -184,30 +188,46 @@ class DEGrad(ImplicitNetwork):
             return self.log_damping.exp()
         return self.regularizer.weight
 
+    @property
+    def _injections(self) -> int:
+        """How many of the tensors of `injected` are for R; the rest are for the data fidelity."""
+        return int(isinstance(self.regularizer, RED) and self.regularizer.injection)
+
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
-        """The injection of a `RED`; () for another R."""
-        return self.regularizer.injected(self.blur, d) if isinstance(self.regularizer, RED) else ()
+        """The injection of a `RED`, if it has one, and then what the data fidelity keeps of d."""
+        own = self.data_fidelity.inputs(d)
+        if not isinstance(self.regularizer, RED):
+            return own
+        return *self.regularizer.injected(*self._seen(d, own)), *own
+
+    def _seen(self, d: Tensor, own: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+        """A and d as preconditioner, filter and injection see them: W^½A and W^½d for weighted least squares."""
+        return self.data_fidelity.least_squares(self.blur, d, *own) or (self.blur, d)
 
     def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
-        """T(x; d) for the images x and the measurements d of one batch; ``injected`` is R's injection, if known."""
-        red = isinstance(self.regularizer, RED)
-        r = self.regularizer(x, self.blur, d, *injected) if red else self.regularizer(x)
+        """T(x; d) for the images x and the measurements d of one batch; ``injected`` is what `injected` returned."""
+        injected = injected or self.injected(d)
+        z, own = injected[: self._injections], injected[self._injections :]
+        operator, seen = self._seen(d, own)
+        r = self.regularizer(x, operator, seen, *z) if isinstance(self.regularizer, RED) else self.regularizer(x)
         if r.shape != x.shape:
             raise ValueError(
                 f"regularizer maps shape {tuple(x.shape)} to {tuple(r.shape)}; it takes one that keeps the shape"
             )
         r = r.to(x.dtype)
         if self.step_size is not None:
-            return gradient_step(self.blur, x, d, r, self.step_size)
-        return x - self.blur.solve(gradient(self.blur, x, d, r), self.damping)
+            return self.data_fidelity.descend(self.blur, x, d, r, self.step_size, *own)
+        return x - operator.solve(gradient(operator, x, seen, r), self.damping)
 
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
-        if injected and self.preconditioner and self.log_damping is None:
+        if injected and self._injections and self.preconditioner and self.log_damping is None:
             return injected[0].detach()
-        start = self.blur.adjoint(d)
-        return start if self.damping is None else self.blur.solve(start, self.damping)
+        if self.damping is None:
+            return self.blur.adjoint(d)
+        operator, seen = self._seen(d, (injected or self.injected(d))[self._injections :])
+        return operator.solve(operator.adjoint(seen), self.damping)
 
     @torch.no_grad()
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,24 @@ from jfbfast.models.operator_record import described, keep_operator, record_oper
 from jfbfast.models.sharing import Shared
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
-from jfbfast.operators.iterative import linear_operator
+from jfbfast.operators.iterative import linear_operator, with_solve
 from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
 from jfbfast.solvers.base import checked_solver
 from jfbfast.spectrum import optimal_averaging, ritz_values
+
+Network = TypeVar("Network", bound="ImplicitNetwork")
 
 
 class ImplicitNetwork(Shared, nn.Module):
     """Restore measurements d = A x + noise as the fixed point of a layer T(x; d).
 
-    A subclass defines T in `step`. It may define where a solve starts, `start`, and what depends on d alone,
-    `injected`.
+    A subclass defines T in `step`. It may define where a solve starts, `start`, what depends on d alone, `injected`,
+    and the `image` that belongs to a fixed point, if that is not itself an image. Every such network is a reconstructor
+    of deepinv: ``network(y, physics)`` restores the measurements y of that physics.
 
     Args:
-        blur: A, with ``adjoint``, or a linear physics of deepinv.
+        blur: A, with ``adjoint``, or a linear physics of deepinv; None for a network whose every call brings its
+            operator.
         averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), or "auto", as in `DEGrad`.
         solver: None takes `Anderson()`.
         gradient, solve_dtype, compile_solve: as in `fixed_point`.
@@ -70,7 +74,7 @@ class ImplicitNetwork(Shared, nn.Module):
         super().__init__()
         if averaging != "auto":
             checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
-        self.blur: Any = linear_operator("blur", blur)
+        self.blur: Any = None if blur is None else linear_operator("blur", blur)
         self.averaging: float | Tensor
         if averaging == "auto":
             self.register_buffer("averaging", torch.tensor(torch.nan))
@@ -97,6 +101,10 @@ class ImplicitNetwork(Shared, nn.Module):
         """The default start of a solve: Aᵀd."""
         return self.blur.adjoint(d)
 
+    def image(self, state: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
+        """The restored images of T's fixed points, in their shape; by default the fixed points themselves."""
+        return state
+
     def layer(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T_α(x; d) = (1 − α)x + αT(x; d), the layer that is solved for its fixed point."""
         image = self.step(x, d, *injected)
@@ -107,6 +115,33 @@ class ImplicitNetwork(Shared, nn.Module):
     def set_measurement(self, blur: Any, noise: float) -> None:
         """Restore measurements with this blur and noise level from now on, whatever the model was trained for."""
         self.blur = blur
+
+    def with_operator(self: Network, operator: Any) -> Network:
+        """This network for measurements of another operator: it shares everything but ``blur``, and has no copies.
+
+        ``network(d, operator)`` is ``network.with_operator(operator)(d)``. Use it where a function takes a network and
+        d only, such as `jacobian_penalty` and `diagnostics.report`.
+
+        Args:
+            operator: A, with ``adjoint``, or a linear physics of deepinv. If it lacks ``solve`` or ``filter``, an
+                `IterativeOperator` supplies both, with the settings of this network's own if it has one.
+
+        Raises:
+            TypeError: an operator that cannot be called or has no ``adjoint``.
+
+        Example:
+            >>> import torch, jfbfast
+            >>> network = jfbfast.DEGrad(None, jfbfast.RED(torch.nn.Identity()), preconditioner="exact")
+            >>> network.with_operator(jfbfast.GaussianBlur()).blur.sigma
+            (1.0, 1.0)
+        """
+        operator = with_solve(linear_operator("operator", operator), like=self.blur)
+        network = object.__new__(type(self))  # copy() refuses parametrised modules
+        network.__dict__ = {**self.__dict__, "_modules": dict(self._modules)}
+        network._modules.pop("blur", None)
+        network.__dict__.pop("blur", None)  # an operator need not be a module
+        network.blur = operator
+        return network
 
     @property
     def averaging_is_due(self) -> bool:
@@ -149,7 +184,7 @@ class ImplicitNetwork(Shared, nn.Module):
         self.averaging = torch.full_like(self.averaging, value)  # type: ignore[arg-type]
 
     @torch.compiler.disable
-    def forward(self, d: Tensor, x0: Tensor | None = None) -> Tensor:
+    def forward(self, d: Tensor, operator: Any = None, *, x0: Tensor | None = None) -> Tensor:
         """The restored images T(x*) for the measurements d, in the shape of Aᵀd.
 
         With the padding mode "valid" they have a margin around the frame of d, of ``blur.margin`` pixels on each side.
@@ -157,18 +192,27 @@ class ImplicitNetwork(Shared, nn.Module):
 
         Args:
             d: (B, C, H, W), in the units that R was trained in.
+            operator: A of this call, in place of ``blur`` and as in `with_operator`: an operator or a physics of
+                deepinv, whose parameters may be one for each sample. It may change before backward.
             x0: the start; None for ``start(d)``.
 
         Raises:
-            TypeError: d or x0 is not a tensor.
+            TypeError: d or x0 is not a tensor; an operator that cannot be called or has no ``adjoint``.
             ValueError: d does not have four dimensions; d has another dtype than the network's parameters (checked for
                 the networks of this package, outside autocast); x0 has another shape, dtype or device than Aᵀd, which
-                are those of d for a blur in any padding mode but "valid".
+                are those of d for a blur in any padding mode but "valid"; no operator, if ``blur`` is None.
 
         Warns:
             ConvergenceWarning: some samples did not converge; ``solution.status`` says which.
         """
         self.solution = None
+        network = self if operator is None else self.with_operator(operator)
+        if network.blur is None:
+            raise ValueError("operator is None; a network whose blur is None takes one in each call")
+        restored, self.solution = network._restore(d, x0)
+        return restored
+
+    def _restore(self, d: Tensor, x0: Tensor | None) -> tuple[Tensor, FixedPointSolution]:
         self._check_arguments(d, x0)
         # Computed once, since it is the same at every evaluation.
         injected = self.injected(d)
@@ -177,7 +221,7 @@ class ImplicitNetwork(Shared, nn.Module):
         self._check_dtype(x0)
         if self.averaging_is_due:
             self.update_averaging(d, x0)
-        restored, self.solution = solve_fixed_point(
+        state, solution = solve_fixed_point(
             self.layer,
             x0,
             inputs=(d, *injected),
@@ -186,7 +230,7 @@ class ImplicitNetwork(Shared, nn.Module):
             solve_dtype=self.solve_dtype,
             compile_solve=self.compile_solve,
         )
-        return restored
+        return self.image(state, d, *injected), solution
 
     def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
         """Raise TypeError or ValueError for wrong arguments of `forward`."""

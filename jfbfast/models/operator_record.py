@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from jfbfast.implicit.frozen import has_running_statistics
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
-from jfbfast.operators.iterative import IterativeOperator, PhysicsOperator
+from jfbfast.operators.iterative import IterativeOperator
+from jfbfast.operators.physics import PhysicsOperator
 
 
 def described(operator: Any) -> str:
     """What A is, in words that differ for different A: its class with its settings, or with a digest of its buffers."""
+    if operator is None:
+        return "the operator of each call"
     if isinstance(operator, (SeparableBlur, Blur)):
         return repr(operator)
     if isinstance(operator, IterativeOperator):

@@ -9,7 +9,7 @@ from torch import Tensor
 from jfbfast import checks
 from jfbfast.backends.tensors import flat, per_sample
 from jfbfast.implicit.frozen import frozen, owner
-from jfbfast.models.degrad import DEGrad
+from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.operators import frame
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
@@ -21,15 +21,15 @@ def _unit(v: Tensor) -> Tensor:
     return F.normalize(flat(v), dim=1).view_as(v)
 
 
-def _fits(layer: DEGrad | Layer, d: Tensor, x: Tensor) -> bool:
+def _fits(layer: ImplicitNetwork | Layer, d: Tensor, x: Tensor) -> bool:
     """Whether x can be a solution for the measurements d: a blur tells d's shape, any operator only their number."""
-    if isinstance(layer, DEGrad) and isinstance(layer.blur, (SeparableBlur, Blur)):
+    if isinstance(layer, ImplicitNetwork) and isinstance(layer.blur, (SeparableBlur, Blur)):
         return tuple(d.shape) == frame.inner_shape(x.shape, layer.blur.margin)
     return len(d) == len(x)
 
 
 def jacobian_penalty(
-    layer: DEGrad | Layer, *inputs: Tensor, x: Tensor | None = None, bound: float = 0.7, iterations: int = 3
+    layer: ImplicitNetwork | Layer, *inputs: Tensor, x: Tensor | None = None, bound: float = 0.7, iterations: int = 3
 ) -> Tensor:
     """The mean over samples of relu(‖vᵀ ∂T/∂x‖ − bound)², with a unit vector v from power iterations v ← (∂T/∂x)ᵀ v.
 
@@ -38,10 +38,10 @@ def jacobian_penalty(
     differentiation of one vector-Jacobian product. A layer that does not depend on x has the penalty 0.
 
     Args:
-        layer: a `DEGrad`, or a layer T(x, *inputs) as for `fixed_point`. It is evaluated in eval(), as in
-            the gradient of a solve.
-        inputs: of the layer, (B, …); for a `DEGrad` the measurements d.
-        x: the point, (B, …). None takes the fixed points of a `DEGrad`'s last forward, which must have been
+        layer: a `DEGrad` or another `ImplicitNetwork`, or a layer T(x, *inputs) as for `fixed_point`. It is evaluated
+            in eval(), as in the gradient of a solve.
+        inputs: of the layer, (B, …); for an `ImplicitNetwork` the measurements d.
+        x: the point, (B, …). None takes the fixed points of an `ImplicitNetwork`'s last forward, which must have been
             on these inputs, and leaves out the samples that diverged in it. Samples with a value that is not finite,
             in x or in an input, are left out too.
         bound: ‖vᵀ ∂T/∂x‖ up to which the penalty is zero, at least 0.
@@ -68,19 +68,21 @@ def jacobian_penalty(
         raise RuntimeError("jacobian_penalty differentiates, which torch.inference_mode() forbids; call it outside")
     diverged = None
     if x is None:
-        solution = layer.solution if isinstance(layer, DEGrad) else None
+        solution = layer.solution if isinstance(layer, ImplicitNetwork) else None
         if solution is None or not all(_fits(layer, value, solution.value) for value in inputs):
             raise ValueError(
                 "x is None; it takes a tensor, or a DEGrad as layer whose last forward was on these inputs"
             )
         x, diverged = solution.value, solution.status == Status.DIVERGED
+    if isinstance(layer, ImplicitNetwork):
+        inputs = (*inputs, *layer.injected(*inputs))
     for i, value in enumerate(inputs):
         if len(value) != len(x):
             raise ValueError(f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x, {len(x)}")
     usable = torch.stack([flat(value.detach()).isfinite().all(1) for value in (x, *inputs)]).all(0)
     if diverged is not None:
         usable &= ~diverged
-    transform = layer.layer if isinstance(layer, DEGrad) else layer
+    transform = layer.layer if isinstance(layer, ImplicitNetwork) else layer
     module = owner(transform)
     if may_hold_sample_data(module):  # the batch stays whole; the samples that are left out become zeros
         x, *inputs_left = (value.masked_fill(~per_sample(usable, value), 0) for value in (x, *inputs))

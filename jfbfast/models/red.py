@@ -23,18 +23,24 @@ class RED(Described, nn.Module):
 
     W is the identity, or with ``filter_damping`` the Tikhonov filter AᵀA(AᵀA + δI)⁻¹ of the operator A, so
     that the denoiser sees only what was measured. With ``injection`` the denoiser also sees Tikhonov's
-    restoration of the measurement, z = (AᵀA + λI)⁻¹Aᵀd.
+    restoration of the measurement, z = (AᵀA + λI)⁻¹Aᵀd. With ``noise`` it is told a noise level, D(x, σ), as the
+    denoisers of deepinv are.
 
     Args:
-        denoiser: D, a map of images (B, C, H, W) to images; with ``injection``, of two such batches to one.
+        denoiser: D, a map of images (B, C, H, W) to images; with ``injection``, of two such batches to one. It gets the
+            images as they are: deepinv's pretrained denoisers take images on [0, 1], and then so does the whole model.
         weight: λ > 0, the start of a learnable parameter.
         filter_damping: δ. None for no filter, a number > 0 for the start of a learnable parameter of
             its own, or "weight" for δ = λ.
         injection: give D the measurement, as a deep equilibrium model gets its input at every evaluation
             (Bai, Kolter, Koltun, 2019). None takes the denoiser's attribute ``injection``, False without one.
+        noise: σ > 0, the standard deviation of the noise that D is told, in the units of the images; None for a D that
+            takes images only.
+        learn_noise: whether ``noise`` is the start of a learnable parameter; False keeps it as it is.
 
     Raises:
-        ValueError: λ or δ not positive and finite; another string; an ``injection`` other than the denoiser's own.
+        ValueError: λ, δ or σ not positive and finite; another string; an ``injection`` other than the denoiser's own;
+            a noise level with an injection; ``learn_noise`` without a noise level.
         TypeError: a denoiser that cannot be called, or a class.
 
     Example:
@@ -53,6 +59,8 @@ class RED(Described, nn.Module):
         weight: float = 0.05,
         filter_damping: float | Literal["weight"] | None = None,
         injection: bool | None = None,
+        noise: float | None = None,
+        learn_noise: bool = False,
     ) -> None:
         super().__init__()
         if not callable(denoiser) or isinstance(denoiser, type):
@@ -64,6 +72,14 @@ class RED(Described, nn.Module):
         self.log_weight = log_parameter("weight", weight)
         self.filtered = filter_damping is not None
         self.injection = bool(own)
+        if noise is not None and self.injection:
+            raise ValueError(f"noise is {noise}; a denoiser with injection takes None")
+        if noise is None and learn_noise:
+            raise ValueError("noise is None; learn_noise takes a positive number to start from")
+        if noise is not None:
+            checks.positive("noise", noise)
+        self._noise = noise
+        self.log_noise: nn.Parameter | None = log_parameter("noise", noise) if noise and learn_noise else None
         self.log_filter_damping: nn.Parameter | None = None
         if isinstance(filter_damping, str):
             if filter_damping != "weight":
@@ -82,6 +98,11 @@ class RED(Described, nn.Module):
         if not self.filtered:
             return None
         return self.weight if self.log_filter_damping is None else self.log_filter_damping.exp()
+
+    @property
+    def noise(self) -> float | Tensor | None:
+        """σ that D is told: a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
+        return self._noise if self.log_noise is None else self.log_noise.exp()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -125,5 +146,9 @@ class RED(Described, nn.Module):
         return (operator.solve(operator.adjoint(d), self.weight),)
 
     def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
-        """Apply D to W x, and to z with an injection; subclasses may use x as well."""
+        """Apply D to W x, and to z with an injection or to σ with a noise level; subclasses may use x as well."""
+        noise = self.noise
+        if noise is not None:
+            each = noise.to(x.dtype).expand(len(x)) if isinstance(noise, Tensor) else noise  # deepinv takes (B,)
+            return self.denoiser(seen, each)
         return self.denoiser(seen, *injected)

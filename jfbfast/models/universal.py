@@ -224,6 +224,15 @@ class UniversalDEGrad(DEGrad):
         self.blur, self._noise = blur, float(noise)
         self.regularizer.condition = condition.to(self.regularizer.condition)
 
+    def with_operator(self, operator: Any) -> UniversalDEGrad:
+        """This model for another `SeparableBlur` or `Blur` and the same noise level; it shares the weights."""
+        model = super().with_operator(operator)
+        regularizer = object.__new__(type(self.regularizer))
+        regularizer.__dict__ = {**self.regularizer.__dict__, "_buffers": dict(self.regularizer._buffers)}
+        model.regularizer = regularizer
+        model.set_measurement(operator, self.noise)
+        return model
+
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The first restoration in z, (1 + λ)P Aᵀd; P Aᵀd would be darker for a large λ."""

@@ -15,6 +15,7 @@ from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.conjugate_gradients import TOLERANCE, conjugate_gradients
 from jfbfast.operators.convolution import Blur
 from jfbfast.operators.inverse import scalar_gradient
+from jfbfast.operators.physics import PhysicsOperator
 
 _ADJOINTS = ("adjoint", "A_adjoint")  # the names here and in deepinv
 
@@ -41,6 +42,15 @@ def linear_operator(name: str, given: Any) -> Any:
         if not callable(found):
             raise TypeError(f"{name} is {type(given).__name__}, which {told}; it takes a module with an adjoint")
     return given
+
+
+def with_solve(operator: Any, like: Any = None) -> Any:
+    """``operator``, in an `IterativeOperator` with the settings of ``like`` if it has no ``solve`` or ``filter``."""
+    if all(callable(getattr(operator, method, None)) for method in ("solve", "filter")):
+        return operator
+    if isinstance(like, IterativeOperator):
+        return IterativeOperator(operator, like.tol, like.max_iter)
+    return IterativeOperator(operator)
 
 
 def may_hold_sample_data(module: nn.Module | None) -> bool:
@@ -74,38 +84,27 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
     return False
 
 
-def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor) -> Tensor:
-    """Aᵀ(A x − d) + r, in one pass over the images if A is separable."""
+def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor | None) -> Tensor:
+    """Aᵀ(A x − d) + r, in one pass over the images if A is separable; None stands for r = 0."""
     if isinstance(operator, (SeparableBlur, Blur)):
         return operator.gradient(x, d, r)
-    return operator.adjoint(operator(x) - d) + r
+    g = operator.adjoint(operator(x) - d)
+    return g if r is None else g + r
 
 
-def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor, step_size: Tensor) -> Tensor:
-    """x − η(Aᵀ(A x − d) + r), in one pass over the images if A is separable."""
+def gradient_step(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor | None, step_size: Tensor) -> Tensor:
+    """x − η(Aᵀ(A x − d) + r), in one pass over the images if A is separable; None stands for r = 0."""
     if isinstance(operator, (SeparableBlur, Blur)):
         return operator.gradient_step(x, d, r, step_size)
     return x - step_size * gradient(operator, x, d, r)
 
 
-class PhysicsOperator(nn.Module):
-    """A linear physics of deepinv, without its noise, as an operator with ``forward`` and ``adjoint``."""
-
-    def __init__(self, physics: Any) -> None:
-        super().__init__()
-        self.physics = physics
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A x."""
-        return self.physics.A(x)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Aᵀ y."""
-        return self.physics.A_adjoint(y)
-
-
 class IterativeOperator(nn.Module):
     """A linear operator with ``solve`` and ``filter``, both by conjugate gradients on AᵀA + λI.
+
+    A physics of deepinv with a closed form of (AᵀA + λI)⁻¹ is solved by that form in place of conjugate gradients: one
+    with a singular value decomposition (DecomposablePhysics, such as BlurFFT, Inpainting, MRI and Denoising) or with
+    a closed ``prox_l2`` (Downsampling with circular padding).
 
     `DEGrad` wraps an operator in this class itself; do it by hand to choose the tolerance. The layer
     x − P(g) has the same fixed points however inaccurately P = (AᵀA + λI)⁻¹ is solved, so ``tol=1e-2`` is enough
@@ -194,8 +193,12 @@ class IterativeOperator(nn.Module):
         wide = compute_dtype(b.dtype)
         tol = TOLERANCE[wide] if self.tol is None else self.tol
         dims, goal = tuple(range(1, b.dim())), f"samples did not reach tol={tol:g}"
+        closed = isinstance(self.operator, PhysicsOperator)
         with full_precision(b.device):
-            x = conjugate_gradients(self.normal, b.to(wide), damping.to(wide), tol, self.max_iter, dims=dims, goal=goal)
+            right, damping = b.to(wide), damping.to(wide)
+            x = self.operator.closed_solve(right, damping) if closed else None
+            if x is None:
+                x = conjugate_gradients(self.normal, right, damping, tol, self.max_iter, dims=dims, goal=goal)
         return x.to(b.dtype)
 
     def extra_repr(self) -> str:

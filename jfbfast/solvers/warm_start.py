@@ -40,7 +40,7 @@ class WarmStart:
         >>> model = jfbfast.DEGrad(jfbfast.GaussianBlur(), jfbfast.RED(torch.nn.Identity()), step_size=0.5)
         >>> cache, indices, d = jfbfast.WarmStart(), [7, 2], torch.rand(2, 3, 8, 8)
         >>> for epoch in range(2):
-        ...     restored = model(d, cache.get(indices, model.start(d)))
+        ...     restored = model(d, x0=cache.get(indices, model.start(d)))
         ...     cache.put(indices, model.solution)
         >>> len(cache)
         2

@@ -60,7 +60,7 @@ def test_a_warm_start_saves_evaluations():
     d = torch.randn(2, 3, 12, 12)
     model(d)
     first, start = model.solution.iterations.clone(), model.solution.value
-    model(d, start)
+    model(d, x0=start)
     assert (model.solution.iterations == 1).all() and (first > 1).all()
 
 
@@ -253,7 +253,7 @@ class Luminance(nn.Module):
         ),
         (lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 8, 8)), ValueError, "d has shape"),
         (
-            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 9)),
+            lambda: DEGrad(GaussianBlur(), DnCNN(1, 2, 2))(torch.zeros(1, 1, 8, 8), x0=torch.zeros(1, 1, 8, 9)),
             ValueError,
             "x0 has shape",
         ),
@@ -320,7 +320,7 @@ def test_a_wrong_solver_regulariser_or_start_is_refused():
         DEGrad(blur, None)
     d = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"x0 is torch.float64 on cpu; it takes what d is, torch.float32 on cpu"):
-        DEGrad(blur, red)(d, d.double())
+        DEGrad(blur, red)(d, x0=d.double())
     for name, wrong in (("tol", "1e-3"), ("max_iter", True)):
         with pytest.raises(ValueError, match=f"{name} is {wrong!r}; it takes"):
             jfbfast.Anderson(**{name: wrong})
@@ -337,10 +337,10 @@ def test_complex_measurements_take_a_real_start():
     model = DEGrad(Fourier(), RED(DnCNN(1, 4, 3, residual=True), 0.2, "weight"), preconditioner="exact").eval()
     d = Fourier()(torch.randn(2, 1, 8, 8))
     model(d)
-    model(d, model.solution.value).sum().backward()
+    model(d, x0=model.solution.value).sum().backward()
     assert (model.solution.iterations == 1).all()
     with pytest.raises(ValueError, match=r"x0 is torch.float64 on cpu; it takes what Aᵀd is, torch.float32 on cpu"):
-        model(d, model.solution.value.double())
+        model(d, x0=model.solution.value.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

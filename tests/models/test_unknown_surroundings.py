@@ -68,10 +68,10 @@ def test_output_and_gradients_are_those_of_torchs_convolution(form):
 def test_a_start_has_the_shape_of_the_restoration(blur):
     model, d = network(blur, "filtered").double().eval(), torch.randn(1, 2, 7, 6, dtype=torch.float64)
     restored = model(d)
-    model(d, restored)
+    model(d, x0=restored)
     assert model.solution.iterations.tolist() == [1]
     with pytest.raises(ValueError, match=r"x0 has shape \(1, 2, 7, 6\); it takes that of Aᵀd, \(1, 2, 11, 8\)"):
-        model(d, d)
+        model(d, x0=d)
     with pytest.raises(ValueError, match="d has shape"):
         model(d[0])
 

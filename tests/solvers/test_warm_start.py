@@ -31,7 +31,7 @@ def test_the_next_epoch_starts_where_the_last_one_ended():
     batch = torch.cat([d[2:3], fresh, d[:1]])
     x0 = cache.get(order, model.start(batch))
     torch.testing.assert_close(x0, torch.cat([first.value[2:3], model.start(fresh), first.value[:1]]))
-    warm = model(batch, x0)
+    warm = model(batch, x0=x0)
     assert model.solution.iterations[0] == model.solution.iterations[2] == 1 < model.solution.iterations[1]
     torch.testing.assert_close(warm[[0, 2]], cold[[2, 0]], rtol=0, atol=1e-4)  # both within the solve's tol
 
@@ -46,7 +46,7 @@ def test_half_precision_storage_still_saves_evaluations():
     cache.put(torch.tensor([5, 6]), model.solution)
     x0 = cache.get(torch.tensor([5, 6]), model.start(d))
     assert x0.dtype == torch.float64
-    model(d, x0)
+    model(d, x0=x0)
     assert (model.solution.iterations < cold).all()
 
 
