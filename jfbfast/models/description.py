@@ -22,7 +22,8 @@ from jfbfast.models import registry
 from jfbfast.models.config import check_description
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
-from jfbfast.operators.iterative import IterativeOperator, PhysicsOperator
+from jfbfast.operators.iterative import IterativeOperator
+from jfbfast.operators.physics import PhysicsOperator
 
 T = TypeVar("T", bound=type[Any])
 S = TypeVar("S", bound="Described")

@@ -181,7 +181,7 @@ class InferenceModule(nn.Module):
                 following = following - (q * residual).sum(1, keepdim=True) / size * p
             x = following.view(shape)
             f = self.model.layer(x, d, *injected)
-        return f
+        return self.model.image(f, d, *injected)
 
 
 def inference_module(
