@@ -22,6 +22,7 @@ from jfbfast.models import registry
 from jfbfast.models.config import check_description
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
+from jfbfast.operators.data_fidelity import LeastSquares, Poisson, WeightedLeastSquares
 from jfbfast.operators.iterative import IterativeOperator
 from jfbfast.operators.physics import PhysicsOperator
 
@@ -30,11 +31,14 @@ S = TypeVar("S", bound="Described")
 
 KINDS: dict[str, type[Any]] = dict(registry.SOLVERS)  # what a description can name
 _MOST_TAPS = 100_001  # of a filter that a damaged file names
-_OPERATORS: dict[type[Any], tuple[str, ...]] = {  # their arguments, which are attributes of the same names
+_FROM_BELOW: dict[type[Any], tuple[str, ...]] = {  # their arguments, which are attributes of the same names
     GaussianBlur: ("kernel_size", "sigma", "padding_mode"),
     SeparableBlur: ("taps_y", "taps_x", "padding_mode"),
     Blur: ("psf", "padding_mode", "tol", "max_iter"),
     IterativeOperator: ("operator", "tol", "max_iter"),
+    LeastSquares: (),
+    WeightedLeastSquares: ("weights",),
+    Poisson: ("gain", "background", "mirror", "floor"),
 }
 TENSOR = "argument/"  # begins the names of tensors that are arguments, and no weights
 
@@ -45,7 +49,7 @@ def describable(cls: T) -> T:
     return cls
 
 
-for _kind in (*_OPERATORS, JFB, Implicit, Neumann, Phantom, Shine, Unrolled):
+for _kind in (*_FROM_BELOW, JFB, Implicit, Neumann, Phantom, Shine, Unrolled):
     describable(_kind)
 
 
@@ -138,8 +142,8 @@ def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 def _arguments(value: Any) -> dict[str, Any] | None:
     """The arguments that make an object like this one; None if they are not known."""
-    if type(value) in _OPERATORS:
-        return {name: getattr(value, name) for name in _OPERATORS[type(value)]}
+    if type(value) in _FROM_BELOW:
+        return {name: getattr(value, name) for name in _FROM_BELOW[type(value)]}
     if isinstance(value, Described):
         return value.arguments()
     if is_dataclass(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ from jfbfast.solvers.base import checked_solver
 from jfbfast.spectrum import optimal_averaging, ritz_values
 
 Network = TypeVar("Network", bound="ImplicitNetwork")
+
+_OPTIONS = ("solver", "gradient", "solve_dtype", "compile_solve")
 
 
 class ImplicitNetwork(Shared, nn.Module):
@@ -270,6 +273,15 @@ class ImplicitNetwork(Shared, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "solution": None}
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make a network like this one, with the present options where the class takes any."""
+        found = super().arguments()
+        parameters = inspect.signature(type(self).__init__).parameters.values()
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            found["averaging"] = "auto" if isinstance(self.averaging, Tensor) else self.averaging
+            found.update({name: getattr(self, name) for name in _OPTIONS})
+        return found
 
     def trained_for(self) -> str:
         """The operator that the weights are for, in words."""

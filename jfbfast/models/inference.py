@@ -15,6 +15,7 @@ from jfbfast.implicit.frozen import NormalisedConv2d
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
+from jfbfast.operators.data_fidelity import LeastSquares
 
 _REGULARISATION = 1e-6  # relative to the squared norm of a difference of residuals, for float32
 _LARGEST_SIDE = 1024  # of images that are solved for by singular value decompositions
@@ -205,7 +206,8 @@ def inference_module(
 
     Raises:
         TypeError: a model that is not an `ImplicitNetwork`, or another operator.
-        ValueError: a value out of its range; no size where the layer needs one; a blur without a closed form there.
+        ValueError: a value out of its range; no size where the layer needs one; a blur without a closed form there;
+            another data fidelity than `LeastSquares`.
 
     Example:
         >>> import torch, jfbfast
@@ -222,6 +224,10 @@ def inference_module(
     blur = model.blur
     if not isinstance(blur, (SeparableBlur, Blur)):
         raise TypeError(f"the model's operator is a {type(blur).__name__}; it takes a SeparableBlur or a Blur")
+    fidelity = getattr(model, "data_fidelity", None)
+    if not isinstance(fidelity, LeastSquares | None):
+        kind = type(fidelity).__name__
+        raise ValueError(f"data_fidelity is {kind}, which decides by values; it takes a model with LeastSquares")
     inner = None
     if size is not None:
         for side in size:

@@ -197,10 +197,7 @@ class UniversalDEGrad(DEGrad):
         return cls(network, config.blur(), config.noise, noise_range=noise_range, weight=config.weight, **options)
 
     def arguments(self) -> dict[str, Any]:
-        averaging = "auto" if isinstance(self.averaging, Tensor) else self.averaging
-        options = {name: getattr(self, name) for name in ("solver", "gradient", "solve_dtype", "compile_solve")}
-        own = {"denoiser": self.regularizer.denoiser, "noise": self.noise, "averaging": averaging}
-        return {**super().arguments(), **own, **options}
+        return {**super().arguments(), "denoiser": self.regularizer.denoiser, "noise": self.noise}
 
     @property
     def noise(self) -> float:

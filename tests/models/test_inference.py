@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from jfbfast import (
+    DEADMM,
     RED,
     Anderson,
     Blur,
@@ -19,6 +20,7 @@ from jfbfast import (
     SeparableBlur,
     UNet,
     UniversalDEGrad,
+    data_fidelity,
     inference_module,
     point_spread,
     pretrained_names,
@@ -54,8 +56,18 @@ def universal():
     return model
 
 
-SLOW = {"paper": [], "filtered": [], "preconditioned": [pytest.mark.slow], "universal": [pytest.mark.slow]}
-MODELS = {each.__name__: each for each in (paper, preconditioned, filtered, universal)}
+def admm():
+    return DEADMM(GaussianBlur(5, 1.0, "reflect"), unet())
+
+
+SLOW = {
+    "paper": [],
+    "filtered": [],
+    "preconditioned": [pytest.mark.slow],
+    "universal": [pytest.mark.slow],
+    "admm": [pytest.mark.slow],
+}
+MODELS = {each.__name__: each for each in (paper, preconditioned, filtered, universal, admm)}
 
 
 def trained(name):
@@ -216,6 +228,9 @@ def test_what_has_no_plain_form_is_refused_in_one_sentence():
     model = DEGrad(Blur(MOTION, "valid"), RED(unet(), filter_damping="weight"), preconditioner="exact")
     with pytest.raises(ValueError, match="padding_mode is 'valid' and the blur is not separable"):
         inference_module(model, size=SIZE)
+    poisson = DEGrad(GaussianBlur(), RED(unet()), data_fidelity=data_fidelity.Poisson())
+    with pytest.raises(ValueError, match="data_fidelity is Poisson, which decides by values"):
+        inference_module(poisson)
     with pytest.raises(ValueError, match="evaluations is 0; it takes an integer of at least 1"):
         inference_module(paper(), 0)
     with pytest.raises(ValueError, match="each side of size is 5000; it takes an integer from 1 to 1024"):

@@ -19,10 +19,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import jfbfast
-from jfbfast import RED, Anderson, Blur, DEGrad, DnCNN, GaussianBlur, SeparableBlur, UNet, UniversalDEGrad
+from jfbfast import (
+    DEADMM,
+    RED,
+    Anderson,
+    Blur,
+    DEGrad,
+    DEProx,
+    DnCNN,
+    GaussianBlur,
+    SeparableBlur,
+    UNet,
+    UniversalDEGrad,
+)
 from jfbfast.models.checkpoint import CheckpointError, save_checkpoint
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.feed_forward import FeedForward
+from jfbfast.operators.data_fidelity import Poisson, WeightedLeastSquares
 
 
 def unet(**options):
@@ -31,6 +44,10 @@ def unet(**options):
 
 def filtered(blur, network=None, **options):
     return DEGrad(blur, RED(network or unet(), filter_damping="weight"), preconditioner="exact", **options)
+
+
+def weighted():
+    return WeightedLeastSquares(torch.linspace(0, 1, 20))
 
 
 def universal():
@@ -59,6 +76,9 @@ MODELS = {
     "float64": lambda: filtered(GaussianBlur()).double(),
     "universal": universal,
     "universal float64": lambda: universal().double(),
+    "DE-PROX": lambda: DEProx(GaussianBlur(), unet(), preconditioner="exact", weight=0.2, averaging=0.5),
+    "DE-ADMM": lambda: DEADMM(GaussianBlur(), unet(), solver=Anderson(memory=3), data_fidelity=weighted()),
+    "Poisson": lambda: DEGrad(GaussianBlur(), RED(unet()), step_size=0.1, data_fidelity=Poisson(0.1, background=1)),
     "feed-forward": lambda: FeedForward(GaussianBlur(), DnCNN(1, 4, 3, norm=None, residual=True), weight=0.01),
     "denoiser": lambda: DnCNN(1, 4, 4, spectral_norm="conv"),
 }
