@@ -23,7 +23,7 @@ from jfbfast.imaging.restoration import restore
 from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
 from jfbfast.models.degrad import DEGrad
-from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
+from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser, freeze_statistics
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.penalty import jacobian_penalty
 from jfbfast.models.pretrained import pretrained_names
@@ -85,6 +85,7 @@ __all__ = [
     "direct_inverse",
     "estimate",
     "fixed_point",
+    "freeze_statistics",
     "gradient_descent",
     "jacobian_penalty",
     "keep_freed_memory",

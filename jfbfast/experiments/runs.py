@@ -50,6 +50,7 @@ from jfbfast.imaging.photographs import image_files
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.degrad import DEGrad
+from jfbfast.models.denoisers import freeze_statistics
 from jfbfast.models.pretrained import load_model
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
@@ -309,6 +310,8 @@ class Run:
             task = DenoiserTask(denoiser_of(model), (low, high), pretraining, settings.seed)
             runner = self._fit(task, crops, val, steps)
             self._save(pretrained, model)
+        if settings.freeze_statistics:
+            freeze_statistics(model)
         if config.form != "denoiser":
             console.print(f"Training the {config.form} network: {settings.steps} steps.", highlight=False)
             runner = self._fit(self._deblurring(model, optimization), crops, val, settings.steps)
