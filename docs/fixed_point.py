@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import jfbfast
 from jfbfast import Blur, GaussianBlur, SeparableBlur, point_spread
 from jfbfast.imaging.datasets import Photographs
+from jfbfast.imaging.images import to_floats
 from jfbfast.imaging.photographs import IMAGE_SUFFIXES
 from jfbfast.models.universal import KnownBlur
 
@@ -278,7 +279,7 @@ def arguments() -> argparse.Namespace:
 def main(given: argparse.Namespace) -> None:
     files = sorted(file for file in given.photographs.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     read = Photographs(files[: given.count], least=256, purpose="its centre with what lies around it")
-    photographs = [read[k].float() / 127.5 - 1 for k in range(len(read))]
+    photographs = [to_floats(read[k]) for k in range(len(read))]
     networks = dict(network.split("=", 1) for network in given.network)
     models = {name: jfbfast.UniversalDEGrad.from_pretrained(file) for name, file in networks.items()}
     models["universal"] = jfbfast.UniversalDEGrad.from_pretrained("universal")

@@ -197,6 +197,8 @@ class Measurements:
         """A crop on [−1, 1]: half are shrunk by up to two, half are mirrored or turned, and 15% are linear light."""
         g = self.random
         photograph = self.photographs[int(g.choice(len(self.photographs), p=self.share))]
+        if photograph.dtype != torch.uint8:  # of more than 8 bits
+            photograph = 255 * photograph
         side = SIDE if g.random() < 0.5 else round(SIDE * g.uniform(1, 2))
         top, left = (int(g.integers(n - side + 1)) for n in photograph.shape[1:])
         x = photograph[None, :, top : top + side, left : left + side].float()

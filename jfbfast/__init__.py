@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from jfbfast import diagnostics, spectrum
 from jfbfast.backends.dispatch import backend
 from jfbfast.config import keep_freed_memory, show_config
+from jfbfast.experiments.training import train
 from jfbfast.imaging.classical import direct_inverse, gradient_descent, tikhonov, tv
 from jfbfast.imaging.estimation import Estimate, estimate
 from jfbfast.imaging.restoration import restore
@@ -96,5 +97,6 @@ __all__ = [
     "solve_fixed_point",
     "spectrum",
     "tikhonov",
+    "train",
     "tv",
 ]

@@ -207,10 +207,8 @@ def diagnose(
         if not isinstance(model, DEGrad):
             raise ValueError(f"{checkpoint} holds a {type(model).__name__}; diagnose takes a DE-GRAD")
         set_gaussian(str(checkpoint), model, config, sigma, noise)
-        crops = RandomCrops(Photographs(images), crop, samples, flips=False, seed=seed)
+        crops = RandomCrops(Photographs(images, channels=config.channels), crop, samples, flips=False, seed=seed)
         x, white, _ = default_collate([crops[i] for i in range(samples)])
-        if config.channels == 1:
-            x, white = x.mean(1, keepdim=True), white[:, :1]
         d = measure(x, model.blur, config.noise if noise is None else noise, white)
         with console.status(f"Solving for {samples} crops of {crop} × {crop} …"):
             found = report(model, d, x, iterations=iterations, seed=seed)

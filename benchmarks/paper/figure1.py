@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from jfbfast.experiments.runs import Run
-from jfbfast.experiments.settings import make_settings, read_settings
+from jfbfast.experiments.settings import read_run_settings
 from jfbfast.imaging.datasets import split
+from jfbfast.imaging.images import SUFFIXES
 from jfbfast.imaging.photographs import ImageError, image_files
 from jfbfast.models.config import SETTING, ModelConfig
 
@@ -91,9 +92,9 @@ def read(name: str, directory: Path) -> Curve:
         raise ValueError(f"{path}: not the metrics of a run of jfbfast train, or empty")
     photographs = batches = None
     if (directory / "config.yaml").exists():
-        settings = make_settings(read_settings(directory / "config.yaml"))
+        settings = read_run_settings(directory / "config.yaml")
         try:
-            photographs = len(split(image_files(settings.data), settings.train, settings.validation)[0])
+            photographs = len(split(image_files(settings.data, SUFFIXES), settings.train, settings.validation)[0])
             batches = photographs / settings.batch_size
         except (ImageError, ValueError):
             pass
@@ -139,7 +140,7 @@ def settings(recipe: str, plan: Plan, photographs: int, setting: ModelConfig) ->
         "interval": max(1, (count - validation) // plan.training_batch),  # an epoch
         "log_every": 1,
         "seed": plan.seed,
-        "tensorboard": False,
+        "logger": "csv",
     }
 
 
@@ -151,7 +152,7 @@ def _curves(plan: Plan, setting: ModelConfig, out: Path, console: Console) -> It
         yield read(name, Path(path)) if equals else read(Path(name).name, Path(name))
     names = {} if plan.runs else NAMES
     names |= {"published": PUBLISHED} if plan.published is not None else {}
-    photographs = len(image_files(plan.data)) if names else 0
+    photographs = len(image_files(plan.data, SUFFIXES)) if names else 0
     if not plan.runs and photographs < 2:
         raise ValueError(f"{plan.data} holds {photographs} photograph; Figure 1 takes at least 2 to train and validate")
     for recipe, name in names.items():

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -26,7 +25,8 @@ from jfbfast.experiments.evaluation import (
 )
 from jfbfast.experiments.settings import read_photographs, read_run_settings
 from jfbfast.imaging.datasets import Images, split, usable_photographs
-from jfbfast.imaging.photographs import ImageError, image_files, read_photograph
+from jfbfast.imaging.images import SUFFIXES, read_image
+from jfbfast.imaging.photographs import ImageError, image_files
 from jfbfast.imaging.quality import LEAST_SIDE, PAPER_OFFSET
 from jfbfast.models.config import SETTING, ModelConfig
 from jfbfast.models.pretrained import load_model, measurement_setting, network_name, set_network
@@ -65,7 +65,7 @@ def _seen_by(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[list[P
 
 def _is_usable(file: Path) -> bool:
     try:
-        return min(read_photograph(file).pixels.shape[1:]) >= LEAST_SIDE
+        return min(read_image(file).shape[1:]) >= LEAST_SIDE
     except ImageError:
         return False
 
@@ -94,7 +94,7 @@ def unseen_photographs(
     Raises:
         ValueError: no photographs remain to score.
     """
-    files = image_files(data)
+    files = image_files(data, SUFFIXES)
     runs = [(*_seen_by(checkpoint, data, files), checkpoint) for checkpoint in checkpoints]
     kept, held_out, checkpoint = max(runs, key=lambda run: len(run[0]), default=([], [], ""))
     seen = set(kept)
@@ -123,20 +123,27 @@ def _networks(checkpoints: Sequence[str]) -> list[tuple[str, nn.Module, ModelCon
         model, config = load_model(checkpoint)
         if config.form == "denoiser":
             raise ValueError(f"{checkpoint} is a denoiser alone, which --denoiser takes; give networks that undo blur")
-        if config.channels != 3:
-            raise ValueError(f"{checkpoint} takes images of {config.channels} channels; the photographs here have 3")
         found.append((network_name(checkpoint), model, config))
     return found
 
 
-def _baselines(names: Sequence[str], blur: GaussianBlur, denoiser: str | None, device: torch.device) -> list[Method]:
-    network = None
-    if denoiser is not None:
-        network, config = load_model(denoiser)
-        if config.form != "denoiser":
-            raise ValueError(f"--denoiser is {denoiser}, a {config.form} network; it takes one trained as a denoiser")
-        network = network.to(device)
-    elif "pnp" in names:
+def _channels(networks: Sequence[tuple[str, ModelConfig]]) -> int:
+    """The number of channels of all these networks; 3 without any."""
+    if len({config.channels for _, config in networks}) > 1:
+        told = " and ".join(f"{name} of {config.channels}" for name, config in networks)
+        raise ValueError(f"the networks take images of different numbers of channels ({told}); evaluate them apart")
+    return networks[0][1].channels if networks else 3
+
+
+def _denoiser(checkpoint: str) -> tuple[nn.Module, ModelConfig]:
+    model, config = load_model(checkpoint)
+    if config.form != "denoiser":
+        raise ValueError(f"--denoiser is {checkpoint}, a {config.form} network; it takes one trained as a denoiser")
+    return model, config
+
+
+def _baselines(names: Sequence[str], blur: GaussianBlur, network: nn.Module | None) -> list[Method]:
+    if network is None and "pnp" in names:
         raise ValueError("--methods has pnp, which takes a --denoiser")
     known = baseline_methods(blur, nn.Identity() if network is None else network)
     for name in names:
@@ -259,14 +266,28 @@ def compare(
     networks = _networks(checkpoints)
     setting = measurement_setting(given, [config for _, _, config in networks])
     blur = setting.blur()
-    chosen = _baselines(methods, blur, denoiser, where)
+    own, configs = None, [(name, config) for name, _, config in networks]
+    if denoiser is not None:
+        own, config = _denoiser(denoiser)
+        own = own.to(where)
+        configs.append((denoiser, config))
+    channels = _channels(configs)
+    chosen = _baselines(methods, blur, own)
     for name, model, config in networks:
         set_network(name, model, config, setting, tell)
         chosen.append(network_method(name, model.to(where)))
     trained = [*checkpoints, *([] if denoiser is None else [denoiser])]
     choosing, rest = unseen_photographs(data, trained, train, validation, tell)
     least = max(LEAST_SIDE + 2 * max(blur.margin), setting.least_side)
-    usable = partial(usable_photographs, say=tell, resize=resize, squash=squash, least=least, purpose="scoring")
+    usable = partial(
+        usable_photographs,
+        say=tell,
+        resize=resize,
+        squash=squash,
+        channels=channels,
+        least=least,
+        purpose="scoring",
+    )
     scored, tuned = usable(rest[:limit]), usable(choosing, needed=False)
 
     def say(name: str, why: str) -> None:

@@ -43,10 +43,12 @@ class CheckpointFiles(TorchCheckpointIO):
     Args:
         phase: "pretraining" or "training".
         settings: those that a resumed run must share.
+        extendable: the one of them that it may have raised.
     """
 
-    def __init__(self, phase: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, phase: str, settings: Mapping[str, Any], extendable: str = "") -> None:
         super().__init__()
+        self.extendable = extendable
         self.run = {"jfbfast": _FORMAT, "phase": phase, **settings}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -67,7 +69,7 @@ class CheckpointFiles(TorchCheckpointIO):
         run = checkpoint.pop("run", None) if isinstance(checkpoint, dict) else None
         if not isinstance(run, dict) or run.get("jfbfast") != _FORMAT:
             raise CheckpointError(f"{path}: not a checkpoint of a run of jfbfast that this version reads")
-        for name in self.run.keys() | run.keys():
+        for name in (self.run.keys() | run.keys()) - {self.extendable}:
             mine, other = self.run.get(name), run.get(name)
             if isinstance(other, torch.Tensor) or mine != other:
                 difference = f"its {name!s:.40} is {reprlib.repr(other)}; here it is {reprlib.repr(mine)}"

@@ -12,21 +12,22 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from jfbfast import checks
 from jfbfast.backends.dispatch import ONEDNN_HAS_BFLOAT16
 from jfbfast.experiments.callbacks import Checkpoints, Metrics
+from jfbfast.experiments.initial_weights import denoiser_of, start_from
+from jfbfast.experiments.loggers import check_logger, run_logger
 from jfbfast.experiments.processes import Interrupted, check_launch, rank
+from jfbfast.experiments.run_data import Directory, GivenDataset, check_same, is_dataset
 from jfbfast.experiments.run_files import CheckpointFiles, locked
 from jfbfast.experiments.settings import (
     CIRCUMSTANCES,
@@ -45,66 +46,11 @@ from jfbfast.experiments.tasks import (
     UniversalTask,
 )
 from jfbfast.experiments.trainer import MovingAverage, TrainingError, fit
-from jfbfast.imaging.datasets import Images, RandomCrops, least_side, split, usable_photographs
-from jfbfast.imaging.photographs import image_files
+from jfbfast.imaging.datasets import Images, RandomCrops
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from jfbfast.models.config import ModelConfig
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import freeze_statistics
-from jfbfast.models.pretrained import load_model
-from jfbfast.models.red import RED
-from jfbfast.models.unet import UNet
 from jfbfast.models.universal import UniversalDEGrad
-
-
-class _Residual(nn.Module):
-    """y − R(y): the paper's regulariser R seen as a denoiser."""
-
-    def __init__(self, regularizer: nn.Module) -> None:
-        super().__init__()
-        self.regularizer = regularizer
-
-    def forward(self, y: Tensor) -> Tensor:
-        return y - self.regularizer(y)
-
-
-def denoiser_of(model: nn.Module) -> nn.Module:
-    """The denoiser inside a network of this library."""
-    if isinstance(model, DEGrad):
-        regularizer: nn.Module = model.regularizer
-        return regularizer.denoiser if isinstance(regularizer, RED) else _Residual(regularizer)
-    inner = getattr(model, "denoiser", model)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of ``source``: the same network, one without injection, or one for a single setting.
-
-    Raises RuntimeError for any other network.
-    """
-    weights, inner, given = source.state_dict(), denoiser_of(model), denoiser_of(source)
-    if isinstance(inner, UNet) and isinstance(given, UNet):
-        head = next(name for name in weights if name.endswith("head.weight"))
-        weights[head] = inner.widened_head(given)
-    model.load_state_dict(dict(weights))  # a plain dict has no metadata, which describes the source's blur
-
-
-def _start_from(model: nn.Module, config: ModelConfig, path: str, console: Console) -> None:
-    """Copy the weights of a shipped model or a file, which holds a network of the same form or a denoiser."""
-    source, found = load_model(path)
-    alone = found.form == "denoiser"
-    try:
-        if not alone and found.form != config.form:
-            raise RuntimeError(f"its form is {found.form}")
-        _take_weights(denoiser_of(model) if alone else model, source)
-    except RuntimeError as error:
-        raise ValueError(
-            f"init is {path}, a {found.form} network with {dict(found.denoiser)}; this run takes a {config.form} "
-            f"network or a denoiser, with {dict(config.denoiser)}"
-        ) from error
-    new = ", ".join(name for name in config.denoiser if name not in found.denoiser)
-    console.print(f"Starting from {path}" + (f". Its denoiser has no {new}." if new else "."), highlight=False)
 
 
 class Run:
@@ -113,20 +59,31 @@ class Run:
     Args:
         values: the settings that were chosen, by name.
         out: the directory.
-        resume: continue the run in the directory, from its last checkpoint.
+        resume: continue the run in the directory, from its last checkpoint. It may have more steps than the run had.
         progress: show progress bars.
+        dataset: the images to train on, in place of the photographs of the setting ``data``.
 
     Raises:
         ValueError: a setting is not valid, or not the resumed run's; the directory holds a run already, or none to
             resume.
     """
 
-    def __init__(self, values: Mapping[str, Any], out: Path, *, resume: bool = False, progress: bool = True) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        out: Path,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        dataset: GivenDataset | None = None,
+    ) -> None:
         file = out / "config.yaml"
-        self.out, self.resume, self.progress = out, resume, progress
+        self.out, self.resume, self.progress, self.dataset = out, resume, progress, dataset
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is the file {out}; it takes a directory")
         check_launch()
+        if dataset is not None:
+            values = {**values, "data": dataset.data}
         if resume:
             if not file.exists():
                 raise ValueError(f"{out} holds no run to resume")
@@ -134,13 +91,22 @@ class Run:
             self.settings = make_settings({**vars(started), **values}).resolved()
             for name, old in vars(started).items():
                 new = getattr(self.settings, name)
-                if new != old and name not in CIRCUMSTANCES:
-                    raise ValueError(f"{name} is {new}; the run in {out} was started with {old}")
+                raised = name == started.extendable and new > old
+                if new != old and name not in CIRCUMSTANCES and not raised:
+                    more = "; it can only be raised" if name == started.extendable else ""
+                    raise ValueError(f"{name} is {new}; the run in {out} was started with {old}{more}")
         else:
             self._check_new()
             self.settings = make_settings(values).resolved()
-        data = str(Path(self.settings.data).resolve())  # so that the run can resume from any directory
-        self.settings = replace(self.settings, data=data)
+        check_logger(self.settings.logger)
+        if dataset is None:
+            if is_dataset(self.settings.data):
+                raise ValueError(
+                    f"the run in {out} trains on a dataset that was given in Python; go on there with: "
+                    f"jfbfast.train(dataset, {str(out)!r}, resume=True)"
+                )
+            data = str(Path(self.settings.data).resolve())  # so that the run can resume from any directory
+            self.settings = replace(self.settings, data=data)
         self.config = self.settings.model_config()
         self.photographs: dict[str, list[str]] = {}
         self.saved: tuple[str, int] | None = None  # the phase and the step that the directory holds
@@ -150,45 +116,21 @@ class Run:
             raise ValueError(f"{self.out} holds a run already; choose another directory, or resume it")
 
     def _data(self, console: Console) -> tuple[RandomCrops, Images | None]:
-        """The training crops and the validation images."""
-        settings = self.settings
-        kept, held_out, _ = split(image_files(settings.data), settings.train, settings.validation)
-        if not kept:
-            raise ValueError(f"train and validation leave no photograph of {settings.data} to train on")
-        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-        usable = partial(
-            usable_photographs,
-            say=say,
-            resize=settings.resize,
-            squash=settings.squash,
-            cache=int(settings.cache * 2**30),
-            least=1 if settings.resize else max(least_side(settings.crop), self.config.least_side),
-            purpose=f"crops of {settings.crop} pixels",
-        )
-        photographs, validation = usable(kept), usable(held_out, needed=False)
-        self._check_photographs(photographs.files, validation.files)
-        say(f"{len(photographs)} photographs to train on, {len(validation)} to validate on.")
-        if not photographs.cached:
-            say(f"They take more than {settings.cache:g} GiB decoded, and are decoded at each use.")
-        length = settings.batch_size * max(settings.steps, settings.pretraining_steps or 0)
-        crops = RandomCrops(photographs, settings.crop, length, settings.flips, settings.seed)
-        return crops, Images(validation, settings.resize or settings.crop, settings.seed) if validation else None
+        """The training crops and the validation images; sets ``photographs``, their names."""
+        settings, file = self.settings, self.out / "photographs.json"
 
-    def _check_photographs(self, kept: Sequence[Path], held_out: Sequence[Path]) -> None:
-        """Set ``photographs``, the names relative to the directory; a resumed run must have the same ones."""
-        data, file = self.settings.data, self.out / "photographs.json"
-        self.photographs = {
-            name: [path.relative_to(data).as_posix() for path in files]
-            for name, files in (("training", kept), ("validation", held_out))
-        }
-        started = read_photographs(file) if self.resume and file.exists() else self.photographs  # old runs have no file
-        for name, names in self.photographs.items():
-            if names != started[name]:
-                other = sorted(set(names).symmetric_difference(started[name]))
-                raise ValueError(
-                    f"data is {data}; its photographs for {name} are not those of the run in {self.out}: "
-                    f"{len(other)} differ, such as {other[0]}"
-                )
+        def say(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        images = (self.dataset or Directory(settings.data)).load(settings, self.config, say)
+        if self.resume and file.exists():  # old runs have none
+            check_same(images, read_photographs(file), settings.data, self.out)
+        self.photographs = images.names
+        training, validation = images.training, images.validation
+        say(f"{len(training)} photographs to train on, {len(validation)} to validate on.")
+        length = settings.batch_size * max(settings.steps, settings.pretraining_steps or 0)
+        crops = RandomCrops(training, settings.crop, length, settings.flips, settings.seed)
+        return crops, Images(validation, settings.resize or settings.crop, settings.seed) if validation else None
 
     def _fit(
         self,
@@ -203,7 +145,7 @@ class Run:
         file = self.out / f"{phase}.ckpt"
         resuming = file.exists()
         kept = {name: value for name, value in vars(settings).items() if name not in CIRCUMSTANCES}
-        files = CheckpointFiles(phase, kept)
+        files = CheckpointFiles(phase, kept, settings.extendable)
 
         def saved(step: int) -> None:
             self.saved = phase, step
@@ -216,35 +158,40 @@ class Run:
         callbacks = [Metrics(self.out / "metrics.csv", phase, step, settings.log_every), *more]
         if settings.ema:
             callbacks.append(MovingAverage(settings.ema))
-        try:
-            return fit(
-                task,
-                train,
-                steps=steps,
-                batch_size=settings.batch_size,
-                val=val,
-                interval=settings.interval,
-                precision=settings.precision,
-                clip=settings.clip,
-                workers=settings.workers,
-                progress=self.progress,
-                resume=str(file) if resuming else None,
-                callbacks=[*callbacks, checkpoints],
-                logger=TensorBoardLogger(self.out, "tensorboard", phase) if settings.tensorboard else False,
-                plugins=[files],
-            )
-        except TrainingError as error:
-            raise TrainingError(f"{error}; {self._advice(phase)}") from error
-        except OSError:
-            raise
-        except Exception as error:
-            if resuming and not checkpoints.started:
-                raise CheckpointError(f"{file}: not a whole checkpoint of a run ({checks.one_line(error)})") from error
-            raise
+        with run_logger(settings.logger, self.out, phase, vars(settings)) as logger:
+            try:
+                return fit(
+                    task,
+                    train,
+                    steps=steps,
+                    batch_size=settings.batch_size,
+                    val=val,
+                    interval=settings.interval,
+                    precision=settings.precision,
+                    clip=settings.clip,
+                    workers=settings.workers,
+                    progress=self.progress,
+                    resume=str(file) if resuming else None,
+                    callbacks=[*callbacks, checkpoints],
+                    logger=logger or False,
+                    plugins=[files],
+                )
+            except TrainingError as error:
+                raise TrainingError(f"{error}; {self._advice(phase)}") from error
+            except OSError:
+                raise
+            except Exception as error:
+                if resuming and not checkpoints.started:
+                    raise CheckpointError(
+                        f"{file}: not a whole checkpoint of a run ({checks.one_line(error)})"
+                    ) from error
+                raise
 
     def _state(self) -> str:
         """A sentence about what is saved of the run, and the command that continues it."""
         command = f"jfbfast train --out {shlex.quote(str(self.out))} --resume"
+        if self.dataset is not None:
+            command = f"jfbfast.train(dataset, {str(self.out)!r}, resume=True)"
         if self.saved is None:
             return f"no step is saved yet; start with: {command}"
         phase, step = self.saved
@@ -286,7 +233,7 @@ class Run:
         with_all_weights = ["pretrained.safetensors", "training.ckpt"]
         with_all_weights += ["pretraining.ckpt"] if config.form == "denoiser" else []
         if settings.init is not None and not any((self.out / name).exists() for name in with_all_weights):
-            _start_from(model, config, settings.init, console)
+            start_from(model, config, settings, console)
         crops, val = self._data(console)
         with self._claimed():
             return self._train(model, crops, val, console)
@@ -298,7 +245,7 @@ class Run:
         assert rate is not None and first_rate is not None  # as the settings are resolved
         chosen = (settings.schedule, settings.warmup, settings.beta2, settings.optimizer)
         optimization, pretraining = Optimization(rate, *chosen), Optimization(first_rate, *chosen)
-        if pretrained.exists():
+        if pretrained.exists() and config.form != "denoiser":
             found, of = load_checkpoint(pretrained)
             if of != config:
                 raise CheckpointError(f"{pretrained}: of another network than this run's")

@@ -11,6 +11,7 @@ from jfbfast.experiments.training_settings import TrainingSettings, parse_kind
 # settings of the network, and `split` the numbers of photographs.
 _BOUNDS = (
     (1, 16384, "resize crop"),
+    (1, 64, "channels"),
     (1, 1e6, "batch_size measurements"),
     (1, 1e9, "steps interval log_every jacobian_interval jacobian_samples"),
     (1, 10_000, "training_max_iter"),
@@ -25,6 +26,7 @@ _BOUNDS = (
 _CHOICES = {
     "denoiser": ("DnCNN", "UNet", "NonexpansiveDenoiser"),
     "optimizer": ("adam", "muon"),
+    "logger": ("tensorboard", "wandb", "mlflow", "csv"),
     "schedule": ("onecycle", "cosine", "linear", "constant"),
     "precision": ("32", "bf16", "fp16"),
     "solve_dtype": ("float32", "bfloat16", "float16"),

@@ -21,7 +21,7 @@ _MOST_NAMES = 1 << 28  # characters in a file of photographs' names
 _YAML_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # from values such as dates
 
 # Where and how a run computes, not what: a resumed run may change these.
-CIRCUMSTANCES = frozenset({"data", "workers", "cache", "tensorboard"})
+CIRCUMSTANCES = frozenset({"data", "workers", "cache", "logger"})
 
 
 class Setting(NamedTuple):
@@ -118,6 +118,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def read_run_settings(path: Path) -> TrainingSettings:
     """The settings in a run's ``config.yaml``; ValueError, with its path, if they are damaged."""
     values = read_settings(path)
+    if isinstance(old := values.pop("tensorboard", None), bool):  # of older versions
+        values["logger"] = "tensorboard" if old else "csv"
     try:
         return make_settings(values)
     except ValueError as error:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import _enable_get_lr_call
 
 from jfbfast.experiments.muon import Muon
 from jfbfast.imaging.datasets import Sample
@@ -103,8 +104,22 @@ class Task(L.LightningModule):
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The schedule is the one of `steps`, of which the saved run may have had fewer.
+        for schedule in checkpoint["lr_schedulers"]:
+            for name in ("total_steps", "_schedule_phases"):
+                schedule.pop(name, None)
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
         progress.optimizer.step.total.completed = checkpoint["global_step"]
+
+    def on_train_start(self) -> None:
+        # The learning rate of the next step follows from its number and `steps`, also in a run that was made longer.
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            with _enable_get_lr_call(scheduler):
+                rates = scheduler.get_lr()
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
         generator = np.random.default_rng((self.seed, self.global_step, self.global_rank))

@@ -29,6 +29,11 @@ class TrainingSettings:
     """
 
     data: str = _option("Directory of photographs; its subdirectories are searched too.")
+    channels: int = _option(
+        "Channels of the network's images: 3 for colour (grey files are repeated), 1 for grey (colour files become "
+        "grey), or the number that all files have.",
+        3,
+    )
     train: float | None = _option(
         "How many photographs to train on, by name: a share below 1, or a count. (default: all others)",
         None,
@@ -105,7 +110,8 @@ class TrainingSettings:
     )
 
     init: str | None = _option(
-        "Start from a shipped model or a file: the same network, the same without --injection, or its denoiser. "
+        "Start from the weights of a shipped model or a file, whose network must be the same, the same without "
+        "--injection, or its denoiser; all else may differ, such as the blur, the solver or the photographs. "
         "(default: random weights)",
         None,
     )
@@ -120,7 +126,7 @@ class TrainingSettings:
     pretraining_noise: tuple[float, ...] = _option(
         "Smallest and largest noise level of pretraining, for images in [−1, 1].", (0.01, 0.12)
     )
-    steps: int = _option("Batches of training the network itself.", 500)
+    steps: int = _option("Batches of training the network itself; --resume takes more than the run had.", 500)
     batch_size: int = _option("Crops in a batch, over all processes together.", 16)
     optimizer: str = _option(
         "adam; or muon, which makes the updates of the inner convolutions orthogonal, and leaves the rest to Adam with "
@@ -150,7 +156,11 @@ class TrainingSettings:
     log_every: int = _option("Steps between two rows of metrics.csv.", 10)
     workers: int = _option("Processes that load images; 0 loads them in the training process.", 0)
     cache: float = _option("GiB of memory for decoded photographs; if that is too little, each use decodes them.", 2.0)
-    tensorboard: bool = _option("Write TensorBoard files too.", True)
+    logger: str = _option(
+        "Where metrics go: tensorboard (files in OUT/tensorboard), wandb or mlflow (install that package; its "
+        "environment variables choose the project and the server), or csv, the metrics.csv of every run alone.",
+        "tensorboard",
+    )
 
     @property
     def universal(self) -> bool:
@@ -163,6 +173,11 @@ class TrainingSettings:
         settings = self.resolved()
         sigma = max(settings.sigma_range or (settings.sigma,))
         return max(GaussianBlur(settings.kernel_size, sigma).kernel_size)
+
+    @property
+    def extendable(self) -> str:
+        """The setting that a resumed run may raise, the steps of its last phase."""
+        return "pretraining_steps" if self.form == "denoiser" else "steps"
 
     @property
     def implicit(self) -> bool:
@@ -205,10 +220,12 @@ class TrainingSettings:
         settings = self.resolved()
         assert settings.features is not None
         network: dict[str, Any] = {"kind": self.denoiser}
+        network |= {"channels": self.channels} if self.channels != 3 else {}  # older files of networks have none
         if self.denoiser == "UNet":
             network |= {"features": list(settings.features), "blocks": list(self.blocks)}
             network |= {"injection": True} if self.injection else {}
-            network |= {"conditions": CONDITIONS, "injection": injected_channels(channels=3)} if self.universal else {}
+            if self.universal:
+                network |= {"conditions": CONDITIONS, "injection": injected_channels(self.channels)}
         elif len(settings.features) != 1:
             raise ValueError(f"features is {settings.features}; a {self.denoiser} takes one number")
         else:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,16 +19,18 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
 from jfbfast import checks
-from jfbfast.imaging.photographs import ImageError, read_photograph
+from jfbfast.imaging.images import DatasetImages, Preparation, read_image, to_floats
+from jfbfast.imaging.photographs import ImageError
 
-_ORDER, _CROP, _MEASUREMENT = range(3)  # independent streams of random numbers
+_T = TypeVar("_T")
+_ORDER, _CROP, _MEASUREMENT, _READ = range(4)  # independent streams of random numbers
 
 
 class Sample(NamedTuple):
     """An image and the random numbers of its measurement.
 
     Attributes:
-        x: (3, h, w) in [−1, 1].
+        x: (C, h, w) in [−1, 1].
         noise: white noise of standard deviation 1, like x.
         level: uniform in [0, 1), of shape ().
     """
@@ -49,8 +51,8 @@ def _count(name: str, value: float, total: int) -> int:
     return int(value) if value >= 1 else round(value * total)
 
 
-def split(files: Sequence[Path], train: float | None, validation: float) -> tuple[list[Path], list[Path], list[Path]]:
-    """Split files, in their order, into those for training, for validation, and the rest, for tests.
+def split(files: Sequence[_T], train: float | None, validation: float) -> tuple[list[_T], list[_T], list[_T]]:
+    """Split files, or numbers of images, in their order: those for training, for validation, and the rest, for tests.
 
     Args:
         files: sorted by name.
@@ -69,16 +71,14 @@ def split(files: Sequence[Path], train: float | None, validation: float) -> tupl
 
 
 class Photographs(Sequence[Tensor]):
-    """Image files as uint8 tensors (3, H, W), decoded once into one block of memory if they fit.
+    """Image files as tensors (channels, H, W), decoded once into one block of memory if they fit.
+
+    Files of 8 bits give uint8; others, and those that are turned grey, give float32 in [0, 1].
 
     Args:
-        files: 8-bit, or deeper and rounded to it; grey ones get three equal channels.
-        resize: side in pixels to resize to; None keeps the size.
-        squash: resize both sides to exactly that, as the paper's code does. By default the shorter side is resized,
-            and the centre square is kept.
+        files: see `read_image`.
+        resize, squash, least, purpose, channels: see `Preparation`.
         cache: the most bytes of memory; if the files need more, each is decoded again at every use.
-        least: pixels of the shortest side, after resizing.
-        purpose: of the photographs, for the message that one is too small for it.
         leave_out: called with the error of each file that cannot be used, which is left out; None raises it.
 
     Attributes:
@@ -107,16 +107,16 @@ class Photographs(Sequence[Tensor]):
         squash: bool = False,
         cache: int = 2 << 30,
         *,
+        channels: int = 3,
         least: int = 1,
         purpose: str = "",
         leave_out: Callable[[ImageError], object] | None = None,
     ) -> None:
-        if resize is not None:
-            checks.integer("resize", resize, 1)
-        self.resize, self.squash, self.least, self.purpose = resize, squash, least, purpose
+        self.prepare = Preparation(channels, resize, squash, least, purpose)
         self.files: list[Path] = []
         self.sizes: list[tuple[int, int]] = []
-        self._starts = [0]
+        self._places: list[tuple[int, int, torch.dtype]] = []  # start and end in the block
+        end = 0
         block = np.empty(0, np.uint8)  # one array, which worker processes share without a handle for each image
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for file, image in zip(files, pool.map(self._try, files), strict=True):
@@ -125,29 +125,26 @@ class Photographs(Sequence[Tensor]):
                         raise image
                     leave_out(image)
                     continue
-                start, end = self._starts[-1], self._starts[-1] + image.numel()
+                start = -(-end // 4) * 4  # where float32 can start
+                end = start + image.numel() * image.element_size()
                 self.files.append(file)
                 self.sizes.append((image.shape[-2], image.shape[-1]))
-                self._starts.append(end)
+                self._places.append((start, end, image.dtype))
                 if end <= cache:
                     if end > len(block):
                         block.resize(min(cache, end + end // 4), refcheck=False)
-                    block[start:end] = image.numpy().ravel()
-        self.cached = self._starts[-1] <= cache
+                    block[start:end] = image.contiguous().flatten().view(torch.uint8).numpy()
+        self.cached = end <= cache
         if self.cached:
-            block.resize(self._starts[-1], refcheck=False)
+            block.resize(end, refcheck=False)
             self._block = torch.from_numpy(block)
 
     def _read(self, file: Path) -> Tensor:
-        image = (read_photograph(file).pixels.clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
-        if self.resize is not None:
-            size = [self.resize, self.resize] if self.squash else [self.resize]
-            image = v2.functional.resize(image, size, antialias=True)
-            image = v2.functional.center_crop(image, [self.resize, self.resize])
-        if min(image.shape[-2:]) < self.least:
-            found = f"{image.shape[-1]} × {image.shape[-2]}"
-            raise ImageError(f"{file}: too small for {self.purpose}: {found} pixels; it takes {self.least} a side")
-        return image
+        image = read_image(file)
+        try:
+            return self.prepare(image)
+        except ImageError as error:
+            raise ImageError(f"{file}: {error}") from error
 
     def _try(self, file: Path) -> Tensor | ImageError:
         try:
@@ -161,7 +158,8 @@ class Photographs(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         if not self.cached:
             return self._read(self.files[index])
-        return self._block[self._starts[index] : self._starts[index + 1]].view(3, *self.sizes[index])
+        start, end, dtype = self._places[index]
+        return self._block[start:end].view(dtype).view(self.prepare.channels, *self.sizes[index])
 
 
 def usable_photographs(
@@ -192,16 +190,11 @@ def least_side(crop: int) -> int:
     return -(-(crop + 2) // 3)
 
 
-def _to_floats(image: Tensor) -> Tensor:
-    """Convert uint8, or floats in [0, 1], to floats in [−1, 1]."""
-    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else 2 * image - 1
-
-
 class RandomCrops(Dataset[Sample]):
     """Random square crops, flipped at random, of photographs taken in a random order, each once an epoch.
 
     Args:
-        photographs: (3, H, W) each, uint8, or floats in [0, 1].
+        photographs: (C, H, W) each, uint8, or floats in [0, 1].
         crop: side in pixels; photographs down to just over a third of it are padded by reflection.
         length: number of crops, over as many epochs as it takes; None for one epoch.
         flips: mirror every other crop, left to right.
@@ -226,8 +219,11 @@ class RandomCrops(Dataset[Sample]):
         checks.integer("seed", seed, 0)
         checks.integer("photographs", len(photographs), 1)
         names: Sequence[object] = [f"photograph {which}" for which in range(len(photographs))]
+        sizes: list[tuple[int, int]] = []
         if isinstance(photographs, Photographs):
             names, sizes = photographs.files, photographs.sizes
+        elif isinstance(photographs, DatasetImages):
+            names = []  # reading all its images would take long; each is checked when it is read
         else:
             sizes = [(image.shape[-2], image.shape[-1]) for image in photographs]
         for name, size in zip(names, sizes, strict=True):
@@ -251,7 +247,8 @@ class RandomCrops(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        image = self.photographs[self._photograph(index)]
+        which, images = self._photograph(index), self.photographs
+        image = images.read(which, self.seed, _READ, index) if isinstance(images, DatasetImages) else images[which]
         short = [max(0, self.crop - side) for side in image.shape[-2:]]
         if any(short):
             top, left = (s // 2 for s in short)
@@ -259,7 +256,7 @@ class RandomCrops(Dataset[Sample]):
             image = v2.functional.pad(image, around, padding_mode="reflect")
         generator = np.random.default_rng((self.seed, _CROP, index))
         top, left = (int(generator.integers(side - self.crop + 1)) for side in image.shape[-2:])
-        x = _to_floats(image[:, top : top + self.crop, left : left + self.crop])
+        x = to_floats(image[:, top : top + self.crop, left : left + self.crop])
         if self.flips and generator.random() < 0.5:
             x = x.flip(-1)
         return _sample(x, generator)
@@ -269,7 +266,7 @@ class Images(Dataset[Sample]):
     """Whole photographs, or their centre squares, each with the random numbers of one fixed measurement.
 
     Args:
-        photographs: (3, H, W) each, uint8, or floats in [0, 1].
+        photographs: (C, H, W) each, uint8, or floats in [0, 1].
         crop: the longest side of the centre square; None for the whole.
         seed: of the measurements' random numbers, which depend only on it and on the index; at least 0.
     """
@@ -285,7 +282,7 @@ class Images(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self.photographs):
             raise IndexError(index)
-        x = _to_floats(self.photographs[index])
+        x = to_floats(self.photographs[index])
         if self.crop is not None:
             top, left = (max(0, (side - self.crop) // 2) for side in x.shape[-2:])
             x = x[:, top : top + self.crop, left : left + self.crop]

@@ -37,7 +37,7 @@ _ENCODERS: dict[str, Callable[[np.ndarray, Metadata], bytes]] = {
     ".jpg": eight_bit.encode_jpeg,
     ".jpeg": eight_bit.encode_jpeg,
 }
-_LEAST, _MOST = -0.5, 1.5  # float32 samples; noise can take them somewhat beyond [0, 1]
+LEAST, MOST = -0.5, 1.5  # float32 samples; noise can take them somewhat beyond [0, 1]
 _LONGEST_JPEG = 65_500  # pixels of a side
 
 
@@ -79,7 +79,7 @@ def _photograph(decoded: Decoded) -> Photograph:
     if not values.isfinite().all():
         raise ImageError(f"{int((~values.isfinite()).sum())} of its values are not finite")
     least, most = float(values.min()), float(values.max())
-    if not _LEAST <= least <= most <= _MOST:
+    if not LEAST <= least <= most <= MOST:
         raise ImageError(f"its float32 samples go from {least:g} to {most:g}; it takes [0, 1]")
     exif = kept_exif(decoded.exif, values.shape[2], values.shape[1], dpi)
     colours = len(values) - (len(values) in (2, 4))
@@ -220,13 +220,13 @@ def write_photograph(path: str | Path, photograph: Photograph, *, overwrite: boo
         raise ImageError(f"{path}: could not be written ({error.strerror or error})") from error
 
 
-def image_files(directory: str | Path) -> list[Path]:
+def image_files(directory: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
     """List the image files below a directory, recognised by their suffixes, sorted by name.
 
     Raises:
         ImageError: no such directory, or no image in it.
     """
-    files = sorted(p for p in Path(directory).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(p))
+    files = sorted(p for p in Path(directory).rglob("*") if p.suffix.lower() in suffixes and not os.path.isdir(p))
     if not files:
         raise ImageError(f"{directory}: no image files there")
     return files

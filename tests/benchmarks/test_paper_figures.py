@@ -168,7 +168,7 @@ def test_figure1_trains_as_the_documented_settings_say():
         assert (mine.train, mine.validation, mine.crop, mine.log_every) == (1600, 400, 128, 1)
         values = {"data": "faces", **read_settings(documented / file)}
         theirs = make_settings({**values, "train": 1600, "validation": 400, "crop": 128}).resolved()
-        same = replace(mine, interval=theirs.interval, log_every=theirs.log_every, tensorboard=theirs.tensorboard)
+        same = replace(mine, interval=theirs.interval, log_every=theirs.log_every, logger=theirs.logger)
         assert same == theirs
 
 

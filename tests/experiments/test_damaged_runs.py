@@ -24,7 +24,7 @@ TINY = {
     "pretraining_steps": 2,
     "steps": 2,
     "interval": 1,
-    "tensorboard": False,
+    "logger": "csv",
 }
 
 

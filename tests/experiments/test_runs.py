@@ -132,8 +132,10 @@ def test_a_run_is_not_overwritten_or_changed(folder, tmp_path):
     train(folder, out)
     with pytest.raises(ValueError, match="holds a run already"):
         train(folder, out)
-    with pytest.raises(ValueError, match=r"steps is 7; the run in .* was started with 6"):
-        train(folder, out, resume=True, steps=7)
+    with pytest.raises(ValueError, match=r"steps is 5; the run in .* was started with 6; it can only be raised"):
+        train(folder, out, resume=True, steps=5)
+    with pytest.raises(ValueError, match=r"pretraining_steps is 5; the run in .* was started with 4$"):
+        train(folder, out, resume=True, pretraining_steps=5)
     train(folder, out, resume=True, workers=1)
 
 
@@ -217,6 +219,11 @@ def test_a_run_starts_from_other_weights(folder, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "second")[key], value, rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match=r"init is .* a filtered network"):
         train(folder, tmp_path / "third", init=first, depth=4)
+    with pytest.raises(ValueError, match=r"weight is 0\.1; with init=.* it is the one of that network"):
+        train(folder, tmp_path / "third", init=first, weight=0.1)
+    train(folder, tmp_path / "third", init=first, **still, sigma=2, padding_mode="zeros", gradient="implicit")
+    for key, value in target.items():
+        torch.testing.assert_close(weights(tmp_path / "third")[key], value, rtol=0, atol=1e-7)
     (tmp_path / "first" / "model.safetensors").unlink()
     train(folder, tmp_path / "second", resume=True, init=first, **still)
     with pytest.raises(CheckpointError, match="no such file"):

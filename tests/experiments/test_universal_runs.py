@@ -30,7 +30,7 @@ TINY = {
     "max_iter": 8,
     "jacobian_penalty": 1e-3,
     "ema": 0.5,
-    "tensorboard": False,
+    "logger": "csv",
 }
 
 
@@ -76,7 +76,7 @@ def test_a_universal_run_repeats_and_resumes(folder, tmp_path, monkeypatch, opti
 
 def test_a_universal_run_starts_from_a_denoiser(folder, tmp_path):
     start = tmp_path / "denoiser" / "model.safetensors"
-    alone = {name: TINY[name] for name in ("denoiser", "features", "blocks", "crop", "batch_size", "tensorboard")}
+    alone = {name: TINY[name] for name in ("denoiser", "features", "blocks", "crop", "batch_size", "logger")}
     small_runs.train(folder, start.parent, form="denoiser", steps=0, pretraining_steps=1, **alone)
     train(folder, tmp_path / "out", init=str(start), steps=1, learning_rate=1e-9, ema=0)
     source, found = (load_checkpoint(out / "model.safetensors")[0] for out in (start.parent, tmp_path / "out"))

@@ -17,7 +17,7 @@ TINY = {
     "batch_size": 2,
     "validation": 1,
     "log_every": 1,
-    "tensorboard": False,
+    "logger": "csv",
 }
 
 

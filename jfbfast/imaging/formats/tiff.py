@@ -19,18 +19,31 @@ from jfbfast.imaging.formats.tags import UNDEFINED, Directory, Value, codes, rea
 _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6  # photometric interpretations
 _CHANNELS: dict[float, int] = {_WHITE_IS_ZERO: 1, _GREY: 1, _RGB: 3, _PALETTE: 1, _YCBCR: 3}
 _JPEG = 7  # the compression that turns YCbCr into RGB when it decodes
-_STRAIGHT_ALPHA = 2
+_UNSPECIFIED, _STRAIGHT_ALPHA = 0, 2  # kinds of extra samples
+_PLANES = 2  # the planar configuration of channels that are stored one after the other
 # The tags that say how samples are stored: tifffile leaves out one that is damaged, and takes its default.
 _STORAGE = frozenset((*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347))
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damaged files raise errors, which need no log
 
 
-def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
-    """Refuse layouts of samples that `decode` would misinterpret."""
-    dtype, extra = page.dtype, tuple(map(int, page.extrasamples))
+def _check_storage(page: tifffile.TiffPage) -> None:
+    """Refuse samples of other types than ours, and files that hold no whole image."""
+    dtype = page.dtype
     if dtype not in (np.uint8, np.uint16, np.float32) or page.bitspersample != 8 * dtype.itemsize:
         raise ImageError(f"its samples are neither 8-bit, 16-bit nor float32: {page.bitspersample} bits, {dtype}")
+    if page.imagedepth != 1:
+        raise ImageError(f"is a volume of {page.imagedepth} images; it takes one image a file")
+    if page.is_reduced:
+        raise ImageError("holds a preview of another image, as raw files of cameras do")
+    if not all(page.databytecounts):  # tifffile would fill these strips with zeros
+        raise ImageError("some of its pixels are missing")
+
+
+def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
+    """Refuse layouts of samples that `decode` would misinterpret."""
+    _check_storage(page)
+    dtype, extra = page.dtype, tuple(map(int, page.extrasamples))
     photometric = tags.number(Tag.PhotometricInterpretation)
     if photometric not in _CHANNELS:
         taken = ", ".join(map(str, _CHANNELS))
@@ -44,31 +57,52 @@ def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
         raise ImageError(f"has {samples} samples a pixel, and no tag says what each is; it takes grey, RGB, and alpha")
     if samples > 1 and page.planarconfig != 1:
         raise ImageError("stores its channels one after the other; it takes them pixel by pixel")
-    if page.imagedepth != 1:
-        raise ImageError(f"is a volume of {page.imagedepth} images; it takes one image a file")
     if photometric == _PALETTE and (dtype != np.uint8 or page.colormap is None or page.colormap.max() < 256):
         raise ImageError("its palette has 8 bits, where TIFF has 16, or more than 256 colours")
-    if page.is_reduced:
-        raise ImageError("holds a preview of another image, as raw files of cameras do")
-    if not all(page.databytecounts):  # tifffile would fill these strips with zeros
-        raise ImageError("some of its pixels are missing")
+
+
+def _only_page(file: tifffile.TiffFile, content: bytes) -> tifffile.TiffPage:
+    page = file.pages.first
+    check_size(page.imagewidth, page.imagelength)
+    if len(file.pages) > 1:
+        raise ImageError(f"has {len(file.pages)} pages; it takes one image a file")
+    damaged = _STORAGE.intersection(codes(content)).difference(tag.code for tag in page.tags)
+    if damaged:
+        raise ImageError(f"its tag {min(damaged)} is damaged")
+    return page
+
+
+def decode_channels(content: bytes) -> np.ndarray | None:
+    """Decode the samples (H, W, C) of a TIFF whose extra samples are channels of their own; None for any other TIFF.
+
+    Such files have grey or RGB and extra samples of an unspecified kind, pixel by pixel or channel after channel, as
+    programs for satellite and microscope images write them.
+    """
+    if content[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    with tifffile.TiffFile(BytesIO(content)) as file:
+        page = file.pages.first
+        extra, samples = tuple(map(int, page.extrasamples)), page.samplesperpixel
+        several = samples > _CHANNELS.get(int(page.photometric), samples) and set(extra) <= {_UNSPECIFIED}
+        planes = samples > 1 and page.planarconfig == _PLANES and set(extra) <= {_UNSPECIFIED}
+        if page.photometric not in (_GREY, _RGB) or not (several or planes):
+            return None
+        page = _only_page(file, content)
+        _check_storage(page)
+        array = page.asarray()
+    return array.transpose(1, 2, 0) if page.planarconfig == _PLANES else array
 
 
 def decode(content: bytes) -> Decoded:
     """Decode a TIFF of one page."""
     tags = read_directory(content)
     with tifffile.TiffFile(BytesIO(content)) as file:
-        page = file.pages.first
-        check_size(page.imagewidth, page.imagelength)
-        if len(file.pages) > 1:
-            raise ImageError(f"has {len(file.pages)} pages; it takes one image a file")
-        damaged = _STORAGE.intersection(codes(content)).difference(tag.code for tag in page.tags)
-        if damaged:
-            raise ImageError(f"its tag {min(damaged)} is damaged")
+        page = _only_page(file, content)
         _check_layout(page, tags)
         array = page.asarray()
     white = array.dtype.type(1 if array.dtype == np.float32 else np.iinfo(array.dtype).max)
     if page.photometric == _PALETTE:
+        assert page.colormap is not None
         array = (page.colormap[:, array] >> 8).astype(np.uint8).transpose(1, 2, 0)
     elif page.photometric == _WHITE_IS_ZERO:
         array = white - array
