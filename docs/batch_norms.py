@@ -94,20 +94,18 @@ def run(name: str, pretrained: str, faces: Path) -> Iterator[dict[str, Any]]:
 
 def picture(rows: list[dict[str, Any]]) -> None:
     shown = {
-        "variance": "running variances,\nrelative to step 0",
+        "variance": "running variances, relative to step 0",
         "spectral_radius": "spectral radius of ∂T/∂x",
         "psnr": "PSNR, dB",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.7), layout="constrained")
     for axis, (column, title) in zip(axes, shown.items(), strict=True):
         for name in RUNS:
             curve = [(row["step"], row[column]) for row in rows if row["run"] == name]
             axis.plot(*zip(*curve, strict=True), marker=".", label=name)
         axis.set(title=title, xlabel="step")
-        if column != "psnr":
-            axis.set_yscale("log")
     axes[1].axhline(1, color="grey", linewidth=0.8)
-    axes[2].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(RUNS))
     figure.savefig(OUTPUT / "batch-norms.png", dpi=110)
 
 
