@@ -25,7 +25,7 @@ from jfbfast.implicit.fixed_point import fixed_point, solve_fixed_point
 from jfbfast.implicit.methods import JFB, GradientMethod, Implicit, Neumann, Phantom, Shine, Unrolled
 from jfbfast.models.deadmm import DEADMM
 from jfbfast.models.degrad import DEGrad
-from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser
+from jfbfast.models.denoisers import DnCNN, NonexpansiveDenoiser, freeze_statistics
 from jfbfast.models.deprox import DEProx
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.inference import inference_module
@@ -94,6 +94,7 @@ __all__ = [
     "direct_inverse",
     "estimate",
     "fixed_point",
+    "freeze_statistics",
     "gradient_descent",
     "inference_module",
     "jacobian_penalty",

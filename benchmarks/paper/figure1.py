@@ -25,7 +25,19 @@ from .plan import Plan
 
 # As docs/training/paper.yaml and filtered.yaml, but for the sizes.
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"form": "paper", "gradient": "jfb", "padding_mode": "zeros", "training_max_iter": 20},
+    "paper": {
+        "form": "paper",
+        "gradient": "jfb",
+        "padding_mode": "zeros",
+        "identity_start": True,
+        "freeze_statistics": True,
+        "pretraining_noise": (0.005, 0.08),
+        "training_max_iter": 15,
+        "jacobian_penalty": 1e-2,
+        "jacobian_bound": 0.9,
+        "jacobian_interval": 4,
+        "jacobian_samples": 4,
+    },
     "ours": {
         "form": "filtered",
         "denoiser": "UNet",
@@ -123,7 +135,7 @@ def settings(recipe: str, plan: Plan, photographs: int, setting: ModelConfig) ->
         "squash": plan.squash and plan.resize is not None,
         "crop": min(plan.crop, plan.resize or plan.crop),
         "batch_size": plan.training_batch,
-        "pretraining_steps": round(PRETRAINING[recipe] * plan.steps),
+        "pretraining_steps": math.ceil(PRETRAINING[recipe] * plan.steps),
         "steps": plan.steps,
         "interval": max(1, (count - validation) // plan.training_batch),  # an epoch
         "log_every": 1,

@@ -49,6 +49,7 @@ from jfbfast.experiments.trainer import MovingAverage, TrainingError, fit
 from jfbfast.imaging.datasets import Images, RandomCrops
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from jfbfast.models.degrad import DEGrad
+from jfbfast.models.denoisers import freeze_statistics
 from jfbfast.models.universal import UniversalDEGrad
 
 
@@ -256,6 +257,8 @@ class Run:
             task = DenoiserTask(denoiser_of(model), (low, high), pretraining, settings.seed)
             runner = self._fit(task, crops, val, steps)
             self._save(pretrained, model)
+        if settings.freeze_statistics:
+            freeze_statistics(model)
         if config.form != "denoiser":
             console.print(f"Training the {config.form} network: {settings.steps} steps.", highlight=False)
             runner = self._fit(self._deblurring(model, optimization), crops, val, settings.steps)

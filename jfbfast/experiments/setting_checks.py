@@ -39,7 +39,16 @@ _CONDITIONS: tuple[tuple[str, Callable[[TrainingSettings], bool], str], ...] = (
     ("sigma_range noise_range measurements", lambda s: s.universal, "it has an effect only with form=universal"),
     ("sigma noise", lambda s: not s.universal, "with form=universal, for all blurs and noise levels, it has no effect"),
     ("blocks", lambda s: s.denoiser == "UNet", "it has an effect only with denoiser=UNet"),
-    ("batch_norm spectral_norm", lambda s: s.denoiser == "DnCNN", "it has an effect only with denoiser=DnCNN"),
+    (
+        "freeze_statistics",
+        lambda s: bool(s.resolved().batch_norm and s.implicit and (s.resolved().pretraining_steps or s.init)),
+        "it has an effect only with batch_norm, an implicit form, and pretraining_steps or init",
+    ),
+    (
+        "batch_norm spectral_norm identity_start",
+        lambda s: s.denoiser == "DnCNN",
+        "it has an effect only with denoiser=DnCNN",
+    ),
     ("depth bias", lambda s: s.denoiser != "UNet", "with denoiser=UNet it has no effect"),
     (
         "injection",

@@ -97,8 +97,7 @@ class MovingAverage(WeightAveraging):
         super().on_train_end(trainer, pl_module)
         for module in pl_module.modules():
             if isinstance(module, SpectralNormConv2d):
-                for _ in range(15):
-                    module.power_iteration()
+                module.converge()
 
 
 def shared_batches(start: int, steps: int, batch_size: int, rank: int, world: int) -> list[range]:

@@ -77,6 +77,14 @@ class TrainingSettings:
     injection: bool = _option("Give a filtered or preconditioned layer's UNet Tikhonov's restoration too.", False)
     depth: int = _option("Number of convolutions in a DnCNN or NonexpansiveDenoiser.", 17)
     batch_norm: bool | None = _option("Use batch norm in a DnCNN. (default: only in the paper's form)", None)
+    identity_start: bool = _option(
+        "Start a DnCNN's hidden convolutions near the identity, so that a deep one with batch norm learns early.", False
+    )
+    freeze_statistics: bool = _option(
+        "Keep the running statistics of the batch norms after pretraining, or those of --init. If they followed the "
+        "fixed points, the paper's form would diverge.",
+        False,
+    )
     spectral_norm: str | None = _option(
         "Spectral normalisation in a DnCNN: matrix, as in the paper; conv, which bounds the convolution's norm; or "
         "none. (default: matrix in the paper's form, else none)",
@@ -228,6 +236,7 @@ class TrainingSettings:
                 "spectral_norm": {"matrix": True, "conv": "conv", "none": False}[str(settings.spectral_norm)],
                 "residual": self.form != "paper",
             }
+            network |= {"identity_start": True} if self.identity_start else {}
         sigmas, noises = settings.sigma_range or (self.sigma,) * 2, settings.noise_range or (self.noise,) * 2
         same = ("form", "kernel_size", "padding_mode", "weight", "step_size", "averaging")
         return ModelConfig(

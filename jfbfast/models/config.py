@@ -26,7 +26,7 @@ SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # the fields that d
 
 _MOST_SCALES = 8  # the most entries in the features and blocks of a UNet
 _SIGMA, _NOISE, _POSITIVE, _AVERAGING = (1e-3, 1e6), (0, 100), (1e-9, 1e6), (1e-6, 1)
-_FLAGS = ("bias", "residual", "fallback")
+_FLAGS = ("bias", "residual", "fallback", "identity_start")
 _COUNTS = {
     "channels": (1, 64),
     "features": (1, 4096),

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from jfbfast import checks
 from jfbfast.models import registry
@@ -18,6 +19,33 @@ _CONVOLUTIONS: dict[bool | str, Callable[..., nn.Conv2d]] = {
     True: SpectralNormConv2d,
     "conv": NonexpansiveConv2d,
 }
+_FIRST_SCALE = 0.1  # of the last batch norm, with identity_start
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Keep the running statistics of every batch norm in ``module`` as they are from now on, also in train().
+
+    Call it on a pretrained network before it is trained as a layer of a solve, which normalises by these statistics.
+    If they were updated at the fixed points, the layer would change with the points that it determines: where R
+    removes noise, the variances fall, so that its gain rises, until the iteration diverges (docs/paper.md). Scale and
+    shift are trained on. It sets ``momentum`` to 0; a plain forward in train() normalises by the batch as before.
+
+    Raises:
+        ValueError: no batch norm with running statistics.
+
+    Example:
+        >>> import torch, jfbfast
+        >>> network = jfbfast.DnCNN(channels=1, features=4, depth=3)
+        >>> jfbfast.freeze_statistics(network)
+        >>> _ = network.train()(torch.rand(2, 1, 8, 8))
+        >>> network.layers[3].running_var
+        tensor([1., 1., 1., 1.])
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        raise ValueError(f"module is a {type(module).__name__} without running statistics; it takes batch norms")
+    for norm in norms:
+        norm.momentum = 0.0
 
 
 @registry.network
@@ -38,6 +66,10 @@ class DnCNN(Shared, nn.Module):
             False: it is not divided.
         bias: give the convolutions biases.
         residual: return x − network(x) instead of network(x); this makes the module a denoiser.
+        identity_start: start the hidden convolutions near the identity (the usual random weights plus a Dirac
+            kernel; Zagoruyko and Komodakis, 2017), and the last batch norm at the scale 0.1, so that the output is
+            small. The 17 layers with batch norm then learn to denoise in a few hundred steps; otherwise they return
+            almost 0 for as long.
 
     Raises:
         ValueError: a size below its least, another norm or another spectral norm.
@@ -58,6 +90,7 @@ class DnCNN(Shared, nn.Module):
         spectral_norm: bool | Literal["conv"] = True,
         bias: bool = False,
         residual: bool = False,
+        identity_start: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("channels", channels, 1), ("features", features, 1), ("depth", depth, 2)):
@@ -77,6 +110,19 @@ class DnCNN(Shared, nn.Module):
         self.layers = nn.Sequential(*layers)
         self.channels = channels
         self.residual = residual
+        if identity_start:
+            self._start_near_the_identity()
+
+    @torch.no_grad()
+    def _start_near_the_identity(self) -> None:
+        for module in self.layers[2:-1]:
+            if isinstance(module, nn.Conv2d):
+                module.weight += nn.init.dirac_(torch.empty_like(module.weight))
+            if isinstance(module, SpectralNormConv2d):
+                module.converge()
+        norms = [module for module in self.layers if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms[-1:]:
+            nn.init.constant_(norm.weight, _FIRST_SCALE)
 
     @property
     def is_denoiser(self) -> bool:

@@ -31,6 +31,10 @@ class SpectralNormConv2d(NormalisedConv2d):
         matrix = self.weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
+        self.converge()
+
+    def converge(self) -> None:
+        """Take many power iterations at once, after the weight was replaced."""
         for _ in range(15):
             self.power_iteration()
 

@@ -169,6 +169,7 @@ FORMS = {
         "gradient": "neumann:terms=2",
     },
     "paper": {"form": "paper", "step_size": 0.5, "tol": 0, "training_max_iter": 5},
+    "paper, frozen": {"form": "paper", "identity_start": True, "freeze_statistics": True, "step_size": 0.5, "tol": 1.0},
     "unrolled": {"gradient": "unrolled:steps=3", "tol": 1.0},
     "implicit": {
         "gradient": "implicit:tol=0.01,max_iter=5",
@@ -293,3 +294,12 @@ def test_a_row_of_metrics_that_was_cut_off_is_dropped(tmp_path):
         file.write_bytes(header + row + row[:end])
         Metrics(file, "training", 20, 1)
         assert file.read_bytes() == header + row
+
+
+def test_statistics_are_frozen_after_pretraining(folder, tmp_path):
+    out = tmp_path / "out"
+    train(folder, out, **FORMS["paper, frozen"])
+    (pretrained, _), (trained, _) = (load_checkpoint(out / f"{name}.safetensors") for name in ("pretrained", "model"))
+    before, after = (model.regularizer.layers for model in (pretrained, trained))
+    assert torch.equal(before[3].running_var, after[3].running_var) and not (before[3].running_var == 1).all()
+    assert not torch.equal(before[3].weight, after[3].weight)

@@ -54,6 +54,15 @@ UNIVERSAL = {"form": "universal", "denoiser": "UNet"}
             "spectral_norm is 'conv'; it has an effect only with denoiser=DnCNN",
         ),
         ({"denoiser": "UNet", "batch_norm": True}, "batch_norm is True; it has an effect only with denoiser=DnCNN"),
+        (
+            {"denoiser": "UNet", "identity_start": True},
+            "identity_start is True; it has an effect only with denoiser=DnCNN",
+        ),
+        ({"freeze_statistics": True}, "freeze_statistics is True; it has an effect only with batch_norm, an implicit"),
+        (
+            {"form": "paper", "freeze_statistics": True, "pretraining_steps": 0},
+            "freeze_statistics is True; .* and pretraining_steps or init",
+        ),
         ({"step_size": 9}, r"step_size is 9\.0; it has an effect only with form=paper"),
         ({"blocks": "1,1"}, r"blocks is \(1, 1\); it has an effect only with denoiser=UNet"),
         ({"warmup": 10}, "warmup is 10; with schedule=onecycle it has no effect"),

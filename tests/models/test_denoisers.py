@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, NonexpansiveDenoiser, UNet
+from jfbfast import RED, DEGrad, DnCNN, GaussianBlur, NonexpansiveDenoiser, Picard, UNet, freeze_statistics
 from jfbfast.models.denoisers import SpectralNormConv2d
 
 
@@ -166,3 +166,46 @@ def test_numbers_of_numpy_and_torch_are_accepted():
     for value in (np.float32(0.5), torch.tensor(0.5), 1):
         assert float(RED(nn.Identity(), value).weight.detach()) == pytest.approx(float(value))
     assert len(DnCNN(1, np.int64(4), np.int32(3)).layers) == 6
+
+
+@pytest.mark.parametrize(("norm", "spectral_norm"), [("batch", True), (None, False), (None, "conv")])
+def test_hidden_convolutions_can_start_near_the_identity(norm, spectral_norm):
+    torch.manual_seed(0)
+    usual = DnCNN(1, 6, 5, norm, spectral_norm)
+    torch.manual_seed(0)
+    network = DnCNN(1, 6, 5, norm, spectral_norm, identity_start=True)
+    convolutions = [[m for m in each.modules() if isinstance(m, nn.Conv2d)] for each in (usual, network)]
+    identity = nn.init.dirac_(torch.empty(6, 6, 3, 3))
+    for i, (before, after) in enumerate(zip(*convolutions, strict=True)):
+        torch.testing.assert_close(after.weight, before.weight + (identity if 0 < i < 4 else 0))
+        if spectral_norm is True:
+            norm_of = torch.linalg.matrix_norm(after.normalised_weight().flatten(1), 2)
+            torch.testing.assert_close(norm_of, torch.tensor(1.0), rtol=0.02, atol=0)
+    scales = [m.weight[0].item() for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert scales == ([1, 1, pytest.approx(0.1)] if norm else [])
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+def test_frozen_statistics_stay_through_training_and_the_affine_part_learns(bad):
+    torch.manual_seed(0)
+    network = DnCNN(1, 6, 4, identity_start=True)
+    network(torch.randn(4, 1, 9, 8))  # pretraining: statistics of the batch
+    freeze_statistics(network)
+    model = copy.deepcopy(DEGrad(GaussianBlur(), network, step_size=0.5, solver=Picard(max_iter=4)))
+    model = pickle.loads(pickle.dumps(model)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    d = torch.rand(3, 1, 9, 8)
+    if bad:
+        d[1] = torch.nan
+    model(d).square().nansum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    after = model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert not [name for name in changed if name.endswith(("running_mean", "running_var"))]
+    assert {"regularizer.layers.3.weight", "regularizer.layers.3.bias"} <= changed
+
+
+def test_freezing_statistics_takes_a_network_with_batch_norms():
+    with pytest.raises(ValueError, match="module is a DnCNN without running statistics; it takes batch norms"):
+        freeze_statistics(DnCNN(1, 6, 4, norm=None))
