@@ -30,6 +30,7 @@ from jfbfast.models.deprox import DEProx
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.inference import inference_module
 from jfbfast.models.penalty import jacobian_penalty
+from jfbfast.models.plug_and_play import PlugAndPlay
 from jfbfast.models.pretrained import pretrained_names
 from jfbfast.models.red import RED
 from jfbfast.models.unet import UNet
@@ -80,6 +81,7 @@ __all__ = [
     "NonexpansiveDenoiser",
     "Phantom",
     "Picard",
+    "PlugAndPlay",
     "SeparableBlur",
     "Shine",
     "Status",

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from jfbfast.imaging.blurs import AUTO, AnyBlur, BlurChoice
 from jfbfast.imaging.camera import Solve
-from jfbfast.models.config import ModelConfig
-from jfbfast.models.degrad import DEGrad
+from jfbfast.models.config import ANY_BLUR, ModelConfig
+from jfbfast.models.implicit_network import ImplicitNetwork
+from jfbfast.models.plug_and_play import PlugAndPlay
 from jfbfast.models.pretrained import load_model, measurement_setting, set_network
-from jfbfast.models.universal import UniversalDEGrad
 
 SOLVE_TOL = 3e-2  # of a network: 1e-3 takes half as many evaluations more, and changes the restorations by 0.00 dB
 
@@ -28,11 +28,11 @@ class ChannelWise:
     """A network's restoration, for images with any number of channels.
 
     Args:
-        model: maps measurements (B, C, h, w) to images; a `DEGrad` starts from the image that it is given.
+        model: maps measurements (B, C, h, w) to images; an `ImplicitNetwork` starts from the image that it is given.
         channels: the model's number; other images are restored channel by channel, as grey ones.
 
     Attributes:
-        evaluations: of the network's layer, the number for each solve.
+        evaluations: of the network's layer or denoiser, the number for each solve.
     """
 
     def __init__(self, model: nn.Module, channels: int) -> None:
@@ -40,7 +40,9 @@ class ChannelWise:
         self.evaluations: list[int] = []
 
     def _solve(self, d: Tensor, start: Tensor | None) -> Tensor:
-        if not isinstance(self.model, DEGrad):
+        if isinstance(self.model, PlugAndPlay):
+            self.evaluations += [self.model.steps] * len(d)
+        if not isinstance(self.model, ImplicitNetwork):
             return self.model(d)
         x = self.model(d, x0=start)
         assert self.model.solution is not None
@@ -66,12 +68,12 @@ class ChannelWise:
 class AnyBlurNetwork:
     """A network that can be set for any blur and noise level.
 
-    Its form is "universal": the method ``set_measurement(blur, noise)`` takes A with padding_mode="valid" (or "zeros").
-    The model maps d to the scene x, in the shape of Aᵀd.
+    Its form is "universal" or "plug-and-play": the method ``set_measurement(blur, noise)`` takes A with
+    padding_mode="valid" (or "zeros"). The model maps d to the scene x, in the shape of Aᵀd.
 
     Args:
         name: of the network, for messages.
-        model, config: as loaded. The model solves to a tolerance of `SOLVE_TOL`.
+        model, config: as loaded. An `ImplicitNetwork` solves to a tolerance of `SOLVE_TOL`.
 
     Attributes:
         extends: whether the photograph has to be extended beyond its edges.
@@ -81,7 +83,7 @@ class AnyBlurNetwork:
 
     def __init__(self, name: str, model: nn.Module, config: ModelConfig) -> None:
         self.name, self.model, self.config = name, model, config
-        if isinstance(model, UniversalDEGrad):
+        if isinstance(model, ImplicitNetwork):
             model.solver = replace(model.solver, tol=max(model.solver.tol, SOLVE_TOL))
         self._restore = ChannelWise(model, config.channels)
 
@@ -180,7 +182,7 @@ def load_network(
     if config.form == "denoiser":
         raise ValueError(f"checkpoint is {name}, a denoiser alone; it takes a network that undoes blur")
     model = model.to(device)
-    if config.form == "universal":
+    if config.form in ANY_BLUR:
         if blur is None:
             raise ValueError(f"the blur is not given; {name} takes one of sigma, psf, motion, defocus")
         return AnyBlurNetwork(name, model, config)

@@ -21,7 +21,8 @@ from jfbfast.operators.blur import GaussianBlur
 Description = Mapping[str, Any]
 
 DEGRAD_FORMS = ("paper", "preconditioned", "filtered", "universal")
-FORMS = (*DEGRAD_FORMS, "feed-forward", "denoiser")
+FORMS = (*DEGRAD_FORMS, "feed-forward", "plug-and-play", "denoiser")
+ANY_BLUR = ("universal", "plug-and-play")  # the forms that can be set for any known blur and noise level
 SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # the fields that describe the measurements
 
 _MOST_SCALES = 8  # the most entries in the features and blocks of a UNet
@@ -82,9 +83,9 @@ class ModelConfig:
 
     Attributes:
         form: "paper" (T(x) = x − η(Aᵀ(A x − d) + R(x)), where R is the network itself), "preconditioned" or
-            "filtered" (a `DEGrad` with `RED`), "universal" (a `UniversalDEGrad`), "feed-forward" (a `FeedForward`), or
-            "denoiser" (the network alone).
-        denoiser: ``kind`` ("DnCNN", "UNet" or "NonexpansiveDenoiser") and its arguments.
+            "filtered" (a `DEGrad` with `RED`), "universal" (a `UniversalDEGrad`), "feed-forward" (a `FeedForward`),
+            "plug-and-play" (a `PlugAndPlay`), or "denoiser" (the network alone).
+        denoiser: ``kind`` ("DnCNN", "UNet", "NonexpansiveDenoiser" or "GaussianDenoiser") and its arguments.
         kernel_size, sigma, padding_mode: arguments of the `GaussianBlur`; a kernel_size of None follows from σ.
         noise: standard deviation of the measurements' noise, for images in [−1, 1].
         weight: λ of `RED`, or of the feed-forward network's Tikhonov restoration, at the start of training.
@@ -105,7 +106,9 @@ class ModelConfig:
         ('DEGrad', (2.0, 2.0))
     """
 
-    form: Literal["paper", "preconditioned", "filtered", "universal", "feed-forward", "denoiser"] = "filtered"
+    form: Literal["paper", "preconditioned", "filtered", "universal", "feed-forward", "plug-and-play", "denoiser"] = (
+        "filtered"
+    )
     denoiser: Description = field(default_factory=_dncnn)
     kernel_size: int | None = 5
     sigma: float = 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config
-from jfbfast.models.config import DEGRAD_FORMS, SETTING, ModelConfig
+from jfbfast.models.config import ANY_BLUR, DEGRAD_FORMS, SETTING, ModelConfig
 from jfbfast.operators.blur import GaussianBlur
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -18,12 +18,12 @@ UNIVERSAL = "universal"  # the shipped network for any blur
 
 
 def pretrained_names() -> list[str]:
-    """The names of the networks that ship with the package, for `DEGrad.from_pretrained`.
+    """The names of the networks that ship with the package, for the ``from_pretrained`` of their class.
 
     Example:
         >>> import jfbfast
         >>> jfbfast.pretrained_names()
-        ['gaussian5-sigma1', 'gaussian5-sigma5', 'universal']
+        ['gaussian5-sigma1', 'gaussian5-sigma5', 'plug-and-play', 'universal']
     """
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
@@ -72,7 +72,7 @@ def set_network(name: str, model: Any, config: ModelConfig, setting: ModelConfig
     """Set a network for these measurements, and call ``say`` with a sentence if it was trained for others."""
     model.set_measurement(setting.blur(), setting.noise)
     other = [each for each in SETTING if getattr(config, each) != getattr(setting, each)]
-    if other and config.form != "universal":
+    if other and config.form not in ANY_BLUR:
         told = ", ".join(f"{each} = {getattr(config, each)}" for each in other)
         say(f"{name} was trained for other measurements ({told}).")
 
@@ -99,7 +99,7 @@ def set_gaussian(name: str, model: Any, config: ModelConfig | None, sigma: float
             raise ValueError(f"sigma is None; {name} takes a number, since its own blur is {model.blur}")
         blur = GaussianBlur(None, own, "valid")
         model.set_measurement(blur, model.noise if noise is None else noise)
-    elif config.form != "universal":
+    elif config.form not in ANY_BLUR:
         for told, value, own in (("sigma", sigma, config.sigma), ("noise", noise, config.noise)):
             if value not in (None, own):
                 raise ValueError(f"{told} is {value}; {name} was trained for {told} = {own:g} alone")
@@ -117,7 +117,7 @@ def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: st
     for name in pretrained_names():
         config = read_config(pretrained_file(name))
         own = (config.kernel_size, config.sigma, config.noise) == (kernel_size, sigma, noise)
-        one_setting = config.form in DEGRAD_FORMS and config.form != "universal"
+        one_setting = config.form in DEGRAD_FORMS and config.form not in ANY_BLUR
         if one_setting and own and padding_mode in (None, config.padding_mode):
             found.append((config.form != "filtered", name))
     return min(found)[-1] if found else None

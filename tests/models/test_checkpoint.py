@@ -37,6 +37,9 @@ CONFIGS = {
         sigma_range=[0.3, 5.0],
         noise_range=[0.0, 0.2],
     ),
+    "plug-and-play": ModelConfig(
+        "plug-and-play", {"kind": "GaussianDenoiser", "features": [4, 8], "blocks": [1, 1]}, noise_range=[0.0, 0.3]
+    ),
     "feed-forward": ModelConfig("feed-forward", DENOISER, weight=0.01),
     "denoiser": ModelConfig("denoiser", DENOISER),
 }
