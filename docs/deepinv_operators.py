@@ -1,6 +1,6 @@
 """Make the table of docs/deepinv.md: a fixed point against one pass of a network, on operators not trained on.
 
-python docs/deepinv_operators.py PHOTOGRAPHS [--seconds 110]
+python docs/deepinv_operators.py PHOTOGRAPHS [--seconds 50]
 
 PHOTOGRAPHS is a directory of JPEGs; the last 32 by name are for the test. Both networks of an operator train for equal
 processor time, on the same images and one kind of measurement.
@@ -143,7 +143,7 @@ def grey(path: Path) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("photographs", type=Path)
-    parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--seconds", type=float, default=50)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", jfbfast.ConvergenceWarning)
     photographs = [grey(path) for path in sorted(arguments.photographs.glob("*.jpg"))]

@@ -45,6 +45,18 @@ def test_a_deepinv_script_has_at_most_25_lines_and_trains(name, one_thread):
     assert found["PSNR"] > found["PSNR no learning"]
 
 
+@pytest.mark.slow
+def test_the_comparison_on_deepinvs_operators_prints_its_table(tmp_path, one_thread):
+    for i in range(4):
+        pixels = torch.rand(3, 20, 22, generator=torch.Generator().manual_seed(i)).repeat_interleave(10, 1)
+        write_photograph(tmp_path / f"{i}.jpg", Photograph(pixels.repeat_interleave(10, 2), None, np.dtype("uint8")))
+    script = EXAMPLES.parent / "docs" / "deepinv_operators.py"
+    command = [sys.executable, script, tmp_path, "--seconds", "0.1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len(ran.stdout.splitlines()) == 2 + 3 + 12
+
+
 def test_the_estimator_is_trained_and_measured_on_a_directory(tmp_path, one_thread):
     for i in range(3):
         blocks = torch.rand(3, 20, 20).repeat_interleave(8, 1).repeat_interleave(8, 2)
