@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jfbfast import UniversalDEGrad
+from jfbfast import PlugAndPlay, UniversalDEGrad
 from jfbfast.imaging.estimation import estimator
 from jfbfast.imaging.photographs import Photograph, read_photograph, write_photograph
 
@@ -87,6 +87,21 @@ def test_the_universal_networks_script_writes_a_network(tmp_path, one_thread):
     model = UniversalDEGrad.from_pretrained(tmp_path / "own.safetensors", sigma=1.5, noise=0.02)
     d = torch.rand(1, 3, 20, 21)
     assert model(d).shape == (1, 3, 20 + 2 * 5, 21 + 2 * 5)  # the scene, with what lies beyond the edges
+
+
+def test_the_denoisers_script_writes_a_network(tmp_path, one_thread):
+    for i in range(2):
+        blocks = torch.rand(3, 9, 10, generator=torch.Generator().manual_seed(i))
+        blocks = blocks.repeat_interleave(20, 1).repeat_interleave(20, 2)
+        write_photograph(tmp_path / f"{i}.png", Photograph(blocks, None, np.dtype("uint8")))
+    out = tmp_path / "own.safetensors"
+    command = [sys.executable, EXAMPLES / "train_denoiser.py", tmp_path, out, "--held-out", "1"]
+    command += ["--minutes", "0.01", "--batch", "2"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "dB less noise" in ran.stdout
+    model = PlugAndPlay.from_pretrained(out)
+    assert model(torch.rand(1, 3, 20, 21)).shape == (1, 3, 20 + 2 * 2, 21 + 2 * 2)  # the scene, blurred by 5 × 5
 
 
 def test_readme_has_the_example_s_loop():

@@ -1,4 +1,4 @@
-"""DE-PROX: the implicit network whose layer is a step on the data, and then a network in place of a prox."""
+"""DE-PROX: the implicit network whose layer is a gradient step on the data, followed by a denoiser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DEProx(ImplicitNetwork):
         data_fidelity: f, as in `DEGrad`: T(x) = D(x − η∇f(x; d)).
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
-        weight: λ > 0 of the preconditioned layer, the start of a learnable parameter.
+        weight: λ > 0 of the preconditioned layer, the start of a learnable parameter; None for 0.05.
         options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
 
     Raises:
@@ -50,13 +50,15 @@ class DEProx(ImplicitNetwork):
         data_fidelity: Any = None,
         step_size: float = 1.0,
         preconditioner: Literal["exact"] | None = None,
-        weight: float = 0.05,
+        weight: float | None = None,
         **options: Any,
     ) -> None:
         if preconditioner not in (None, "exact"):
             raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
         if preconditioner and step_size != 1.0:
             raise ValueError(f"step_size is {step_size}; the preconditioned layer takes none")
+        if weight is not None and not preconditioner:
+            raise ValueError(f"weight is {weight}; only preconditioner='exact' takes one")
         check_denoiser(denoiser)
         fidelity = as_data_fidelity(data_fidelity)
         if preconditioner:
@@ -65,7 +67,7 @@ class DEProx(ImplicitNetwork):
         self.denoiser: Any = denoiser
         self.data_fidelity = fidelity
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
-        self.log_weight = log_parameter("weight", weight) if preconditioner else None
+        self.log_weight = log_parameter("weight", 0.05 if weight is None else weight) if preconditioner else None
 
     @property
     def step_size(self) -> Tensor | None:
@@ -105,7 +107,7 @@ def check_denoiser(denoiser: Any) -> None:
     if getattr(denoiser, "is_denoiser", True) is False:
         raise ValueError(f"denoiser is a {kind} that is R, the image less its denoised form; it takes residual=True")
     if getattr(denoiser, "injection", False):
-        raise ValueError(f"denoiser is a {kind} with injection; it takes one of a single image")
+        raise ValueError(f"denoiser is a {kind} with injection, which takes two images; this layer gives it one")
 
 
 def denoised(denoiser: Any, x: Tensor) -> Tensor:

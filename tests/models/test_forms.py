@@ -150,6 +150,7 @@ def test_de_prox_takes_poisson_counts_and_averaging():
         (lambda: DEProx(GaussianBlur(), DnCNN(1, 2, 2)), ValueError, "denoiser is a DnCNN that is R.*residual=True"),
         (lambda: DEADMM(GaussianBlur(), UNet(1, injection=True)), ValueError, "denoiser is a UNet with injection"),
         (lambda: DEADMM(nn.Identity(), UNet(1)), TypeError, "blur is Identity, which has no adjoint"),
+        (lambda: DEProx(GaussianBlur(), UNet(1), weight=0.1), ValueError, "weight is 0.1; only preconditioner='exact'"),
         (lambda: DEADMM(GaussianBlur(), UNet(1), weight=0.0), ValueError, "weight is 0.0; it takes a positive"),
         (lambda: DEProx(GaussianBlur(), UNet(1), step_size=0.0), ValueError, "step_size is 0.0"),
         (lambda: DEProx(GaussianBlur(), UNet(1), preconditioner="cg"), ValueError, "preconditioner is 'cg'"),
