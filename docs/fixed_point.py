@@ -100,18 +100,13 @@ class FFDNet(nn.Module):
         return F.pixel_shuffle(out, 2)[..., :height, :width]
 
 
-def plug_and_play(weights: Path, steps: int = 24) -> Method:
-    """Half-quadratic splitting whose denoiser gets weaker in each step (DPIR, Zhang et al., 2021)."""
+def plug_and_play(weights: Path) -> Method:
     denoiser = FFDNet(weights).eval()
+    model = jfbfast.PlugAndPlay(lambda x, noise: 2 * denoiser((x + 1) / 2, noise / 2) - 1, steps=24)
 
     def method(setting: Setting, d: Tensor) -> tuple[Tensor, int]:
-        blur, noise = setting.blur, max(setting.noise / 2, 1e-3)
-        y, x = blur.margin
-        image, b = F.pad(d, (x, x, y, y), mode="replicate"), blur.adjoint(d)
-        for level in np.geomspace(49 / 255, noise, steps).tolist():
-            weight = 0.23 * noise**2 / level**2
-            image = denoiser((blur.solve(b + weight * image, weight) + 1) / 2, level).clamp(0, 1) * 2 - 1
-        return image, steps
+        model.set_measurement(setting.blur, setting.noise)
+        return model(d), model.steps
 
     return method
 
