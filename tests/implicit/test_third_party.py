@@ -90,10 +90,14 @@ def test_a_denoiser_of_others_trains_with_the_gradients_of_the_reference(name):
     gradients_match_the_reference(name, torch.float32, 1e-5, 1e-3, training=True)
 
 
+# GSDRUNet computes in float32. DScCP estimates a norm from a random start in each call, so it is no fixed map to 1e-12.
+INEXACT = ("GSDRUNet", "DScCP")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("GSDRUNet",)])  # it computes in float32
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in INEXACT])
 def test_a_denoiser_of_others_has_the_gradients_of_the_reference_in_float64(name, training):
     gradients_match_the_reference(name, torch.float64, 1e-12, 1e-10, training)
 

@@ -126,7 +126,7 @@ def test_a_copied_a_pickled_and_a_loaded_model_can_be_saved(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
 def test_the_shipped_models_can_be_saved_and_set(tmp_path):
-    for name in jfbfast.pretrained_names():
+    for name in set(jfbfast.pretrained_names()) - {"plug-and-play"}:
         DEGrad.from_pretrained(name).save_pretrained(tmp_path / name)
     model = DEGrad.from_pretrained(tmp_path / "universal", sigma=2.0, noise=0.05)
     expected = DEGrad.from_pretrained("universal", sigma=2.0, noise=0.05)
