@@ -164,8 +164,8 @@ class IterativeOperator(nn.Module):
         """(AᵀA + λI)⁻¹ b; NaN for samples with a b that is not finite.
 
         Args:
-            b: images (B, …).
-            damping: λ > 0, a number or a tensor of shape () or (B, 1, …, 1).
+            b: images (B, …), real or complex.
+            damping: λ > 0, a number or a real tensor of shape () or (B, 1, …, 1).
 
         Raises:
             ValueError: b without a batch dimension; a number λ ≤ 0; a tensor of another shape.
@@ -187,7 +187,7 @@ class IterativeOperator(nn.Module):
         if not torch.is_grad_enabled():
             return x
         # x = P(b − AᵀA x₀ + AᵀA x₀) with fixed x₀ = x; the first AᵀA keeps its graph, which is what −P ∂(AᵀA) x needs.
-        wide = compute_dtype(b.dtype)
+        wide = _wide(b.dtype)
         with full_precision(b.device):
             back = self.normal(torch.where(x.isfinite(), x, 0).to(wide))
         if back.requires_grad:
@@ -199,12 +199,12 @@ class IterativeOperator(nn.Module):
         return (x - damping * self.solve(x, damping)).to(x.dtype)
 
     def _solve(self, b: Tensor, damping: Tensor) -> Tensor:
-        wide = compute_dtype(b.dtype)
+        wide = _wide(b.dtype)
         tol = TOLERANCE[wide] if self.tol is None else self.tol
         dims, goal = tuple(range(1, b.dim())), f"samples did not reach tol={tol:g}"
         closed = isinstance(self.operator, PhysicsOperator)
         with full_precision(b.device):
-            right, damping = b.to(wide), damping.to(wide)
+            right, damping = b.to(wide), damping.to(wide.to_real())
             x = self.operator.closed_solve(right, damping) if closed else None
             if x is None:
                 x = conjugate_gradients(self.normal, right, damping, tol, self.max_iter, dims=dims, goal=goal)
@@ -214,8 +214,13 @@ class IterativeOperator(nn.Module):
         return f"tol={self.tol}, max_iter={self.max_iter}"
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to solve in for images of ``dtype``."""
+    return dtype if dtype.is_complex else compute_dtype(dtype)
+
+
 class _Tikhonov(torch.autograd.Function):
-    """x = P b with P = (AᵀA + λI)⁻¹, from the known x: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −⟨P g, x⟩."""
+    """x = P b with P = (AᵀA + λI)⁻¹, from the known x: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −Re⟨P g, x⟩."""
 
     @staticmethod
     def forward(b: Tensor, damping: Tensor, x: Tensor, operator: IterativeOperator) -> Tensor:

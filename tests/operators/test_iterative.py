@@ -183,6 +183,28 @@ def test_the_derivatives_in_the_parameters_of_an_operator_pass_gradcheck():
     assert operator.kernel.grad.isfinite().all() and operator.gains.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_images_are_solved_for_as_by_a_dense_matrix(dtype):
+    matrix = torch.randn(7, 6, dtype=dtype, generator=torch.Generator().manual_seed(6))
+
+    class Complex(nn.Module):
+        def forward(self, x):
+            return x @ matrix.T
+
+        def adjoint(self, y):
+            return y @ matrix.conj()
+
+    operator, b = IterativeOperator(Complex()), torch.randn(2, 6, dtype=dtype)
+    expected = torch.linalg.solve(matrix.mH @ matrix + 0.5 * torch.eye(6, dtype=dtype), b.T).T
+    torch.testing.assert_close(operator.solve(b, 0.5), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(operator.filter(b, 0.5), b - 0.5 * expected, rtol=1e-4, atol=1e-5)
+    if dtype == torch.complex128:
+        torch.testing.assert_close(operator.solve(b, 0.5), expected, rtol=1e-10, atol=1e-10)
+        damping = torch.tensor([[0.3], [2.0]], dtype=torch.float64, requires_grad=True)
+        assert gradcheck(operator.solve, (b.requires_grad_(), damping))
+        assert gradgradcheck(operator.solve, (b, damping))
+
+
 def test_two_vjps_and_torch_func_give_the_same_jvp_of_a_layer():
     model = DEGrad(Matrix(), RED(nn.Conv2d(1, 1, 3, padding=1), 0.2, 0.3), preconditioner="exact", damping=0.1).double()
     d = torch.randn(2, 2, 11, dtype=torch.float64)
