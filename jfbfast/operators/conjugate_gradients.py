@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jfbfast.convergence import warn_unconverged
 
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.complex64: 1e-6, torch.complex128: 1e-12}
 _CUDA_POLL = 4  # how many iterations pass before the host waits for a GPU to see whether every system is done
 
 
@@ -29,7 +29,7 @@ def conjugate_gradients(
 
     Args:
         normal: x ↦ AᵀA x, for each system by itself.
-        b: the right-hand sides, float32 or float64.
+        b: the right-hand sides, float32, float64 or complex.
         damping: λ, broadcastable against b and constant within a system.
         tol: a system stops where ‖b − (AᵀA + λI) x‖ ≤ tol·‖b‖.
         max_iter: the largest number of applications of ``normal``.
@@ -46,7 +46,7 @@ def conjugate_gradients(
     """
 
     def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).sum(dims, keepdim=True)
+        return (u.conj() * v).sum(dims, keepdim=True).real
 
     x = torch.zeros_like(b)
     r = b.clone()

@@ -65,9 +65,10 @@ def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
 
 
 def scalar_gradient(u: Tensor, v: Tensor, like: Tensor) -> Tensor:
-    """−⟨u, v⟩ in the shape of ``like``: for u = (AᵀA + λI)⁻¹ g and v = (AᵀA + λI)⁻¹ b the derivative of ⟨g, v⟩ in λ."""
+    """−Re⟨u, v⟩ in the shape of ``like``: for u = (AᵀA + λI)⁻¹g and v = (AᵀA + λI)⁻¹b the derivative of ⟨g, v⟩ in λ."""
     wide = compute_dtype(u.dtype)
-    return -(u.to(wide) * v.to(wide)).sum_to_size(like.shape).to(like.dtype)
+    product = (u.conj() * v).real if u.is_complex() else u.to(wide) * v.to(wide)
+    return -product.sum_to_size(like.shape).to(like.dtype)
 
 
 def direct(d: Tensor, taps: Taps) -> Tensor:

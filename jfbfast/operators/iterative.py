@@ -112,9 +112,8 @@ class IterativeOperator(nn.Module):
     injection adds to the denoiser's input, is at most tol·‖x‖.
 
     Everything is differentiable in the images and the damping, also twice; the derivatives of a solve are
-    solves too. Learnable parameters of A get their gradient through A and Aᵀ, but none through ``solve`` and
-    ``filter``. At a fixed point of x − P(g), where g = 0, the gradient through P is zero, so nothing is lost; the
-    gradients through the filter and an injection are not zero, and are left out.
+    solves too. What A computes from learnable parameters gets its gradient as well, once: a gradient in the parameters
+    of A cannot be differentiated again.
 
     Args:
         operator: A, a module from (B, …) to (B, …) with ``adjoint`` that treats each sample by itself, or a linear
@@ -165,8 +164,8 @@ class IterativeOperator(nn.Module):
         """(AᵀA + λI)⁻¹ b; NaN for samples with a b that is not finite.
 
         Args:
-            b: images (B, …).
-            damping: λ > 0, a number or a tensor of shape () or (B, 1, …, 1).
+            b: images (B, …), real or complex.
+            damping: λ > 0, a number or a real tensor of shape () or (B, 1, …, 1).
 
         Raises:
             ValueError: b without a batch dimension; a number λ ≤ 0; a tensor of another shape.
@@ -183,19 +182,29 @@ class IterativeOperator(nn.Module):
             raise ValueError(
                 f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (B, 1, …, 1)"
             )
-        return _Tikhonov.apply(b, damping, self)
+        with torch.no_grad():
+            x = self._solve(b.detach(), damping.detach())
+        if not torch.is_grad_enabled():
+            return x
+        # x = P(b − AᵀA x₀ + AᵀA x₀) with fixed x₀ = x; the first AᵀA keeps its graph, which is what −P ∂(AᵀA) x needs.
+        wide = _wide(b.dtype)
+        with full_precision(b.device):
+            back = self.normal(torch.where(x.isfinite(), x, 0).to(wide))
+        if back.requires_grad:
+            b = b - (back - back.detach()).to(b.dtype)
+        return _Tikhonov.apply(b, damping, x, self)
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: the part of x that A preserves."""
         return (x - damping * self.solve(x, damping)).to(x.dtype)
 
     def _solve(self, b: Tensor, damping: Tensor) -> Tensor:
-        wide = compute_dtype(b.dtype)
+        wide = _wide(b.dtype)
         tol = TOLERANCE[wide] if self.tol is None else self.tol
         dims, goal = tuple(range(1, b.dim())), f"samples did not reach tol={tol:g}"
         closed = isinstance(self.operator, PhysicsOperator)
         with full_precision(b.device):
-            right, damping = b.to(wide), damping.to(wide)
+            right, damping = b.to(wide), damping.to(wide.to_real())
             x = self.operator.closed_solve(right, damping) if closed else None
             if x is None:
                 x = conjugate_gradients(self.normal, right, damping, tol, self.max_iter, dims=dims, goal=goal)
@@ -205,16 +214,21 @@ class IterativeOperator(nn.Module):
         return f"tol={self.tol}, max_iter={self.max_iter}"
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to solve in for images of ``dtype``."""
+    return dtype if dtype.is_complex else compute_dtype(dtype)
+
+
 class _Tikhonov(torch.autograd.Function):
-    """x = P b with P = (AᵀA + λI)⁻¹: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −⟨P g, x⟩."""
+    """x = P b with P = (AᵀA + λI)⁻¹, from the known x: for a cotangent g, ∂/∂b is P g and ∂/∂λ is −Re⟨P g, x⟩."""
 
     @staticmethod
-    def forward(b: Tensor, damping: Tensor, operator: IterativeOperator) -> Tensor:
-        return operator._solve(b, damping)
+    def forward(b: Tensor, damping: Tensor, x: Tensor, operator: IterativeOperator) -> Tensor:
+        return x.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, damping, ctx.operator = inputs
+        _, damping, _, ctx.operator = inputs
         ctx.buffers = buffers_of(ctx.operator.modules())  # a mask may have changed by the time of backward
         ctx.save_for_backward(damping, output if ctx.needs_input_grad[1] else None)
 
@@ -222,5 +236,5 @@ class _Tikhonov(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         damping, x = ctx.saved_tensors
         with used(ctx.buffers):
-            u = _Tikhonov.apply(g, damping, ctx.operator)
-        return u, scalar_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None
+            u = ctx.operator.solve(g, damping)
+        return u, scalar_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None, None

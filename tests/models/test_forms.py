@@ -91,6 +91,36 @@ def test_the_implicit_gradient_of_a_form_is_exact(name):
     assert gradcheck(lambda d, *parameters: model(d), (d, *model.parameters()), atol=1e-6, fast_mode=True)
 
 
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.6, 1.3, 0.9], dtype=torch.float64))
+
+    def forward(self, x):
+        return self.gain * BLUR(x)
+
+    def adjoint(self, y):
+        return BLUR.adjoint(self.gain * y)
+
+
+@pytest.mark.parametrize("name", ["DE-PROX, exact", "DE-ADMM", "DE-GRAD, filtered"])
+@pytest.mark.parametrize("learnt", ["operator", "weights"])
+def test_learnable_operators_and_weights_get_exact_gradients(name, learnt):
+    network = Prox(0.4)
+    operator = Gain() if learnt == "operator" else BLUR
+    weights = nn.Parameter(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
+    options = {"data_fidelity": WeightedLeastSquares(weights)} if learnt == "weights" else {}
+    options.update(solver=TIGHT, gradient=Implicit(tol=1e-11))
+    if name == "DE-GRAD, filtered":
+        model = DEGrad(operator, RED(network, 0.3, "weight"), preconditioner="exact", **options)
+    elif name == "DE-ADMM":
+        model = DEADMM(operator, network, weight=0.3, **options)
+    else:
+        model = DEProx(operator, network, preconditioner="exact", weight=0.3, **options)
+    model, d = model.double(), torch.randn(2, 1, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda d, *parameters: model(d), (d, *model.parameters()), atol=1e-6, fast_mode=True)
+
+
 def test_the_exact_forms_and_the_preconditioned_de_grad_share_their_data_step():
     network, d = NonexpansiveDenoiser(1, 4, 2), torch.randn(2, 1, 8, 8)
     blur = GaussianBlur()

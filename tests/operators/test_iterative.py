@@ -148,6 +148,63 @@ def test_the_derivatives_pass_gradcheck_once_and_twice(operator):
             assert gradgradcheck(function, (b, damping), fast_mode=True)
 
 
+class Gains(nn.Module):
+    """A convolution by a learnable kernel, and then a gain of each pixel."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.kernel = nn.Parameter(torch.rand(1, 1, 3, 3, generator=generator, dtype=torch.float64) / 4)
+        self.gains = nn.Parameter(torch.rand(SHAPE, generator=generator, dtype=torch.float64) + 0.5)
+
+    def forward(self, x):
+        return self.gains * F.conv2d(x, self.kernel, padding=1)
+
+    def adjoint(self, y):
+        return F.conv_transpose2d(self.gains * y, self.kernel, padding=1)
+
+
+def test_the_derivatives_in_the_parameters_of_an_operator_pass_gradcheck():
+    operator = Gains()
+    iterative = IterativeOperator(operator)
+    b = torch.randn(2, *SHAPE, dtype=torch.float64, requires_grad=True)
+    damping = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for function in (iterative.solve, iterative.filter):
+        assert gradcheck(lambda b, damping, *p: function(b, damping), (b, damping, *operator.parameters()))  # noqa: B023
+
+    def directional(b, *parameters):  # the gradient in the images, and then in the parameters
+        out = iterative.solve(b, 0.3)
+        return torch.autograd.grad(out.square().sum(), b, create_graph=True)[0]
+
+    assert gradcheck(directional, (b, *operator.parameters()), fast_mode=True)
+    bad = b.detach().clone()
+    bad[1] = torch.nan
+    iterative.solve(bad, damping)[0].sum().backward()
+    assert operator.kernel.grad.isfinite().all() and operator.gains.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_images_are_solved_for_as_by_a_dense_matrix(dtype):
+    matrix = torch.randn(7, 6, dtype=dtype, generator=torch.Generator().manual_seed(6))
+
+    class Complex(nn.Module):
+        def forward(self, x):
+            return x @ matrix.T
+
+        def adjoint(self, y):
+            return y @ matrix.conj()
+
+    operator, b = IterativeOperator(Complex()), torch.randn(2, 6, dtype=dtype)
+    expected = torch.linalg.solve(matrix.mH @ matrix + 0.5 * torch.eye(6, dtype=dtype), b.T).T
+    torch.testing.assert_close(operator.solve(b, 0.5), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(operator.filter(b, 0.5), b - 0.5 * expected, rtol=1e-4, atol=1e-5)
+    if dtype == torch.complex128:
+        torch.testing.assert_close(operator.solve(b, 0.5), expected, rtol=1e-10, atol=1e-10)
+        damping = torch.tensor([[0.3], [2.0]], dtype=torch.float64, requires_grad=True)
+        assert gradcheck(operator.solve, (b.requires_grad_(), damping))
+        assert gradgradcheck(operator.solve, (b, damping))
+
+
 def test_two_vjps_and_torch_func_give_the_same_jvp_of_a_layer():
     model = DEGrad(Matrix(), RED(nn.Conv2d(1, 1, 3, padding=1), 0.2, 0.3), preconditioner="exact", damping=0.1).double()
     d = torch.randn(2, 2, 11, dtype=torch.float64)

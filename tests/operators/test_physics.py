@@ -94,6 +94,35 @@ def test_a_physics_whose_closed_form_does_not_hold_is_solved_iteratively(kind):
     check_solve(IterativeOperator(given, tol=1e-12), shape)
 
 
+class Gain(physics.Denoising):
+    """A gain that the closed form of its base does not know."""
+
+    gain = 1.0
+
+    def A(self, x, **kwargs):
+        return self.gain * x
+
+    def A_adjoint(self, y, **kwargs):
+        return self.gain * y
+
+
+def test_a_closed_form_is_checked_at_each_solve():
+    given = Gain()
+    check_solve(IterativeOperator(given), (1, 3, 4))
+    given.gain = 1.01
+    check_solve(IterativeOperator(given), (1, 3, 4))
+    changing = physics.Downsampling((1, 4, 6), filter=kernels(), factor=2)
+    check_solve(IterativeOperator(changing), (1, 4, 6))
+    changing.filter = None
+    check_solve(IterativeOperator(changing, tol=1e-12), (1, 4, 6))
+
+
+def test_complex_images_are_solved_for_by_a_closed_form(monkeypatch):
+    monkeypatch.setattr(iterative, "conjugate_gradients", refuse)
+    b = torch.randn(2, 1, 3, 4, dtype=torch.complex128)
+    torch.testing.assert_close(IterativeOperator(physics.Denoising()).solve(b, 0.25), b / 1.25)
+
+
 def test_a_closed_form_in_single_precision_is_exact_to_rounding(monkeypatch):
     monkeypatch.setattr(iterative, "conjugate_gradients", refuse)
     exact = physics.BlurFFT((1, 5, 6), filter=kernels())
