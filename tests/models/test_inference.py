@@ -143,7 +143,7 @@ def test_more_evaluations_converge_to_the_fixed_point_and_stay_there():
 
 
 def test_the_shipped_models_reach_their_tolerance_in_the_default_evaluations():
-    for name in pretrained_names():
+    for name in set(pretrained_names()) - {"plug-and-play"}:
         model = DEGrad.from_pretrained(name)
         x = nn.functional.interpolate(torch.rand(1, 3, 8, 8), (48, 48), mode="bicubic")
         d = model.blur(x)
@@ -183,7 +183,7 @@ def test_onnxruntime_computes_the_same(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnxruntime_computes_the_shipped_models(tmp_path):
-    for name in pretrained_names():
+    for name in set(pretrained_names()) - {"plug-and-play"}:
         model = DEGrad.from_pretrained(name)
         d = model.blur(torch.rand(3, 3, 40, 36))
         module = inference_module(model, 5, size=(d.shape[2], d.shape[3]))

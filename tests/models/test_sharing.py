@@ -127,7 +127,8 @@ def test_a_copied_a_pickled_and_a_loaded_model_can_be_saved(tmp_path):
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
 def test_the_shipped_models_can_be_saved_and_set(tmp_path):
     for name in jfbfast.pretrained_names():
-        DEGrad.from_pretrained(name).save_pretrained(tmp_path / name)
+        kind = jfbfast.PlugAndPlay if name == "plug-and-play" else DEGrad
+        kind.from_pretrained(name).save_pretrained(tmp_path / name)
     model = DEGrad.from_pretrained(tmp_path / "universal", sigma=2.0, noise=0.05)
     expected = DEGrad.from_pretrained("universal", sigma=2.0, noise=0.05)
     d = torch.rand(1, 3, 24, 26)
@@ -220,6 +221,18 @@ def test_a_users_denoiser_and_operator_are_passed_and_get_their_weights(tmp_path
     d = physics.A(torch.rand(2, 1, 17, 20))
     assert torch.equal(loaded(d), model(d))
     assert "denoiser=…" in (tmp_path / "README.md").read_text()
+
+
+def test_a_physics_that_is_passed_stays_as_it_is(tmp_path):
+    blur = torch.full((1, 1, 3, 3), 1 / 9, dtype=torch.float64)
+    physics = deepinv.physics.BlurFFT((1, 17, 20), filter=blur)
+    before = {name: value.clone() for name, value in physics.named_buffers()}
+    assert {torch.float64, torch.complex128} <= {value.dtype for value in before.values()}
+    filtered(physics).save_pretrained(tmp_path)
+    loaded = DEGrad.from_pretrained(tmp_path, blur=physics)
+    assert next(loaded.parameters()).dtype == torch.float32
+    for name, value in physics.named_buffers():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
 
 
 class Richardson(jfbfast.ImplicitNetwork):
