@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jfbfast import checks
 from jfbfast.implicit.methods import JFB, Implicit, Neumann, Phantom, Shine, Unrolled
@@ -116,7 +116,8 @@ def describe(model: Described) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor) and not value.dim():
+    parameter = isinstance(value, nn.Parameter)
+    if isinstance(value, Tensor) and not value.dim() and not parameter:
         value = value.item()
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -126,7 +127,7 @@ def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [_described(each, f"{path}.{i}", tensors) for i, each in enumerate(value)]
     if isinstance(value, Tensor):
         tensors[TENSOR + path] = value.detach().cpu().clone().contiguous()
-        return {"kind": "tensor", "name": TENSOR + path}
+        return {"kind": "tensor", "name": TENSOR + path, **({"parameter": True} if parameter else {})}
     if isinstance(value, torch.dtype):
         return {"kind": "dtype", "name": str(value).removeprefix("torch.")}
     value = value.physics if isinstance(value, PhysicsOperator) else value
@@ -189,7 +190,8 @@ def restored(
     if kind == "yours":
         return given[name]
     if kind == "tensor":
-        return tensors[str(node["name"])]
+        tensor = tensors[str(node["name"])]
+        return nn.Parameter(tensor) if node.get("parameter") else tensor
     if kind == "dtype":
         dtype = getattr(torch, str(node["name"]), None)
         if not isinstance(dtype, torch.dtype):

@@ -295,6 +295,15 @@ DAMAGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+@pytest.mark.parametrize("start", [torch.tensor(0.5), torch.linspace(0.1, 1, 20)])
+def test_weights_of_a_data_fidelity_that_are_trained_are_loaded(tmp_path, start):
+    model = trained(DEADMM(GaussianBlur(), unet(), data_fidelity=WeightedLeastSquares(nn.Parameter(start.clone()))))
+    model.save_pretrained(tmp_path)
+    loaded, d = DEADMM.from_pretrained(tmp_path), image(model)
+    assert isinstance(loaded.data_fidelity.weights, nn.Parameter) and torch.equal(loaded(d), model(d))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_config_is_one_clear_error(tmp_path, damage):
     filtered(GaussianBlur(5)).save_pretrained(tmp_path)
