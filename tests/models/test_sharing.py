@@ -256,6 +256,24 @@ def test_a_users_implicit_network_is_loaded_by_its_own_class(tmp_path):
         DEGrad.from_pretrained(tmp_path)
 
 
+class Landweber(Richardson):
+    """A layer of a user's, whose constructor takes no options."""
+
+    def __init__(self, blur):
+        super().__init__(blur, 1, solver=jfbfast.Picard())
+
+
+def test_options_are_saved_whether_or_not_the_constructor_takes_them(tmp_path):
+    model = Landweber(GaussianBlur())
+    model.solver, model.gradient = Anderson(tol=1e-4, memory=3), jfbfast.Neumann(terms=3)
+    model.averaging, model.solve_dtype = 0.7, torch.bfloat16
+    model.save_pretrained(tmp_path)
+    loaded = Landweber.from_pretrained(tmp_path)
+    for name in ("solver", "gradient", "averaging", "solve_dtype"):
+        assert getattr(loaded, name) == getattr(model, name)
+    assert Landweber(GaussianBlur()).solver == jfbfast.Picard()
+
+
 def test_directories_and_files_of_training_load_as_before(tmp_path):
     config = ModelConfig(denoiser={"kind": "UNet", "features": [4], "blocks": [1]})
     save_checkpoint(tmp_path / "model.safetensors", config.model(), config)
@@ -314,6 +332,28 @@ def test_a_damaged_config_is_one_clear_error(tmp_path, damage):
     with pytest.raises(CheckpointError, match=told) as caught:
         DEGrad.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_that_would_take_all_memory_are_refused_before_use(tmp_path):
+    blur, solver = {"kind": "GaussianBlur", "padding_mode": "zeros"}, {"kind": "Anderson"}
+    wrong = {
+        "sigma of blur is 10000000": {"blur": {**blur, "kernel_size": None, "sigma": 10**7}},
+        "sigma of blur is 200": {"blur": {**blur, "sigma": [1.0, 200]}},
+        "kernel_size of blur is 99999; it takes an integer from 1 to 1023": {
+            "blur": {**blur, "sigma": 1.0, "kernel_size": [5, 99999]}
+        },
+        "memory of solver is 10+; it takes an integer from 1 to 100": {"solver": {**solver, "memory": 10**12}},
+        "max_iter of solver is 10+; it takes": {"solver": {**solver, "max_iter": 10**18}},
+        "steps of gradient is 10+; it takes": {"gradient": {"kind": "Unrolled", "steps": 10**9}},
+    }
+    filtered(GaussianBlur(5)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for told, change in wrong.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **change}}))
+        with pytest.raises(CheckpointError, match=told):
+            DEGrad.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="max_iter of solver is 20000"):
+        filtered(GaussianBlur(), solver=Anderson(max_iter=20000)).save_pretrained(tmp_path)
 
 
 def test_damaged_weights_are_one_clear_error(tmp_path):
