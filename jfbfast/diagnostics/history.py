@@ -27,7 +27,7 @@ class History(NamedTuple):
 
     Attributes:
         residual: ‖T(x) − x‖ / ‖T(x)‖ at each of the E evaluations of T, (E, B).
-        psnr: PSNR of T(x) in dB at the true range 2, (E, B); None without a truth.
+        psnr: PSNR of the image of T(x) in dB at the true range 2, (E, B); None without a truth.
         solution: what the solve found.
     """
 
@@ -39,8 +39,8 @@ class History(NamedTuple):
 class Problem(NamedTuple):
     """The fixed point x = layer(x, *inputs), and how to solve for it; the fields are as in `fixed_point`.
 
-    ``packed`` has the first three, and leads back to the user's states. Only what lies within a ``margin`` of (y, x)
-    pixels is compared with the truth.
+    ``packed`` has the first three, and leads back to the user's states. The ``image`` of a state is compared with the
+    truth, or the state itself without one; only what lies within a ``margin`` of (y, x) pixels counts.
     """
 
     layer: Layer
@@ -50,6 +50,11 @@ class Problem(NamedTuple):
     solve_dtype: torch.dtype | None
     packed: Packed
     margin: tuple[int, int] = (0, 0)
+    image: Callable[..., Tensor] | None = None
+
+    def images(self, state: Tensor) -> Tensor:
+        """The images of states, to be compared with the truth."""
+        return state if self.image is None else self.image(state, *self.inputs)
 
     def in_states(self, found: History) -> History:
         """The history with a solution of the user's own states."""
@@ -75,7 +80,7 @@ def problem(
         injected = () if isinstance(model, DEGrad) else model.injected(d)  # a DEGrad's layer computes its own
         x0, margin = model.start(d, *injected) if x0 is None else x0, getattr(model.blur, "margin", (0, 0))
         whole = Packed(model.layer, x0, (d, *injected))
-        return Problem(*whole[:3], model.solver, model.solve_dtype, whole, margin)
+        return Problem(*whole[:3], model.solver, model.solve_dtype, whole, margin, model.image)
     start = d if x0 is None and len(inputs) else x0
     if not callable(model) or isinstance(model, type) or start is None or isinstance(start, (str, bytes)):
         raise TypeError(
@@ -152,7 +157,7 @@ def history_of(posed: Problem, x: Tensor | None, iterations: int) -> History:
         image = posed.layer(value, *posed.inputs)
         residuals.append(flat(image - value).norm(dim=1) / flat(image).norm(dim=1))
         if x is not None:
-            qualities.append(psnr(cut(image, posed.margin), cut(x, posed.margin)))
+            qualities.append(psnr(cut(posed.images(image), posed.margin), cut(x, posed.margin)))
         return image
 
     solver = replace(posed.solver, tol=0.0, atol=0.0, max_iter=iterations)

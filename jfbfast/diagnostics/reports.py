@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from jfbfast.backends.tensors import padded
 from jfbfast.diagnostics.conditioning import (
     agreement_of,
     exact_method,
@@ -159,8 +158,11 @@ def _measured(posed: Problem, x: Tensor | None, iterations: int, steps: int, see
         random = torch.Generator().manual_seed(seed)
         cotangent = torch.randn(value.shape, generator=random, dtype=value.dtype).to(value.device)
     else:
-        with torch.no_grad():
-            cotangent = padded(cut(layer(value, *inputs) - x, posed.margin), posed.margin)
+        state = layer(value.detach(), *inputs).detach().requires_grad_()
+        with torch.enable_grad():
+            image = posed.images(state)
+            loss = cut(image - x, posed.margin).square().sum() / 2
+        (cotangent,) = torch.autograd.grad(loss, state)
     trained = bool(trained_parameters(layer))
     cosine, ratio = agreement_of(posed, value, cotangent, exact_method(value.dtype)) if trained else ({}, {})
     eigenvalues = ritz_values(layer, value, inputs, steps)

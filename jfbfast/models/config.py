@@ -25,6 +25,7 @@ FORMS = (*DEGRAD_FORMS, "feed-forward", "plug-and-play", "denoiser")
 ANY_BLUR = ("universal", "plug-and-play")  # the forms that can be set for any known blur and noise level
 SETTING = ("kernel_size", "sigma", "noise", "padding_mode")  # the fields that describe the measurements
 
+_MOST_TAPS = 1023  # along each axis of a Gaussian filter
 _MOST_SCALES = 8  # the most entries in the features and blocks of a UNet
 _SIGMA, _NOISE, _POSITIVE, _AVERAGING = (1e-3, 1e6), (0, 100), (1e-9, 1e6), (1e-6, 1)
 _FLAGS = ("bias", "residual", "fallback", "identity_start")
@@ -71,6 +72,18 @@ def check_description(name: str, value: object) -> None:
                 _check_length(told, given, 1, _MOST_SCALES)
             for count in given if a_list else (given,):
                 checks.integer(told, count, *_COUNTS[argument])
+    if value["kind"] == "GaussianBlur":
+        _check_gaussian(name, value)
+
+
+def _check_gaussian(name: str, value: Mapping[str, Any]) -> None:
+    """Raise ValueError for a filter of more taps than any use has."""
+    sigma, size = value.get("sigma", 1.0), value.get("kernel_size")
+    most = _SIGMA[1] if size is not None else (_MOST_TAPS - 1) / 6  # without a size it follows from σ
+    for each in sigma if isinstance(sigma, (list, tuple)) else (sigma,):
+        _check_between(f"sigma of {name}", each, (_SIGMA[0], most))
+    for each in size if isinstance(size, (list, tuple)) else () if size is None else (size,):
+        checks.integer(f"kernel_size of {name}", each, 1, _MOST_TAPS)
 
 
 def _dncnn() -> dict[str, Any]:
@@ -128,8 +141,8 @@ class ModelConfig:
         for name in ("denoiser", "solver", "gradient"):
             check_description(name, getattr(self, name))
         size = 1 if self.kernel_size is None else self.kernel_size
-        if not checks.is_integer(size) or not 1 <= size <= 1023 or size % 2 == 0:
-            raise ValueError(f"kernel_size is {size!r}; it takes an odd integer from 1 to 1023, or None")
+        if not checks.is_integer(size) or not 1 <= size <= _MOST_TAPS or size % 2 == 0:
+            raise ValueError(f"kernel_size is {size!r}; it takes an odd integer from 1 to {_MOST_TAPS}, or None")
         for name, bounds in (("sigma", _SIGMA), ("noise", _NOISE), ("weight", _POSITIVE), ("step_size", _POSITIVE)):
             _check_between(name, getattr(self, name), bounds)
         if self.averaging != "auto":

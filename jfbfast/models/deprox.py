@@ -66,6 +66,7 @@ class DEProx(ImplicitNetwork):
         super().__init__(solvable("blur", blur) if preconditioner else blur, **options)
         self.denoiser: Any = denoiser
         self.data_fidelity = fidelity
+        self.preconditioner = preconditioner
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
         self.log_weight = log_parameter("weight", 0.05 if weight is None else weight) if preconditioner else None
 

@@ -14,9 +14,8 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jfbfast import checks
 from jfbfast.implicit.methods import JFB, Implicit, Neumann, Phantom, Shine, Unrolled
 from jfbfast.models import registry
 from jfbfast.models.config import check_description
@@ -30,7 +29,6 @@ T = TypeVar("T", bound=type[Any])
 S = TypeVar("S", bound="Described")
 
 KINDS: dict[str, type[Any]] = dict(registry.SOLVERS)  # what a description can name
-_MOST_TAPS = 100_001  # of a filter that a damaged file names
 _FROM_BELOW: dict[type[Any], tuple[str, ...]] = {  # their arguments, which are attributes of the same names
     GaussianBlur: ("kernel_size", "sigma", "padding_mode"),
     SeparableBlur: ("taps_y", "taps_x", "padding_mode"),
@@ -60,6 +58,8 @@ class Described:
     the constructor got, since it may have changed since.
     """
 
+    later_options: tuple[str, ...] = ()  # arguments that `set_options` sets later, and that a constructor need not take
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
@@ -69,6 +69,9 @@ class Described:
         made = super().__new__(cls)
         object.__setattr__(made, "_given", (args, options))
         return made
+
+    def set_options(self, **options: Any) -> None:
+        """Set the arguments that are named in the class's ``later_options``."""
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make a module like this one, apart from its weights.
@@ -116,7 +119,8 @@ def describe(model: Described) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor) and not value.dim():
+    parameter = isinstance(value, nn.Parameter)
+    if isinstance(value, Tensor) and not value.dim() and not parameter:
         value = value.item()
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -126,7 +130,7 @@ def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [_described(each, f"{path}.{i}", tensors) for i, each in enumerate(value)]
     if isinstance(value, Tensor):
         tensors[TENSOR + path] = value.detach().cpu().clone().contiguous()
-        return {"kind": "tensor", "name": TENSOR + path}
+        return {"kind": "tensor", "name": TENSOR + path, **({"parameter": True} if parameter else {})}
     if isinstance(value, torch.dtype):
         return {"kind": "dtype", "name": str(value).removeprefix("torch.")}
     value = value.physics if isinstance(value, PhysicsOperator) else value
@@ -134,6 +138,7 @@ def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     arguments = _arguments(value) if KINDS.get(kind) is type(value) else None
     if arguments is None:
         return {"kind": "yours", "class": kind}
+    check_description(path, {"kind": kind, **arguments})  # or else it could not be loaded
     found = {name: _described(each, f"{path}.{name}", tensors) for name, each in arguments.items()}
     if isinstance(value, IterativeOperator) and _is(found["operator"], "yours"):
         return {"kind": "yours", "class": found["operator"]["class"]}  # the model wraps what it is given itself
@@ -179,7 +184,8 @@ def restored(
         name: the argument's name.
 
     Raises:
-        ValueError: a damaged description, or one of a network that has more weights than ``tensors``.
+        ValueError: a damaged description, one with numbers out of bounds, or one of a network that has more weights
+            than ``tensors``.
     """
     if isinstance(node, list):
         return [restored(each, tensors, given, name=name) for each in node]
@@ -189,7 +195,8 @@ def restored(
     if kind == "yours":
         return given[name]
     if kind == "tensor":
-        return tensors[str(node["name"])]
+        tensor = tensors[str(node["name"])]
+        return nn.Parameter(tensor) if node.get("parameter") else tensor
     if kind == "dtype":
         dtype = getattr(torch, str(node["name"]), None)
         if not isinstance(dtype, torch.dtype):
@@ -200,17 +207,23 @@ def restored(
     for argument, child in node.items():
         if argument != "kind":
             described[argument] = restored(child, tensors, given, name=argument)
-    if kind == "GaussianBlur":
-        for size in described.get("kernel_size") or ():
-            checks.integer(f"kernel_size of {name}", size, 1, _MOST_TAPS)
+    if kind in KINDS:
+        check_description(name or "model", described)
     if kind in registry.NETWORKS:
         _check_size(name, described, sum(tensor.numel() for tensor in tensors.values()))
-    return registry.build(name or "model", described, kinds)
+    set_later = getattr(kinds.get(str(kind)), "later_options", ())
+    options = {each: described[each] for each in set_later if each in described}
+    if options:
+        taken = inspect.signature(kinds[str(kind)].__init__).parameters
+        described = {each: value for each, value in described.items() if each in taken or each not in options}
+    made = registry.build(name or "model", described, kinds)
+    if options:
+        made.set_options(**options)
+    return made
 
 
 def _check_size(name: str, described: Mapping[str, Any], most: int) -> None:
     """Raise ValueError for a network with more weights than the file has, before any memory is taken for it."""
-    check_description(name or "model", described)
     with torch.device("meta"):
         network = registry.build(name or "model", described, registry.NETWORKS)
     if (count := sum(p.numel() for p in network.parameters())) > most:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,7 +25,7 @@ from jfbfast.spectrum import optimal_averaging, ritz_values
 
 Network = TypeVar("Network", bound="ImplicitNetwork")
 
-_OPTIONS = ("solver", "gradient", "solve_dtype", "compile_solve")
+_OPTIONS = ("averaging", "solver", "gradient", "solve_dtype", "compile_solve")
 
 
 class ImplicitNetwork(Shared, nn.Module):
@@ -63,6 +62,7 @@ class ImplicitNetwork(Shared, nn.Module):
     """
 
     solution: FixedPointSolution | None
+    later_options = _OPTIONS
 
     def __init__(
         self,
@@ -75,10 +75,33 @@ class ImplicitNetwork(Shared, nn.Module):
         compile_solve: bool = False,
     ) -> None:
         super().__init__()
-        if averaging != "auto":
-            checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
         self.blur: Any = None if blur is None else linear_operator("blur", blur)
         self.averaging: float | Tensor
+        self.set_options(
+            averaging=averaging,
+            solver=solver,
+            gradient=gradient,
+            solve_dtype=solve_dtype,
+            compile_solve=compile_solve,
+        )
+        self.solution = None
+        self.register_state_dict_post_hook(record_operator)
+        self.register_load_state_dict_pre_hook(keep_operator)
+
+    def set_options(  # type: ignore[override]  # it names the options
+        self,
+        *,
+        averaging: float | Literal["auto"] = 1.0,
+        solver: FixedPointSolver | None = None,
+        gradient: str | GradientMethod = "jfb",
+        solve_dtype: torch.dtype | None = None,
+        compile_solve: bool = False,
+    ) -> None:
+        """Set all options of the constructor again; those that are left out get their defaults."""
+        if averaging != "auto":
+            checks.number("averaging", averaging, lambda a: 0 < a <= 1, "a number in (0, 1], or 'auto'")
+        vars(self).pop("averaging", None)
+        self._buffers.pop("averaging", None)
         if averaging == "auto":
             self.register_buffer("averaging", torch.tensor(torch.nan))
         else:
@@ -87,9 +110,6 @@ class ImplicitNetwork(Shared, nn.Module):
         self.gradient = gradient_method(gradient)
         self.solve_dtype = checked_solve_dtype(solve_dtype)
         self.compile_solve = compile_solve
-        self.solution = None
-        self.register_state_dict_post_hook(record_operator)
-        self.register_load_state_dict_pre_hook(keep_operator)
 
     def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T(x; d) for the images x and the measurements d of one batch; ``injected`` is what `injected` returned."""
@@ -275,13 +295,10 @@ class ImplicitNetwork(Shared, nn.Module):
         return {**self.__dict__, "solution": None}
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that make a network like this one, with the present options where the class takes any."""
-        found = super().arguments()
-        parameters = inspect.signature(type(self).__init__).parameters.values()
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            found["averaging"] = "auto" if isinstance(self.averaging, Tensor) else self.averaging
-            found.update({name: getattr(self, name) for name in _OPTIONS})
-        return found
+        """The arguments that make a network like this one, and its present options, which may have been assigned."""
+        averaging = "auto" if isinstance(self.averaging, Tensor) else self.averaging
+        found = {name: value for name, value in super().arguments().items() if name not in _OPTIONS}
+        return {**found, **{name: getattr(self, name) for name in _OPTIONS}, "averaging": averaging}
 
     def trained_for(self) -> str:
         """The operator that the weights are for, in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from jfbfast import checks
 from jfbfast.backends import reference
 from jfbfast.implicit.frozen import NormalisedConv2d
+from jfbfast.models.deadmm import DEADMM
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
@@ -227,9 +229,16 @@ def inference_module(
     fidelity = getattr(model, "data_fidelity", None)
     if not isinstance(fidelity, LeastSquares | None):
         kind = type(fidelity).__name__
-        raise ValueError(f"data_fidelity is {kind}, which decides by values; it takes a model with LeastSquares")
+        raise ValueError(f"data_fidelity is {kind}, which cannot be exported; it takes LeastSquares")
     inner = None
+    if size is None and _solves(model):
+        raise ValueError(
+            "size is None; this model has a preconditioner, filter or injection, so inference_module takes "
+            "size=(H, W) of d"
+        )
     if size is not None:
+        if not isinstance(size, Sequence) or len(size) != 2:
+            raise ValueError(f"size is {size!r}; it takes (H, W)")
         for side in size:
             checks.integer("each side of size", side, 1, _LARGEST_SIDE)
         inner = (size[0] + 2 * blur.margin[0], size[1] + 2 * blur.margin[1])
@@ -243,6 +252,12 @@ def inference_module(
     copied.blur = PlainBlur(blur, inner).to(like.device, like.dtype)
     _fix_weights(copied)
     return InferenceModule(copied, evaluations).eval()
+
+
+def _solves(model: ImplicitNetwork) -> bool:
+    """Whether the layer solves with AᵀA + λI; only for the networks of this package is that known before a call."""
+    needs = getattr(getattr(model, "regularizer", None), "needs", ())
+    return bool({"solve", "filter"} & set(needs) or getattr(model, "preconditioner", None)) or isinstance(model, DEADMM)
 
 
 def _fix_weights(model: nn.Module) -> None:

@@ -149,6 +149,6 @@ class RED(Described, nn.Module):
         """Apply D to W x, and to z with an injection or to σ with a noise level; subclasses may use x as well."""
         noise = self.noise
         if noise is not None:
-            each = noise.to(x.dtype).expand(len(x)) if isinstance(noise, Tensor) else noise  # deepinv takes (B,)
+            each = noise.to(x.dtype).expand(x.shape[0]) if isinstance(noise, Tensor) else noise  # deepinv takes (B,)
             return self.denoiser(seen, each)
         return self.denoiser(seen, *injected)

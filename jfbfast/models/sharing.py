@@ -225,7 +225,7 @@ def _load_directory(folder: Path, cls: type[M], objects: Mapping[str, Any]) -> M
         _check_class(str(folder), model, cls, type(model).__name__)
         weights = {name: value for name, value in tensors.items() if not name.startswith(TENSOR)}
         check_tensors(weights, model)
-        _load(model, weights)
+        _load(model, weights, objects)
     except CheckpointError:
         raise
     except (safetensors.SafetensorError, *DAMAGE) as error:
@@ -254,11 +254,19 @@ def _check_objects(
         raise CheckpointError(f"{folder}: it has no {name} to be passed; it takes {takes}")
 
 
-def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load the weights, in the dtype that they have in the file."""
+def _load(model: nn.Module, weights: Mapping[str, Tensor], objects: Mapping[str, Any]) -> None:
+    """Load the weights, in the dtype that they have in the file.
+
+    What else the model has, such as buffers that are not saved, gets that dtype too, but not what was passed.
+    """
+    modules = [each for each in objects.values() if isinstance(each, nn.Module)]
+    theirs = {id(value) for module in modules for value in (*module.parameters(), *module.buffers())}
     dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
     if len(dtypes) == 1:
-        model.to(dtypes.pop())
+        dtype = dtypes.pop()
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point() and id(value) not in theirs:
+                value.data = value.data.to(dtype)
     for name, value in model.state_dict(keep_vars=True).items():
         value.data = value.data.to(weights[name].dtype)
     model.load_state_dict(weights)

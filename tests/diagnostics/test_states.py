@@ -8,6 +8,7 @@ from torch import nn
 import jfbfast
 from jfbfast import Anderson, ImplicitNetwork, Picard, Status
 from jfbfast.diagnostics import convergence_history, gradient_agreement, jfb_condition, plots, report
+from jfbfast.imaging.quality import psnr
 from jfbfast.implicit.methods import GRADIENTS
 
 REAL, COMPLEX = torch.float64, torch.complex128
@@ -111,3 +112,16 @@ def test_an_implicit_network_of_a_users_own_is_reported():
     assert found.lipschitz_bound is None and (found.contraction_factor <= 0.5).all()
     with pytest.raises(TypeError, match="model is a Richardson, which takes the measurements d"):
         report(model, d, solver=Anderson())
+
+
+def test_a_network_is_judged_by_the_images_of_its_states():
+    denoiser = jfbfast.NonexpansiveDenoiser(1, 2, 2)
+    model = jfbfast.DEADMM(jfbfast.GaussianBlur(), denoiser, weight=0.2, solver=Picard(1e-6, 100)).double()
+    x = torch.rand(2, 1, 8, 7, dtype=REAL)
+    d = model.blur(x)
+    history = convergence_history(model, d, x, iterations=60)
+    expected = psnr(model.image(model.layer(history.solution.value, d), d), x)
+    torch.testing.assert_close(history.psnr[-1], expected.detach(), rtol=1e-6, atol=0)
+    found = report(model, d, x, iterations=60, steps=20)
+    torch.testing.assert_close(found.history.psnr, history.psnr, rtol=1e-6, atol=0)
+    assert (found.cosine["implicit"] > 0.999).all()

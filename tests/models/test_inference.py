@@ -214,6 +214,18 @@ def test_the_module_is_a_copy_without_gradients():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
+class Shrink(nn.Module):
+    def forward(self, x, noise):
+        return x / (1 + noise.view(-1, 1, 1, 1))
+
+
+def test_a_denoiser_that_is_told_a_learnt_noise_is_exported_for_any_batch():
+    red = RED(Shrink(), noise=0.1, learn_noise=True)
+    module = inference_module(DEGrad(GaussianBlur(), red, step_size=0.5), 3)
+    d = torch.rand(5, 1, *SIZE)
+    torch.testing.assert_close(exported(module).module()(d), module(d), rtol=0, atol=1e-5)
+
+
 class Mask(nn.Module):
     def forward(self, x):
         return x
@@ -230,13 +242,17 @@ def test_what_has_no_plain_form_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="padding_mode is 'valid' and the blur is not separable"):
         inference_module(model, size=SIZE)
     poisson = DEGrad(GaussianBlur(), RED(unet()), data_fidelity=data_fidelity.Poisson())
-    with pytest.raises(ValueError, match="data_fidelity is Poisson, which decides by values"):
+    with pytest.raises(ValueError, match="data_fidelity is Poisson, which cannot be exported; it takes LeastSquares"):
         inference_module(poisson)
     with pytest.raises(ValueError, match="evaluations is 0; it takes an integer of at least 1"):
         inference_module(paper(), 0)
     with pytest.raises(ValueError, match="each side of size is 5000; it takes an integer from 1 to 1024"):
         inference_module(filtered(), size=(64, 5000))
-    with pytest.raises(ValueError, match="size is None; the layer solves with"):
-        inference_module(filtered())(torch.rand(1, 1, *SIZE))
+    for model in (filtered(), preconditioned(), universal(), admm()):
+        with pytest.raises(ValueError, match=r"size is None; this model has .* takes size=\(H, W\) of d"):
+            inference_module(model)
+    for size in (16, (16,), (16, 16, 3)):
+        with pytest.raises(ValueError, match=rf"size is {re.escape(repr(size))}; it takes \(H, W\)"):
+            inference_module(paper(), size=size)
     with pytest.raises(ValueError, match="b has 9 × 9 pixels; it takes 14 × 18"):
         inference_module(filtered(), size=SIZE)(torch.rand(1, 1, 9, 9))

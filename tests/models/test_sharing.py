@@ -126,8 +126,9 @@ def test_a_copied_a_pickled_and_a_loaded_model_can_be_saved(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
 def test_the_shipped_models_can_be_saved_and_set(tmp_path):
-    for name in set(jfbfast.pretrained_names()) - {"plug-and-play"}:
-        DEGrad.from_pretrained(name).save_pretrained(tmp_path / name)
+    for name in jfbfast.pretrained_names():
+        kind = jfbfast.PlugAndPlay if name == "plug-and-play" else DEGrad
+        kind.from_pretrained(name).save_pretrained(tmp_path / name)
     model = DEGrad.from_pretrained(tmp_path / "universal", sigma=2.0, noise=0.05)
     expected = DEGrad.from_pretrained("universal", sigma=2.0, noise=0.05)
     d = torch.rand(1, 3, 24, 26)
@@ -222,6 +223,18 @@ def test_a_users_denoiser_and_operator_are_passed_and_get_their_weights(tmp_path
     assert "denoiser=…" in (tmp_path / "README.md").read_text()
 
 
+def test_a_physics_that_is_passed_stays_as_it_is(tmp_path):
+    blur = torch.full((1, 1, 3, 3), 1 / 9, dtype=torch.float64)
+    physics = deepinv.physics.BlurFFT((1, 17, 20), filter=blur)
+    before = {name: value.clone() for name, value in physics.named_buffers()}
+    assert {torch.float64, torch.complex128} <= {value.dtype for value in before.values()}
+    filtered(physics).save_pretrained(tmp_path)
+    loaded = DEGrad.from_pretrained(tmp_path, blur=physics)
+    assert next(loaded.parameters()).dtype == torch.float32
+    for name, value in physics.named_buffers():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+
+
 class Richardson(jfbfast.ImplicitNetwork):
     """A layer of a user's, with a learnable step."""
 
@@ -241,6 +254,24 @@ def test_a_users_implicit_network_is_loaded_by_its_own_class(tmp_path):
     assert torch.equal(loaded(d), model(d)) and loaded.solver == model.solver
     with pytest.raises(CheckpointError, match="kind 'Richardson'"):
         DEGrad.from_pretrained(tmp_path)
+
+
+class Landweber(Richardson):
+    """A layer of a user's, whose constructor takes no options."""
+
+    def __init__(self, blur):
+        super().__init__(blur, 1, solver=jfbfast.Picard())
+
+
+def test_options_are_saved_whether_or_not_the_constructor_takes_them(tmp_path):
+    model = Landweber(GaussianBlur())
+    model.solver, model.gradient = Anderson(tol=1e-4, memory=3), jfbfast.Neumann(terms=3)
+    model.averaging, model.solve_dtype = 0.7, torch.bfloat16
+    model.save_pretrained(tmp_path)
+    loaded = Landweber.from_pretrained(tmp_path)
+    for name in ("solver", "gradient", "averaging", "solve_dtype"):
+        assert getattr(loaded, name) == getattr(model, name)
+    assert Landweber(GaussianBlur()).solver == jfbfast.Picard()
 
 
 def test_directories_and_files_of_training_load_as_before(tmp_path):
@@ -282,6 +313,15 @@ DAMAGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+@pytest.mark.parametrize("start", [torch.tensor(0.5), torch.linspace(0.1, 1, 20)])
+def test_weights_of_a_data_fidelity_that_are_trained_are_loaded(tmp_path, start):
+    model = trained(DEADMM(GaussianBlur(), unet(), data_fidelity=WeightedLeastSquares(nn.Parameter(start.clone()))))
+    model.save_pretrained(tmp_path)
+    loaded, d = DEADMM.from_pretrained(tmp_path), image(model)
+    assert isinstance(loaded.data_fidelity.weights, nn.Parameter) and torch.equal(loaded(d), model(d))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_config_is_one_clear_error(tmp_path, damage):
     filtered(GaussianBlur(5)).save_pretrained(tmp_path)
@@ -292,6 +332,28 @@ def test_a_damaged_config_is_one_clear_error(tmp_path, damage):
     with pytest.raises(CheckpointError, match=told) as caught:
         DEGrad.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_that_would_take_all_memory_are_refused_before_use(tmp_path):
+    blur, solver = {"kind": "GaussianBlur", "padding_mode": "zeros"}, {"kind": "Anderson"}
+    wrong = {
+        "sigma of blur is 10000000": {"blur": {**blur, "kernel_size": None, "sigma": 10**7}},
+        "sigma of blur is 200": {"blur": {**blur, "sigma": [1.0, 200]}},
+        "kernel_size of blur is 99999; it takes an integer from 1 to 1023": {
+            "blur": {**blur, "sigma": 1.0, "kernel_size": [5, 99999]}
+        },
+        "memory of solver is 10+; it takes an integer from 1 to 100": {"solver": {**solver, "memory": 10**12}},
+        "max_iter of solver is 10+; it takes": {"solver": {**solver, "max_iter": 10**18}},
+        "steps of gradient is 10+; it takes": {"gradient": {"kind": "Unrolled", "steps": 10**9}},
+    }
+    filtered(GaussianBlur(5)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for told, change in wrong.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **change}}))
+        with pytest.raises(CheckpointError, match=told):
+            DEGrad.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="max_iter of solver is 20000"):
+        filtered(GaussianBlur(), solver=Anderson(max_iter=20000)).save_pretrained(tmp_path)
 
 
 def test_damaged_weights_are_one_clear_error(tmp_path):
