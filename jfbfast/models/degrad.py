@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jfbfast.implicit.methods import GradientMethod
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
-from jfbfast.models.implicit_network import ImplicitNetwork
+from jfbfast.models.implicit_network import ImplicitNetwork, check_operator
 from jfbfast.models.pretrained import set_gaussian
 from jfbfast.models.red import RED, log_parameter
 from jfbfast.models.sharing import load_shared
@@ -195,6 +195,7 @@ class DEGrad(ImplicitNetwork):
 
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
         """The injection of a `RED`, if it has one, and then what the data fidelity keeps of d."""
+        check_operator(self.blur)
         own = self.data_fidelity.inputs(d)
         if not isinstance(self.regularizer, RED):
             return own
@@ -222,10 +223,12 @@ class DEGrad(ImplicitNetwork):
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
+        check_operator(self.blur)
         if injected and self._injections and self.preconditioner and self.log_damping is None:
             return injected[0].detach()
         if self.damping is None:
-            return self.blur.adjoint(d)
+            own = injected[self._injections :] if injected else self.data_fidelity.inputs(d)
+            return self.blur.adjoint(self.data_fidelity.measured(d, *own))
         operator, seen = self._seen(d, (injected or self.injected(d))[self._injections :])
         return operator.solve(operator.adjoint(seen), self.damping)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jfbfast.models.implicit_network import ImplicitNetwork
+from jfbfast.models.implicit_network import ImplicitNetwork, check_operator
 from jfbfast.models.red import log_parameter
 from jfbfast.operators.data_fidelity import DataFidelity, as_data_fidelity, check_quadratic
 from jfbfast.operators.iterative import LinearOperator, gradient, linear_operator, with_solve
@@ -96,7 +96,8 @@ class DEProx(ImplicitNetwork):
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
         if self.weight is None:
-            return self.blur.adjoint(d)
+            check_operator(self.blur)
+            return self.blur.adjoint(self.data_fidelity.measured(d, *(injected or self.injected(d))))
         return tikhonov_start(self.data_fidelity, self.blur, d, self.weight, injected or self.injected(d))
 
 
@@ -138,6 +139,7 @@ def data_step(
 
 def tikhonov_start(fidelity: DataFidelity, operator: Any, d: Tensor, weight: Tensor, own: tuple[Tensor, ...]) -> Tensor:
     """P Aᵀd."""
+    check_operator(operator)
     squares = fidelity.least_squares(operator, d, *own)
     assert squares is not None
     operator, d = squares

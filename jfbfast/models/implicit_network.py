@@ -28,6 +28,15 @@ Network = TypeVar("Network", bound="ImplicitNetwork")
 _OPTIONS = ("averaging", "solver", "gradient", "solve_dtype", "compile_solve")
 
 
+def check_operator(blur: Any) -> None:
+    """Raise ValueError if a network whose blur is None is used without an operator."""
+    if blur is None:
+        raise ValueError(
+            "operator is None; a network whose blur is None takes one in each call, network(d, operator), or use "
+            "network.with_operator(operator)"
+        )
+
+
 class ImplicitNetwork(Shared, nn.Module):
     """Restore measurements d = A x + noise as the fixed point of a layer T(x; d).
 
@@ -53,7 +62,7 @@ class ImplicitNetwork(Shared, nn.Module):
         >>> import torch, jfbfast
         >>> class Tikhonov(jfbfast.ImplicitNetwork):  # solves (AᵀA + I) x = Aᵀd by Richardson's iteration
         ...     def step(self, x, d):
-        ...         return x - 0.5 * (self.blur.gradient(x, d, torch.zeros_like(x)) + x)
+        ...         return x - 0.5 * (self.blur.adjoint(self.blur(x) - d) + x)
         >>> blur = jfbfast.GaussianBlur()
         >>> d = torch.rand(1, 1, 8, 8)
         >>> restored = Tikhonov(blur, solver=jfbfast.Anderson(tol=1e-6))(d)
@@ -122,6 +131,7 @@ class ImplicitNetwork(Shared, nn.Module):
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd."""
+        check_operator(self.blur)
         return self.blur.adjoint(d)
 
     def image(self, state: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
@@ -130,6 +140,7 @@ class ImplicitNetwork(Shared, nn.Module):
 
     def layer(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T_α(x; d) = (1 − α)x + αT(x; d), the layer that is solved for its fixed point."""
+        check_operator(self.blur)
         image = self.step(x, d, *injected)
         if isinstance(self.averaging, Tensor):
             return torch.lerp(x, image, self.averaging.nan_to_num(1.0).to(x.dtype))
@@ -188,6 +199,7 @@ class ImplicitNetwork(Shared, nn.Module):
         """
         if not isinstance(self.averaging, Tensor):
             raise ValueError(f"averaging is {self.averaging}; only a model with averaging='auto' updates it")
+        check_operator(self.blur)
         if not len(d):
             return
         before = self.averaging
@@ -216,7 +228,9 @@ class ImplicitNetwork(Shared, nn.Module):
         Args:
             d: (B, C, H, W), in the units that R was trained in.
             operator: A of this call, in place of ``blur`` and as in `with_operator`: an operator or a physics of
-                deepinv, whose parameters may be one for each sample. It may change before backward.
+                deepinv, whose parameters may be one for each sample. Before backward, only
+                buffers may change, and only by being replaced, as the ``update`` of deepinv does; after any other
+                change the gradient is wrong.
             x0: the start; None for ``start(d)``.
 
         Raises:
@@ -230,8 +244,7 @@ class ImplicitNetwork(Shared, nn.Module):
         """
         self.solution = None
         network = self if operator is None else self.with_operator(operator)
-        if network.blur is None:
-            raise ValueError("operator is None; a network whose blur is None takes one in each call")
+        check_operator(network.blur)
         restored, self.solution = network._restore(d, x0)
         return restored
 

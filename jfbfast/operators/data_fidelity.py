@@ -31,8 +31,9 @@ __all__ = ["DataFidelity", "LeastSquares", "Poisson", "WeightedLeastSquares"]
 class DataFidelity(nn.Module):
     """The base of data fidelities f(x; d). A subclass defines `gradient`; all else has a default.
 
-    It treats each sample by itself. What it keeps for each sample of a batch, it returns from `inputs`, so that samples
-    that have converged can leave the batch.
+    It treats each sample by itself. What it computes for each sample of a batch, it returns from `inputs`. Samples that
+    have converged stay in the batch, unless a subclass that holds nothing else of each sample sets
+    ``may_hold_sample_data = False``.
 
     Example:
         >>> import torch, jfbfast
@@ -41,6 +42,8 @@ class DataFidelity(nn.Module):
         ...         return operator.adjoint((operator(x) - d).clamp(-0.1, 0.1))
         >>> model = jfbfast.DEGrad(jfbfast.GaussianBlur(), jfbfast.DnCNN(1, 2, 2), data_fidelity=Huber())
     """
+
+    may_hold_sample_data: bool = True
 
     def inputs(self, d: Tensor) -> tuple[Tensor, ...]:
         """What f needs of the measurements d beside them, (B, …) each: computed once a forward."""
@@ -56,6 +59,10 @@ class DataFidelity(nn.Module):
             inputs: what `inputs` returned for d.
         """
         raise NotImplementedError(f"{type(self).__name__} has no gradient; a subclass of DataFidelity defines it")
+
+    def measured(self, d: Tensor, *inputs: Tensor) -> Tensor:
+        """d, with zeros where nothing was measured: what a solve starts from."""
+        return d
 
     def descend(
         self, operator: Any, x: Tensor, d: Tensor, r: Tensor | None, step_size: Tensor, *inputs: Tensor
@@ -80,6 +87,8 @@ class LeastSquares(DataFidelity):
         (tensor([0.]), True)
     """
 
+    may_hold_sample_data = False
+
     def value(self, operator: Any, x: Tensor, d: Tensor) -> Tensor:
         """f(x; d) of each sample, (B,)."""
         return (operator(x) - d).abs().square().flatten(1).sum(1) / 2
@@ -102,9 +111,10 @@ class LeastSquares(DataFidelity):
 class WeightedLeastSquares(DataFidelity):
     """f(x; d) = ½⟨A x − d, w(A x − d)⟩, for Gaussian noise of the variance 1/w in each measured value.
 
-    Values that were not measured have w = 0. The preconditioner, the filter and the injection of `DEGrad` become those
-    of W^½A: they solve (AᵀWA + λI) u = b by conjugate gradients, to the ``tol`` of the model's operator if that is an
-    `IterativeOperator`, or else to 1e-6. As each evaluation solves, ``IterativeOperator(blur, tol=1e-3)`` saves time.
+    Values that were not measured have w = 0; whatever d has there, such as NaN, counts as zero. The preconditioner, the
+    filter and the injection of `DEGrad` become those of W^½A: they solve (AᵀWA + λI) u = b by conjugate gradients, to
+    the ``tol`` of the model's operator if that is an `IterativeOperator`, or else to 1e-6. As each evaluation solves,
+    ``IterativeOperator(blur, tol=1e-3)`` saves time.
 
     Args:
         weights: w ≥ 0: a number, a tensor that broadcasts to d, (B, …) for weights of each sample, or a function from
@@ -126,16 +136,25 @@ class WeightedLeastSquares(DataFidelity):
         tensor([[[[2., 1., 0.]]]])
     """
 
+    may_hold_sample_data = False
+    weights: Any
+
     def __init__(self, weights: float | Tensor | Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        if not isinstance(weights, Tensor) and not callable(weights):
-            checks.non_negative("weights", weights)
-            weights = torch.tensor(float(weights))
-        self.weights: Any
-        if isinstance(weights, Tensor) and not isinstance(weights, nn.Parameter):
-            self.register_buffer("weights", weights, persistent=False)
+        self.weights = weights
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weights":
+            return super().__setattr__(name, value)
+        if not isinstance(value, Tensor) and not callable(value):
+            checks.non_negative("weights", value)
+            value = torch.tensor(float(value))
+        for held in (self.__dict__, self._parameters, self._buffers, self._modules):
+            held.pop("weights", None)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer("weights", value, persistent=False)
         else:
-            self.weights = weights
+            super().__setattr__("weights", value)
 
     def inputs(self, d: Tensor) -> tuple[Tensor, ...]:
         """(w,), in the shape of d."""
@@ -156,13 +175,17 @@ class WeightedLeastSquares(DataFidelity):
             raise ValueError("weights has zeros and requires a gradient; it takes positive weights, or detached ones")
         return (weights,)
 
+    def measured(self, d: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """d, with zeros where w = 0."""
+        return torch.where(weights > 0, d, 0)
+
     def value(self, operator: Any, x: Tensor, d: Tensor, weights: Tensor) -> Tensor:
         """f(x; d) of each sample, (B,)."""
-        return (weights * (operator(x) - d).abs().square()).flatten(1).sum(1) / 2
+        return (weights * (operator(x) - self.measured(d, weights)).abs().square()).flatten(1).sum(1) / 2
 
     def gradient(self, operator: Any, x: Tensor, d: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         """Aᵀ(w(A x − d))."""
-        return operator.adjoint(weights * (operator(x) - d))
+        return operator.adjoint(weights * (operator(x) - self.measured(d, weights)))
 
     def least_squares(  # type: ignore[override]
         self, operator: Any, d: Tensor, weights: Tensor
@@ -170,7 +193,7 @@ class WeightedLeastSquares(DataFidelity):
         """(W^½A, W^½d)."""
         root = weights.sqrt()
         settings = (operator.tol, operator.max_iter) if isinstance(operator, IterativeOperator) else ()
-        return IterativeOperator(_Scaled(operator, root), *settings), root * d
+        return IterativeOperator(_Scaled(operator, root), *settings), root * self.measured(d, weights)
 
 
 class _Scaled(nn.Module):
@@ -224,6 +247,8 @@ class Poisson(DataFidelity):
         >>> f.gradient(operator, x, d, *f.inputs(d))
         tensor([[[[ 0., -2.]]]])
     """
+
+    may_hold_sample_data = False
 
     def __init__(self, gain: float = 1.0, background: float = 0.0, *, mirror: bool = True, floor: float = 1e-3) -> None:
         super().__init__()

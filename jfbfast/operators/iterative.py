@@ -54,10 +54,10 @@ def with_solve(operator: Any, like: Any = None) -> Any:
 
 
 def may_hold_sample_data(module: nn.Module | None) -> bool:
-    """Whether a module contains a linear operator that may hold something of each sample, such as a mask or a kernel.
+    """Whether a module contains an operator or a data fidelity that may hold something of each sample, such as a mask.
 
-    Only a `SeparableBlur` and a `Blur` are known to hold none. A layer with another operator is evaluated on whole
-    batches.
+    Only a `SeparableBlur`, a `Blur` and the data fidelities of this package are known to hold none. A layer with
+    another is evaluated on whole batches.
     """
     found: list[Any] = [module]
     seen: set[int] = set()
@@ -71,6 +71,8 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
             for name, attribute in value.__dict__.items():  # an operator need not be a module
                 if name[0] != "_":
                     found.append(attribute)
+            if getattr(type(value), "may_hold_sample_data", False):  # of a DataFidelity
+                return True
             for name in _ADJOINTS:  # hasattr of a module would call its slow __getattr__
                 has_adjoint = hasattr(type(value), name) or name in value.__dict__ or name in value._modules
                 if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
@@ -156,9 +158,26 @@ class IterativeOperator(nn.Module):
         """Aᵀ y."""
         return self.operator.adjoint(y)
 
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of A that this class lacks."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "operator":
+                raise
+        return getattr(getattr(self.operator, "physics", self.operator), name)
+
     def normal(self, x: Tensor) -> Tensor:
         """AᵀA x."""
         return self.adjoint(self(x))
+
+    def gradient(self, x: Tensor, d: Tensor, r: Tensor | None = None) -> Tensor:
+        """Aᵀ(A x − d) + r; None stands for r = 0."""
+        return gradient(self.operator, x, d, r)
+
+    def gradient_step(self, x: Tensor, d: Tensor, r: Tensor | None, step_size: float | Tensor) -> Tensor:
+        """x − η(Aᵀ(A x − d) + r); None stands for r = 0."""
+        return x - step_size * self.gradient(x, d, r)
 
     def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
         """(AᵀA + λI)⁻¹ b; NaN for samples with a b that is not finite.

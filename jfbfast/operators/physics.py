@@ -28,6 +28,15 @@ class PhysicsOperator(nn.Module):
         """Aᵀ y."""
         return self.physics.A_adjoint(y)
 
+    def gradient(self, x: Tensor, d: Tensor, r: Tensor | None = None) -> Tensor:
+        """Aᵀ(A x − d) + r; None stands for r = 0."""
+        g = self.adjoint(self(x) - d)
+        return g if r is None else g + r
+
+    def gradient_step(self, x: Tensor, d: Tensor, r: Tensor | None, step_size: float | Tensor) -> Tensor:
+        """x − η(Aᵀ(A x − d) + r); None stands for r = 0."""
+        return x - step_size * self.gradient(x, d, r)
+
     @torch.no_grad()
     def closed_solve(self, b: Tensor, damping: Tensor) -> Tensor | None:
         """(AᵀA + λI)⁻¹ b by the closed form of the physics; None if it has none that solves the equation.
