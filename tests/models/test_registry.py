@@ -8,10 +8,12 @@ from jfbfast import DEGrad, DnCNN, NonexpansiveDenoiser, UNet
 from jfbfast.models import registry
 from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
 from jfbfast.models.config import FORMS, ModelConfig
+from jfbfast.models.plug_and_play import GaussianDenoiser
 
 
 def test_every_form_and_every_network_of_the_package_is_registered():
-    assert {"DnCNN": DnCNN, "NonexpansiveDenoiser": NonexpansiveDenoiser, "UNet": UNet} == registry.NETWORKS
+    own = (DnCNN, GaussianDenoiser, NonexpansiveDenoiser, UNet)
+    assert {kind.__name__: kind for kind in own} == registry.NETWORKS
     assert {*registry.MODELS} == {*FORMS} - {"denoiser"}
 
 
