@@ -69,7 +69,7 @@ class PlugAndPlay(Shared, nn.Module):
     Args:
         denoiser: D(x, σ), for images (B, C, H, W) and a noise level on [−1, 1], such as a `GaussianDenoiser`.
         blur, noise: the first measurement, as in `set_measurement`; None for a Gaussian of σ = 1 pixel.
-        steps: K. FFDNet gains at most 0.2 dB by 24.
+        steps: K. With FFDNet's weights, 24 steps gain at most 0.3 dB over 8.
         noise_range: the least and the largest noise level that `set_measurement` takes.
 
     Raises:
