@@ -21,9 +21,10 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
-from jfbfast.implicit.frozen import NormalisedConv2d, owner, submodules
+from jfbfast.implicit.frozen import NormalisedConv2d, grouped, owner, submodules
 from jfbfast.solvers import Layer
 
+_Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -107,12 +108,17 @@ class _SolveConvolutions(Convolutions):
         modules = [m for m in modules if m not in within]
         convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
         low = self._low_precision(module, modules, convolutions) if dtype else set()
-        self.chains = {m: self._steps(m, low) for m in modules if isinstance(m, nn.Sequential) and _is_chain(m)}
+        sequentials = [m for m in modules if isinstance(m, nn.Sequential) and _is_chain(m)]
+        folded = _folded([pair for m in sequentials for pair in _foldable_pairs(m).items()])
+        self.chains = {m: self._steps(m, folded) for m in sequentials}
         self.forwards = {m: MethodType(forward, m) for m in self.chains}
-        for conv in convolutions:
-            weight = _weight_of(conv)
-            if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
-                self._prepare(weight, conv in low)
+        alone = {conv for conv, _ in folded}
+        weights = [(weight, conv) for (conv, _), (weight, _) in folded.items()]
+        weights += [(_weight_of(conv), conv) for conv in convolutions if conv not in alone]
+        known = [
+            (w, conv) for w, conv in weights if isinstance(w, Tensor) and not isinstance(w, UninitializedTensorMixin)
+        ]
+        self._prepare([(w, dtype if dtype and conv in low else w.dtype) for w, conv in known])
 
     @staticmethod
     def _low_precision(module: nn.Module, modules: list[nn.Module], convolutions: list[nn.Conv2d]) -> set[nn.Conv2d]:
@@ -121,24 +127,19 @@ class _SolveConvolutions(Convolutions):
         measuring = {m for operator in operators for m in operator.modules()}
         return set([conv for conv in convolutions if conv not in measuring][1:-1])
 
-    def _prepare(self, weight: Tensor, low: bool) -> None:
-        """Prepare a weight that the layer will pass to conv2d."""
-        value = weight.to(self.dtype if low else weight.dtype, memory_format=torch.channels_last)
-        transformed = transformed_weight(value) if self.winograd and weight.shape[2:] == (3, 3) else None
-        self.weights[id(weight)] = _Weight(weight, value, transformed)
+    def _prepare(self, weights: list[tuple[Tensor, torch.dtype]]) -> None:
+        """Prepare weights that the layer will pass to conv2d, each in its dtype; those of one shape in one copy."""
+        for group in grouped(weights, lambda pair: (pair[0].shape, pair[0].dtype, pair[0].device, pair[1])):
+            sources, dtype = [source for source, _ in group], group[0][1]
+            values = sources
+            if not all(s.dtype == dtype and s.is_contiguous(memory_format=torch.channels_last) for s in sources):
+                values = list(_channels_last(sources).to(dtype))
+            for source, value in zip(sources, values, strict=True):
+                plain = source if source.dtype == dtype else value
+                transformed = transformed_weight(plain) if self.winograd and source.shape[2:] == (3, 3) else None
+                self.weights[id(source)] = _Weight(source, value, transformed)
 
-    def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, low: bool) -> tuple[Tensor, Tensor]:
-        """The weight and the bias of the convolution with the batch norm behind it."""
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        weight = _weight_of(conv) * scale[:, None, None, None]
-        bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
-        bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-        self._prepare(weight, low)
-        return weight, bias
-
-    def _steps(self, sequential: nn.Sequential, low: set[nn.Conv2d]) -> list[_Step]:
+    def _steps(self, sequential: nn.Sequential, folded: dict[_Pair, tuple[Tensor, Tensor]]) -> list[_Step]:
         """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
         pairs = _foldable_pairs(sequential)
         members = [m for m in sequential._modules.values() if m is not None]
@@ -149,7 +150,7 @@ class _SolveConvolutions(Convolutions):
             relu = False
             if isinstance(module, nn.Conv2d) and _plain_convolution(module):
                 if module in pairs:
-                    parameters, members = self._fold(module, pairs[module], module in low), members[1:]
+                    parameters, members = folded[module, pairs[module]], members[1:]
                 elif isinstance(module, NormalisedConv2d):  # which another thread may release
                     parameters = _weight_of(module), module.bias
                 relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
@@ -241,6 +242,36 @@ def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d
         and _plain_convolution(conv)
         and members.count(conv) == 1
     }
+
+
+def _folded(pairs: list[_Pair]) -> dict[_Pair, tuple[Tensor, Tensor]]:
+    """The weight and the bias of each convolution with the batch norm behind it; pairs alike are folded together."""
+    weights = {conv: _weight_of(conv) for conv, _ in pairs}
+    found: dict[_Pair, tuple[Tensor, Tensor]] = {}
+
+    def kind(pair: _Pair) -> tuple[Any, ...]:
+        conv, norm = pair
+        weight, none = weights[conv], [t is None for t in (conv.bias, norm.weight, norm.bias)]
+        return weight.shape, weight.dtype, weight.device, norm.eps, *none
+
+    for group in grouped(pairs, kind):
+        conv, norm = group[0]
+
+        def stacked(name: str, member: int = 1, group: list[_Pair] = group) -> Tensor:
+            return torch.stack([getattr(pair[member], name) for pair in group])
+
+        scale = torch.rsqrt(stacked("running_var") + norm.eps)
+        scale = scale if norm.weight is None else scale * stacked("weight")
+        shift = -stacked("running_mean") if conv.bias is None else stacked("bias", 0) - stacked("running_mean")
+        shift = shift * scale if norm.bias is None else torch.addcmul(stacked("bias"), shift, scale)
+        weight = _channels_last([weights[conv] for conv, _ in group]) * scale[:, :, None, None, None]
+        found.update(zip(group, zip(weight, shift, strict=True), strict=True))
+    return found
+
+
+def _channels_last(weights: list[Tensor]) -> Tensor:
+    """Copies of weights (out, in, k_y, k_x) of one shape as (n, out, in, k_y, k_x), each of them channels-last."""
+    return torch.stack([weight.permute(0, 2, 3, 1) for weight in weights]).permute(0, 1, 4, 2, 3)
 
 
 def _plain_convolution(conv: nn.Conv2d) -> bool:
