@@ -252,6 +252,10 @@ class TrainingState:
 
     Backward may evaluate parts of the layer again (`torch.utils.checkpoint`) after a later forward changed them.
 
+    Attributes:
+        norms: the norms in train() with running statistics.
+        moving: those whose statistics an update changes: all but batch norms with a momentum of 0.
+
     Raises:
         ValueError: a SyncBatchNorm in train() in a group of several processes.
     """
@@ -259,6 +263,7 @@ class TrainingState:
     def __init__(self, module: nn.Module | None) -> None:
         training = [m for m in _in_training(module) if m._buffers]
         self.norms = [m for m in training if has_running_statistics(m)]
+        self.moving = [m for m in self.norms if not (type(m) is nn.BatchNorm2d and m.momentum == 0)]
         self.kept = buffers.buffers_of(self.norms) if self.norms else []
         self.kept += [(m, name, m._buffers[name]) for m in training for name in _iterated(m)]
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:
@@ -282,9 +287,9 @@ class TrainingState:
         Those of torch's BatchNorm2d are measured without an output, and updated together. Each other norm, of whatever
         class, is updated by its own forward in train(), on a copy of the norm.
         """
-        plain = {norm for norm in self.norms if type(norm) is nn.BatchNorm2d and norm.momentum is not None}
-        copies = {norm: _with_own_buffers(norm) for norm in self.norms if norm not in plain}
-        measured: list[_Measured] = []  # as many as times that the same norm is called
+        plain = {norm for norm in self.moving if type(norm) is nn.BatchNorm2d and norm.momentum is not None}
+        copies = {norm: _with_own_buffers(norm) for norm in self.moving if norm not in plain}
+        measured: list[dict[nn.BatchNorm2d, _Moments]] = []  # as many as times that the same norm is called
         updating = False
 
         @torch.inference_mode(False)
@@ -303,13 +308,14 @@ class TrainingState:
                 updating = False
 
         with self.used(), ExitStack() as stack:
-            for norm in self.norms:
+            for norm in self.moving:
                 stack.callback(norm.register_forward_pre_hook(update, with_kwargs=True).remove)
             yield
         for norm, own in copies.items():
             norm._buffers.update(own._buffers)
         for moments in measured:
             _update_statistics(moments)
+        _count_batch([norm for norm in self.norms if norm not in self.moving])
 
 
 class _Moments(NamedTuple):
@@ -320,44 +326,46 @@ class _Moments(NamedTuple):
     correction: float
 
 
-_Measured = dict[nn.BatchNorm2d, "_Moments | None"]  # None for a norm of momentum 0, which uses no moments
-
-
-def _measure(measured: list[_Measured], norm: nn.BatchNorm2d, input: Tensor) -> None:
+def _measure(measured: list[dict[nn.BatchNorm2d, _Moments]], norm: nn.BatchNorm2d, input: Tensor) -> None:
     """Add the moments of a norm's input to the first entry that has none of this norm."""
     if input.dim() != 4 or input.numel() <= input.shape[1]:
         nn.BatchNorm2d.forward(_with_own_buffers(norm), input)  # type: ignore[arg-type]  # raises torch's error
     entry = next((each for each in measured if norm not in each), None)
     if entry is None:
         measured.append(entry := {})
-    entry[norm] = None
-    if norm.momentum:
-        assert norm.running_mean is not None
-        # This op makes no output, and on a CPU it takes a thirtieth of the time of var_mean.
-        mean, var = torch.batch_norm_update_stats(input.to(norm.running_mean.dtype), None, None, 0.0)
-        count = input.numel() // input.shape[1]
-        entry[norm] = _Moments(mean, var, count / (count - 1))
+    assert norm.running_mean is not None
+    # This op makes no output, and on a CPU it takes a thirtieth of the time of var_mean.
+    mean, var = torch.batch_norm_update_stats(input.to(norm.running_mean.dtype), None, None, 0.0)
+    count = input.numel() // input.shape[1]
+    entry[norm] = _Moments(mean, var, count / (count - 1))
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _update_statistics(measured: _Measured) -> None:
+def _update_statistics(measured: dict[nn.BatchNorm2d, _Moments]) -> None:
     """The update of torch's BatchNorm2d in train(), of several norms at once."""
-    counts = {norm: norm.num_batches_tracked for norm in measured if norm.num_batches_tracked is not None}
+    mean, var, correction = (list(each) for each in zip(*measured.values(), strict=True))
+    momenta = [norm.momentum for norm in measured]
+    for name, new in (("running_mean", mean), ("running_var", torch._foreach_mul(var, correction))):
+        old = [norm._buffers[name] for norm in measured]
+        _replace(name, measured, torch._foreach_lerp(old, new, momenta))  # type: ignore[arg-type]
+    _count_batch(measured)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _count_batch(norms: Iterable[nn.Module]) -> None:
+    """Add one batch to those that the norms have tracked."""
+    name = "num_batches_tracked"
+    counts = {norm: count for norm in norms if (count := norm._buffers[name]) is not None}
     if counts:
-        _replace("num_batches_tracked", counts, torch._foreach_add(list(counts.values()), 1))
-    moving = {norm: moments for norm, moments in measured.items() if moments is not None}
-    if moving:
-        momenta = [float(norm.momentum or 0) for norm in moving]
-        mean, var, correction = (list(each) for each in zip(*moving.values(), strict=True))
-        for name, new in (("running_mean", mean), ("running_var", torch._foreach_mul(var, correction))):
-            old = [norm._buffers[name] for norm in moving]
-            _replace(name, moving, torch._foreach_lerp(old, new, momenta))  # type: ignore[arg-type]
+        _replace(name, counts, torch._foreach_add(list(counts.values()), 1))
 
 
-def _replace(name: str, norms: Iterable[nn.Module], values: Sequence[Tensor]) -> None:
-    for norm, value in zip(norms, values, strict=True):
-        norm._buffers[name] = value
+def _replace(name: str, modules: Iterable[nn.Module], buffers: Sequence[Tensor]) -> None:
+    """Give each module its buffer of this name."""
+    for module, buffer in zip(modules, buffers, strict=True):
+        module._buffers[name] = buffer
 
 
 @torch.inference_mode(False)
