@@ -109,13 +109,15 @@ app.command()(train)
 def evaluate(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME|FILE]… DATA_DIR", help="Networks, and a directory of sharp photographs."),
+        typer.Argument(metavar="[NAME|FILE|DIR]… DATA_DIR", help="Networks, and a directory of sharp photographs."),
     ],
     methods: Annotated[
         str,
         typer.Option(help="Baselines: blurred, direct-inverse, gradient-descent, tikhonov, tv, pnp; commas between."),
     ] = "blurred,direct-inverse,gradient-descent,tikhonov",
-    denoiser: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The denoiser of the baseline pnp.")] = None,
+    denoiser: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE|DIR", help="The denoiser of the baseline pnp.")
+    ] = None,
     kernel_size: KernelSize = None,
     sigma: Sigma = None,
     noise: Noise = None,
@@ -179,7 +181,10 @@ def evaluate(
 @app.command()
 def diagnose(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="NAME|FILE", help="A shipped model's name, or a file from demo or train.")
+        Path,
+        typer.Argument(
+            metavar="NAME|FILE|DIR", help="A shipped model, or a file or directory from train or save_pretrained."
+        ),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, which are blurred here.")],
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
@@ -238,7 +243,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Weights for step: a shipped model, or a file from train.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE|DIR", help="Weights for step: a shipped model, or a file or directory from train."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
 ) -> None:

@@ -18,7 +18,7 @@ _TASK = "image-to-image"
 def write_card(
     path: Path,
     kind: type[Any],
-    theirs: Mapping[str, tuple[str, str]],
+    external: Mapping[str, tuple[str, str]],
     license: str | None,
     datasets: str | Sequence[str] | None,
     metrics: Mapping[str, float] | None,
@@ -29,7 +29,7 @@ def write_card(
     Args:
         path: of README.md.
         kind: the model's class.
-        theirs: the objects that whoever loads the model passes, as `description.missing` returns them.
+        external: the objects that whoever loads the model passes, as `description.external_objects` returns them.
         license, datasets, metrics, description: as in `Shared.save_pretrained`.
 
     Raises:
@@ -42,7 +42,7 @@ def write_card(
     if found is not None and not (license or names or metrics):
         return
     front = _front_matter(kind.__name__, license, names, metrics or {})
-    body = _body(kind, theirs, description) if found is None else _FRONT.sub("", found, count=1)
+    body = _body(kind, external, description) if found is None else _FRONT.sub("", found, count=1)
     write_whole(path, lambda partial: partial.write_text(front + body, encoding="utf-8"))
 
 
@@ -67,11 +67,11 @@ def _front_matter(kind: str, license: str | None, datasets: list[str], metrics: 
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _body(cls: type[Any], theirs: Mapping[str, tuple[str, str]], description: str | None) -> str:
+def _body(cls: type[Any], external: Mapping[str, tuple[str, str]], description: str | None) -> str:
     kind = cls.__name__
     public = getattr(sys.modules.get("jfbfast"), kind, None) is cls
-    passed = "".join(f", {name}=…" for name in theirs)
-    objects = "".join(f"\n`{name}` is a `{found}`, which you pass.\n" for name, (_, found) in theirs.items())
+    passed = "".join(f", {name}=…" for name in external)
+    objects = "".join(f"\n`{name}` is a `{found}`, which you pass.\n" for name, (_, found) in external.items())
     told = description or f"A `{kind}` of [jfbfast](https://arxiv.org/abs/2402.02065)."
     return f"""
 # {kind}
