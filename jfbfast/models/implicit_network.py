@@ -72,6 +72,7 @@ class ImplicitNetwork(Shared, nn.Module):
 
     solution: FixedPointSolution | None
     later_options = _OPTIONS
+    card_tags = ("deblurring", "deep-equilibrium")
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class Shared(Described):
     """
 
     trained_noise: float | None = None
+    card_tags: tuple[str, ...] = ("denoising",)  # what models of this class do, for the hub
 
     def save_pretrained(
         self,
