@@ -11,22 +11,19 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
-from jfbfast.commands.common import EXTRAS, console
+import typer
+from typer.core import TyperCommand
+
+import jfbfast
+from jfbfast.commands.common import console
 from jfbfast.commands.common import one_sentence as _one_sentence
+from jfbfast.commands.restore import restore
+from jfbfast.config import keep_freed_memory, show_config
+from jfbfast.experiments.processes import signals_interrupt
+from jfbfast.experiments.settings import setting_types
+from jfbfast.experiments.training_settings import TrainingSettings
 
-try:
-    import typer
-    from typer.core import TyperCommand
-
-    from jfbfast.commands.restore import restore
-    from jfbfast.config import keep_freed_memory, show_config
-    from jfbfast.experiments.processes import signals_interrupt
-    from jfbfast.experiments.settings import setting_types
-    from jfbfast.experiments.training_settings import TrainingSettings
-except ModuleNotFoundError as error:  # pragma: no cover
-    sys.exit(f"{error.name} is not installed; {EXTRAS}")
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 _SIDE = "Side of the blur kernel in pixels, odd; 6σ + 1 holds a Gaussian. (default: the network's, or 5)"
 _SIGMA = "Standard deviation of the blur in pixels; a network for a range needs it. (default: the network's, or 1)"
@@ -37,8 +34,18 @@ Noise = Annotated[float | None, typer.Option(help=_NOISE)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"jfbfast {jfbfast.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def start() -> None:
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
     """Implicit networks that undo image blur."""
     keep_freed_memory()
 
