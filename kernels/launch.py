@@ -7,6 +7,7 @@ A launch depends on the shapes and dtypes of the tensors only, the host reads no
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,16 +61,22 @@ class Plan(NamedTuple):
 
 def plan(shape: torch.Size, bands: Bands, *, adjoint: bool) -> Plan:
     """How to launch the stream kernels over x (…, H, W): the gradient if ``adjoint``, else the blur."""
-    height, width = shape[-2:]
-    passes = 2 if adjoint else 1
     ry, rx = bands.y.shape[1] // 2, bands.x.shape[1] // 2
     tables = (GRADIENT_TILES, GRADIENT_TILES_64) if adjoint else (BLUR_TILES, BLUR_TILES_64)
     candidates = tables[bands.y.dtype == torch.float64].items()
-    for tile in next(tiles for radius, tiles in candidates if max(ry, rx) <= radius):
+    tiles = next(tiles for radius, tiles in candidates if max(ry, rx) <= radius)
+    return _plan(tuple(shape), ry, rx, bands.circular, 2 if adjoint else 1, tiles)
+
+
+@lru_cache(maxsize=256)  # an eager solve is bound by the host, and planning took a third of a call
+def _plan(shape: tuple[int, ...], ry: int, rx: int, circular: bool, passes: int, candidates: tuple[Tile, ...]) -> Plan:
+    """`plan` with the first of the candidate tiles that gives enough programs, or else the last."""
+    height, width = shape[-2:]
+    for tile in candidates:
         lane = tile.columns // 32
         if width % lane and tile.columns > 64:
             continue  # no 128-bit access, and shuffling four scattered columns a lane costs more
-        whole_rows = not bands.circular and width <= tile.columns
+        whole_rows = not circular and width <= tile.columns
         halo = 0 if whole_rows else triton.cdiv(passes * rx, lane) * lane
         strip = min(tile.rows - 2 * passes * ry, height)
         tiles = triton.cdiv(height, strip) * triton.cdiv(width, tile.columns - 2 * halo)
@@ -77,7 +84,7 @@ def plan(shape: torch.Size, bands: Bands, *, adjoint: bool) -> Plan:
         if programs >= ENOUGH_PROGRAMS:
             break
     vector = math.gcd(width, lane)
-    constants = {"RY": ry, "RX": rx, "CIRCULAR": bands.circular, "TX": tile.columns, "HALO": halo, "U": tile.unroll}
+    constants = {"RY": ry, "RX": rx, "CIRCULAR": circular, "TX": tile.columns, "HALO": halo, "U": tile.unroll}
     return Plan(programs, strip, vector, {**constants, "VECTOR": vector})
 
 
