@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from jfbfast.backends import reference
 from jfbfast.backends.reference import Bands
 from jfbfast.backends.tensors import margin, padded
 
+from .elementwise import add_relu_kernel
 from .stream import blur_kernel, gradient_kernel
 from .wide import wide_kernel
 
@@ -46,6 +49,7 @@ BLUR_TILES = {
 }
 GRADIENT_TILES_64 = {2: (Tile(64, 64, 2),), 7: (Tile(32, 64, 2),)}
 BLUR_TILES_64 = {7: (Tile(64, 64, 2),)}
+ADD_RELU_BLOCK = 1024  # numbers that a program of four warps changes: two 128-bit accesses a lane
 WIDE_COLUMNS = 128
 WIDE_UNROLL = {torch.float64: 4, torch.float32: 8}
 
@@ -165,4 +169,20 @@ def gradient(
                 residual = torch.empty(x.shape, dtype=bands.y.dtype, device=x.device)
                 _wide(bands, x, d, None, (None, None), residual)
                 _wide(adjoint, residual, None, r, (None if step_size is None else x, step_size), out)
+    return out
+
+
+def add_relu(out: Tensor, bias: Tensor | None, addend: Tensor | None, relu: bool) -> Tensor:
+    """As `reference.add_relu`; in one pass over a channels-last ``out``."""
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        return reference.add_relu(out, bias, addend, relu)
+    if addend is not None:
+        addend = addend.contiguous(memory_format=torch.channels_last)
+    if out.numel():
+        accumulator = tl.float64 if out.dtype == torch.float64 else tl.float32
+        count, block, vector = out.numel(), ADD_RELU_BLOCK, math.gcd(out.numel(), 8)
+        constants = {"CHANNELS": out.shape[1], "RELU": relu, "ACC": accumulator, "BLOCK": block, "VECTOR": vector}
+        with torch.cuda.device_of(out):
+            grid = (triton.cdiv(count, block),)
+            add_relu_kernel[grid](out, bias, addend, count // vector, **constants, num_warps=4)
     return out

@@ -140,6 +140,15 @@ def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor
     return to_weight, to_bias
 
 
+def add_relu(out: Tensor, bias: Tensor | None, addend: Tensor | None, relu: bool) -> Tensor:
+    """out + bias + addend and a ReLU, written over ``out`` (B, C, H, W); bias (C,), and an addend like ``out``."""
+    if bias is not None:
+        out.add_(bias[:, None, None])
+    if addend is not None:
+        out.add_(addend)
+    return out.relu_() if relu else out
+
+
 class SVD(NamedTuple):
     """B = U diag(s) Vᵀ, each factor [n, n] or [n]."""
 

@@ -54,7 +54,9 @@ class Convolutions(TorchFunctionMode):
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
         self.dtype: torch.dtype | None = None  # the dtype of the autocast under which the solve evaluates the layer
-        self.relu = False  # whether the next convolution with a prepared weight is to apply a ReLU too
+        # What the next convolution with a prepared weight is to do besides: apply a ReLU, or add a tensor.
+        self.relu = False
+        self.addend: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,9 +75,9 @@ class Convolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        winograd, transformed, precision, relu = self.winograd, None, _NOTHING, False
+        winograd, transformed, precision, relu, addend = self.winograd, None, _NOTHING, False, None
         if prepared := self.weights.get(id(weight)):
-            relu, self.relu = self.relu, False
+            relu, self.relu, addend, self.addend = self.relu, False, self.addend, None
             _, weight, transformed = prepared
             winograd = transformed is not None
             layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
@@ -84,7 +86,9 @@ class Convolutions(TorchFunctionMode):
             if self.dtype not in (None, weight.dtype):  # autocast would change it
                 precision = torch.autocast(input.device.type, enabled=False)
         with precision:
-            return convolution(input, weight, bias, stride, padding, dilation, groups, relu, winograd, transformed)
+            return convolution(
+                input, weight, bias, stride, padding, dilation, groups, relu, winograd, transformed, addend
+            )
 
 
 class _SolveConvolutions(Convolutions):
@@ -147,26 +151,30 @@ class _SolveConvolutions(Convolutions):
             module, *members = members
             parameters: tuple[Tensor, Tensor | None] | None = None
             relu = False
-            if isinstance(module, nn.Conv2d) and _plain_convolution(module):
+            plain = isinstance(module, nn.Conv2d) and _plain_convolution(module)
+            if plain:
                 if module in pairs:
                     parameters, members = self._fold(module, pairs[module], module in low), members[1:]
                 elif isinstance(module, NormalisedConv2d):  # which another thread may release
                     parameters = _weight_of(module), module.bias
                 relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
                 members = members[relu:]
-            steps.append(_Step(module, parameters, relu))
+            steps.append(_Step(module, parameters, relu, plain))
         return steps
 
-    def run(self, steps: list[_Step], input: Any) -> Any:
-        """Apply the steps of a Sequential."""
+    def run(self, steps: list[_Step], input: Any, addend: Tensor | None = None) -> Any:
+        """Apply the steps of a Sequential, and add the addend to what the last one returns."""
+        offered = None
         try:
-            for module, parameters, self.relu in steps:
+            for position, (module, parameters, self.relu, plain) in enumerate(steps, 1):
+                self.addend = offered = addend if position == len(steps) and plain and not self.relu else None
                 input = module(input) if parameters is None else module._conv_forward(input, *parameters)
                 if self.relu:  # something else has computed the convolution: a mode of the layer's, or an inner solve
                     input = torch.relu(input)
+            added = offered is not None and self.addend is None
         finally:
-            self.relu = False
-        return input
+            self.relu, self.addend = False, None
+        return input if addend is None or added else addend + input
 
     def __enter__(self) -> _SolveConvolutions:
         self.outer, _thread.innermost = _thread.innermost, self
@@ -190,11 +198,13 @@ class _Step(NamedTuple):
         module: the module.
         parameters: the weight and the bias to convolve with, of a convolution; None to call the module.
         relu: whether a ReLU follows, which the convolution may apply.
+        plain: whether it is a convolution that does nothing else, and so may add a tensor.
     """
 
     module: Any
     parameters: tuple[Tensor, Tensor | None] | None
     relu: bool
+    plain: bool
 
 
 class _Thread(local):
@@ -215,6 +225,15 @@ def forward(sequential: nn.Sequential, input: Any) -> Any:
     solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
     steps = None if solve is None else solve.chains.get(sequential)
     return nn.Sequential.forward(sequential, input) if steps is None else solve.run(steps, input)  # type: ignore
+
+
+def residual(sequential: nn.Sequential, x: Tensor) -> Tensor:
+    """x + sequential(x); in a solve the last convolution adds x."""
+    solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
+    steps = None if solve is None else solve.chains.get(sequential)
+    if solve is None or steps is None or sequential._forward_hooks or sequential._forward_pre_hooks:
+        return x + sequential(x)
+    return solve.run(steps, x, x)
 
 
 def _is_chain(sequential: nn.Sequential) -> bool:
