@@ -19,9 +19,8 @@ _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
 _STOPPED = -2  # the host stopped the sample: it takes no further step, and `finish` ends it like a running one
 
 # What each sample's state starts from; csrc/cuda/anderson.h explains the fields of the same names.
-_INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}
+_INTEGERS = {"action": 0, "iterations": 0, "pairs": 0, "best": -1}
 _REALS = {
-    "residual": torch.nan,
     "lowest": torch.inf,
     "guarded": torch.inf,
     "first_residual": torch.nan,
@@ -103,13 +102,20 @@ class AndersonCuda:
         def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
 
+        # The host looks at the residuals and statuses, which are one piece of memory, by one copy.
+        told = buffer(torch.uint8, 12 * samples)
+        residual, status = _parts(told)
+        self._told, self._tol = told, tol
         self._buffers = {
+            "residual": residual.fill_(torch.nan),
+            "status": status.fill_(_RUNNING),
             **{name: buffer(torch.int32, samples).fill_(start) for name, start in _INTEGERS.items()},
             **{name: buffer(torch.float64, samples).fill_(start) for name, start in _REALS.items()},
             "gram": buffer(torch.float64, samples, memory, memory).zero_(),
             "weights": buffer(torch.float64, samples, memory),
             "partials": buffer(torch.float64, samples, state.products, state.chunks),
             "value": buffer(x.dtype, samples, size).copy_(x),
+            "following": buffer(x.dtype, samples, size),
             "residuals": buffer(x.dtype, state.ring, samples, size),
             "images": buffer(x.dtype, state.ring, samples, size),
         }
@@ -120,8 +126,11 @@ class AndersonCuda:
         self.lowest = self._buffers["lowest"]  # the lowest ‖f − x‖ of each sample so far, (B,)
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
-        self._seen = [(torch.empty(samples, dtype=torch.int32, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+        self._seen = [
+            (torch.empty(len(told), dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
+        ]
         self._looks = 0
+        self._before: Tensor | None = None  # the residuals that the last look has seen
         self._rows: Tensor | None = None  # the sample of each row of x, once some have left
         self._kept: Tensor | None = None  # the same on the host
 
@@ -152,18 +161,28 @@ class AndersonCuda:
     def running(self) -> Tensor:
         """Which rows of x may still run, bool (rows,) on the CPU: those that ran at the previous call.
 
-        It waits until the device has reached the previous call only, so that the launches since stay queued.
+        It waits until the device has reached the previous call only, so that the launches since stay queued. But if
+        the residuals should by now have fallen below the tolerance, it waits for this step too, and so saves an
+        evaluation that nobody needs.
         """
-        status, copied = self._seen[self._looks % 2]
-        status.copy_(self._buffers["status"], non_blocking=True)
+        told, copied = self._seen[self._looks % 2]
+        told.copy_(self._told, non_blocking=True)
         copied.record(torch.cuda.current_stream(self._device))
         self._looks += 1
         if self._looks == 1:
-            return torch.ones(len(status), dtype=torch.bool)
-        status, copied = self._seen[self._looks % 2]
-        copied.synchronize()
-        running = status == _RUNNING
+            return torch.ones(len(self._told) // 12, dtype=torch.bool)
+        residual, running = self._look(self._looks % 2)
+        before, self._before = self._before, residual
+        if before is not None and bool((residual * (residual / before) <= self._tol)[running].all()):
+            running = self._look((self._looks + 1) % 2)[1]
         return running if self._kept is None else running[self._kept]
+
+    def _look(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The relative residuals, and which samples run, after the step whose copy is in this slot."""
+        told, copied = self._seen[slot]
+        copied.synchronize()
+        residual, status = _parts(told)
+        return residual.clone(), status == _RUNNING
 
     def select(self, keep: Tensor) -> Tensor:
         """Continue with these rows of x only, bool (rows,) on the CPU, without moving the history.
@@ -177,8 +196,8 @@ class AndersonCuda:
         self._rows = self._kept.to(device, torch.int32, non_blocking=True)
         return keep.nonzero()[:, 0].to(device, non_blocking=True)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """End the solve: the value (B, N), and ‖f − x‖ / ‖f‖ there, the iterations and the status, (B,) each.
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """End the solve: the value (B, N), ‖f − x‖ / ‖f‖ there, iterations and status, (B,) each, and following (B, N).
 
         They are as in `jfbfast.FixedPointSolution`, in the order of the batch at the start, except that a
         sample that never had a finite residual keeps its start as its value.
@@ -188,4 +207,11 @@ class AndersonCuda:
         if buffers["value"].numel():
             with torch.cuda.device(self._device):
                 self._state.finish(self._device, torch.cuda.current_stream().cuda_stream)
-        return buffers["value"], buffers["residual"], buffers["iterations"].long(), buffers["status"].long()
+        value, residual, following = (buffers[name] for name in ("value", "residual", "following"))
+        return value, residual, buffers["iterations"].long(), status.long(), following
+
+
+def _parts(told: Tensor) -> tuple[Tensor, Tensor]:
+    """The residuals, float64, and the statuses, int32, in the bytes that the host is told, (12 B,)."""
+    samples = len(told) // 12
+    return told[: 8 * samples].view(torch.float64), told[8 * samples :].view(torch.int32)

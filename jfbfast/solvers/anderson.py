@@ -97,7 +97,8 @@ class Anderson(FixedPointSolver):
             if inputs and remaining <= len(running) // 2:
                 rows = state.select(running)
                 x, inputs = x[rows], tuple(v[rows] for v in inputs)
-        return FixedPointSolution(*state.finish())
+        value, residual, iterations, status, following = state.finish()
+        return FixedPointSolution(value, residual, iterations, status, following=following)
 
 
 class _AndersonIteration(Iteration):
