@@ -24,7 +24,7 @@ from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_a
 from jfbfast.implicit.frozen import NormalisedConv2d, grouped, owner, submodules
 from jfbfast.solvers import Layer
 
-_Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation and groups of a convolution
+_Arguments = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]  # of conv2d
 _Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -111,19 +111,10 @@ class Convolutions(TorchFunctionMode):
         known, relu, addend = self.weights.get(id(weight)), False, None
         if known:
             relu, self.relu, addend, self.addend = self.relu, False, self.addend, None
-        return self._convolve(known, input, weight, bias, (stride, padding, dilation, groups), relu, addend)
+        return self._convolve(known, (input, weight, bias, stride, padding, dilation, groups), relu, addend)
 
-    def _convolve(
-        self,
-        known: _Weight | None,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: _Geometry,
-        relu: bool,
-        addend: Tensor | None,
-    ) -> Tensor:
-        return convolution(input, weight, bias, *geometry, relu, self.winograd, addend=addend)
+    def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
+        return convolution(*given, relu, self.winograd, None, addend)
 
     def _prepare(self, conv: nn.Conv2d, weight: Tensor) -> None:
         """Prepare a weight that the layer will pass to conv2d."""
@@ -219,25 +210,18 @@ class _SolveConvolutions(Convolutions):
         convolutions = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in measuring]
         return dict.fromkeys(convolutions[1:-1], self.dtype)
 
-    def _convolve(
-        self,
-        known: _Weight | None,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: _Geometry,
-        relu: bool,
-        addend: Tensor | None,
-    ) -> Tensor:
+    def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
         if known is None:
-            return super()._convolve(known, input, weight, bias, geometry, relu, addend)
+            return super()._convolve(known, given, relu, addend)
+        input, _, bias, stride, padding, dilation, groups = given
         weight, transformed = known.value, known.transformed
         layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
         input = input.to(weight.dtype, memory_format=layout)
         bias = None if bias is None else bias.to(weight.dtype)
         changed = self.dtype not in (None, weight.dtype)  # by the autocast
         with torch.autocast(input.device.type, enabled=False) if changed else _NOTHING:
-            return convolution(input, weight, bias, *geometry, relu, transformed is not None, transformed, addend)
+            given = input, weight, bias, stride, padding, dilation, groups
+            return convolution(*given, relu, transformed is not None, transformed, addend)
 
 
 class _Step(NamedTuple):

@@ -172,7 +172,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[Launches]
         patch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(conv3x3, "_onednn_fuses_relu", lambda *_: False)
-        patch.setattr(cuda, "AndersonCuda", Anderson)
+        patch.setattr(cuda, "AndersonSolve", Anderson)
         patch.setattr(Phase, "evaluate", evaluate)
         with counter:
             yield counter
