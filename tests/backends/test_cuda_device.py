@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sysconfig
 from contextlib import nullcontext
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -33,24 +30,6 @@ def test_it_says_why_it_is_not_available() -> None:
 def test_a_tensor_on_the_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(2, 8\) .* on cpu"):
         AndersonCuda(torch.zeros(2, 8), tol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """jfbfast._cuda with the kernels of tests/backends/cuda/emulate.h in place of a GPU's."""
-    pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("module")
-    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(SOURCES), str(TESTS / "cuda")]
-    source = "".join(f'#include "{path.name}"\n' for path in SOURCES.glob("*.c*") if path.suffix != ".cuh")
-    target = folder / "_cuda.so"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-x", "c++", "-"]
-    command += [*(f"-I{path}" for path in includes), "-o", str(target)]
-    subprocess.run(command, input=source, text=True, check=True)
-    spec = spec_from_file_location("_cuda", target)
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_constants_of_the_kernels_are_those_of_python(emulated_module: ModuleType) -> None:
