@@ -154,11 +154,22 @@ def svd(band: Tensor, circular: bool) -> SVD:
     return SVD(u, s, vh.T.contiguous())
 
 
+def change_basis(x: Tensor, svd_y: SVD, svd_x: SVD, back: bool) -> Tensor:
+    """V₁ᵀ x V₂ for x (…, H, W), or V₁ x V₂ᵀ if ``back``, in the dtype of the factors."""
+    v_y, v_x = svd_y.v, svd_x.v
+    x = x.to(v_y.dtype)
+    return v_y @ x @ v_x.T if back else v_y.T @ x @ v_x
+
+
+def eigenvalues(svd_y: SVD, svd_x: SVD) -> Tensor:
+    """s₁² s₂²ᵀ, the eigenvalues of AᵀA, [H, W]."""
+    return svd_y.s[:, None] ** 2 * svd_x.s**2
+
+
 def tikhonov(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:
     """(AᵀA + λI)⁻¹ b = V₁[(V₁ᵀ b V₂) ⊘ (s₁² s₂²ᵀ + λ)]V₂ᵀ for b (…, H, W)."""
-    power = svd_y.s[:, None] ** 2 * svd_x.s**2
-    coefficients = svd_y.v.T @ b.to(power.dtype) @ svd_x.v / (power + damping)
-    return (svd_y.v @ coefficients @ svd_x.v.T).to(b.dtype)
+    coefficients = change_basis(b, svd_y, svd_x, back=False) / (eigenvalues(svd_y, svd_x) + damping)
+    return change_basis(coefficients, svd_y, svd_x, back=True).to(b.dtype)
 
 
 def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot: int, filled: int) -> Tensor:

@@ -40,9 +40,9 @@ def check_operator(blur: Any) -> None:
 class ImplicitNetwork(Shared, nn.Module):
     """Restore measurements d = A x + noise as the fixed point of a layer T(x; d).
 
-    A subclass defines T in `step`. It may define where a solve starts, `start`, what depends on d alone, `injected`,
-    and the `image` that belongs to a fixed point, if that is not itself an image. Every such network is a reconstructor
-    of deepinv: ``network(y, physics)`` restores the measurements y of that physics.
+    A subclass defines T in `step`. It may define where a solve starts, `start`, what is the same at every evaluation,
+    `injected`, and the `image` that belongs to a fixed point, if that is not itself an image. Every such network is a
+    reconstructor of deepinv: ``network(y, physics)`` restores the measurements y of that physics.
 
     Args:
         blur: A, with ``adjoint``, or a linear physics of deepinv; None for a network whose every call brings its
@@ -125,7 +125,7 @@ class ImplicitNetwork(Shared, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no step; a subclass of ImplicitNetwork defines T there")
 
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
-        """What the layer needs that depends on d alone, (B, …) each: computed once a forward, with its gradient."""
+        """What the layer needs that is the same at every evaluation, (B, …) each: computed once, with its gradient."""
         return ()
 
     @torch.no_grad()

@@ -136,10 +136,21 @@ class UniversalRED(RED):
         measured = operator.normal(torch.ones_like(b[:, :1]))
         return (torch.cat([*restored, measured], 1).to(d.dtype),)
 
+    def restoration(self, z: Tensor) -> Tensor:
+        """P Aᵀd, the first restoration in z without its factor 1 + λ."""
+        return z[:, : z.shape[1] // len(_SHARES)] / (1 + self.weight)
+
+    def seen(self, x: Tensor, operator: Any) -> Tensor:
+        """(1 + δ)W x."""
+        return ((1 + self.filter_damping) * super().seen(x, operator)).to(x.dtype)
+
+    def seen_factors(self, eigenvalues: Tensor) -> Tensor:
+        """(1 + δ)s/(s + δ)."""
+        return (1 + self.filter_damping) * super().seen_factors(eigenvalues)
+
     def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
-        """D((1 + δ) · seen, x, z; c)."""
-        scaled = ((1 + self.filter_damping) * seen).to(seen.dtype)
-        return self.denoiser(scaled, torch.cat([x, *injected], 1), condition=self.condition.unbind(-1))
+        """D(seen, x, z; c)."""
+        return self.denoiser(seen, torch.cat([x, *injected], 1), condition=self.condition.unbind(-1))
 
 
 @registry.model("universal")
@@ -233,7 +244,7 @@ class UniversalDEGrad(DEGrad):
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The first restoration in z, (1 + λ)P Aᵀd; P Aᵀd would be darker for a large λ."""
-        (z,) = injected or self.regularizer.injected(self.blur, d)
+        z = (injected or self.injected(d))[0]
         return z[:, : d.shape[1]].detach()
 
     def trained_for(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -166,6 +167,9 @@ class IterativeOperator(nn.Module):
             if name.startswith("_") or name == "operator":
                 raise
         return getattr(getattr(self.operator, "physics", self.operator), name)
+
+    def eigenbasis(self, shape: Sequence[int]) -> None:
+        """None, whatever A has, since this class solves by conjugate gradients."""
 
     def normal(self, x: Tensor) -> Tensor:
         """AᵀA x."""
