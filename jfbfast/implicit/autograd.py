@@ -12,7 +12,7 @@ from torch import Tensor
 from jfbfast.backends.precision import precision_for
 from jfbfast.implicit.frozen import TrainingState, assigned, frozen, owner, parameters_of
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
-from jfbfast.implicit.prepared import convolutions_for
+from jfbfast.implicit.prepared import Convolutions
 from jfbfast.implicit.states import StateLayer
 from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer
@@ -147,19 +147,27 @@ class Trace:
     ) -> None:
         self.implicit, self.x, self.inputs, self.inverse, self.updating = implicit, x, inputs, inverse, updating
         self.state = TrainingState(implicit.module)
+        self.convolutions: Convolutions | None = None  # of the newest application
         self.count = 0
 
     @contextmanager
-    def held_still(self, device: torch.device, updating: bool = False) -> Iterator[None]:
-        """Hold the module still within the context; backward needs it too, because it may evaluate parts again."""
+    def held_still(self, device: torch.device, updating: bool | None = None) -> Iterator[None]:
+        """Hold the module still within the context, for an application that updates running statistics or does not.
+
+        Backward needs it too, because it may evaluate parts of the application again; then ``updating`` is None.
+        """
         state = self.state.updated() if updating else self.state.used()
         with state, frozen(self.implicit.module), precision_for(self.implicit.tol, device):
-            yield
+            if self.convolutions is None or updating is not None:
+                fold = not self.state.moving  # their inputs are wanted, and every application is to be evaluated alike
+                self.convolutions = Convolutions(self.implicit.tol, self.implicit.module, fold)
+            with self.convolutions:
+                yield
 
     def apply(self, x: Tensor) -> Tensor:
         """T(x; inputs), with the module held still."""
         updating = len(x) > 0 and self.count == self.updating
-        with self.held_still(x.device, updating), convolutions_for(self.implicit.tol):
+        with self.held_still(x.device, updating):
             image = evaluate(self.implicit.layer, "layer", x, self.inputs)
         self.last = x.detach(), image.detach()
         if self.count == 0:

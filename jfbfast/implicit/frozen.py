@@ -213,6 +213,10 @@ class TrainingState:
 
     Backward may evaluate parts of the layer again (`torch.utils.checkpoint`) after a later forward changed them.
 
+    Attributes:
+        norms: the norms in train() with running statistics.
+        moving: those whose statistics an update changes: all but batch norms with a momentum of 0.
+
     Raises:
         ValueError: a SyncBatchNorm in train() in a group of several processes.
     """
@@ -220,6 +224,7 @@ class TrainingState:
     def __init__(self, module: nn.Module | None) -> None:
         training = [m for m in _in_training(module) if m._buffers]
         self.norms = [m for m in training if has_running_statistics(m)]
+        self.moving = [m for m in self.norms if not (type(m) is nn.BatchNorm2d and m.momentum == 0)]
         self.kept = buffers.buffers_of(self.norms) if self.norms else []
         self.kept += [(m, name, m._buffers[name]) for m in training for name in _iterated(m)]
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:
@@ -242,7 +247,7 @@ class TrainingState:
 
         Each norm, of whatever class, is updated by its own forward in train(), on a copy of the norm.
         """
-        copies = {norm: _with_own_buffers(norm) for norm in self.norms}
+        copies = {norm: _with_own_buffers(norm) for norm in self.moving}
         updating = False
 
         @torch.inference_mode(False)
@@ -258,11 +263,14 @@ class TrainingState:
                 updating = False
 
         with self.used(), ExitStack() as stack:
-            for norm in self.norms:
+            for norm in self.moving:
                 stack.callback(norm.register_forward_pre_hook(update, with_kwargs=True).remove)
             yield
         for norm, own in copies.items():
             norm._buffers.update(own._buffers)
+        for norm in self.norms:
+            if norm not in copies:
+                norm._buffers["num_batches_tracked"] = norm._buffers["num_batches_tracked"] + 1
 
 
 @torch.inference_mode(False)
