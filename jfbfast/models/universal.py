@@ -30,14 +30,20 @@ def injected_channels(channels: int) -> int:
     return (1 + len(_SHARES)) * channels + 1
 
 
+def check_measurement(blur: Any, noise: float, noise_range: tuple[float, float]) -> None:
+    """Raise TypeError for an operator that is no known blur, ValueError for a noise level out of the range."""
+    if not isinstance(blur, KnownBlur):
+        raise TypeError(f"blur is {type(blur).__name__}; it takes a SeparableBlur or a Blur")
+    low, high = noise_range
+    checks.number("noise", noise, lambda n: low <= n <= high, f"a number from {low:g} to {high:g}")
+
+
 def power_spectrum(blur: KnownBlur) -> Tensor:
     """|a|² of a blur at 64 × 64 frequencies, from 0 in steps of 1/64 cycles per pixel; float64."""
     if isinstance(blur, SeparableBlur):
         psf = torch.outer(*(torch.tensor(taps, dtype=torch.float64) for taps in (blur.taps.y, blur.taps.x)))
-    elif isinstance(blur, Blur):
-        psf = blur.psf
     else:
-        raise TypeError(f"blur is {type(blur).__name__}; it takes a SeparableBlur or a Blur")
+        psf = blur.psf
     wrapped = torch.zeros(_FREQUENCIES, _FREQUENCIES, dtype=torch.float64)
     y, x = (torch.arange(n) % _FREQUENCIES for n in psf.shape)
     wrapped.index_put_((y[:, None], x), psf, accumulate=True)
@@ -226,8 +232,7 @@ class UniversalDEGrad(DEGrad):
             ValueError: a noise level out of the model's range; the model stays as it was.
             TypeError: another kind of blur; the model stays as it was.
         """
-        low, high = self.noise_range
-        checks.number("noise", noise, lambda n: low <= n <= high, f"a number from {low:g} to {high:g}")
+        check_measurement(blur, noise, self.noise_range)
         condition = describe(power_spectrum(blur), noise)
         self.blur, self._noise = blur, float(noise)
         self.regularizer.condition = condition.to(self.regularizer.condition)
