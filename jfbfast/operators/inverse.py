@@ -39,6 +39,22 @@ def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torc
         return y, x
 
 
+@lru_cache(maxsize=64)
+def eigenvalues(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eigenvalues of AᵀA in the basis of `change_basis`, (H, W)."""
+    with torch.inference_mode(False), torch.no_grad():
+        return reference.eigenvalues(*factors(taps, shape, torch.float64, torch.device("cpu"))).to(device, dtype)
+
+
+def change_basis(x: Tensor, taps: Taps, back: bool) -> Tensor:
+    """The coefficients V* x of images x (…, H, W) in the basis where AᵀA is diagonal, or V x if ``back``.
+
+    They have the dtype in which images like x are computed; no gradient is recorded.
+    """
+    with full_precision(x.device), torch.no_grad():
+        return reference.change_basis(x, *factors(taps, x.shape[-2:], compute_dtype(x.dtype), x.device), back)
+
+
 def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ValueError if A has no numerical inverse in ``dtype`` for images of this shape."""
     if max(shape) > SVD_LIMIT:
