@@ -110,14 +110,14 @@ class AndersonCuda:
         residual, status = _parts(told)
         self._told, self._tol = told, tol
         self._buffers = {
-            "residual": residual.fill_(torch.nan),
-            "status": status.fill_(_RUNNING),
-            **{name: buffer(torch.int32, samples).fill_(start) for name, start in _INTEGERS.items()},
-            **{name: buffer(torch.float64, samples).fill_(start) for name, start in _REALS.items()},
-            "gram": buffer(torch.float64, samples, memory, memory).zero_(),
+            "residual": residual,
+            "status": status,
+            **dict(zip(_INTEGERS, buffer(torch.int32, len(_INTEGERS), samples), strict=True)),
+            **dict(zip(_REALS, buffer(torch.float64, len(_REALS), samples), strict=True)),
+            "gram": buffer(torch.float64, samples, memory, memory),
             "weights": buffer(torch.float64, samples, memory),
             "partials": buffer(torch.float64, samples, state.products, state.chunks),
-            "value": buffer(x.dtype, samples, size).copy_(x),
+            "value": buffer(x.dtype, samples, size),
             "following": buffer(x.dtype, samples, size),
             "residuals": buffer(x.dtype, state.ring, samples, size),
             "images": buffer(x.dtype, state.ring, samples, size),
@@ -128,17 +128,32 @@ class AndersonCuda:
         if budget is not None:
             self._buffers["budget"] = budget.contiguous()
         if stall_floor is not None:
-            self._buffers["since"] = buffer(torch.int32, samples).zero_()
-            self._buffers["mark"] = buffer(torch.float64, samples).fill_(torch.inf)
+            self._buffers["since"] = buffer(torch.int32, samples)
+            self._buffers["mark"] = buffer(torch.float64, samples)
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
         self._seen = [
             (torch.empty(len(told), dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
         ]
+        self.forget()
+        self.restart(x)
+
+    def forget(self) -> None:
+        """What the host knows of a solve is that of its start again."""
         self._looks = 0
         self._before: Tensor | None = None  # the residuals that the last look has seen
         self._rows: Tensor | None = None  # the sample of each row of x, once some have left
         self._kept: Tensor | None = None  # the same on the host
+
+    def restart(self, x: Tensor) -> None:
+        """What the device knows of a solve is that of the start x (B, N) again."""
+        buffers = self._buffers
+        for name, start in {**_INTEGERS, **_REALS, "residual": torch.nan, "status": _RUNNING, "gram": 0}.items():
+            buffers[name].fill_(start)
+        if "since" in buffers:
+            buffers["since"].zero_()
+            buffers["mark"].fill_(torch.inf)
+        buffers["value"].copy_(x)
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         """Take the pairs (x, f = T(x)), write the next iterates over x, and return x."""
@@ -196,6 +211,17 @@ class AndersonCuda:
         device = self._buffers["value"].device
         self._rows = self._kept.to(device, torch.int32, non_blocking=True)
         return keep.nonzero()[:, 0].to(device, non_blocking=True)
+
+    def take_rows(self, rows: Tensor | None, order: Tensor | None = None) -> None:
+        """Continue with the samples in ``rows``, int32 on the device, of x: all if None.
+
+        Args:
+            rows: the samples; they are read at each step, as a CUDA graph needs it.
+            order: which of the rows of x so far these are, on the CPU; None leaves what `running` returns as it is.
+        """
+        self._rows = rows
+        if order is not None:
+            self._kept = order if self._kept is None else self._kept[order]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """End the solve: the value (B, N), ‖f − x‖ / ‖f‖ there, iterations and status, (B,) each, and following (B, N).

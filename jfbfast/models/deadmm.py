@@ -30,7 +30,7 @@ class DEADMM(ImplicitNetwork):
         denoiser: D, a map of images to images of the same shape, without an injection.
         data_fidelity: f, as in `DEGrad`: None for `LeastSquares`, or `WeightedLeastSquares`.
         weight: λ > 0, the start of a learnable parameter.
-        options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
+        options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
         ValueError: a value out of its range, a network that is not a denoiser, or another data fidelity.

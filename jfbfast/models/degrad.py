@@ -59,7 +59,7 @@ class DEGrad(ImplicitNetwork):
         solver: None takes `Anderson()`.
         gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
             `fixed_point`).
-        solve_dtype, compile_solve: as in `fixed_point`.
+        solve_dtype, compile_solve, cuda_graph: as in `fixed_point`.
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
@@ -95,6 +95,7 @@ class DEGrad(ImplicitNetwork):
         gradient: str | GradientMethod = "jfb",
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         operator: Any = None if blur is None else linear_operator("blur", blur)
         _check_options(regularizer, step_size, preconditioner, damping)
@@ -112,6 +113,7 @@ class DEGrad(ImplicitNetwork):
             gradient=gradient,
             solve_dtype=solve_dtype,
             compile_solve=compile_solve,
+            cuda_graph=cuda_graph,
         )
         self.regularizer: Any = regularizer
         self.data_fidelity = fidelity

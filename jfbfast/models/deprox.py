@@ -27,7 +27,7 @@ class DEProx(ImplicitNetwork):
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
         weight: λ > 0 of the preconditioned layer, the start of a learnable parameter; None for 0.05.
-        options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
+        options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
         ValueError: a value out of its range, or a network that is not a denoiser.

@@ -26,7 +26,7 @@ from jfbfast.spectrum import optimal_averaging, ritz_values
 
 Network = TypeVar("Network", bound="ImplicitNetwork")
 
-_OPTIONS = ("averaging", "solver", "gradient", "solve_dtype", "compile_solve")
+_OPTIONS = ("averaging", "solver", "gradient", "solve_dtype", "compile_solve", "cuda_graph")
 
 
 def check_operator(blur: Any) -> None:
@@ -50,7 +50,7 @@ class ImplicitNetwork(Shared, nn.Module):
             operator.
         averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), or "auto", as in `DEGrad`.
         solver: None takes `Anderson()`.
-        gradient, solve_dtype, compile_solve: as in `fixed_point`.
+        gradient, solve_dtype, compile_solve, cuda_graph: as in `fixed_point`.
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
@@ -72,6 +72,7 @@ class ImplicitNetwork(Shared, nn.Module):
     """
 
     solution: FixedPointSolution | None
+    cuda_graph: bool = False  # of networks pickled before there was this option
     later_options = _OPTIONS
 
     def __init__(
@@ -83,6 +84,7 @@ class ImplicitNetwork(Shared, nn.Module):
         gradient: str | GradientMethod = "jfb",
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.blur: Any = None if blur is None else linear_operator("blur", blur)
@@ -93,6 +95,7 @@ class ImplicitNetwork(Shared, nn.Module):
             gradient=gradient,
             solve_dtype=solve_dtype,
             compile_solve=compile_solve,
+            cuda_graph=cuda_graph,
         )
         self.solution = None
         self.register_state_dict_post_hook(record_operator)
@@ -106,6 +109,7 @@ class ImplicitNetwork(Shared, nn.Module):
         gradient: str | GradientMethod = "jfb",
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         """Set all options of the constructor again; those that are left out get their defaults."""
         if averaging != "auto":
@@ -120,6 +124,7 @@ class ImplicitNetwork(Shared, nn.Module):
         self.gradient = gradient_method(gradient)
         self.solve_dtype = checked_solve_dtype(solve_dtype)
         self.compile_solve = compile_solve
+        self.cuda_graph = cuda_graph
 
     def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T(x; d) for the images x and the measurements d of one batch; ``injected`` is what `injected` returned."""
@@ -266,6 +271,7 @@ class ImplicitNetwork(Shared, nn.Module):
             gradient=self.gradient,
             solve_dtype=self.solve_dtype,
             compile_solve=self.compile_solve,
+            cuda_graph=self.cuda_graph,
         )
         return self.image(state, d, *injected), solution
 

@@ -168,7 +168,7 @@ class UniversalDEGrad(DEGrad):
         blur, noise: the first measurement, as in `set_measurement`; None for a Gaussian of σ = 1 pixel.
         noise_range: the least and the largest noise level that `set_measurement` takes.
         weight: of `UniversalRED`.
-        options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
+        options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
         ValueError: a value out of its range.

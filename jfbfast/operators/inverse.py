@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jfbfast.backends import reference
 from jfbfast.backends.dispatch import kernels
+from jfbfast.backends.graphs import cached_tensors
 from jfbfast.backends.precision import full_precision
 from jfbfast.backends.reference import SVD
 from jfbfast.backends.tensors import compute_dtype
@@ -30,7 +31,7 @@ def _axis_svd(taps: tuple[float, ...], n: int, padding_mode: str) -> SVD:
         return reference.svd(axis_table(taps, n, padding_mode), padding_mode == "circular")
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(maxsize=64)
 def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[SVD, SVD]:
     """The SVDs of B₁ and B₂, computed in float64 and rounded to ``dtype``."""
     with torch.inference_mode(False), torch.no_grad():
@@ -39,7 +40,7 @@ def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torc
         return y, x
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(maxsize=64)
 def eigenvalues(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The eigenvalues of AᵀA in the basis of `change_basis`, (H, W)."""
     with torch.inference_mode(False), torch.no_grad():
