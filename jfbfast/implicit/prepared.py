@@ -7,7 +7,7 @@ once: channels-last, in low precision if asked for, transformed for Winograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -21,9 +21,10 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
-from jfbfast.implicit.frozen import NormalisedConv2d, owner, submodules
+from jfbfast.implicit.frozen import NormalisedConv2d, grouped, owner, submodules
 from jfbfast.solvers import Layer
 
+_Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -38,7 +39,7 @@ class _Weight:
 
     def __init__(self, source: Tensor, dtype: torch.dtype, winograd: bool) -> None:
         self.source, self.dtype = source, dtype
-        self.winograd = winograd and source.shape[2:] == (3, 3)
+        self.winograd = winograd and source.shape[2:] == (3, 3) and source.device.type == "cpu"
 
     @cached_property
     def value(self) -> Tensor:
@@ -67,7 +68,6 @@ class Convolutions(TorchFunctionMode):
 
     def __init__(self, tol: float, module: nn.Module | None = None, fold: bool = True) -> None:
         super().__init__()
-        self.fold = fold
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
         self.relu = False  # whether the next convolution with one of these weights is to apply a ReLU too
@@ -78,7 +78,10 @@ class Convolutions(TorchFunctionMode):
         within = {inner for m in compiled for inner in submodules(m)}
         self.modules = [m for m in modules if m not in within]
         self.dtypes = self._dtypes(module)
-        self.chains = {m: self._steps(m) for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)}
+        chains = [m for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)]
+        pairs = {m: _foldable_pairs(m) if fold else {} for m in chains}
+        folded = _folded([pair for each in pairs.values() for pair in each.items()])
+        self.chains = {m: self._steps(m, {conv: folded[conv, norm] for conv, norm in pairs[m].items()}) for m in chains}
         self.forwards = {m: MethodType(forward, m) for m in self.chains}
 
     def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
@@ -116,20 +119,8 @@ class Convolutions(TorchFunctionMode):
         """Prepare a weight that the layer will pass to conv2d."""
         self.weights[id(weight)] = _Weight(weight, self.dtypes.get(conv, weight.dtype), self.winograd)
 
-    @staticmethod
-    def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        """The weight and the bias of the convolution with the batch norm behind it."""
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        weight = _weight_of(conv) * scale[:, None, None, None]
-        bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
-        bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-        return weight, bias
-
-    def _steps(self, sequential: nn.Sequential) -> list[_Step]:
+    def _steps(self, sequential: nn.Sequential, folded: dict[nn.Conv2d, tuple[Tensor, Tensor]]) -> list[_Step]:
         """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
-        pairs = _foldable_pairs(sequential) if self.fold else {}
         members = [m for m in sequential._modules.values() if m is not None]
         steps = []
         while members:
@@ -137,8 +128,8 @@ class Convolutions(TorchFunctionMode):
             parameters: tuple[Tensor, Tensor | None] | None = None
             relu = False
             if isinstance(module, nn.Conv2d) and _plain_convolution(module):
-                if module in pairs:
-                    parameters, members = self._fold(module, pairs[module]), members[1:]
+                if module in folded:
+                    parameters, members = folded[module], members[1:]
                 elif isinstance(module, NormalisedConv2d):  # which another thread may release
                     parameters = _weight_of(module), module.bias
                 weight = _weight_of(module) if parameters is None else parameters[0]
@@ -192,6 +183,18 @@ class _SolveConvolutions(Convolutions):
             weight = _weight_of(conv) if isinstance(conv, nn.Conv2d) and conv not in known else None
             if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
                 self._prepare(conv, weight)
+        self._copy_together()
+
+    def _copy_together(self) -> None:
+        """Prepare the weights that Winograd's convolution does not take; those alike are copied together."""
+        left = [weight for weight in self.weights.values() if not weight.winograd]
+        for group in grouped(left, lambda w: (w.source.shape, w.source.dtype, w.source.device, w.dtype)):
+            sources, dtype = [weight.source for weight in group], group[0].dtype
+            if all(s.dtype == dtype and s.is_contiguous(memory_format=torch.channels_last) for s in sources):
+                continue
+            copies = torch.stack([source.permute(0, 2, 3, 1) for source in sources]).to(dtype)
+            for weight, copy in zip(group, copies.permute(0, 1, 4, 2, 3), strict=True):
+                weight.value = copy
 
     def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
         """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
@@ -274,6 +277,34 @@ def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d
         and _plain_convolution(conv)
         and members.count(conv) == 1
     }
+
+
+def _folded(pairs: list[_Pair]) -> dict[_Pair, tuple[Tensor, Tensor]]:
+    """The weight and the bias of each convolution with the batch norm behind it; pairs alike are folded together."""
+    weights = {conv: _weight_of(conv) for conv, _ in pairs}
+    found: dict[_Pair, tuple[Tensor, Tensor]] = {}
+
+    def kind(pair: _Pair) -> tuple[Any, ...]:
+        conv, norm = pair
+        weight, none = weights[conv], [t is None for t in (conv.bias, norm.weight, norm.bias)]
+        return weight.shape, weight.dtype, weight.device, norm.eps, *none
+
+    for group in grouped(pairs, kind):
+        convolutions, norms = zip(*group, strict=True)
+        conv, norm = group[0]
+        scale = torch.rsqrt(_stacked(norms, "running_var") + norm.eps)
+        scale = scale if norm.weight is None else scale * _stacked(norms, "weight")
+        mean = _stacked(norms, "running_mean")
+        shift = -mean if conv.bias is None else _stacked(convolutions, "bias") - mean
+        shift = shift * scale if norm.bias is None else torch.addcmul(_stacked(norms, "bias"), shift, scale)
+        weight = torch.stack([weights[conv] for conv in convolutions]) * scale[:, :, None, None, None]
+        found.update(zip(group, zip(weight, shift, strict=True), strict=True))
+    return found
+
+
+def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
+    """The modules' tensors of one name, in one tensor (modules, …)."""
+    return torch.stack([getattr(module, name) for module in modules])
 
 
 def _plain_convolution(conv: nn.Conv2d) -> bool:

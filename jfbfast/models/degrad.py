@@ -210,7 +210,7 @@ class DEGrad(ImplicitNetwork):
             own = self.data_fidelity.inputs(d)
             return *red.injected(*self._seen(d, own)), *own
         z, weight, squares = red.injected(self.blur, d), red.weight, basis.eigenvalues(d)
-        found = *z, *constants(basis, self.blur, d, weight, red.restoration(*z, weight) if z else None)
+        found = *z, *constants(basis, self.blur, d, weight, red.restoration(z[0], weight) if z else None)
         return (*found, factors_of_images(red.seen_factors(squares).to(squares.dtype), d)) if red.filtered else found
 
     def _basis(self, d: Tensor) -> Eigenbasis | None:
@@ -271,9 +271,14 @@ def _check_options(regularizer: Any, step_size: float, preconditioner: str | Non
     """Raise TypeError or ValueError for arguments of `DEGrad` that are wrong or contradict each other."""
     if not callable(regularizer) or isinstance(regularizer, type):
         raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
+    kind = type(regularizer).__name__
     if getattr(regularizer, "is_denoiser", False):
-        kind = type(regularizer).__name__
         raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, so wrap the denoiser: RED({kind}(…))")
+    if any(
+        f"{base.__module__}.{base.__name__}" == "deepinv.models.base.Denoiser" for base in type(regularizer).__mro__
+    ):
+        told = f"so wrap the denoiser: RED({kind}(…), noise=0.05)"
+        raise ValueError(f"regularizer is a denoiser of deepinv, a {kind}; it takes R, {told}")
     if preconditioner not in (None, "exact"):
         raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
     if preconditioner is None and damping is not None:
