@@ -29,18 +29,23 @@ def winograd_allowed(tol: float) -> bool:
     return tol >= _LEAST_TOL
 
 
-def transformed_weight(weight: Tensor) -> Tensor | None:
-    """The weight as `conv3x3` takes it in ``transformed``; None where Winograd's convolution cannot use it."""
-    kernels = dispatch.kernels(weight.device, "conv3x3", dtype=weight.dtype, channels=weight.shape[:2])
-    return native.winograd_weights(weight) if kernels is native else None
+def transformed_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The weight as `conv3x3` takes it in ``transformed``; None where Winograd's convolution cannot use it.
+
+    Args:
+        weight: [O, C, 3, 3].
+        dtype: that of the images; None for the weight's. A float32 weight of bfloat16 images is not rounded.
+    """
+    kernels = dispatch.kernels(weight.device, "conv3x3", dtype=dtype or weight.dtype, channels=weight.shape[:2])
+    return native.winograd_weights(weight.to(torch.float32)) if kernels is native else None
 
 
-def _kernels(x: Tensor, out_channels: int, transformed: bool = False) -> ModuleType:
-    """The module that convolves images x (B, C, H, W) to ``out_channels``."""
+def _kernels(x: Tensor, out_channels: int, transformed: bool = False, dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that convolves images x (B, C, H, W), in ``dtype`` or their own, to ``out_channels``."""
     batch, channels, height, width = x.shape
     both, shape = (channels, out_channels), (batch, height, width)
     return dispatch.kernels(
-        x.device, "conv3x3", dtype=x.dtype, channels=both, image_shape=shape, transformed=transformed
+        x.device, "conv3x3", dtype=dtype or x.dtype, channels=both, image_shape=shape, transformed=transformed
     )
 
 
@@ -176,20 +181,30 @@ def convolution(
         winograd: whether Winograd's convolution may be used.
         transformed: `transformed_weight` of the weight, if that was made.
     """
+    dtype = _computed_in(input, weight)
     if (
         winograd
         and input.dim() == 4
         and is_conv3x3(weight.shape[2:], stride, padding, dilation, groups)
-        and _kernels(input, len(weight), transformed is not None) is native
-        and not torch.is_autocast_enabled(input.device.type)
+        and dtype is not None
+        and _kernels(input, len(weight), transformed is not None, dtype) is native
         and not _differentiated_by_functorch()
     ):
-        return conv3x3(input, weight, bias, relu, transformed)
+        bias = None if bias is None else bias.to(dtype)
+        return conv3x3(input.to(dtype), weight.to(dtype), bias, relu, transformed)
     if relu and _onednn_fuses_relu(input, padding):
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return torch.relu_(out) if relu else out
+
+
+def _computed_in(input: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype in which torch's conv2d computes; None where it raises, or autocast leaves the tensors as they are."""
+    if not torch.is_autocast_enabled(input.device.type):
+        return input.dtype if input.dtype == weight.dtype else None
+    casts = all(t.dtype in (torch.float32, torch.bfloat16) for t in (input, weight))
+    return torch.get_autocast_dtype(input.device.type) if casts else None
 
 
 def _differentiated_by_functorch() -> bool:

@@ -45,8 +45,8 @@ class Convolutions(TorchFunctionMode):
     """Within the context, torch's conv2d is computed the fastest way that the tolerance allows.
 
     Args:
-        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 convolutions on the CPU are
-            Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 and bfloat16 convolutions
+            on the CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
     """
 
     def __init__(self, tol: float) -> None:
@@ -124,7 +124,9 @@ class _SolveConvolutions(Convolutions):
     def _prepare(self, weight: Tensor, low: bool) -> None:
         """Prepare a weight that the layer will pass to conv2d."""
         value = weight.to(self.dtype if low else weight.dtype, memory_format=torch.channels_last)
-        transformed = transformed_weight(value) if self.winograd and weight.shape[2:] == (3, 3) else None
+        transformed = None
+        if self.winograd and weight.shape[2:] == (3, 3):
+            transformed = transformed_weight(weight, value.dtype)
         self.weights[id(weight)] = _Weight(weight, value, transformed)
 
     def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, low: bool) -> tuple[Tensor, Tensor]:
