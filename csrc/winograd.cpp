@@ -10,6 +10,7 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "pool.h"
 
 namespace jfbfast {
 namespace JFBFAST_ISA {
@@ -39,12 +40,13 @@ struct Pixels {
     std::int64_t row, column;
 };
 
-// A tile's Span x Span pixels, which start at (top, left). If some lie outside of the image, all are copied to `scratch`,
+// The Span x Span pixels around the middle of a tile. If some lie outside of the image, all are copied to `scratch`,
 // with zeros there.
 template <int Span, class S>
-Pixels<const S> pixels_around(const S* images, const ImageShape& shape, std::int64_t image, std::int64_t top,
-                              std::int64_t left, std::int64_t channels, S* scratch) {
-    const std::int64_t height = shape.height, width = shape.width;
+Pixels<const S> pixels_of(const S* images, const Tiles& tiles, std::int64_t tile, std::int64_t channels, S* scratch) {
+    const auto [image, tile_top, tile_left] = tiles.place(tile);
+    const std::int64_t height = tiles.shape.height, width = tiles.shape.width, margin = (Span - kTile) / 2;
+    const std::int64_t top = tile_top - margin, left = tile_left - margin;
     if (top >= 0 && left >= 0 && top + Span <= height && left + Span <= width)
         return {images + ((image * height + top) * width + left) * channels, width * channels, channels};
     for (int i = 0; i < Span; ++i)
@@ -65,9 +67,7 @@ Pixels<const S> pixels_around(const S* images, const ImageShape& shape, std::int
 template <class S>
 JFBFAST_ONCE void transform_tile(const S* x, const Tiles& tiles, std::int64_t tile, std::int64_t channels, S* scratch,
                                  float* v, std::int64_t plane) {
-    const Tiles::Place place = tiles.place(tile);
-    const Pixels<const S> pixels =
-        pixels_around<kSpan>(x, tiles.shape, place.image, place.top - 1, place.left - 1, channels, scratch);
+    const Pixels<const S> pixels = pixels_of<kSpan>(x, tiles, tile, channels, scratch);
     for_each_vector<kFloats>(0, channels, [&, v, plane](std::int64_t c, auto lanes) {
         const S* const first = pixels.first + c;
         const auto pixel = [&](int i, int j) { return load(first + i * pixels.row + j * pixels.column, lanes); };
@@ -153,9 +153,7 @@ JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::
 template <class S>
 JFBFAST_ONCE void transform_gradient(const S* gradient, const Tiles& tiles, std::int64_t tile, std::int64_t channels,
                                      S* scratch, float* m, std::int64_t plane, float* total) {
-    const Tiles::Place place = tiles.place(tile);
-    const Pixels<const S> pixels =
-        pixels_around<kTile>(gradient, tiles.shape, place.image, place.top, place.left, channels, scratch);
+    const Pixels<const S> pixels = pixels_of<kTile>(gradient, tiles, tile, channels, scratch);
     for_each_vector<kFloats>(0, channels, [&, m, plane](std::int64_t c, auto lanes) {
         const auto finish = [=](const Floats* y, int i) {
             Floats out[kSpan];
@@ -183,18 +181,35 @@ JFBFAST_ONCE void transform_gradient(const S* gradient, const Tiles& tiles, std:
     });
 }
 
+// Memory that a call works in, uninitialised, from the pool: to allocate and zero it anew takes longer than to
+// convolve a small image.
+template <class T>
+class Workspace {
+public:
+    explicit Workspace(std::int64_t count) : bytes_(count * sizeof(T)), memory_(take_memory(bytes_)) {}
+    ~Workspace() { give_memory(memory_, bytes_); }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+    T* data() const { return static_cast<T*>(memory_); }
+
+private:
+    std::size_t bytes_;
+    void* memory_;
+};
+
 // Bytes of V and M together. They should stay in the second-level cache. For the gradient of a weight they may be as
 // large as dU, because every block reads and writes all of dU anyway.
 constexpr std::int64_t kWorkspace = 256 << 10, kGradientWorkspace = 896 << 10, kMaxGradientWorkspace = 8 << 20;
 
-// Tiles in a block: as many as the workspace holds, but few enough to give every thread some.
+// Tiles in a block: as many as the workspace holds, but few enough to give every thread some, and the same in each.
 std::int64_t block_tiles(std::int64_t tiles, std::int64_t floats, std::int64_t bytes, int threads) {
     const std::int64_t fit = bytes / (kPlaces * floats * std::int64_t(sizeof(float)));
-    const std::int64_t share = (tiles + threads - 1) / threads;
-    return round_up(larger(1, smaller(fit - kRows + 1, share)), kRows);
+    const std::int64_t most = larger(kRows, fit / kRows * kRows);
+    const std::int64_t blocks = larger((tiles + most - 1) / most, threads);
+    return round_up((tiles + blocks - 1) / blocks, kRows);
 }
 
-constexpr std::int64_t kParts = 16, kPartTiles = 48;  // the gradient of a weight: most parts, fewest tiles in each
+constexpr std::int64_t kParts = 16, kPartTiles = 96;  // the gradient of a weight: most parts, fewest tiles in each
 
 // G^T dU G, [9, in, out].
 JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std::int64_t in, std::int64_t out,
@@ -264,8 +279,8 @@ void convolve(const Convolution& conv, const ImageShape& shape, int threads) {
     const std::int64_t v_plane = winograd_plane(block, in), m_plane = winograd_plane(block, out);
     const std::int64_t u_plane = winograd_plane(shape.in, out), workspace = kPlaces * (v_plane + m_plane);
     const std::int64_t edge = kPlaces * larger(shape.in, shape.out);
-    const Buffer<float> memory(threads * workspace);
-    const Buffer<S> scratch(threads * edge);
+    const Workspace<float> memory(threads * workspace);
+    const Workspace<S> scratch(threads * edge);
 
     parallel_for((tiles.count + block - 1) / block, threads, [&](std::int64_t k, int thread) {
         float* const v = memory.data() + thread * workspace;
@@ -298,14 +313,15 @@ void differentiate(const WeightGradient& g, const ImageShape& shape, int threads
     threads = useful_threads(threads, tiles.count * in * out / 4);
     const std::int64_t u_plane = winograd_plane(rows, out), u_bytes = kPlaces * u_plane * std::int64_t(sizeof(float));
     const std::int64_t bytes = larger(kGradientWorkspace, smaller(kMaxGradientWorkspace, u_bytes));
-    const std::int64_t block = block_tiles(tiles.count, in + out, bytes, 1);
+    const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
+    const std::int64_t block = block_tiles((tiles.count + parts - 1) / parts, in + out, bytes, 1);
     const std::int64_t v_plane = winograd_plane(block, in), m_plane = winograd_plane(block, out);
     const std::int64_t workspace = kPlaces * (v_plane + m_plane + u_plane);
-    const std::int64_t parts = larger(1, smaller(kParts, tiles.count / kPartTiles)), part_size = 9 * shape.in * out;
     const std::int64_t edge = kPlaces * larger(shape.in, shape.out);
-    const Buffer<float> memory(threads * workspace);
-    const Buffer<S> scratch(threads * edge);
-    const Buffer<float> sums(parts * part_size), totals(parts * out);
+    const Workspace<float> memory(threads * workspace);
+    const Workspace<S> scratch(threads * edge);
+    const Workspace<float> sums(parts * part_size);
+    const Buffer<float> totals(parts * out);
 
     parallel_for(parts, threads, [&](std::int64_t part, int thread) {
         float* const v = memory.data() + thread * workspace;
@@ -332,14 +348,21 @@ void differentiate(const WeightGradient& g, const ImageShape& shape, int threads
         finish_weight_gradient(u, u_plane, shape.in, out, sums.data() + part * part_size);
     });
 
-    parallel_for(shape.in, useful_threads(threads, part_size), [&](std::int64_t c, int) {
-        for (int k = 0; k < 9; ++k) {
-            float* const sum = sums.data() + (k * shape.in + c) * out;
-            for (std::int64_t part = 1; part < parts; ++part)
-                for (std::int64_t o = 0; o < out; o += kFloats)
-                    store(sum + o, load(sum + o) + load(sum + part * part_size + o));
-            for (std::int64_t o = 0; o < shape.out; ++o) g.weight[(o * shape.in + c) * 9 + k] = sum[o];
+    // Adds the parts and transposes them, some input channels at a time, whose 9 sums lie in turn in the result.
+    parallel_for((shape.in + kFloats - 1) / kFloats, useful_threads(threads, part_size), [&](std::int64_t k, int) {
+        const std::int64_t first = k * kFloats, last = smaller(shape.in, first + kFloats);
+        for (int tap = 0; tap < 9 && parts > 1; ++tap) {
+            float* const sum = sums.data() + tap * shape.in * out;
+            for (std::int64_t at = first * out; at < last * out; at += kFloats) {
+                Floats total = load(sum + at);
+                for (std::int64_t part = 1; part < parts; ++part) total += load(sum + part * part_size + at);
+                store(sum + at, total);
+            }
         }
+        for (std::int64_t o = 0; o < shape.out; ++o)
+            for (std::int64_t c = first; c < last; ++c)
+                for (int tap = 0; tap < 9; ++tap)
+                    g.weight[(o * shape.in + c) * 9 + tap] = sums.data()[(tap * shape.in + c) * out + o];
     });
     for (std::int64_t o = 0; g.bias && o < shape.out; ++o) {
         g.bias[o] = 0;

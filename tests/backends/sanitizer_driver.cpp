@@ -8,6 +8,7 @@
 #include "anderson.cpp"
 #include "blur.cpp"
 #include "gradient.cpp"
+#include "pool.cpp"
 #include "winograd.cpp"
 
 using namespace jfbfast;
