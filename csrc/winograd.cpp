@@ -16,6 +16,15 @@ namespace jfbfast {
 namespace JFBFAST_ISA {
 namespace {
 
+constexpr int kAhead = 4;  // how many tiles ahead their pixels are asked for
+
+inline void prefetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address, 0, 2);
+    asm volatile("");  // GCC removes calls of functions that only prefetch
+#endif
+}
+
 std::int64_t padded(std::int64_t channels) { return round_up(channels, kChannelBlock); }
 
 // The tiles of a batch, numbered image by image, row by row.
@@ -62,11 +71,25 @@ Pixels<const S> pixels_of(const S* images, const Tiles& tiles, std::int64_t tile
     return {scratch, Span * channels, channels};
 }
 
+// Asks for the pixels that a later tile adds to those of the tiles before it, which come from memory otherwise: in the
+// order of tiles, each row is read a few pixels at a time, too few for the CPU to see where the reading goes on.
+template <int Span, class S>
+inline void fetch_ahead(const S* images, const Tiles& tiles, std::int64_t tile, std::int64_t channels) {
+    const auto [image, tile_top, tile_left] = tiles.place(smaller(tile + kAhead, tiles.count - 1));
+    const std::int64_t height = tiles.shape.height, margin = (Span - kTile) / 2, top = tile_top + margin;
+    const std::int64_t bytes = smaller(kTile, tiles.shape.width - tile_left) * channels * std::int64_t(sizeof(S));
+    for (std::int64_t y = top; y < smaller(top + kTile, height); ++y) {
+        const S* const row = images + ((image * height + y) * tiles.shape.width + tile_left) * channels;
+        for (std::int64_t at = 0; at < bytes; at += 64) prefetch(reinterpret_cast<const char*>(row) + at);
+    }
+}
+
 // B^T d B of one tile, written to one row of each of the 36 matrices. Each pair of rows is computed from the pixels
 // again: all 36 values in between would not fit in registers.
 template <class S>
 JFBFAST_ONCE void transform_tile(const S* x, const Tiles& tiles, std::int64_t tile, std::int64_t channels, S* scratch,
                                  float* v, std::int64_t plane) {
+    fetch_ahead<kSpan>(x, tiles, tile, channels);
     const Pixels<const S> pixels = pixels_of<kSpan>(x, tiles, tile, channels, scratch);
     for_each_vector<kFloats>(0, channels, [&, v, plane](std::int64_t c, auto lanes) {
         const S* const first = pixels.first + c;
@@ -153,6 +176,7 @@ JFBFAST_ONCE void finish_tile(const Convolution& conv, const Tiles& tiles, std::
 template <class S>
 JFBFAST_ONCE void transform_gradient(const S* gradient, const Tiles& tiles, std::int64_t tile, std::int64_t channels,
                                      S* scratch, float* m, std::int64_t plane, float* total) {
+    fetch_ahead<kTile>(gradient, tiles, tile, channels);
     const Pixels<const S> pixels = pixels_of<kTile>(gradient, tiles, tile, channels, scratch);
     for_each_vector<kFloats>(0, channels, [&, m, plane](std::int64_t c, auto lanes) {
         const auto finish = [=](const Floats* y, int i) {
