@@ -126,8 +126,9 @@ struct Kernels {
     void (*mix)(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
     void (*mix_differences)(DType, DType history, const MixDifferences&, std::int64_t samples, std::int64_t size,
                             int threads);
+    // weight is [out, in, 3, 3]; or, if adjoint, [in, out, 3, 3], of which the adjoint convolution's weight is made.
     void (*winograd_weights)(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
-                             int threads);
+                             bool adjoint, int threads);
     void (*convolution)(DType, const Convolution&, const ImageShape&, int threads);
     void (*weight_gradient)(DType, const WeightGradient&, const ImageShape&, int threads);
 };

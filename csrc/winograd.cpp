@@ -262,7 +262,7 @@ JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std
 }  // namespace
 
 void winograd_weights(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
-                      int threads) {
+                      bool adjoint, int threads) {
     const Panels panels(padded(out_channels));
     const std::int64_t plane = winograd_plane(in_channels, out_channels);
     threads = useful_threads(threads, plane);
@@ -275,7 +275,9 @@ void winograd_weights(const float* weight, float* out, std::int64_t in_channels,
         for (std::int64_t c = 0; c < in_channels; ++c) {
             float taps[9][kFloats] = {};
             for (std::int64_t lane = 0; lane < count; ++lane)
-                for (int k = 0; k < 9; ++k) taps[k][lane] = weight[((first + lane) * in_channels + c) * 9 + k];
+                for (int k = 0; k < 9; ++k)
+                    taps[k][lane] = adjoint ? weight[(c * out_channels + first + lane) * 9 + 8 - k]
+                                            : weight[((first + lane) * in_channels + c) * 9 + k];
             Floats half[3][kSpan];  // transposed
             for (int j = 0; j < 3; ++j) {
                 const Floats g[3] = {load(taps[j]), load(taps[3 + j]), load(taps[6 + j])};

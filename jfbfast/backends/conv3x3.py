@@ -1,6 +1,6 @@
 """The 3 × 3 convolution as torch.library ops, and the use of Winograd's convolution in a layer.
 
-``jfbfast::conv3x3``                  weight ∗ x + bias, optionally with a ReLU
+``jfbfast::conv3x3``                  weight ∗ x + bias, optionally with a ReLU, or by the adjoint of the weight
 ``jfbfast::conv3x3_weight_gradient``  the gradients of its weight and bias
 
 The ops take images (B, C, H, W) and return a channels-last tensor. At each call `dispatch.kernels` decides whether
@@ -50,7 +50,11 @@ def _kernels(x: Tensor, out_channels: int, transformed: bool = False, dtype: tor
 
 
 for _name, _signature in (
-    ("conv3x3", "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None) -> Tensor"),
+    (
+        "conv3x3",
+        "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None, bool adjoint=False) "
+        "-> Tensor",
+    ),
     ("conv3x3_weight_gradient", "(Tensor x, Tensor gradient) -> (Tensor, Tensor)"),
 ):
     torch.library.define(f"jfbfast::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
@@ -70,23 +74,31 @@ def _check(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
 
 @torch.library.impl("jfbfast::conv3x3", "default")
 def _conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    transformed: Tensor | None = None,
+    adjoint: bool = False,
 ) -> Tensor:
     check_reverse_mode()
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
         )
-    _check("weight", weight, (len(weight), x.shape[1], 3, 3), x)
+    channels, outputs = x.shape[1], weight.shape[1 if adjoint else 0]
+    _check("weight", weight, (channels, outputs, 3, 3) if adjoint else (outputs, channels, 3, 3), x)
     if bias is not None:
-        _check("bias", bias, (len(weight),), x)
-    out = _kernels(x, len(weight), transformed is not None).conv3x3(x, weight, bias, relu, transformed)
+        _check("bias", bias, (outputs,), x)
+    out = _kernels(x, outputs, transformed is not None).conv3x3(x, weight, bias, relu, transformed, adjoint)
     return out.contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("jfbfast::conv3x3")
-def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+def _conv3x3_like(
+    x: Tensor, weight: Tensor, bias: Any = None, relu: bool = False, transformed: Any = None, adjoint: bool = False
+) -> Tensor:
+    shape = (x.shape[0], weight.shape[1 if adjoint else 0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -104,13 +116,14 @@ def _conv3x3_weight_gradient_like(x: Tensor, gradient: Tensor) -> tuple[Tensor, 
     return x.new_empty(outputs, inputs, 3, 3), x.new_empty(outputs)
 
 
-def _adjoint(weight: Tensor) -> Tensor:
-    """The weight of the adjoint convolution: channels exchanged, kernels rotated by 180°."""
-    return weight.transpose(0, 1).flip(2, 3)
+def _adjoint_of(y: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
+    """The adjoint of x ↦ conv3x3(x, weight, adjoint=adjoint), applied to y."""
+    out: Tensor = conv3x3(y, weight, None, False, None, not adjoint)
+    return out
 
 
 def _keep_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.relu, _ = inputs
+    x, weight, _, ctx.relu, _, ctx.adjoint = inputs
     ctx.save_for_backward(x, weight, output if ctx.relu else None)
 
 
@@ -119,12 +132,17 @@ def _conv3x3_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.relu:
         g = torch.ops.aten.threshold_backward(g, output, 0)
     to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # arguments left out at the end are missing
-    by_weight, by_bias = conv3x3_weight_gradient(x, g) if to_weight or to_bias else (None, None)
+    by_weight, by_bias = None, None
+    if ctx.adjoint:
+        by_weight = conv3x3_weight_gradient(g, x)[0] if to_weight else None
+        by_bias = g.sum((0, 2, 3)) if to_bias else None
+    elif to_weight or to_bias:
+        by_weight, by_bias = conv3x3_weight_gradient(x, g)
     return (
-        conv3x3(g, _adjoint(weight)) if to_x else None,
+        _adjoint_of(g, weight, ctx.adjoint) if to_x else None,
         by_weight if to_weight else None,
         by_bias if to_bias else None,
-        *(None, None),
+        *(None, None, None),
     )
 
 
@@ -135,7 +153,7 @@ def _keep_conv3x3_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: tup
 def _conv3x3_weight_gradient_backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
     x, gradient = ctx.saved_tensors
     to_x, to_gradient = ctx.needs_input_grad
-    return conv3x3(gradient, _adjoint(weight)) if to_x else None, conv3x3(x, weight, bias) if to_gradient else None
+    return _adjoint_of(gradient, weight) if to_x else None, conv3x3(x, weight, bias) if to_gradient else None
 
 
 torch.library.register_autograd("jfbfast::conv3x3", _conv3x3_backward, setup_context=_keep_conv3x3)

@@ -194,26 +194,34 @@ def anderson_mix_differences(
 _WINOGRAD_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def winograd_weights(weight: Tensor) -> Tensor:
-    """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`."""
-    out_channels, in_channels = weight.shape[:2]
-    _check(("weight", weight, (out_channels, in_channels, 3, 3), (torch.float32,)))
+def winograd_weights(weight: Tensor, adjoint: bool = False) -> Tensor:
+    """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`.
+
+    With ``adjoint``, of the adjoint of a weight [in, out, 3, 3]: channels exchanged, kernels rotated by 180°.
+    """
+    out_channels, in_channels = reversed(weight.shape[:2]) if adjoint else weight.shape[:2]
+    _check(("weight", weight, (*weight.shape[:2], 3, 3), (torch.float32,)))
     weight = weight.contiguous()
-    out = torch.empty(_native.winograd_size(in_channels, out_channels), dtype=torch.float32, device="cpu")
-    _native.winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
+    out = _empty((_native.winograd_size(in_channels, out_channels),), torch.float32)
+    _native.winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, adjoint, _threads())
     return out
 
 
 def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    transformed: Tensor | None = None,
+    adjoint: bool = False,
 ) -> Tensor:
     """As `reference.conv3x3`, channels-last, for images in float32 or bfloat16; it computes in float32.
 
     ``transformed`` is `winograd_weights` of the weight.
     """
     batch, channels, height, width = x.shape
-    out_channels = len(weight)
-    transformed = winograd_weights(weight.to(torch.float32)) if transformed is None else transformed
+    out_channels = weight.shape[1] if adjoint else weight.shape[0]
+    transformed = winograd_weights(weight.to(torch.float32), adjoint) if transformed is None else transformed
     size = _native.winograd_size(channels, out_channels)
     _check(("x", x, x.shape, _WINOGRAD_DTYPES), ("transformed", transformed, (size,), (torch.float32,)))
     x, transformed = x.contiguous(memory_format=torch.channels_last), transformed.contiguous()

@@ -274,10 +274,28 @@ def test_bfloat16_images_in_any_layout_or_with_nan_are_not_misread() -> None:
     assert got[0].isfinite().all() and got[1, :, 3:6, 4:7].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
+def test_the_adjoint_of_a_weight_and_its_gradients_are_those_of_a_transposed_convolution() -> None:
+    x, _, _ = problem(2, (17, 1), (9, 6))
+    weight, bias = torch.randn(17, 16, 3, 3), torch.randn(16)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        out = winograd.conv3x3(*leaves, True, None, True)
+        expected = torch.conv_transpose2d(*exact, padding=1).relu()
+        found = [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+        for got, e in zip(found, [expected, *torch.autograd.grad(expected.square().sum(), exact)], strict=True):
+            assert (got - e).norm() <= tolerance * e.norm()
+    assert winograd._kernels(x, 16) is native
+    torch.library.opcheck(winograd.conv3x3, (x, weight, bias, False, None, True))
+
+
 def test_gradcheck_where_torch_computes_it() -> None:
     x, weight, bias = (t.double().requires_grad_() for t in problem(2, (2, 3), (4, 5)))
     torch.autograd.gradcheck(winograd.conv3x3, (x, weight, bias, False))
     torch.autograd.gradgradcheck(winograd.conv3x3, (x, weight, bias, False))
+    adjoint = x, weight.detach().transpose(0, 1).contiguous().requires_grad_(), bias, False, None, True
+    torch.autograd.gradgradcheck(winograd.conv3x3, adjoint)
     assert torch.autograd.gradcheck(winograd.conv3x3, (x, weight.detach()))
 
 
