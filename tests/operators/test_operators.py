@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jfbfast
 from jfbfast.backends import dispatch as backends
-from jfbfast.backends import reference
+from jfbfast.backends import onednn, reference
 from jfbfast.operators import inverse, ops, tables
 from jfbfast.operators.tables import Taps
 
@@ -81,6 +81,20 @@ def test_functions_of_the_normal_operator_against_dense_matrices(mode, shape):
         check(blur.filter(b, damping), normal @ inverse_of_normal @ flat)
     if mode != "valid":  # where A has no inverse
         check(jfbfast.direct_inverse(blur, b), torch.linalg.solve(matrix, flat))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_change_of_basis_by_onednn_is_that_of_the_reference(dtype):
+    blur, shape = random_blur(2, 1, "valid"), (3, 2, 90, 81)
+    assert onednn.is_faster(shape) and not onednn.is_faster((1, 1, 90, 81))
+    x, basis = torch.randn(shape).to(dtype), blur.eigenbasis(shape[2:])
+    exact = blur.eigenbasis(shape[2:]).coefficients(x.double())
+    for name in BACKENDS:
+        with jfbfast.backend(name):
+            coefficients = basis.coefficients(x.mT.contiguous().mT)
+            assert coefficients.shape == (3, 2, 81, 90) and coefficients.dtype == torch.float32
+            torch.testing.assert_close(coefficients.double(), exact, rtol=0, atol=2e-5)
+            torch.testing.assert_close(basis.image(coefficients), x.float(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
