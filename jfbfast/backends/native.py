@@ -269,7 +269,7 @@ def winograd_weights(weight: Tensor) -> Tensor:
     out_channels, in_channels = weight.shape[:2]
     _check(("weight", weight, (out_channels, in_channels, 3, 3), (torch.float32,)))
     weight = weight.contiguous()
-    out = torch.empty(_native.winograd_size(in_channels, out_channels), dtype=torch.float32, device="cpu")
+    out = _empty((_native.winograd_size(in_channels, out_channels),), torch.float32)
     _native.winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
     return out
 

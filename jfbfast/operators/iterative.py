@@ -18,6 +18,7 @@ from jfbfast.operators.inverse import scalar_gradient
 from jfbfast.operators.physics import PhysicsOperator
 
 _ADJOINTS = ("adjoint", "A_adjoint")  # the names here and in deepinv
+_PLAIN = {int, float, bool, str, type(None), Tensor}  # most attributes of a module; none of them is an operator
 
 
 class LinearOperator(Protocol):
@@ -63,13 +64,15 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
     seen: set[int] = set()
     while found:  # a loop with few calls, since every solve runs it
         value = found.pop()
+        if type(value) in _PLAIN:
+            continue
         if isinstance(value, nn.Module):
             if id(value) in seen:
                 continue
             seen.add(id(value))
             found.extend(value._modules.values())
             for name, attribute in value.__dict__.items():  # an operator need not be a module
-                if name[0] != "_":
+                if name[0] != "_" and type(attribute) not in _PLAIN:
                     found.append(attribute)
             if getattr(type(value), "may_hold_sample_data", False):  # of a DataFidelity
                 return True
