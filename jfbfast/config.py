@@ -18,7 +18,7 @@ _KEPT_BYTES = 1 << 30
 
 def _triton() -> str:
     if find_spec("triton") is None:
-        return "unavailable: triton is not installed"
+        return "unavailable: triton is not installed (pip install 'jfbfast[cuda]')"
     if not torch.cuda.is_available():
         return "unavailable: torch sees no CUDA device"
     return f"Triton {version('triton')} on {torch.cuda.get_device_name()}"

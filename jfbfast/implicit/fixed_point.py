@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.backends.tensors import per_sample
+from jfbfast.backends.tracing import untraced
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
 from jfbfast.implicit.forward_solve import ForwardSolve, autocast_dtype
@@ -135,7 +136,7 @@ def _check_claims(
     ), int(contradicted.sum())
 
 
-@torch.compiler.disable
+@untraced
 def solve_fixed_point(
     layer: Callable[..., Any],
     x0: State,
@@ -241,7 +242,7 @@ def fixed_point(
 def fixed_point(layer: Callable[..., Any], x0: State, *, has_aux: Literal[False] = False, **options: Any) -> State: ...
 
 
-@torch.compiler.disable
+@untraced  # type: ignore[misc]  # the overloads name only the options that decide the type
 def fixed_point(
     layer: Callable[..., Any],
     x0: Any,

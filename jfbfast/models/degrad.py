@@ -244,9 +244,14 @@ def _check_options(regularizer: Any, step_size: float, preconditioner: str | Non
     """Raise TypeError or ValueError for arguments of `DEGrad` that are wrong or contradict each other."""
     if not callable(regularizer) or isinstance(regularizer, type):
         raise TypeError(f"regularizer is {regularizer!r}; it takes a module")
+    kind = type(regularizer).__name__
     if getattr(regularizer, "is_denoiser", False):
-        kind = type(regularizer).__name__
         raise ValueError(f"regularizer is a denoiser, a {kind}; it takes R, so wrap the denoiser: RED({kind}(…))")
+    if any(
+        f"{base.__module__}.{base.__name__}" == "deepinv.models.base.Denoiser" for base in type(regularizer).__mro__
+    ):
+        told = f"so wrap the denoiser: RED({kind}(…), noise=0.05)"
+        raise ValueError(f"regularizer is a denoiser of deepinv, a {kind}; it takes R, {told}")
     if preconditioner not in (None, "exact"):
         raise ValueError(f"preconditioner is {preconditioner!r}; it takes None or 'exact'")
     if preconditioner is None and damping is not None:

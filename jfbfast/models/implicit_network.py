@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast import checks
+from jfbfast.backends.tracing import untraced
 from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.fixed_point import solve_fixed_point
 from jfbfast.implicit.forward_solve import ForwardSolve
@@ -72,6 +73,7 @@ class ImplicitNetwork(Shared, nn.Module):
 
     solution: FixedPointSolution | None
     later_options = _OPTIONS
+    card_tags = ("deblurring", "deep-equilibrium")
 
     def __init__(
         self,
@@ -218,7 +220,7 @@ class ImplicitNetwork(Shared, nn.Module):
         """Set α in a new tensor, because the graph of an earlier forward may hold the old one."""
         self.averaging = torch.full_like(self.averaging, value)  # type: ignore[arg-type]
 
-    @torch.compiler.disable
+    @untraced
     def forward(self, d: Tensor, operator: Any = None, *, x0: Tensor | None = None) -> Tensor:
         """The restored images T(x*) for the measurements d, in the shape of Aᵀd.
 

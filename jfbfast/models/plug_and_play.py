@@ -84,6 +84,8 @@ class PlugAndPlay(Shared, nn.Module):
         torch.Size([2, 3, 16, 16])
     """
 
+    card_tags = ("deblurring", "plug-and-play")
+
     def __init__(
         self,
         denoiser: Callable[[Tensor, float], Tensor],

@@ -12,6 +12,7 @@ from jfbfast import checks
 from jfbfast.backends.dispatch import DTYPES
 from jfbfast.backends.reference import PADDING_MODES
 from jfbfast.backends.tensors import compute_dtype
+from jfbfast.backends.tracing import untraced
 from jfbfast.operators import spectral, spectral_inverse
 from jfbfast.operators.blur import SeparableBlur, check_fixed
 from jfbfast.operators.inverse import scalar_gradient
@@ -241,11 +242,11 @@ class _Tikhonov(torch.autograd.Function):
         return _Tikhonov.apply(b, damping, *settings), 0
 
 
-@torch.compiler.disable  # the caches of `spectral` and the loop of conjugate gradients are not to be traced
+@untraced  # the caches of `spectral` and the loop of conjugate gradients are not to be traced
 def _convolution(x: Tensor, kernel: Kernel, adjoint: bool) -> Tensor:
     return _Convolution.apply(x, kernel, adjoint)
 
 
-@torch.compiler.disable
+@untraced
 def _tikhonov(b: Tensor, damping: Tensor, kernel: Kernel, tol: float | None, max_iter: int) -> Tensor:
     return _Tikhonov.apply(b, damping, kernel, tol, max_iter)
