@@ -29,19 +29,26 @@ def winograd_allowed(tol: float) -> bool:
     return tol >= _LEAST_TOL
 
 
+def worth_transforming(weight: Tensor, x: Tensor, uses: int) -> bool:
+    """Whether to transform a weight for so many 3 × 3 convolutions of images like x (B, C, H, W)."""
+    return x.dim() == 4 and _kernels(x, len(weight), uses) is native
+
+
 def transformed_weight(weight: Tensor) -> Tensor | None:
     """The weight as `conv3x3` takes it in ``transformed``; None where Winograd's convolution cannot use it."""
     kernels = dispatch.kernels(weight.device, "conv3x3", dtype=weight.dtype, channels=weight.shape[:2])
     return native.winograd_weights(weight) if kernels is native else None
 
 
-def _kernels(x: Tensor, out_channels: int, transformed: bool = False) -> ModuleType:
-    """The module that convolves images x (B, C, H, W) to ``out_channels``."""
+def _kernels(x: Tensor, out_channels: int, uses: float = 1) -> ModuleType:
+    """The module that convolves images x (B, C, H, W) to ``out_channels``; ``uses`` as in `dispatch.kernels`."""
     batch, channels, height, width = x.shape
     both, shape = (channels, out_channels), (batch, height, width)
-    return dispatch.kernels(
-        x.device, "conv3x3", dtype=x.dtype, channels=both, image_shape=shape, transformed=transformed
-    )
+    return dispatch.kernels(x.device, "conv3x3", dtype=x.dtype, channels=both, image_shape=shape, uses=uses)
+
+
+def _uses(transformed: Tensor | None) -> float:
+    return 1 if transformed is None else math.inf
 
 
 for _name, _signature in (
@@ -75,7 +82,7 @@ def _conv3x3(
     _check("weight", weight, (len(weight), x.shape[1], 3, 3), x)
     if bias is not None:
         _check("bias", bias, (len(weight),), x)
-    out = _kernels(x, len(weight), transformed is not None).conv3x3(x, weight, bias, relu, transformed)
+    out = _kernels(x, len(weight), _uses(transformed)).conv3x3(x, weight, bias, relu, transformed)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -180,7 +187,7 @@ def convolution(
         winograd
         and input.dim() == 4
         and is_conv3x3(weight.shape[2:], stride, padding, dilation, groups)
-        and _kernels(input, len(weight), transformed is not None) is native
+        and _kernels(input, len(weight), _uses(transformed)) is native
         and not torch.is_autocast_enabled(input.device.type)
         and not _differentiated_by_functorch()
     ):

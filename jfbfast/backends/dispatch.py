@@ -104,7 +104,7 @@ def kernels(
     estimate: bool = False,
     channels: Sequence[int] = (),
     image_shape: Sequence[int] | None = None,
-    transformed: bool = False,
+    uses: float = 1,
 ) -> ModuleType:
     """The module that computes ``op`` for tensors on ``device``.
 
@@ -115,8 +115,9 @@ def kernels(
         radius: the larger radius of the two filters of a blur.
         dtype: the dtype of the tensors of an Anderson solve or a convolution.
         memory, estimate: of an Anderson solve: the pairs kept, and whether to estimate the inverse Jacobian.
-        channels, image_shape, transformed: of a convolution: its numbers of input and output channels; (B, H, W), or
-            None if it is not known yet; and whether the weight is already transformed for Winograd's algorithm.
+        channels, image_shape, uses: of a convolution: its numbers of input and output channels; (B, H, W), or None if
+            it is not known yet; and how often the weight is used once it is transformed for Winograd's algorithm,
+            infinity if it already is.
 
     Raises:
         RuntimeError: the user has chosen a backend (`backend`) that cannot serve ``device``.
@@ -125,7 +126,7 @@ def kernels(
     if op == "conv3x3":
         chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
         serves = chosen and dtype == torch.float32 and min(channels) >= _LEAST_CHANNELS
-        return native if serves and _winograd_is_faster(max(channels), image_shape, transformed) else reference
+        return native if serves and _winograd_is_faster(max(channels), image_shape, uses) else reference
     if (
         op == "anderson_solve"
         and kind == "cuda"
@@ -152,7 +153,7 @@ def kernels(
     raise RuntimeError(f"the backend {_backend!r} does not serve tensors on {device}")
 
 
-def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, transformed: bool) -> bool:
+def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, uses: float) -> bool:
     """Whether Winograd's convolution of these images beats torch's, for the larger number of channels.
 
     Small images leave most of its 4 × 4 tiles empty, and transforming the weight pays off over many tiles only.
@@ -161,5 +162,5 @@ def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, transf
         return True
     batch, height, width = image_shape
     tiles = -(-height // 4) * -(-width // 4)
-    worth_the_transform = transformed or not batch * tiles or _CHANNELS_PER_TILE * batch * tiles >= channels
+    worth_the_transform = not batch * tiles or _CHANNELS_PER_TILE * uses * batch * tiles >= channels
     return worth_the_transform and 2 * height * width >= 16 * tiles

@@ -12,6 +12,7 @@ from jfbfast.backends.tracing import untraced
 from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.fixed_point import solve_fixed_point
 from jfbfast.implicit.forward_solve import ForwardSolve
+from jfbfast.implicit.frozen import submodules
 from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.models import registry
@@ -297,8 +298,9 @@ class ImplicitNetwork(Shared, nn.Module):
         """
         if torch.is_autocast_enabled(x0.device.type):
             return
-        for network in self.modules():
-            if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:
+        checked = set(registry.NETWORKS.values())
+        for network in submodules(self):
+            if type(network) not in checked or network._forward_pre_hooks:
                 continue
             dtype = next(network.parameters()).dtype
             if x0.dtype == dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from jfbfast.operators.convolution import Blur
 from jfbfast.operators.inverse import scalar_gradient
 from jfbfast.operators.physics import PhysicsOperator
 
-_ADJOINTS = ("adjoint", "A_adjoint")  # the names here and in deepinv
+_ADJOINTS = {"adjoint", "A_adjoint"}  # the names here and in deepinv
 _PLAIN = {int, float, bool, str, type(None), Tensor}  # most attributes of a module; none of them is an operator
 
 
@@ -64,22 +65,25 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
     seen: set[int] = set()
     while found:  # a loop with few calls, since every solve runs it
         value = found.pop()
-        if type(value) in _PLAIN:
+        kind: type = type(value)
+        if kind in _PLAIN:
             continue
         if isinstance(value, nn.Module):
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            found.extend(value._modules.values())
-            for name, attribute in value.__dict__.items():  # an operator need not be a module
-                if name[0] != "_" and type(attribute) not in _PLAIN:
-                    found.append(attribute)
-            if getattr(type(value), "may_hold_sample_data", False):  # of a DataFidelity
+            attributes, children = value.__dict__, value._modules
+            found += children.values()
+            # An operator need not be a module.
+            found += [v for name, v in attributes.items() if name[0] != "_" and type(v) not in _PLAIN]
+            if getattr(kind, "may_hold_sample_data", False):  # of a DataFidelity
                 return True
-            for name in _ADJOINTS:  # hasattr of a module would call its slow __getattr__
-                has_adjoint = hasattr(type(value), name) or name in value.__dict__ or name in value._modules
-                if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
-                    return True
+            # hasattr of a module would call its slow __getattr__
+            has_adjoint = _class_has_adjoint(kind) or not (
+                _ADJOINTS.isdisjoint(attributes) and _ADJOINTS.isdisjoint(children)
+            )
+            if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
+                return True
         elif isinstance(value, (list, tuple)):
             found.extend(value)
         elif isinstance(value, dict):
@@ -87,6 +91,11 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
         elif (hasattr(value, "adjoint") or hasattr(value, "A_adjoint")) and not isinstance(value, Tensor):
             return True
     return False
+
+
+@lru_cache(maxsize=512)
+def _class_has_adjoint(kind: type) -> bool:
+    return any(hasattr(kind, name) for name in _ADJOINTS)
 
 
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ def assert_same(found, expected):
 
 
 class Batch:
-    """Samples whose solves end in every way: by the tolerance, the budget, divergence and a value that is not finite."""
+    """Samples whose solves end in every way: by the tolerance, the budget, divergence and infinities."""
 
     def __init__(self, size, dtype):
         matrix = linear_map(size, 0.95)[2].to(dtype)
