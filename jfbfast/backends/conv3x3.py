@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from jfbfast.backends import dispatch, native
+from jfbfast.backends import dispatch, fused, native
 from jfbfast.backends.dispatch import DTYPES, ONEDNN_HAS_BFLOAT16, check_reverse_mode
 
 _LEAST_TOL = 1e-4  # far above the rounding of Winograd's convolution, about 1e-6
@@ -29,9 +29,11 @@ def winograd_allowed(tol: float) -> bool:
     return tol >= _LEAST_TOL
 
 
-def worth_transforming(weight: Tensor, x: Tensor, uses: int) -> bool:
-    """Whether to transform a weight for so many 3 × 3 convolutions of images like x (B, C, H, W)."""
-    return x.dim() == 4 and _kernels(x, len(weight), uses) is native
+def worth_transforming(weight: Tensor, x: Tensor, dtype: torch.dtype, uses: int) -> bool:
+    """Whether to transform a weight for so many 3 × 3 convolutions of images like x (B, C, H, W) in ``dtype``."""
+    shape = x.shape[0], *x.shape[2:]
+    facts: dict[str, Any] = {"dtype": dtype, "channels": weight.shape[:2], "image_shape": shape, "uses": uses}
+    return x.dim() == 4 and dispatch.kernels(x.device, "conv3x3", **facts) is native
 
 
 def transformed_weight(weight: Tensor) -> Tensor | None:
@@ -174,15 +176,18 @@ def convolution(
     relu: bool = False,
     winograd: bool = True,
     transformed: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """torch's conv2d, and a ReLU if asked for, by the fastest implementation.
+    """torch's conv2d, and a ReLU or an addend if asked for, by the fastest implementation.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
         relu: whether to apply a ReLU.
         winograd: whether Winograd's convolution may be used.
         transformed: `transformed_weight` of the weight, if that was made.
+        addend: a tensor like the output to add to it; not with a ReLU.
     """
+    assert addend is None or not relu
     if (
         winograd
         and input.dim() == 4
@@ -191,11 +196,17 @@ def convolution(
         and not torch.is_autocast_enabled(input.device.type)
         and not _differentiated_by_functorch()
     ):
-        return conv3x3(input, weight, bias, relu, transformed)
+        out = conv3x3(input, weight, bias, relu, transformed)
+        return out if addend is None else addend + out
+    needed = relu or addend is not None
+    if needed and fused.serves(input, weight, bias, padding, addend) and not _differentiated_by_functorch():
+        return fused.convolution(input, weight, bias, stride, padding, dilation, groups, relu, addend)
     if relu and _onednn_fuses_relu(input, weight, bias, padding):
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if addend is not None:
+        return addend + out
     return torch.relu_(out) if relu else out
 
 
