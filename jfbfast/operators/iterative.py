@@ -20,7 +20,13 @@ from jfbfast.operators.inverse import scalar_gradient
 from jfbfast.operators.physics import PhysicsOperator
 
 _ADJOINTS = {"adjoint", "A_adjoint"}  # the names here and in deepinv
-_PLAIN = {int, float, bool, str, type(None), Tensor}  # most attributes of a module; none of them is an operator
+_PLAIN = {int, float, bool, str, type(None), Tensor}  # no operators
+# Attributes of every module, and of torch's convolutions: most of what a network has, and no operators.
+_ORDINARY = {
+    *vars(nn.Module()),
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
+    *("groups", "padding_mode", "_reversed_padding_repeated_twice", "inplace"),
+}
 
 
 class LinearOperator(Protocol):
@@ -76,13 +82,12 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
             attributes, children = value.__dict__, value._modules
             found += children.values()
             # An operator need not be a module.
-            found += [v for name, v in attributes.items() if name[0] != "_" and type(v) not in _PLAIN]
-            if getattr(kind, "may_hold_sample_data", False):  # of a DataFidelity
+            found += [attributes[name] for name in attributes.keys() - _ORDINARY if name[0] != "_"]
+            of_class = _held_by_class(kind)
+            if of_class == "data":
                 return True
             # hasattr of a module would call its slow __getattr__
-            has_adjoint = _class_has_adjoint(kind) or not (
-                _ADJOINTS.isdisjoint(attributes) and _ADJOINTS.isdisjoint(children)
-            )
+            has_adjoint = of_class or not (_ADJOINTS.isdisjoint(attributes) and _ADJOINTS.isdisjoint(children))
             if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
                 return True
         elif isinstance(value, (list, tuple)):
@@ -95,8 +100,11 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _class_has_adjoint(kind: type) -> bool:
-    return any(hasattr(kind, name) for name in _ADJOINTS)
+def _held_by_class(kind: type) -> str:
+    """What a class of modules says of them: "data" of each sample for a DataFidelity that may hold it, or "adjoint"."""
+    if getattr(kind, "may_hold_sample_data", False):
+        return "data"
+    return "adjoint" if any(hasattr(kind, name) for name in _ADJOINTS) else ""
 
 
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor | None) -> Tensor:
