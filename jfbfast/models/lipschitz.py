@@ -60,11 +60,11 @@ class SpectralNormConv2d(NormalisedConv2d):
     def power_iterations(cls, convolutions: Sequence[SpectralNormConv2d]) -> None:
         """The `power_iteration` of several, those with weights of one shape in one batch."""
         for group in grouped(convolutions, _kind_of_weight):
-            matrices, v = _stacked(group, "weight").flatten(2), _stacked(group, "v")[..., None]
-            with _full_precision(v):
-                u = F.normalize(matrices @ v, dim=1)
-                v = F.normalize(matrices.mT @ u, dim=1)
-            for conv, each_u, each_v in zip(group, u[..., 0], v[..., 0], strict=True):
+            matrices, v = _stacked(group, "weight").flatten(2), _stacked(group, "v")[:, None]
+            with _full_precision(v):  # vectors as rows, since products with a column are slow on CPUs
+                u = F.normalize(v @ matrices.mT, dim=2)
+                v = F.normalize(u @ matrices, dim=2)
+            for conv, each_u, each_v in zip(group, u[:, 0], v[:, 0], strict=True):
                 conv.u, conv.v = each_u, each_v
 
     @classmethod
@@ -74,8 +74,8 @@ class SpectralNormConv2d(NormalisedConv2d):
         for group in grouped(convolutions, _kind_of_weight):
             weights, u, v = (_stacked(group, name) for name in ("weight", "u", "v"))
             with _full_precision(weights):
-                norms = u[:, None] @ (weights.flatten(2) @ v[..., None])
-                found.update(zip(group, (weights / norms[..., None, None]).unbind(), strict=True))
+                norms = (u[:, None] @ weights.flatten(2) * v[:, None]).sum(2)
+                found.update(zip(group, (weights / norms[..., None, None, None]).unbind(), strict=True))
         return [found[conv] for conv in convolutions]
 
 
