@@ -38,7 +38,7 @@ class _Weight:
 
     def __init__(self, source: Tensor, dtype: torch.dtype, winograd: bool) -> None:
         self.source, self.dtype = source, dtype
-        self.winograd = winograd and source.shape[2:] == (3, 3) and source.device.type == "cpu"
+        self.winograd = winograd and source.shape[2:] == (3, 3) and not source.is_cuda
 
     @cached_property
     def value(self) -> Tensor:
