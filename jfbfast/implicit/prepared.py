@@ -39,7 +39,7 @@ class _Weight:
 
     def __init__(self, source: Tensor, dtype: torch.dtype, winograd: bool) -> None:
         self.source, self.dtype = source, dtype
-        self.winograd = winograd and source.shape[2:] == (3, 3) and source.device.type == "cpu"
+        self.winograd = winograd and source.shape[2:] == (3, 3) and not source.is_cuda
 
     def for_images(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight for images x, and the same as Winograd's convolution takes it where that is faster in a solve."""
