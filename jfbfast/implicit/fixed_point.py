@@ -13,7 +13,7 @@ from jfbfast.backends.tracing import untraced
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
 from jfbfast.implicit.forward_solve import ForwardSolve, autocast_dtype, check_capturable
-from jfbfast.implicit.frozen import TrainingState, step_spectral_norms
+from jfbfast.implicit.frozen import step_spectral_norms
 from jfbfast.implicit.methods import GradientMethod, Unrolled, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.implicit.states import Callback, Packed, packed
@@ -210,6 +210,7 @@ def _solved(
     if cuda_graph:
         check_capturable(implicit, solver, compile_solve)
     step_spectral_norms(implicit.module)
+    implicit.prepare()
     if isinstance(method, Unrolled):
         out, solution = unroll(implicit, method, x0, inputs, solver)
         if (solution.status == Status.DIVERGED).any():
@@ -217,7 +218,6 @@ def _solved(
         return out, solution
 
     # 1. Solve, without gradients.
-    state = TrainingState(implicit.module)
     forward = ForwardSolve(implicit, solver, solve_dtype, compile_solve, cuda_graph)
     solution = forward.find(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
@@ -232,7 +232,7 @@ def _solved(
         solution, rejected = _advance(solution, rows, pair, solver)
         diverged, late, again = _counts(solution.status, rejected)
         if again:
-            state.restore()
+            implicit.state.restore()
             if autocast_dtype(x0) is None:
                 solution = forward.finish(solution, rejected, inputs)
             out, rows, pair = _apply(implicit, solution, solution.value, inputs)

@@ -93,13 +93,14 @@ class ForwardSolve(NamedTuple):
                 key = getattr(self.implicit.layer, "__func__", None), dtype
                 return CapturedLayer(prepare, self.implicit.module, len(whole), key), inputs
             graphs.note(f"x0 is on {whole.device}")
-        layer = prepare()
+        layer = prepare(given=self.implicit.convolutions)
         return ((lambda x: layer(x, *inputs)), ()) if self.implicit.stays_whole else (layer, inputs)
 
     @contextmanager
     def _held_still(self, device: torch.device) -> Iterator[None]:
         module = self.implicit.module
-        with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module):
+        weights = self.implicit.weights
+        with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module, weights):
             yield
         torch.clear_autocast_cache()  # else torch up to 2.12 reuses the solve's casts, which have no gradient
 

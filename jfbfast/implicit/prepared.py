@@ -7,25 +7,23 @@ once: channels-last, in low precision if asked for, transformed for Winograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
 from threading import local
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
-from jfbfast.implicit.frozen import NormalisedConv2d, grouped, owner, submodules
+from jfbfast.implicit.chains import Step, foldable_pairs, folded, initialised, steps, weight_of
+from jfbfast.implicit.frozen import grouped, owner, submodules
 from jfbfast.solvers import Layer
 
 _Arguments = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]  # of conv2d
-_Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -51,7 +49,12 @@ class _Weight:
     @cached_property
     def transformed(self) -> Tensor | None:
         """The weight as Winograd's convolution takes it; None where that would not be used."""
-        return transformed_weight(self.source.to(self.dtype)) if self.winograd else None
+        return transformed_weight(self.source.detach(), self.dtype) if self.winograd else None
+
+    def taken(self) -> Tensor | None:
+        """The transformed weight if a solve has made it, for its last use: the memory is free after that."""
+        made: Tensor | None = vars(self).pop("transformed", None)
+        return made
 
 
 class Convolutions(TorchFunctionMode):
@@ -60,11 +63,14 @@ class Convolutions(TorchFunctionMode):
     Gradients reach the module's parameters through the folded weights.
 
     Args:
-        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 convolutions on the CPU are
-            Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 and bfloat16 convolutions
+            on the CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
         module: whose Sequentials are evaluated with batch norms folded and ReLUs fused, in eval(); its parameters stay
             the same while this object is used. None for no module.
         fold: False leaves the batch norms as they are.
+
+    Attributes:
+        folded: whether all batch norms are folded that can be.
     """
 
     def __init__(self, tol: float, module: nn.Module | None = None, fold: bool = True) -> None:
@@ -80,16 +86,20 @@ class Convolutions(TorchFunctionMode):
         compiled = [m for m in modules if "_orig_mod" in m._modules or vars(m).get("_compiled_call_impl")]
         within = {inner for m in compiled for inner in submodules(m)}
         self.modules = [m for m in modules if m not in within]
-        self.dtypes = self._dtypes(module)
         chains = [m for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)]
-        pairs = {m: _foldable_pairs(m) if fold else {} for m in chains}
-        folded = _folded([pair for each in pairs.values() for pair in each.items()])
-        self.chains = {m: self._steps(m, {conv: folded[conv, norm] for conv, norm in pairs[m].items()}) for m in chains}
-        self.forwards = {m: MethodType(forward, m) for m in self.chains}
+        pairs = {m: foldable_pairs(m) for m in chains}
+        self.folded = fold or not any(pairs.values())
+        parameters = folded([pair for each in pairs.values() for pair in each.items()] if fold else [])
+        self.chains = {m: steps(m, pairs[m], parameters) for m in chains}
+        self.forwards = {m: MethodType(forward, m) for m in chains}
+        for _, weight in self._convolutions():
+            self.weights[id(weight)] = _Weight(weight, weight.dtype, self.winograd)
 
-    def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
-        """The convolutions that are computed in another dtype than that of their weight."""
-        return {}
+    def _convolutions(self) -> list[tuple[nn.Conv2d, Tensor]]:
+        """The convolutions of the chains, with the weights that they convolve with."""
+        plain = [step for chain in self.chains.values() for step in chain if step.plain]
+        pairs = [(conv, weight_of(conv) if parameters is None else parameters[0]) for conv, parameters, *_ in plain]
+        return [(conv, weight) for conv, weight in pairs if initialised(weight)]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -114,35 +124,10 @@ class Convolutions(TorchFunctionMode):
         return self._convolve(known, (input, weight, bias, stride, padding, dilation, groups), relu, addend)
 
     def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
-        return convolution(*given, relu, self.winograd, None, addend)
+        transformed = known.taken() if known else None
+        return convolution(*given, relu, self.winograd, transformed, addend)
 
-    def _prepare(self, conv: nn.Conv2d, weight: Tensor) -> None:
-        """Prepare a weight that the layer will pass to conv2d."""
-        self.weights[id(weight)] = _Weight(weight, self.dtypes.get(conv, weight.dtype), self.winograd)
-
-    def _steps(self, sequential: nn.Sequential, folded: dict[nn.Conv2d, tuple[Tensor, Tensor]]) -> list[_Step]:
-        """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
-        members = [m for m in sequential._modules.values() if m is not None]
-        steps = []
-        while members:
-            module, *members = members
-            parameters: tuple[Tensor, Tensor | None] | None = None
-            relu = plain = False
-            if isinstance(module, nn.Conv2d) and _plain_convolution(module):
-                plain = True
-                if module in folded:
-                    parameters, members = folded[module], members[1:]
-                elif isinstance(module, NormalisedConv2d):  # which another thread may release
-                    parameters = _weight_of(module), module.bias
-                weight = _weight_of(module) if parameters is None else parameters[0]
-                if not isinstance(weight, UninitializedTensorMixin):
-                    self._prepare(module, weight)
-                relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
-                members = members[relu:]
-            steps.append(_Step(module, parameters, relu, plain))
-        return steps
-
-    def run(self, steps: list[_Step], input: Any, addend: Tensor | None = None) -> Any:
+    def run(self, steps: list[Step], input: Any, addend: Tensor | None = None) -> Any:
         """Apply the steps of a Sequential, and add the addend to what the last one returns."""
         offered = None
         try:
@@ -175,20 +160,34 @@ class _SolveConvolutions(Convolutions):
     """`Convolutions` of a solve, without gradients.
 
     Args:
-        module: the module, in eval().
-        tol: as in `Convolutions`.
+        given: with all batch norms folded, for the same module, in eval(). In its dtype the solve prepares its weights.
+        module: the module.
         dtype: of the autocast around the evaluations, to compute in; None for the weights' own.
     """
 
-    def __init__(self, module: nn.Module, tol: float, dtype: torch.dtype | None) -> None:
+    def __init__(self, given: Convolutions, module: nn.Module, dtype: torch.dtype | None) -> None:
+        TorchFunctionMode.__init__(self)
         self.dtype = dtype
-        super().__init__(tol, module)
-        known = {m for steps in self.chains.values() for m, parameters, *_ in steps if parameters is not None}
-        for conv in self.modules:
-            weight = _weight_of(conv) if isinstance(conv, nn.Conv2d) and conv not in known else None
-            if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
-                self._prepare(conv, weight)
+        self.winograd, self.modules, self.chains = given.winograd, given.modules, given.chains
+        self.weights = given.weights if dtype is None else {}
+        self.relu, self.addend, self.outer = False, None, None
+        self.forwards = {m: MethodType(forward, m) for m in self.chains}
+        low = self._low_precision(module) if dtype else set()
+        pairs = self._convolutions()
+        known = {conv for conv, _ in pairs}
+        others = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in known]
+        pairs += [(conv, weight) for conv in others if initialised(weight := weight_of(conv))]
+        for conv, weight in pairs:
+            if id(weight) not in self.weights:
+                computed = dtype if dtype and conv in low else weight.dtype
+                self.weights[id(weight)] = _Weight(weight, computed, self.winograd)
         self._copy_together()
+
+    def _low_precision(self, module: nn.Module) -> set[nn.Conv2d]:
+        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
+        operators = [m for m in self.modules if m is not module and callable(getattr(m, "adjoint", None))]
+        measuring = {m for operator in operators for m in operator.modules()}
+        return set([m for m in self.modules if isinstance(m, nn.Conv2d) and m not in measuring][1:-1])
 
     def _copy_together(self) -> None:
         """Prepare the weights that Winograd's convolution does not take; those alike are copied together."""
@@ -200,15 +199,6 @@ class _SolveConvolutions(Convolutions):
             copies = torch.stack([source.permute(0, 2, 3, 1) for source in sources]).to(dtype)
             for weight, copy in zip(group, copies.permute(0, 1, 4, 2, 3), strict=True):
                 weight.value = copy
-
-    def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
-        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
-        if self.dtype is None:
-            return {}
-        operators = [m for m in self.modules if m is not module and callable(getattr(m, "adjoint", None))]
-        measuring = {m for operator in operators for m in operator.modules()}
-        convolutions = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in measuring]
-        return dict.fromkeys(convolutions[1:-1], self.dtype)
 
     def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
         if known is None:
@@ -222,22 +212,6 @@ class _SolveConvolutions(Convolutions):
         with torch.autocast(input.device.type, enabled=False) if changed else _NOTHING:
             given = input, weight, bias, stride, padding, dilation, groups
             return convolution(*given, relu, transformed is not None, transformed, addend)
-
-
-class _Step(NamedTuple):
-    """One module of a Sequential in a solve.
-
-    Attributes:
-        module: the module.
-        parameters: the weight and the bias to convolve with, of a convolution; None to call the module.
-        relu: whether a ReLU follows, which the convolution may apply.
-        plain: whether it is a convolution that does nothing else, and so may add a tensor.
-    """
-
-    module: Any
-    parameters: tuple[Tensor, Tensor | None] | None
-    relu: bool
-    plain: bool
 
 
 class _Thread(local):
@@ -277,71 +251,6 @@ def _is_chain(sequential: nn.Sequential) -> bool:
     )
 
 
-def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
-    """The convolutions of a Sequential that a batch norm in eval() follows, which can be folded into them.
-
-    A convolution that occurs twice stays as it is.
-    """
-    members = list(sequential._modules.values())
-    return {
-        conv: norm
-        for conv, norm in pairwise(members)
-        if type(norm) is nn.BatchNorm2d
-        and isinstance(conv, nn.Conv2d)
-        and norm.running_mean is not None
-        and _plain(norm)
-        and _plain_convolution(conv)
-        and members.count(conv) == 1
-    }
-
-
-def _folded(pairs: list[_Pair]) -> dict[_Pair, tuple[Tensor, Tensor]]:
-    """The weight and the bias of each convolution with the batch norm behind it; pairs alike are folded together."""
-    weights = {conv: _weight_of(conv) for conv, _ in pairs}
-    found: dict[_Pair, tuple[Tensor, Tensor]] = {}
-
-    def kind(pair: _Pair) -> tuple[Any, ...]:
-        conv, norm = pair
-        weight, none = weights[conv], [t is None for t in (conv.bias, norm.weight, norm.bias)]
-        return weight.shape, weight.dtype, weight.device, norm.eps, *none
-
-    for group in grouped(pairs, kind):
-        convolutions, norms = zip(*group, strict=True)
-        conv, norm = group[0]
-        scale = torch.rsqrt(_stacked(norms, "running_var") + norm.eps)
-        scale = scale if norm.weight is None else scale * _stacked(norms, "weight")
-        mean = _stacked(norms, "running_mean")
-        shift = -mean if conv.bias is None else _stacked(convolutions, "bias") - mean
-        shift = shift * scale if norm.bias is None else torch.addcmul(_stacked(norms, "bias"), shift, scale)
-        weight = torch.stack([weights[conv] for conv in convolutions]) * scale[:, :, None, None, None]
-        found.update(zip(group, zip(weight, shift, strict=True), strict=True))
-    return found
-
-
-def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
-    """The modules' tensors of one name, in one tensor (modules, …)."""
-    return torch.stack([getattr(module, name) for module in modules])
-
-
-def _plain_convolution(conv: nn.Conv2d) -> bool:
-    """Whether calling a convolution does nothing but convolve with its weight, which may be computed."""
-    return (
-        _plain(conv)
-        and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and type(conv).forward in (nn.Conv2d.forward, NormalisedConv2d.forward)
-    )
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _weight_of(conv: nn.Conv2d) -> Any:
-    """The weight that a convolution uses; None where a class of a user's has none."""
-    return conv.current_weight() if isinstance(conv, NormalisedConv2d) else getattr(conv, "weight", None)
-
-
 def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype if a layer can be prepared in it; raise ValueError if not."""
     if dtype not in (None, torch.bfloat16, torch.float16):
@@ -349,12 +258,27 @@ def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def _solve_convolutions(
+    module: nn.Module, tol: float, dtype: torch.dtype | None = None, given: Convolutions | None = None
+) -> _SolveConvolutions:
+    if given is None or not given.folded or given.winograd != winograd_allowed(tol):
+        given = Convolutions(tol, module)
+    return _SolveConvolutions(given, module, dtype)
+
+
 @lru_cache(maxsize=32)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0, compiled: bool = False) -> Layer:
+def prepared(
+    layer: Layer,
+    dtype: torch.dtype | None = None,
+    *,
+    tol: float = 0.0,
+    compiled: bool = False,
+    given: Convolutions | None = None,
+) -> Layer:
     """The layer as a solve evaluates it, the same function to rounding; its module must be `frozen`.
 
     The weights are taken at the first evaluation.
@@ -366,6 +290,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
             an ``adjoint``); None evaluates it in the weights' own precision, whatever autocast the caller has.
         tol: the relative residual that the solve is to reach, as in `Convolutions`.
         compiled: pass a module, or a module's method, through torch.compile, which then computes the convolutions.
+        given: the `Convolutions` of the application after the solve, to share their weights where that is possible.
     """
     module = owner(layer)
     function = type(layer).__call__ if layer is module else getattr(layer, "__func__", None)
@@ -376,7 +301,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
         nonlocal convolutions
         if convolutions is None:
-            convolutions = _NOTHING if module is None else _SolveConvolutions(module, tol, dtype)
+            convolutions = _NOTHING if module is None else _solve_convolutions(module, tol, dtype, given)
         device = x.device.type
         autocast = dtype is not None or torch.is_autocast_enabled(device)
         precision = torch.autocast(device, dtype, enabled=dtype is not None) if autocast else _NOTHING
