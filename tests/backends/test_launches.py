@@ -31,7 +31,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, model: jfbfast.
     anderson = counter.launches["Anderson"]
     assert anderson["step"] == 3 * len(counter.evaluations) and anderson["copy_"] == len(counter.evaluations)
     outside = {name: count for name, count in counter.waits.items() if name.startswith("outside")}
-    assert sum(outside.values()) <= 2  # which samples are finite, and how they ended
+    # Which samples are usable, and how they ended; and a shortcut of the model that is for the CPU only.
+    assert sum(outside.values()) <= 2 + 1
     assert counter.waits["following the device"] == len(counter.evaluations)
     assert len(counter.waits) == len(outside) + 1  # none in an evaluation or in backward
     return counter
