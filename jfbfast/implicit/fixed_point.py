@@ -25,14 +25,19 @@ from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
 State = TypeVar("State")
 
 
-def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: int) -> None:
-    status = solution.status
-    diverged, late = (int((status == s).sum()) for s in (Status.DIVERGED, Status.MAX_ITER))
+def _counts(status: Tensor, rejected: Tensor) -> list[int]:
+    """How many samples have diverged, have not converged, and are rejected; the host waits for the device once."""
+    return torch.stack(
+        [each.sum() for each in (status == Status.DIVERGED, status == Status.MAX_ITER, rejected)]
+    ).tolist()
+
+
+def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: int, diverged: int, late: int) -> None:
     if diverged or (late and solver.tol > 0) or contradicted:
         dtype = solution.value.dtype
         beyond = late and 0 < solver.tol < torch.finfo(dtype).eps
         warn_unconverged(
-            f"{diverged + late} of {len(status)} samples did not converge to tol={solver.tol:g} in "
+            f"{diverged + late} of {len(solution.status)} samples did not converge to tol={solver.tol:g} in "
             f"{int(solution.iterations.max())} evaluations ({diverged} diverged; "
             f"largest residual {float(solution.residual.max()):.1e})"
             + (f"; tol is below the rounding of {dtype}" if beyond else "")
@@ -227,7 +232,8 @@ def _solved(
     contradicted = 0
     if ahead:
         solution, rejected = _advance(solution, rows, pair, solver)
-        if rejected.any():
+        diverged, late, again = _counts(solution.status, rejected)
+        if again:
             implicit.state.restore()
             if autocast_dtype(x0) is None:
                 solution = forward.finish(solution, rejected, inputs)
@@ -235,7 +241,8 @@ def _solved(
             ahead = False
     if not ahead:
         solution, contradicted = _check_claims(solution, rows, pair, solver)
-    _warn(solution, solver, contradicted)
+        diverged, late, _ = _counts(solution.status, solution.status < 0)
+    _warn(solution, solver, contradicted, diverged, late)
     return out, solution._replace(inverse=None, following=None)  # only the backward keeps the estimate
 
 
