@@ -15,6 +15,8 @@ namespace jfbfast::cuda {
 constexpr int kMaxMemory = 16;
 constexpr double kDivergedGrowth = 1e4;  // of |g| or |f|, relative to the sum of their first values
 constexpr double kSafeguardGrowth = 4;   // of |g|, relative to its lowest value since the safeguard last acted
+constexpr double kStallFall = 0.7;       // a sample has stalled if its lowest |g| has not fallen to this share ...
+constexpr int kStallWindow = 5;          // ... in so many steps
 
 enum class DType : int { kFloat64, kFloat32 };
 
@@ -35,6 +37,8 @@ struct Anderson {
     int memory;  // pairs, at most kMaxMemory
     std::int64_t samples, size;
     double tol, atol, regularization;
+    double stall_floor;          // a stalled sample ends if its relative residual is at most this
+    const std::int64_t* budget;  // [samples], the most steps of each sample, or null
 
     void *residuals, *images;                                  // [ring, samples, size]
     void *residual_differences, *image_differences;            // [memory - 1, samples, size] or null
@@ -43,6 +47,8 @@ struct Anderson {
     int *iterations, *pairs, *best;                            // best: the step of the lowest residual, or -1
     double *residual, *lowest, *first_residual, *first_image;  // residual: relative, at `value`
     double* guarded;   // [samples]: the lowest |g| since the safeguard last acted
+    int* since;        // [samples]: steps since the lowest |g| fell to kStallFall of `mark`, or null if no stall counts
+    double* mark;      // [samples], or null with `since`
     double* gram;      // [samples, memory, memory], by age: of g, or of its differences
     double* weights;   // [samples, memory], by age: of f_a - f_0, or of the differences of f
     double* partials;  // [samples, products, chunks]

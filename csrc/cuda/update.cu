@@ -17,6 +17,16 @@ __device__ void sum_partials(const Anderson& a, std::int64_t sample, double* pro
     }
 }
 
+// Whether the sample has stalled, to be asked once a step.
+__device__ bool stalled(const Anderson& a, std::int64_t sample) {
+    if (!a.since) return false;
+    const double lowest = a.lowest[sample];
+    const bool fell = lowest <= kStallFall * a.mark[sample];
+    if (fell) a.mark[sample] = lowest;
+    a.since[sample] = fell ? 0 : a.since[sample] + 1;
+    return a.since[sample] >= kStallWindow && a.residual[sample] <= a.stall_floor;
+}
+
 // Records one evaluation and decides what follows; run by one thread.
 __device__ void judge(const Anderson& a, std::int64_t sample, double image, double residual) {
     const int step = a.iterations[sample]++;
@@ -33,14 +43,15 @@ __device__ void judge(const Anderson& a, std::int64_t sample, double image, doub
         a.action[sample] = kKeepBest;
         return;
     }
-    if (converged || residual < a.lowest[sample]) {
+    const bool improved = converged || residual < a.lowest[sample];
+    if (improved) {
         a.lowest[sample] = residual;
         a.best[sample] = step;
         a.residual[sample] = residual / (image > DBL_MIN ? image : DBL_MIN);
     }
-    if (converged) {
-        a.status[sample] = kConverged;
-        a.action[sample] = kKeepIterate;
+    if (converged || stalled(a, sample) || (a.budget && step + 1 >= a.budget[sample])) {
+        a.status[sample] = converged ? kConverged : kMaxIter;
+        a.action[sample] = improved ? kKeepIterate : kKeepBest;
         return;
     }
     const bool grown = residual > kSafeguardGrowth * a.guarded[sample];

@@ -185,7 +185,7 @@ def convolution(
         and not _differentiated_by_functorch()
     ):
         return conv3x3(input, weight, bias, relu, transformed)
-    if relu and _onednn_fuses_relu(input, padding):
+    if relu and _onednn_fuses_relu(input, weight, bias, padding):
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -198,7 +198,8 @@ def _differentiated_by_functorch() -> bool:
     return functorch is not None or forward >= 0
 
 
-def _onednn_fuses_relu(input: Tensor, padding: Any) -> bool:
+def _onednn_fuses_relu(input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> bool:
+    given = [input, weight] if bias is None else [input, weight, bias]
     return (
         input.device.type == "cpu"
         and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and ONEDNN_HAS_BFLOAT16))
@@ -207,7 +208,9 @@ def _onednn_fuses_relu(input: Tensor, padding: Any) -> bool:
         and not isinstance(padding, str)
         and input.dim() == 4
         and input.numel() > 0
-        and not (torch.is_grad_enabled() and input.requires_grad)
+        and all(each.dtype == input.dtype for each in given)
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in given))
     )
 
 

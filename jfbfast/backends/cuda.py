@@ -16,7 +16,6 @@ from torch import Tensor
 MAX_MEMORY = 16  # `dispatch.kernels` leaves a longer memory to the host
 
 _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
-_STOPPED = -2  # the host stopped the sample: it takes no further step, and `finish` ends it like a running one
 
 # What each sample's state starts from; csrc/cuda/anderson.h explains the fields of the same names.
 _INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}
@@ -67,6 +66,8 @@ class AndersonCuda:
         tol, atol, memory, regularization: as in `jfbfast.Anderson`; ``memory`` from 1 to 16.
         history_dtype: ``torch.bfloat16`` keeps the history of a float32 solve as differences in bfloat16,
             in addition to the newest two pairs in float32; None keeps it in the dtype of x.
+        budget: the most steps of each sample, (B,), int64 on the device of x; None for no limit.
+        stall_floor: a stalled sample stops if its relative residual is at most this; None for never.
 
     Raises:
         RuntimeError: the compiled module is missing, or CUDA refused a launch.
@@ -82,6 +83,8 @@ class AndersonCuda:
         memory: int = 5,
         regularization: float = 1e-10,
         history_dtype: torch.dtype | None = None,
+        budget: Tensor | None = None,
+        stall_floor: float | None = None,
     ) -> None:
         wide = x.dtype == torch.float64
         if not x.is_cuda or x.dim() != 2 or not (wide or x.dtype == torch.float32) or not x.is_contiguous():
@@ -95,7 +98,7 @@ class AndersonCuda:
             raise RuntimeError(f"no CUDA kernels: {why}")
         samples, size = x.shape
         differences = history_dtype == torch.bfloat16 and memory > 1
-        numbers = {"tol": tol, "atol": atol, "regularization": regularization}
+        numbers = {"tol": tol, "atol": atol, "regularization": regularization, "stall_floor": stall_floor or 0.0}
         self._state = state = module.Anderson(
             float64=wide, differences=differences, memory=memory, samples=samples, size=size, **numbers
         )
@@ -116,8 +119,11 @@ class AndersonCuda:
         if differences:
             for name in ("residual_differences", "image_differences"):
                 self._buffers[name] = buffer(torch.bfloat16, memory - 1, samples, size)
-        self.iterations = self._buffers["iterations"]  # how many pairs each sample has taken, (B,)
-        self.lowest = self._buffers["lowest"]  # the lowest ‖f − x‖ of each sample so far, (B,)
+        if budget is not None:
+            self._buffers["budget"] = budget.contiguous()
+        if stall_floor is not None:
+            self._buffers["since"] = buffer(torch.int32, samples).zero_()
+            self._buffers["mark"] = buffer(torch.float64, samples).fill_(torch.inf)
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
         self._seen = [(torch.empty(samples, dtype=torch.int32, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
@@ -143,11 +149,6 @@ class AndersonCuda:
                 stream = torch.cuda.current_stream().cuda_stream
                 self._state.step(self._device, stream, x.data_ptr(), f.data_ptr(), rows, batch)
         return x
-
-    def stop(self, samples: Tensor) -> None:
-        """Stop those of these samples, bool (B,) on the device, that still run; they take no further step."""
-        status = self._buffers["status"]
-        status.masked_fill_(samples & (status == _RUNNING), _STOPPED)
 
     def running(self) -> Tensor:
         """Which rows of x may still run, bool (rows,) on the CPU: those that ran at the previous call.
@@ -183,9 +184,11 @@ class AndersonCuda:
         They are as in `jfbfast.FixedPointSolution`, in the order of the batch at the start, except that a
         sample that never had a finite residual keeps its start as its value.
         """
-        buffers, status = self._buffers, self._buffers["status"]
-        status.masked_fill_(status == _STOPPED, _RUNNING)
+        buffers = self._buffers
         if buffers["value"].numel():
             with torch.cuda.device(self._device):
                 self._state.finish(self._device, torch.cuda.current_stream().cuda_stream)
         return buffers["value"], buffers["residual"], buffers["iterations"].long(), buffers["status"].long()
+
+
+AndersonSolve = AndersonCuda  # the name that `native` has for its own

@@ -5,7 +5,10 @@ The implementations are modules with functions of the same names and arguments:
 - `jfbfast.backends.reference`: the definition of every kernel, in PyTorch, on any device;
 - `jfbfast.backends.native`: C++, on the CPU;
 - `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur alone;
-- `jfbfast.backends.cuda`: CUDA, for Anderson's method alone; it keeps the state of a whole solve on the device.
+- `jfbfast.backends.cuda`: CUDA, for Anderson's method alone.
+
+Anderson's method is an exception: `native` and `cuda` have the class ``AndersonSolve``, which keeps the state of a
+whole solve and takes all decisions of an iteration; `reference` has the parts of an iteration, for the solvers' loop.
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ def kernels(
 
     Args:
         op: "blur" for A x and its gradient steps; "anderson" for one iteration of Anderson's or Broyden's method;
-            "anderson_solve" for a whole solve by Anderson's method, on the device (`cuda`) where that is possible;
+            "anderson_solve" for a whole solve by Anderson's method, by the class ``AndersonSolve`` if the module has it;
             "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster.
         radius: the larger radius of the two filters of a blur.
         dtype: the dtype of the tensors of an Anderson solve or a convolution.
@@ -133,7 +136,9 @@ def kernels(
         and not cuda.unavailable_because(device.index)
     ):
         return cuda
-    if _backend == "reference":
+    if _backend == "reference" or (
+        kind == "cpu" and op == "anderson_solve" and (estimate or memory > native.MAX_MEMORY)
+    ):
         return reference
     if kind == "cpu" and _backend in ("auto", "native"):
         if native.AVAILABLE:

@@ -173,7 +173,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
         gram: [B, m, m] in float64, ⟨gᵢ, gⱼ⟩ of the stored residuals.
 
     Returns:
-        ‖f − x‖² and ‖f‖² of each sample, [B, 2] in float64, before the residual is rounded for the history.
+        ‖f − x‖ and ‖f‖ of each sample, [B, 2] in float64, before the residual is rounded for the history.
     """
     wide = compute_dtype(x.dtype)
     g = f.to(wide) - x.to(wide)
@@ -181,7 +181,7 @@ def anderson_append(x: Tensor, f: Tensor, residuals: Tensor, gram: Tensor, slot:
     row = torch.einsum("bn,mbn->bm", residuals[slot].double(), residuals[:filled].double())
     gram[:, slot, :filled] = row
     gram[:, :filled, slot] = row
-    return torch.stack((g.double().square().sum(1), f.double().square().sum(1)), dim=1)
+    return torch.stack((g.double().square().sum(1), f.double().square().sum(1)), dim=1).sqrt()
 
 
 def anderson_weights(gram: Tensor, valid: Tensor, regularization: float) -> Tensor:

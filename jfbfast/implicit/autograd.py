@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from jfbfast.backends.precision import precision_for
-from jfbfast.implicit.frozen import TrainingState, assigned, frozen, owner, parameters_of
+from jfbfast.implicit.frozen import (
+    TrainingState,
+    assigned,
+    fixed_weights,
+    frozen,
+    normalised_weights,
+    owner,
+    parameters_of,
+)
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
-from jfbfast.implicit.prepared import convolutions_for
+from jfbfast.implicit.prepared import Convolutions
 from jfbfast.implicit.states import StateLayer
 from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer
@@ -70,8 +78,8 @@ class ImplicitLayer:
         x = x.detach().requires_grad_(differentiable and self.method.differentiates_in_x)
         copies = tuple([i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs])
         steps = self.method.steps if isinstance(self.method, Unrolled) else 1
-        trace = Trace(self, x, copies, inverse, updating=steps - 1)
         since = _sequence_number() if differentiable else 0
+        trace = Trace(self, x, copies, inverse, updating=steps - 1)
         trace.out = out = self.method.trace(trace.apply, x)
         if differentiable:
             self._check_leaves(out, x, copies, since)
@@ -147,19 +155,29 @@ class Trace:
     ) -> None:
         self.implicit, self.x, self.inputs, self.inverse, self.updating = implicit, x, inputs, inverse, updating
         self.state = TrainingState(implicit.module)
+        self.weights = normalised_weights(implicit.module)
+        self.convolutions: Convolutions | None = None  # of the newest application
         self.count = 0
 
     @contextmanager
-    def held_still(self, device: torch.device, updating: bool = False) -> Iterator[None]:
-        """Hold the module still within the context; backward needs it too, because it may evaluate parts again."""
+    def held_still(self, device: torch.device, updating: bool | None = None) -> Iterator[None]:
+        """Hold the module still within the context, for an application that updates running statistics or does not.
+
+        Backward needs it too, because it may evaluate parts of the application again; then ``updating`` is None.
+        """
         state = self.state.updated() if updating else self.state.used()
-        with state, frozen(self.implicit.module), precision_for(self.implicit.tol, device):
-            yield
+        module, tol = self.implicit.module, self.implicit.tol
+        with state, fixed_weights(self.weights), frozen(module), precision_for(tol, device):
+            if self.convolutions is None or updating is not None:
+                fold = not self.state.moving  # their inputs are wanted, and every application is to be evaluated alike
+                self.convolutions = Convolutions(tol, module, fold)
+            with self.convolutions:
+                yield
 
     def apply(self, x: Tensor) -> Tensor:
         """T(x; inputs), with the module held still."""
         updating = len(x) > 0 and self.count == self.updating
-        with self.held_still(x.device, updating), convolutions_for(self.implicit.tol):
+        with self.held_still(x.device, updating):
             image = evaluate(self.implicit.layer, "layer", x, self.inputs)
         self.last = x.detach(), image.detach()
         if self.count == 0:

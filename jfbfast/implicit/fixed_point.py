@@ -212,8 +212,8 @@ def _solved(
     solution = forward.find(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
         solution = solution._replace(following=solution.value)
-    # 2. Apply the layer once with its gradient: one step after the last iterate, except under autocast.
-    ahead = solution.following is not None and autocast_dtype(x0) is None
+    # 2. Apply the layer once with its gradient, one step after the last iterate.
+    ahead = solution.following is not None
     points = solution.value if solution.following is None or not ahead else solution.following
     out, rows, pair = _apply(implicit, solution, points, inputs)
     # 3. Verify. A sample that the step has led astray goes back to its value.
@@ -222,7 +222,8 @@ def _solved(
         solution, rejected = _advance(solution, rows, pair, solver)
         if rejected.any():
             state.restore()
-            solution = forward.finish(solution, rejected, inputs)
+            if autocast_dtype(x0) is None:
+                solution = forward.finish(solution, rejected, inputs)
             out, rows, pair = _apply(implicit, solution, solution.value, inputs)
             ahead = False
     if not ahead:

@@ -1,15 +1,15 @@
 """How the convolutions of a layer are computed, in a solve and in the application that carries the gradient.
 
-torch's conv2d becomes Winograd's convolution where the tolerance allows it and it is faster. A solve also prepares the
-layer's weights once: channels-last, in low precision if asked for, transformed for Winograd, and with the batch norm
-that follows folded in.
+torch's conv2d becomes Winograd's convolution where the tolerance allows it and it is faster. In a Sequential, batch
+norms in eval() are folded into the convolutions before them, and ReLUs are fused. A solve also prepares each weight
+once: channels-last, in low precision if asked for, transformed for Winograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from threading import local
 from types import MethodType
@@ -21,40 +21,72 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
-from jfbfast.implicit.frozen import NormalisedConv2d, owner, submodules
+from jfbfast.implicit.frozen import NormalisedConv2d, grouped, owner, submodules
 from jfbfast.solvers import Layer
 
+_Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-class _Weight(NamedTuple):
-    """A convolution's weight, prepared for a solve.
+class _Weight:
+    """A convolution's weight in a solve, which prepares it when it is first used.
 
-    Attributes:
+    Args:
         source: the weight that the layer passes to conv2d; held so that no other tensor takes its id.
-        value: the same channels-last, in the dtype to compute in.
-        transformed: the same transformed for Winograd's convolution; None where that would not be used.
+        dtype: to compute in.
+        winograd: whether Winograd's convolution may be used.
     """
 
-    source: Tensor
-    value: Tensor
-    transformed: Tensor | None
+    def __init__(self, source: Tensor, dtype: torch.dtype, winograd: bool) -> None:
+        self.source, self.dtype = source, dtype
+        self.winograd = winograd and source.shape[2:] == (3, 3) and source.device.type == "cpu"
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The weight in its dtype; channels-last, unless Winograd's convolution takes it transformed."""
+        layout = torch.channels_last if self.transformed is None else torch.preserve_format
+        return self.source.to(self.dtype, memory_format=layout)
+
+    @cached_property
+    def transformed(self) -> Tensor | None:
+        """The weight as Winograd's convolution takes it; None where that would not be used."""
+        return transformed_weight(self.source.to(self.dtype)) if self.winograd else None
 
 
 class Convolutions(TorchFunctionMode):
     """Within the context, torch's conv2d is computed the fastest way that the tolerance allows.
 
+    Gradients reach the module's parameters through the folded weights.
+
     Args:
         tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 convolutions on the CPU are
             Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+        module: whose Sequentials are evaluated with batch norms folded and ReLUs fused, in eval(); its parameters stay
+            the same while this object is used. None for no module.
+        fold: False leaves the batch norms as they are.
     """
 
-    def __init__(self, tol: float) -> None:
+    def __init__(self, tol: float, module: nn.Module | None = None, fold: bool = True) -> None:
         super().__init__()
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
-        self.dtype: torch.dtype | None = None  # the dtype of the autocast under which the solve evaluates the layer
-        self.relu = False  # whether the next convolution with a prepared weight is to apply a ReLU too
+        self.relu = False  # whether the next convolution with one of these weights is to apply a ReLU too
+        self.outer: Convolutions | None = None
+        modules = submodules(module)
+        # What torch.compile was applied to, as a function or by the method ``compile``, stays as it is.
+        compiled = [m for m in modules if "_orig_mod" in m._modules or vars(m).get("_compiled_call_impl")]
+        within = {inner for m in compiled for inner in submodules(m)}
+        self.modules = [m for m in modules if m not in within]
+        self.dtypes = self._dtypes(module)
+        chains = [m for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)]
+        pairs = {m: _foldable_pairs(m) if fold else {} for m in chains}
+        folded = _folded([pair for each in pairs.values() for pair in each.items()])
+        self.chains = {m: self._steps(m, {conv: folded[conv, norm] for conv, norm in pairs[m].items()}) for m in chains}
+        self.forwards = {m: MethodType(forward, m) for m in self.chains}
+
+    def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
+        """The convolutions that are computed in another dtype than that of their weight."""
+        return {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,74 +105,22 @@ class Convolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        winograd, transformed, precision, relu = self.winograd, None, _NOTHING, False
-        if prepared := self.weights.get(id(weight)):
+        known, relu = self.weights.get(id(weight)), False
+        if known:
             relu, self.relu = self.relu, False
-            _, weight, transformed = prepared
-            winograd = transformed is not None
-            layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
-            input = input.to(weight.dtype, memory_format=layout)
-            bias = None if bias is None else bias.to(weight.dtype)
-            if self.dtype not in (None, weight.dtype):  # autocast would change it
-                precision = torch.autocast(input.device.type, enabled=False)
-        with precision:
-            return convolution(input, weight, bias, stride, padding, dilation, groups, relu, winograd, transformed)
+        return self._convolve(known, input, weight, bias, (stride, padding, dilation, groups), relu)
 
+    def _convolve(
+        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, relu: bool
+    ) -> Tensor:
+        return convolution(input, weight, bias, *geometry, relu, self.winograd)
 
-class _SolveConvolutions(Convolutions):
-    """`Convolutions` of a module whose weights stay the same while this object is used.
-
-    Args:
-        module: the module, in eval().
-        tol: as in `Convolutions`.
-        dtype: of the autocast around the evaluations, to compute in; None for the weights' own.
-    """
-
-    def __init__(self, module: nn.Module, tol: float, dtype: torch.dtype | None) -> None:
-        super().__init__(tol)
-        self.dtype = dtype
-        self.outer: _SolveConvolutions | None = None
-        modules = submodules(module)
-        # What torch.compile was applied to, as a function or by the method ``compile``, stays as it is.
-        compiled = [m for m in modules if "_orig_mod" in m._modules or vars(m).get("_compiled_call_impl")]
-        within = {inner for m in compiled for inner in submodules(m)}
-        modules = [m for m in modules if m not in within]
-        convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
-        low = self._low_precision(module, modules, convolutions) if dtype else set()
-        self.chains = {m: self._steps(m, low) for m in modules if isinstance(m, nn.Sequential) and _is_chain(m)}
-        self.forwards = {m: MethodType(forward, m) for m in self.chains}
-        for conv in convolutions:
-            weight = _weight_of(conv)
-            if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
-                self._prepare(weight, conv in low)
-
-    @staticmethod
-    def _low_precision(module: nn.Module, modules: list[nn.Module], convolutions: list[nn.Conv2d]) -> set[nn.Conv2d]:
-        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
-        operators = [m for m in modules if m is not module and callable(getattr(m, "adjoint", None))]
-        measuring = {m for operator in operators for m in operator.modules()}
-        return set([conv for conv in convolutions if conv not in measuring][1:-1])
-
-    def _prepare(self, weight: Tensor, low: bool) -> None:
+    def _prepare(self, conv: nn.Conv2d, weight: Tensor) -> None:
         """Prepare a weight that the layer will pass to conv2d."""
-        value = weight.to(self.dtype if low else weight.dtype, memory_format=torch.channels_last)
-        transformed = transformed_weight(value) if self.winograd and weight.shape[2:] == (3, 3) else None
-        self.weights[id(weight)] = _Weight(weight, value, transformed)
+        self.weights[id(weight)] = _Weight(weight, self.dtypes.get(conv, weight.dtype), self.winograd)
 
-    def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, low: bool) -> tuple[Tensor, Tensor]:
-        """The weight and the bias of the convolution with the batch norm behind it."""
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        weight = _weight_of(conv) * scale[:, None, None, None]
-        bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
-        bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-        self._prepare(weight, low)
-        return weight, bias
-
-    def _steps(self, sequential: nn.Sequential, low: set[nn.Conv2d]) -> list[_Step]:
+    def _steps(self, sequential: nn.Sequential, folded: dict[nn.Conv2d, tuple[Tensor, Tensor]]) -> list[_Step]:
         """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
-        pairs = _foldable_pairs(sequential)
         members = [m for m in sequential._modules.values() if m is not None]
         steps = []
         while members:
@@ -148,10 +128,13 @@ class _SolveConvolutions(Convolutions):
             parameters: tuple[Tensor, Tensor | None] | None = None
             relu = False
             if isinstance(module, nn.Conv2d) and _plain_convolution(module):
-                if module in pairs:
-                    parameters, members = self._fold(module, pairs[module], module in low), members[1:]
+                if module in folded:
+                    parameters, members = folded[module], members[1:]
                 elif isinstance(module, NormalisedConv2d):  # which another thread may release
                     parameters = _weight_of(module), module.bias
+                weight = _weight_of(module) if parameters is None else parameters[0]
+                if not isinstance(weight, UninitializedTensorMixin):
+                    self._prepare(module, weight)
                 relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
                 members = members[relu:]
             steps.append(_Step(module, parameters, relu))
@@ -168,7 +151,7 @@ class _SolveConvolutions(Convolutions):
             self.relu = False
         return input
 
-    def __enter__(self) -> _SolveConvolutions:
+    def __enter__(self) -> Convolutions:
         self.outer, _thread.innermost = _thread.innermost, self
         for sequential, method in self.forwards.items():
             vars(sequential).setdefault("forward", method)
@@ -181,6 +164,59 @@ class _SolveConvolutions(Convolutions):
             if vars(sequential).get("forward") is method:
                 del vars(sequential)["forward"]
         self.outer, _thread.innermost = None, self.outer
+
+
+class _SolveConvolutions(Convolutions):
+    """`Convolutions` of a solve, without gradients.
+
+    Args:
+        module: the module, in eval().
+        tol: as in `Convolutions`.
+        dtype: of the autocast around the evaluations, to compute in; None for the weights' own.
+    """
+
+    def __init__(self, module: nn.Module, tol: float, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        super().__init__(tol, module)
+        known = {m for steps in self.chains.values() for m, parameters, _ in steps if parameters is not None}
+        for conv in self.modules:
+            weight = _weight_of(conv) if isinstance(conv, nn.Conv2d) and conv not in known else None
+            if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
+                self._prepare(conv, weight)
+        self._copy_together()
+
+    def _copy_together(self) -> None:
+        """Prepare the weights that Winograd's convolution does not take; those alike are copied together."""
+        left = [weight for weight in self.weights.values() if not weight.winograd]
+        for group in grouped(left, lambda w: (w.source.shape, w.source.dtype, w.source.device, w.dtype)):
+            sources, dtype = [weight.source for weight in group], group[0].dtype
+            if all(s.dtype == dtype and s.is_contiguous(memory_format=torch.channels_last) for s in sources):
+                continue
+            copies = torch.stack([source.permute(0, 2, 3, 1) for source in sources]).to(dtype)
+            for weight, copy in zip(group, copies.permute(0, 1, 4, 2, 3), strict=True):
+                weight.value = copy
+
+    def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
+        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
+        if self.dtype is None:
+            return {}
+        operators = [m for m in self.modules if m is not module and callable(getattr(m, "adjoint", None))]
+        measuring = {m for operator in operators for m in operator.modules()}
+        convolutions = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in measuring]
+        return dict.fromkeys(convolutions[1:-1], self.dtype)
+
+    def _convolve(
+        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, relu: bool
+    ) -> Tensor:
+        if known is None:
+            return super()._convolve(known, input, weight, bias, geometry, relu)
+        weight, transformed = known.value, known.transformed
+        layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
+        input = input.to(weight.dtype, memory_format=layout)
+        bias = None if bias is None else bias.to(weight.dtype)
+        changed = self.dtype not in (None, weight.dtype)  # by the autocast
+        with torch.autocast(input.device.type, enabled=False) if changed else _NOTHING:
+            return convolution(input, weight, bias, *geometry, relu, transformed is not None, transformed)
 
 
 class _Step(NamedTuple):
@@ -198,9 +234,9 @@ class _Step(NamedTuple):
 
 
 class _Thread(local):
-    """The solve whose layer this thread is evaluating; the innermost one if a layer contains a solve of its own."""
+    """The `Convolutions` that this thread is in; the innermost ones if a layer contains a solve of its own."""
 
-    innermost: _SolveConvolutions | None = None
+    innermost: Convolutions | None = None
 
 
 _thread = _Thread()
@@ -243,6 +279,34 @@ def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d
     }
 
 
+def _folded(pairs: list[_Pair]) -> dict[_Pair, tuple[Tensor, Tensor]]:
+    """The weight and the bias of each convolution with the batch norm behind it; pairs alike are folded together."""
+    weights = {conv: _weight_of(conv) for conv, _ in pairs}
+    found: dict[_Pair, tuple[Tensor, Tensor]] = {}
+
+    def kind(pair: _Pair) -> tuple[Any, ...]:
+        conv, norm = pair
+        weight, none = weights[conv], [t is None for t in (conv.bias, norm.weight, norm.bias)]
+        return weight.shape, weight.dtype, weight.device, norm.eps, *none
+
+    for group in grouped(pairs, kind):
+        convolutions, norms = zip(*group, strict=True)
+        conv, norm = group[0]
+        scale = torch.rsqrt(_stacked(norms, "running_var") + norm.eps)
+        scale = scale if norm.weight is None else scale * _stacked(norms, "weight")
+        mean = _stacked(norms, "running_mean")
+        shift = -mean if conv.bias is None else _stacked(convolutions, "bias") - mean
+        shift = shift * scale if norm.bias is None else torch.addcmul(_stacked(norms, "bias"), shift, scale)
+        weight = torch.stack([weights[conv] for conv in convolutions]) * scale[:, :, None, None, None]
+        found.update(zip(group, zip(weight, shift, strict=True), strict=True))
+    return found
+
+
+def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
+    """The modules' tensors of one name, in one tensor (modules, …)."""
+    return torch.stack([getattr(module, name) for module in modules])
+
+
 def _plain_convolution(conv: nn.Conv2d) -> bool:
     """Whether calling a convolution does nothing but convolve with its weight, which may be computed."""
     return (
@@ -260,11 +324,6 @@ def _plain(module: nn.Module) -> bool:
 def _weight_of(conv: nn.Conv2d) -> Any:
     """The weight that a convolution uses; None where a class of a user's has none."""
     return conv.current_weight() if isinstance(conv, NormalisedConv2d) else getattr(conv, "weight", None)
-
-
-def convolutions_for(tol: float) -> AbstractContextManager[object]:
-    """The context for an application with gradients: `Convolutions`, or nothing where ``tol`` leaves them to torch."""
-    return Convolutions(tol) if winograd_allowed(tol) else _NOTHING
 
 
 def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jfbfast.implicit.frozen import NormalisedConv2d
+from jfbfast.implicit.frozen import NormalisedConv2d, grouped
 
 _SAMPLES_PER_TAP = 12  # frequencies, along each axis
 _EPSILON = 1e-12  # the least norm to divide by, as in torch's normalize
@@ -38,18 +39,48 @@ class SpectralNormConv2d(NormalisedConv2d):
         for _ in range(15):
             self.power_iteration()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def power_iteration(self) -> None:
         """One step: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖."""
         matrix = self.weight.flatten(1)
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
-        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+        self.u = F.normalize(matrix @ self.v, dim=0)
+        self.v = F.normalize(matrix.T @ self.u, dim=0)
 
     def normalised_weight(self) -> Tensor:
         """W/σ(W), differentiable in W."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            u, v = self.u.clone(), self.v.clone()  # backward needs them unchanged by a later step
-            return self.weight / torch.dot(u, self.weight.flatten(1) @ v)
+            return self.weight / torch.dot(self.u, self.weight.flatten(1) @ self.v)
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def power_iterations(cls, convolutions: Sequence[SpectralNormConv2d]) -> None:
+        """The `power_iteration` of several, those with weights of one shape in one batch."""
+        for group in grouped(convolutions, _kind_of_weight):
+            matrices = torch.stack([conv.weight for conv in group]).flatten(2)
+            v = torch.stack([conv.v for conv in group])[..., None]
+            u = F.normalize(matrices @ v, dim=1)
+            v = F.normalize(matrices.mT @ u, dim=1)
+            for conv, each_u, each_v in zip(group, u[..., 0], v[..., 0], strict=True):
+                conv.u, conv.v = each_u, each_v
+
+    @classmethod
+    def normalised_weights(cls, convolutions: Sequence[SpectralNormConv2d]) -> list[Tensor]:
+        """The `normalised_weight` of several, those with weights of one shape in one batch."""
+        found: dict[SpectralNormConv2d, Tensor] = {}
+        for group in grouped(convolutions, _kind_of_weight):
+            weights = torch.stack([conv.weight for conv in group])
+            with torch.autocast(weights.device.type, enabled=False):
+                u, v = torch.stack([conv.u for conv in group]), torch.stack([conv.v for conv in group])
+                norms = u[:, None] @ (weights.flatten(2) @ v[..., None])
+                found.update(zip(group, (weights / norms[..., None, None]).unbind(), strict=True))
+        return [found[conv] for conv in convolutions]
+
+
+def _kind_of_weight(conv: nn.Conv2d) -> tuple[object, ...]:
+    """What the weights of convolutions must share for one batch."""
+    return conv.weight.shape, conv.weight.dtype, conv.weight.device
 
 
 class NonexpansiveConv2d(NormalisedConv2d):

@@ -59,6 +59,7 @@ def test_the_constants_of_the_kernels_are_those_of_python(emulated_module: Modul
     assert emulated_module.MAX_MEMORY == cuda.MAX_MEMORY
     assert emulated_module.DIVERGED_GROWTH == loop.DIVERGED_GROWTH
     assert emulated_module.SAFEGUARD_GROWTH == loop.SAFEGUARD_GROWTH
+    assert (emulated_module.STALL_FALL, emulated_module.STALL_WINDOW) == (loop.STALL_FALL, loop.STALL_WINDOW)
 
 
 class Event:
@@ -194,14 +195,13 @@ def test_a_nan_stays_in_its_sample(device: str) -> None:
     assert_same(tuple(v[::2] for v in found), tuple(v[::2] for v in expected))
 
 
-def test_a_stopped_sample_keeps_its_best_iterate(device: str) -> None:
+def test_a_sample_that_has_spent_its_budget_keeps_its_best_iterate(device: str) -> None:
     problem = Contraction(3, 50, torch.float32, device)
     x, few = problem.start.clone(), 6
-    state = AndersonCuda(x, tol=0)
+    state = AndersonCuda(x, tol=0, budget=torch.tensor([50, few, 50], device=device))
     for _ in range(few):
         state.step(x, problem(x))
     stopped = x[1].clone()
-    state.stop(torch.tensor([False, True, False], device=device))
     for _ in range(2):
         state.step(x, problem(x))
     assert torch.equal(x[1], stopped)
