@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
@@ -328,15 +329,15 @@ class _Moments(NamedTuple):
 
 def _measure(measured: list[dict[nn.BatchNorm2d, _Moments]], norm: nn.BatchNorm2d, input: Tensor) -> None:
     """Add the moments of a norm's input to the first entry that has none of this norm."""
-    if input.dim() != 4 or input.numel() <= input.shape[1]:
-        nn.BatchNorm2d.forward(_with_own_buffers(norm), input)  # type: ignore[arg-type]  # raises torch's error
+    norm._check_input_dim(input)
+    if (count := input.numel() // input.shape[1]) == 1:
+        F.batch_norm(input, None, None, training=True)  # raises torch's error
     entry = next((each for each in measured if norm not in each), None)
     if entry is None:
         measured.append(entry := {})
     assert norm.running_mean is not None
     # This op makes no output, and on a CPU it takes a thirtieth of the time of var_mean.
     mean, var = torch.batch_norm_update_stats(input.to(norm.running_mean.dtype), None, None, 0.0)
-    count = input.numel() // input.shape[1]
     entry[norm] = _Moments(mean, var, count / (count - 1))
 
 
