@@ -112,7 +112,7 @@ def test_the_denoisers_script_writes_a_network(tmp_path, one_thread):
 def test_readme_has_the_example_s_loop():
     """The lines of README's loop that are the library's are those of examples/train.py."""
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    block = readme.split("## A training loop")[1].split("```python\n")[1].split("```")[0]
+    block = readme.split("## Train a network")[1].split("```python\n")[1].split("```")[0]
     example = {line.strip() for line in (EXAMPLES / "train.py").read_text(encoding="utf-8").splitlines()}
     lines = [line.strip() for line in block.splitlines()]
     shared = [line for line in lines if any(word in line for word in ("jfbfast.", "loss", "optimizer"))]
