@@ -110,7 +110,7 @@ def kernels(
 
     Args:
         op: "blur" for A x and its gradient steps; "anderson" for one iteration of Anderson's or Broyden's method;
-            "anderson_solve" for a whole solve by Anderson's method, by the class ``AndersonSolve`` if the module has it;
+            "anderson_solve" for a whole solve by Anderson's method, by the class ``AndersonSolve`` if there is one;
             "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster.
         radius: the larger radius of the two filters of a blur.
         dtype: the dtype of the tensors of an Anderson solve or a convolution.

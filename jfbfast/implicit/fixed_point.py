@@ -13,7 +13,7 @@ from jfbfast.backends.tracing import untraced
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
 from jfbfast.implicit.forward_solve import ForwardSolve, autocast_dtype
-from jfbfast.implicit.frozen import TrainingState, step_spectral_norms
+from jfbfast.implicit.frozen import step_spectral_norms
 from jfbfast.implicit.methods import GradientMethod, Unrolled, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.implicit.states import Callback, Packed, packed
@@ -200,6 +200,7 @@ def _solved(
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
     step_spectral_norms(implicit.module)
+    implicit.prepare()
     if isinstance(method, Unrolled):
         out, solution = unroll(implicit, method, x0, inputs, solver)
         if (solution.status == Status.DIVERGED).any():
@@ -207,7 +208,6 @@ def _solved(
         return out, solution
 
     # 1. Solve, without gradients.
-    state = TrainingState(implicit.module)
     forward = ForwardSolve(implicit, solver, solve_dtype, compile_solve)
     solution = forward.find(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
@@ -221,7 +221,7 @@ def _solved(
     if ahead:
         solution, rejected = _advance(solution, rows, pair, solver)
         if rejected.any():
-            state.restore()
+            implicit.state.restore()
             if autocast_dtype(x0) is None:
                 solution = forward.finish(solution, rejected, inputs)
             out, rows, pair = _apply(implicit, solution, solution.value, inputs)

@@ -77,14 +77,16 @@ class ForwardSolve(NamedTuple):
 
     def _prepared(self, dtype: torch.dtype | None, inputs: tuple[Tensor, ...]) -> tuple[Layer, tuple[Tensor, ...]]:
         """The prepared layer and the inputs to pass to it; if the batch stays whole, the layer holds them instead."""
-        layer = prepared(self.implicit.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
+        implicit, tol = self.implicit, self.solver.tol
+        layer = prepared(implicit.layer, dtype, tol=tol, compiled=self.compiled, given=implicit.convolutions)
         inputs = tuple([i.detach() for i in inputs])
         return ((lambda x: layer(x, *inputs)), ()) if self.implicit.stays_whole else (layer, inputs)
 
     @contextmanager
     def _held_still(self, device: torch.device) -> Iterator[None]:
         module = self.implicit.module
-        with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module):
+        weights = self.implicit.weights
+        with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module, weights):
             yield
         torch.clear_autocast_cache()  # else torch up to 2.12 reuses the solve's casts, which have no gradient
 

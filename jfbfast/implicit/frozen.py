@@ -194,10 +194,16 @@ def fixed_weights(weights: Mapping[NormalisedConv2d, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def materialised_weights(module: nn.Module | None) -> Iterator[None]:
-    """Compute every normalised and every parametrised weight once within the context, without gradients."""
-    with torch.no_grad():
-        weights = normalised_weights(module)
+def materialised_weights(
+    module: nn.Module | None, weights: Mapping[NormalisedConv2d, Tensor] | None = None
+) -> Iterator[None]:
+    """Compute every normalised and every parametrised weight once within the context, without gradients.
+
+    ``weights`` are the `normalised_weights` of the module, if they have been computed.
+    """
+    if weights is None:
+        with torch.no_grad():
+            weights = normalised_weights(module)
     with fixed_weights(weights), _own_parametrization_cache():
         yield
 

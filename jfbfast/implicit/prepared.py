@@ -25,6 +25,7 @@ from jfbfast.implicit.frozen import NormalisedConv2d, grouped, owner, submodules
 from jfbfast.solvers import Layer
 
 _Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+_Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation and groups of conv2d
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -50,7 +51,12 @@ class _Weight:
     @cached_property
     def transformed(self) -> Tensor | None:
         """The weight as Winograd's convolution takes it; None where that would not be used."""
-        return transformed_weight(self.source.to(self.dtype)) if self.winograd else None
+        return transformed_weight(self.source.detach().to(self.dtype)) if self.winograd else None
+
+    def taken(self) -> Tensor | None:
+        """The transformed weight if a solve has made it, for its last use: the memory is free after that."""
+        made: Tensor | None = vars(self).pop("transformed", None)
+        return made
 
 
 class Convolutions(TorchFunctionMode):
@@ -64,6 +70,9 @@ class Convolutions(TorchFunctionMode):
         module: whose Sequentials are evaluated with batch norms folded and ReLUs fused, in eval(); its parameters stay
             the same while this object is used. None for no module.
         fold: False leaves the batch norms as they are.
+
+    Attributes:
+        folded: whether all batch norms are folded that can be.
     """
 
     def __init__(self, tol: float, module: nn.Module | None = None, fold: bool = True) -> None:
@@ -77,16 +86,20 @@ class Convolutions(TorchFunctionMode):
         compiled = [m for m in modules if "_orig_mod" in m._modules or vars(m).get("_compiled_call_impl")]
         within = {inner for m in compiled for inner in submodules(m)}
         self.modules = [m for m in modules if m not in within]
-        self.dtypes = self._dtypes(module)
         chains = [m for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)]
-        pairs = {m: _foldable_pairs(m) if fold else {} for m in chains}
-        folded = _folded([pair for each in pairs.values() for pair in each.items()])
-        self.chains = {m: self._steps(m, {conv: folded[conv, norm] for conv, norm in pairs[m].items()}) for m in chains}
-        self.forwards = {m: MethodType(forward, m) for m in self.chains}
+        pairs = {m: _foldable_pairs(m) for m in chains}
+        self.folded = fold or not any(pairs.values())
+        folded = _folded([pair for each in pairs.values() for pair in each.items()] if fold else [])
+        self.chains = {m: _steps(m, pairs[m], folded) for m in chains}
+        self.forwards = {m: MethodType(forward, m) for m in chains}
+        for _, weight in self._convolutions():
+            self.weights[id(weight)] = _Weight(weight, weight.dtype, self.winograd)
 
-    def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
-        """The convolutions that are computed in another dtype than that of their weight."""
-        return {}
+    def _convolutions(self) -> list[tuple[nn.Conv2d, Tensor]]:
+        """The convolutions of the chains, with the weights that they convolve with."""
+        steps = [step for chain in self.chains.values() for step in chain if isinstance(step.module, nn.Conv2d)]
+        pairs = [(conv, _weight_of(conv) if parameters is None else parameters[0]) for conv, parameters, _ in steps]
+        return [(conv, weight) for conv, weight in pairs if _initialised(weight)]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,34 +124,10 @@ class Convolutions(TorchFunctionMode):
         return self._convolve(known, input, weight, bias, (stride, padding, dilation, groups), relu)
 
     def _convolve(
-        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, relu: bool
+        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, relu: bool
     ) -> Tensor:
-        return convolution(input, weight, bias, *geometry, relu, self.winograd)
-
-    def _prepare(self, conv: nn.Conv2d, weight: Tensor) -> None:
-        """Prepare a weight that the layer will pass to conv2d."""
-        self.weights[id(weight)] = _Weight(weight, self.dtypes.get(conv, weight.dtype), self.winograd)
-
-    def _steps(self, sequential: nn.Sequential, folded: dict[nn.Conv2d, tuple[Tensor, Tensor]]) -> list[_Step]:
-        """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
-        members = [m for m in sequential._modules.values() if m is not None]
-        steps = []
-        while members:
-            module, *members = members
-            parameters: tuple[Tensor, Tensor | None] | None = None
-            relu = False
-            if isinstance(module, nn.Conv2d) and _plain_convolution(module):
-                if module in folded:
-                    parameters, members = folded[module], members[1:]
-                elif isinstance(module, NormalisedConv2d):  # which another thread may release
-                    parameters = _weight_of(module), module.bias
-                weight = _weight_of(module) if parameters is None else parameters[0]
-                if not isinstance(weight, UninitializedTensorMixin):
-                    self._prepare(module, weight)
-                relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
-                members = members[relu:]
-            steps.append(_Step(module, parameters, relu))
-        return steps
+        transformed = known.taken() if known and known.source is weight else None
+        return convolution(input, weight, bias, *geometry, relu, self.winograd, transformed)
 
     def run(self, steps: list[_Step], input: Any) -> Any:
         """Apply the steps of a Sequential."""
@@ -170,20 +159,34 @@ class _SolveConvolutions(Convolutions):
     """`Convolutions` of a solve, without gradients.
 
     Args:
-        module: the module, in eval().
-        tol: as in `Convolutions`.
+        given: with all batch norms folded, for the same module, in eval(). In its dtype the solve prepares its weights.
+        module: the module.
         dtype: of the autocast around the evaluations, to compute in; None for the weights' own.
     """
 
-    def __init__(self, module: nn.Module, tol: float, dtype: torch.dtype | None) -> None:
+    def __init__(self, given: Convolutions, module: nn.Module, dtype: torch.dtype | None) -> None:
+        TorchFunctionMode.__init__(self)
         self.dtype = dtype
-        super().__init__(tol, module)
-        known = {m for steps in self.chains.values() for m, parameters, _ in steps if parameters is not None}
-        for conv in self.modules:
-            weight = _weight_of(conv) if isinstance(conv, nn.Conv2d) and conv not in known else None
-            if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
-                self._prepare(conv, weight)
+        self.winograd, self.modules, self.chains = given.winograd, given.modules, given.chains
+        self.weights = given.weights if dtype is None else {}
+        self.relu, self.outer = False, None
+        self.forwards = {m: MethodType(forward, m) for m in self.chains}
+        low = self._low_precision(module) if dtype else set()
+        pairs = self._convolutions()
+        known = {conv for conv, _ in pairs}
+        others = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in known]
+        pairs += [(conv, weight) for conv in others if _initialised(weight := _weight_of(conv))]
+        for conv, weight in pairs:
+            if id(weight) not in self.weights:
+                computed = dtype if dtype and conv in low else weight.dtype
+                self.weights[id(weight)] = _Weight(weight, computed, self.winograd)
         self._copy_together()
+
+    def _low_precision(self, module: nn.Module) -> set[nn.Conv2d]:
+        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
+        operators = [m for m in self.modules if m is not module and callable(getattr(m, "adjoint", None))]
+        measuring = {m for operator in operators for m in operator.modules()}
+        return set([m for m in self.modules if isinstance(m, nn.Conv2d) and m not in measuring][1:-1])
 
     def _copy_together(self) -> None:
         """Prepare the weights that Winograd's convolution does not take; those alike are copied together."""
@@ -196,17 +199,8 @@ class _SolveConvolutions(Convolutions):
             for weight, copy in zip(group, copies.permute(0, 1, 4, 2, 3), strict=True):
                 weight.value = copy
 
-    def _dtypes(self, module: nn.Module | None) -> dict[nn.Module, torch.dtype]:
-        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
-        if self.dtype is None:
-            return {}
-        operators = [m for m in self.modules if m is not module and callable(getattr(m, "adjoint", None))]
-        measuring = {m for operator in operators for m in operator.modules()}
-        convolutions = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in measuring]
-        return dict.fromkeys(convolutions[1:-1], self.dtype)
-
     def _convolve(
-        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, relu: bool
+        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, relu: bool
     ) -> Tensor:
         if known is None:
             return super()._convolve(known, input, weight, bias, geometry, relu)
@@ -251,6 +245,29 @@ def forward(sequential: nn.Sequential, input: Any) -> Any:
     solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
     steps = None if solve is None else solve.chains.get(sequential)
     return nn.Sequential.forward(sequential, input) if steps is None else solve.run(steps, input)  # type: ignore
+
+
+def _steps(
+    sequential: nn.Sequential,
+    pairs: dict[nn.Conv2d, nn.BatchNorm2d],
+    folded: dict[_Pair, tuple[Tensor, Tensor]],
+) -> list[_Step]:
+    """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
+    members = [m for m in sequential._modules.values() if m is not None]
+    steps = []
+    while members:
+        module, *members = members
+        parameters: tuple[Tensor, Tensor | None] | None = None
+        relu = False
+        if isinstance(module, nn.Conv2d) and _plain_convolution(module):
+            if module in pairs and (module, pairs[module]) in folded:
+                parameters, members = folded[module, pairs[module]], members[1:]
+            elif isinstance(module, NormalisedConv2d):  # which another thread may release
+                parameters = _weight_of(module), module.bias
+            relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
+            members = members[relu:]
+        steps.append(_Step(module, parameters, relu))
+    return steps
 
 
 def _is_chain(sequential: nn.Sequential) -> bool:
@@ -326,6 +343,11 @@ def _weight_of(conv: nn.Conv2d) -> Any:
     return conv.current_weight() if isinstance(conv, NormalisedConv2d) else getattr(conv, "weight", None)
 
 
+def _initialised(weight: Any) -> bool:
+    """Whether it is a tensor that has its shape, unlike those of torch's lazy modules."""
+    return isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin)
+
+
 def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype if a layer can be prepared in it; raise ValueError if not."""
     if dtype not in (None, torch.bfloat16, torch.float16):
@@ -333,12 +355,27 @@ def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def _solve_convolutions(
+    module: nn.Module, tol: float, dtype: torch.dtype | None = None, given: Convolutions | None = None
+) -> _SolveConvolutions:
+    if given is None or not given.folded or given.winograd != winograd_allowed(tol):
+        given = Convolutions(tol, module)
+    return _SolveConvolutions(given, module, dtype)
+
+
 @lru_cache(maxsize=32)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0, compiled: bool = False) -> Layer:
+def prepared(
+    layer: Layer,
+    dtype: torch.dtype | None = None,
+    *,
+    tol: float = 0.0,
+    compiled: bool = False,
+    given: Convolutions | None = None,
+) -> Layer:
     """The layer as a solve evaluates it, the same function to rounding; its module must be `frozen`.
 
     The weights are taken at the first evaluation.
@@ -350,6 +387,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
             an ``adjoint``); None evaluates it in the weights' own precision, whatever autocast the caller has.
         tol: the relative residual that the solve is to reach, as in `Convolutions`.
         compiled: pass a module, or a module's method, through torch.compile, which then computes the convolutions.
+        given: the `Convolutions` of the application after the solve, to share their weights where that is possible.
     """
     module = owner(layer)
     function = type(layer).__call__ if layer is module else getattr(layer, "__func__", None)
@@ -360,7 +398,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
         nonlocal convolutions
         if convolutions is None:
-            convolutions = _NOTHING if module is None else _SolveConvolutions(module, tol, dtype)
+            convolutions = _NOTHING if module is None else _solve_convolutions(module, tol, dtype, given)
         device = x.device.type
         autocast = dtype is not None or torch.is_autocast_enabled(device)
         precision = torch.autocast(device, dtype, enabled=dtype is not None) if autocast else _NOTHING

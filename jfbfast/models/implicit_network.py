@@ -208,6 +208,7 @@ class ImplicitNetwork(Shared, nn.Module):
         try:
             self._set_averaging(torch.nan)  # so that the layer is T itself
             implicit = ImplicitLayer(self.layer, (), JFB(), self.solver.tol)
+            implicit.prepare()
             found = ForwardSolve(implicit, self.solver).find(self.start(d) if x0 is None else x0, (d,))
             estimate = optimal_averaging(ritz_values(self.layer, found.value, (d,)))
         except BaseException:
