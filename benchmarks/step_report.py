@@ -26,9 +26,7 @@ _GRIDS = ("size", "evaluations")  # experiments, named by the column that change
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Each layer at equal error; the split of our step; time against size and against evaluations; memory."""
     steps = where(rows, experiment="step")
-    for title, block in _blocks(steps).items():
-        headings = (f"{_SHORT[dtype]}\nto {target:g}" for dtype, target in distinct(block, "dtype", "target_error"))
-        yield report.table(f"a training step, {title}", ["side", *headings], report.pivot(block, _target, _step_cell))
+    yield from step_tables(steps)
     lines = [
         [_split_label(row, "\n"), *(f"{row[f'split_{part}']:.1%}" for part in PARTS)] for row in where(steps, side=OURS)
     ]
@@ -44,6 +42,41 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         lines = [[row["side"], str(row["evaluations"]), f"{row['peak_mb']:.0f} MB"] for row in memory]
         title = f"memory of a step, {_title(memory[0])}, float32"
         yield report.table(title, ["side", "evaluations", "peak"], lines, min_width=60)
+
+
+def step_tables(steps: Sequence[Row]) -> Iterator[Table]:
+    """Each layer at equal error in each dtype, and then in the dtype in which a side is fastest."""
+    for title, block in _blocks(steps).items():
+        headings = (f"{_SHORT[dtype]}\nto {target:g}" for dtype, target in distinct(block, "dtype", "target_error"))
+        yield report.table(f"a training step, {title}", ["side", *headings], report.pivot(block, _target, _step_cell))
+    best = fastest(steps)
+    headings = (f"{row['layer']}\n{row['size']}² to {row['target_error']:g}" for row in where(best, side=OURS))
+    yield report.table(
+        "fastest at equal error in any dtype", ["side", *headings], report.pivot(best, _case, _best_cell)
+    )
+
+
+def fastest(steps: Sequence[Row]) -> list[Row]:
+    """Each side's row with the least median time in any dtype, of those that reach the target.
+
+    The ratio is between medians: to jfbfast's fastest, which may have another dtype and so other rounds.
+    """
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(where(steps, reached=True), key=itemgetter("median_s")):
+        best.setdefault((row["side"], *_case(row)), row)
+    ours = {_case(row): row["median_s"] for row in best.values() if row["side"] == OURS}
+    kept = [best.get((row["side"], *_case(row))) for row in steps]
+    rows = {id(row): row for row in kept if row is not None and _case(row) in ours}
+    return [{**row, "ratio": row["median_s"] / ours[_case(row)]} for row in rows.values()]
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    """What a table of the fastest has a column for."""
+    return row["layer"], row["size"], row["batch"], row["target_error"]
+
+
+def _best_cell(row: Row) -> str:
+    return f"{_time_or_ratio(row)} {_SHORT[row['dtype']]}"
 
 
 def _title(row: Row) -> str:

@@ -241,6 +241,7 @@ def bench(
         str | None, typer.Option(metavar="NAME|FILE", help="Weights for step: a shipped model, or a file from train.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side of step's images. (default: 64)")] = None,
 ) -> None:
     """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
 
@@ -251,7 +252,7 @@ def bench(
         names = names or ["kernels"]
         benchmarks.check(names)
         for name in names:
-            benchmarks.run(name, out, quick, console, checkpoint=checkpoint, batch=batch)
+            benchmarks.run(name, out, quick, console, checkpoint=checkpoint, batch=batch, size=size)
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
