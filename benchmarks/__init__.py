@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 BENCHMARKS = {
+    "gpu": "is jfbfast right on this GPU, and how fast: checks, kernels, training steps",
     "kernels": "the blur, the data step and Anderson's step against what users write today",
     "paper": "the two tables and two figures of Liu, Tong and Zhao (2024); it has options of its own",
     "step": "a whole training step against the published loop, TorchDEQ and deepinv, at equal true error",

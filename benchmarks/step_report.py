@@ -14,7 +14,8 @@ from . import report
 from .report import OURS, Row, distinct, where
 from .split import PARTS
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16"}
+_SHORT = {"float32": "f32", "TF32": "tf32", "bfloat16": "bf16"}
+_COLOURS = {"float32": "C0", "TF32": "C2", "bfloat16": "C3"}
 NOTE = (
     "n× in k: the side's time over jfbfast's of the same dtype, the median of interleaved rounds, and its "
     "evaluations of the layer; ~ measured once. Errors: ‖x − x*‖/‖x*‖, the largest of the batch"
@@ -35,7 +36,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     for column in _GRIDS:
         if chosen := where(rows, experiment=column):
             headings = (_grid_text(column, value) for value in distinct(chosen, column))
-            lines = report.pivot(chosen, itemgetter(column), _time_or_ratio)
+            lines = report.pivot(chosen, itemgetter(column), time_or_ratio)
             title = f"a training step, {_grid_case(chosen[0], column)}"
             yield report.table(title, [column, *headings], lines, min_width=79)
     if memory := where(rows, experiment="memory"):
@@ -76,7 +77,7 @@ def _case(row: Row) -> tuple[Any, ...]:
 
 
 def _best_cell(row: Row) -> str:
-    return f"{_time_or_ratio(row)} {_SHORT[row['dtype']]}"
+    return f"{time_or_ratio(row)} {_SHORT[row['dtype']]}"
 
 
 def _title(row: Row) -> str:
@@ -89,12 +90,13 @@ def _blocks(steps: Sequence[Row]) -> dict[str, list[Row]]:
     return {title: [row for row in steps if _title(row) == title] for title in titles}
 
 
-def _time_or_ratio(row: Row) -> str:
+def time_or_ratio(row: Row) -> str:
+    """Our time, or a rival's over ours."""
     return report.seconds(row["median_s"]) if row["side"] == OURS else report.ratio(row)
 
 
 def _step_cell(row: Row) -> str:
-    return f"{_time_or_ratio(row)} in {row['evaluations']}" + ("" if row["reached"] else f"\nonly {row['error']:.1e}")
+    return f"{time_or_ratio(row)} in {row['evaluations']}" + ("" if row["reached"] else f"\nonly {row['error']:.1e}")
 
 
 def _split_label(row: Row, separator: str = " ") -> str:
@@ -119,7 +121,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     lines = len(distinct(steps, "layer", "side")) + 2 * len(distinct(steps, "layer"))
     made = Figure(figsize=(15, max(0.42 * lines + 1, 3.4 * (len(grids) + 1))), layout="constrained")
     grid = made.add_gridspec(len(grids) + 1, 2, width_ratios=(1.25, 1))
-    _plot_steps(made.add_subplot(grid[:, 0]), steps)
+    plot_steps(made.add_subplot(grid[:, 0]), steps)
     for i, column in enumerate(grids):
         axis = made.add_subplot(grid[i, 1])
         _plot_grid(axis, where(rows, experiment=column), column, colours, legend=i == 0)
@@ -128,13 +130,14 @@ def figure(rows: Sequence[Row]) -> Figure:
     return made
 
 
-def _plot_steps(axis: Any, steps: Sequence[Row]) -> None:
+def plot_steps(axis: Any, steps: Sequence[Row]) -> None:
     """A line per side in a block per layer; colour shows the dtype, fill the target, a cross a target not reached."""
     targets = distinct(steps, "dtype", "target_error")
+    largest = max(target for _, target in targets)
     styles: dict[tuple[str, float], dict[str, Any]] = {
         (dtype, target): {
-            "color": "C0" if dtype == "float32" else "C3",
-            "fillstyle": "full" if target == targets[0][1] else "none",
+            "color": _COLOURS[dtype],
+            "fillstyle": "full" if target == largest else "none",
             "markersize": 5,
             "linestyle": "",
         }

@@ -233,7 +233,7 @@ class _Bench(TyperCommand):
 @app.command(cls=_Bench)
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME…", help="kernels, step or paper. (default: kernels)")
+        list[str] | None, typer.Argument(metavar="NAME…", help="kernels, step, gpu or paper. (default: kernels)")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
@@ -244,6 +244,8 @@ def bench(
     size: Annotated[int | None, typer.Option(help="Pixels a side of step's images. (default: 64)")] = None,
 ) -> None:
     """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
+
+    jfbfast bench gpu checks and times everything on this machine's GPU, and writes gpu.json and gpu.png.
 
     jfbfast bench paper makes the tables and figures of the paper; it has its own options.
     """

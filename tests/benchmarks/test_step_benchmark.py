@@ -116,7 +116,7 @@ def test_a_side_gets_the_fewest_evaluations_that_reach_the_target():
 
 
 def solves_with_errors(errors, monkeypatch):
-    """A side whose largest error after k evaluations is errors(k), and the list of evaluations that it was asked for."""
+    """A side whose largest error after k evaluations is errors(k), and a list of the k that it was asked for."""
     asked = []
     monkeypatch.setattr(step, "errors", lambda x, fixed: x)
     side = step_sides.Side(lambda k: asked.append(k) or torch.tensor([errors(k), 0.0]), [])
