@@ -51,33 +51,45 @@ def step_tables(steps: Sequence[Row]) -> Iterator[Table]:
         headings = (f"{_SHORT[dtype]}\nto {target:g}" for dtype, target in distinct(block, "dtype", "target_error"))
         yield report.table(f"a training step, {title}", ["side", *headings], report.pivot(block, _target, _step_cell))
     best = fastest(steps)
-    headings = (f"{row['layer']}\n{row['size']}² to {row['target_error']:g}" for row in where(best, side=OURS))
-    yield report.table(
-        "fastest at equal error in any dtype", ["side", *headings], report.pivot(best, _case, _best_cell)
-    )
+    libraries = distinct(best, "library")
+    cells = {(_case(row), row["library"]): _best_cell(row) for row in best}
+    lines = [
+        [f"{case[0]}\n{case[1]}² to {case[3]:g}", *(cells.get((case, name), "–") for name in libraries)]
+        for case in dict.fromkeys(map(_case, best))
+    ]
+    headings = (name.replace(" ", "\n") for name in libraries)
+    yield report.table("fastest at equal error in any dtype", ["layer", *headings], lines)
 
 
 def fastest(steps: Sequence[Row]) -> list[Row]:
-    """Each side's row with the least median time in any dtype, of those that reach the target.
+    """Of each ``library``, the side and dtype that reaches a target in the least median time.
 
-    The ratio is between medians: to jfbfast's fastest, which may have another dtype and so other rounds.
+    The ratio is between medians, since our fastest may have another dtype and so have been timed in other rounds.
     """
     best: dict[tuple[Any, ...], Row] = {}
     for row in sorted(where(steps, reached=True), key=itemgetter("median_s")):
-        best.setdefault((row["side"], *_case(row)), row)
-    ours = {_case(row): row["median_s"] for row in best.values() if row["side"] == OURS}
-    kept = [best.get((row["side"], *_case(row))) for row in steps]
-    rows = {id(row): row for row in kept if row is not None and _case(row) in ours}
-    return [{**row, "ratio": row["median_s"] / ours[_case(row)]} for row in rows.values()]
+        best.setdefault((_case(row), _library(row)), row)
+    found = []
+    for case, library in dict.fromkeys((_case(row), _library(row)) for row in steps):
+        side, ours = best.get((case, library)), best.get((case, OURS))
+        if side is not None and ours is not None:
+            found.append({**side, "library": library, "ratio": side["median_s"] / ours["median_s"]})
+    return found
 
 
 def _case(row: Row) -> tuple[Any, ...]:
-    """What a table of the fastest has a column for."""
+    """What the table of the fastest has a line for."""
     return row["layer"], row["size"], row["batch"], row["target_error"]
 
 
+def _library(row: Row) -> str:
+    """The side without its variant, as in "PyTorch, compiled"."""
+    return str(row["side"]).partition(", ")[0]
+
+
 def _best_cell(row: Row) -> str:
-    return f"{time_or_ratio(row)} {_SHORT[row['dtype']]}"
+    time = report.seconds(row["median_s"]) if row["library"] == OURS else report.ratio(row)
+    return f"{time}\n{row['side'].partition(', ')[2] or _SHORT[row['dtype']]}"
 
 
 def _title(row: Row) -> str:

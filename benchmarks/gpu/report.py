@@ -15,7 +15,7 @@ from rich.table import Table
 from .. import kernels, report, step_report
 from ..report import OURS, Row, distinct, where
 
-_GRAPHS = ("layer", "iteration", "step")  # what the part graph times
+_GRAPHS = ("iteration", "step")  # of what the part graph times
 
 
 def publish(out: Path, console: Console, findings: Sequence[Row]) -> None:
@@ -48,22 +48,15 @@ def _steps(parts: dict[str, list[Row]]) -> list[Row]:
 
 
 def tables(parts: dict[str, list[Row]]) -> Iterator[Table]:
-    """A training step, a table a layer; kernels; and what failed."""
-    steps = _steps(parts)
-    for layer in distinct(steps, "layer"):
-        block = where(steps, layer=layer)
-        headings = (f"{size}²\n{dtype}" for size, dtype in distinct(block, "size", "dtype"))
-        lines = report.pivot(block, lambda row: (row["size"], row["dtype"]), step_report.time_or_ratio)
-        title = (
-            f"a training step, {layer} layer, batch {block[0]['batch']}, to an error of {block[0]['target_error']:g}"
-        )
-        yield report.table(title, ["side", *headings], lines)
-    if rows := _kernels(parts):
+    """Training steps at equal error; kernels against their roofline; and what failed."""
+    yield from step_report.step_tables(_steps(parts))
+    if bounded := _kernels(parts):
         lines = [
-            [row["kernel"], row["shape"], f"{row['median_us']:.1f} µs", f"{row['bandwidth_fraction']:.0%}"]
-            for row in where(rows, side=OURS)
+            [name, shape, report.seconds(row["median_us"] / 1e6), f"{share:.0%}"]
+            for (name, shape, side), (row, share) in bounded.items()
+            if side == OURS
         ]
-        yield report.table("kernels, float32", ["kernel", "images", "time", "of the bandwidth"], lines)
+        yield report.table("kernels, float32", ["kernel", "images", "time", "of its roofline"], lines)
     lines = []
     for part, found in parts.items():
         bad = [str(each.get("name", "")) for each in found if not each.get("ok", True)]
@@ -71,35 +64,48 @@ def tables(parts: dict[str, list[Row]]) -> Iterator[Table]:
     yield report.table("findings", ["part", "all", "failed", "which"], lines)
 
 
-def _kernels(parts: dict[str, list[Row]]) -> list[Row]:
-    return [found for found in parts.get("kernels", []) if "kernel" in found]
+def _kernels(parts: dict[str, list[Row]]) -> dict[tuple[str, str, str], tuple[Row, float]]:
+    """Our rows by kernel, shape and side, with their share of the roofline.
+
+    That is the triad's bandwidth, or for a convolution the rate of a large matrix product.
+    """
+    rows = [found for found in parts.get("kernels", []) if "kernel" in found]
+    peaks = {row["shape"]: row["ratio"] for row in where(rows, kernel="conv3x3", side="direct at peak")}
+    return {
+        (row["kernel"], row["shape"], row["side"]): (
+            row,
+            peaks.get(row["shape"], 0.0) if row["kernel"] == "conv3x3" else row["bandwidth_fraction"],
+        )
+        for row in rows
+        if row["side"] in (OURS, kernels.OURS_BF16)
+    }
 
 
 def figure(parts: dict[str, list[Row]]) -> Figure:
     """Training steps; kernels against the bandwidth; a CUDA graph against eager launches; what a step holds."""
-    steps, rows = _steps(parts), _kernels(parts)
+    steps = _steps(parts)
     height = max(9.0, 0.22 * (len(distinct(steps, "layer", "size", "side")) + 8))
     made = Figure(figsize=(16, height), layout="constrained")
     grid = made.add_gridspec(3, 2, width_ratios=(1.2, 1))
     if steps:
         step_report.plot_steps(made.add_subplot(grid[:, 0]), steps)
-    _plot_kernels(made.add_subplot(grid[0, 1]), rows)
+    _plot_kernels(made.add_subplot(grid[0, 1]), _kernels(parts))
     _plot_graphs(made.add_subplot(grid[1, 1]), parts.get("graph", []))
     _plot_memory(made.add_subplot(grid[2, 1]), parts.get("memory", []))
     return made
 
 
-def _plot_kernels(axis: Any, rows: Sequence[Row]) -> None:
-    ours = where(rows, side=OURS)
+def _plot_kernels(axis: Any, bounded: dict[tuple[str, str, str], tuple[Row, float]]) -> None:
+    cases = list(dict.fromkeys((name, shape) for name, shape, _ in bounded))
     for side, offset in ((OURS, -0.2), (kernels.OURS_BF16, 0.2)):
-        shares = {(row["kernel"], row["shape"]): row["bandwidth_fraction"] for row in where(rows, side=side)}
-        bars = [(y + offset, shares.get((row["kernel"], row["shape"]), 0.0)) for y, row in enumerate(ours)]
+        found = [bounded.get((name, shape, side)) for name, shape in cases]
+        bars = [(y + offset, each[1]) for y, each in enumerate(found) if each is not None]
         if bars:
             axis.barh(*zip(*bars, strict=True), 0.4, label=side)
     axis.axvline(1, color="black", linewidth=1)
-    labels: dict[float, str] = {y: f"{row['kernel']} {row['shape'].replace('x', '×')}" for y, row in enumerate(ours)}
-    report.listed(axis, labels, max(len(ours), 1))
-    report.titled(axis, "kernels: counted bytes/s over the triad's", legend=bool(ours))
+    labels: dict[float, str] = {y: f"{name} {shape.replace('x', '×')}" for y, (name, shape) in enumerate(cases)}
+    report.listed(axis, labels, max(len(cases), 1))
+    report.titled(axis, "kernels: share of the roofline (bandwidth, or matrix products)", legend=bool(cases))
 
 
 def _plot_graphs(axis: Any, found: Sequence[Row]) -> None:

@@ -164,7 +164,8 @@ def graph() -> None:
         return found
 
     for network, size, dtype in product(networks(), SIZES, (None, torch.bfloat16)):
-        attempt("graph", f"{network.name} {size} {dtype}", partial(measure, network.problem(size), dtype))
+        case = f"{network.name}, {size}², {'TF32' if dtype is None else 'bfloat16'}"
+        attempt("graph", case, partial(measure, network.problem(size), dtype))
 
 
 @torch.no_grad()

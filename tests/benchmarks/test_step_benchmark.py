@@ -263,10 +263,11 @@ def test_a_side_counts_in_the_dtype_in_which_it_is_fastest():
         ("TorchDEQ", "float32"): (6.0, True),
         ("jfbfast", "bfloat16"): (2.0, True),
         ("TorchDEQ", "bfloat16"): (1.0, False),
+        ("TorchDEQ, compiled", "float32"): (5.0, True),
     }
     rows = [
         {**case, "side": side, "dtype": dtype, "median_s": seconds, "reached": reached}
         for (side, dtype), (seconds, reached) in times.items()
     ]
-    found = {row["side"]: (row["dtype"], row["ratio"]) for row in step_report.fastest(rows)}
-    assert found == {"jfbfast": ("bfloat16", 1), "TorchDEQ": ("float32", 3)}
+    found = {row["library"]: (row["side"], row["dtype"], row["ratio"]) for row in step_report.fastest(rows)}
+    assert found == {"jfbfast": ("jfbfast", "bfloat16", 1), "TorchDEQ": ("TorchDEQ, compiled", "float32", 2.5)}
