@@ -211,9 +211,9 @@ class DEGrad(ImplicitNetwork):
         if basis is None:
             own = self.data_fidelity.inputs(d)
             return *red.injected(*self._seen(d, own)), *own
-        z = red.injected(self.blur, d)
-        found = *z, *constants(basis, self.blur, d, red.weight, red.restoration(*z) if z else None)
-        return (*found, factors_of_images(red.seen_factors(basis.eigenvalues(d)), d)) if red.filtered else found
+        z, weight, squares = red.injected(self.blur, d), red.weight, basis.eigenvalues(d)
+        found = *z, *constants(basis, self.blur, d, weight, red.restoration(z[0], weight) if z else None)
+        return (*found, factors_of_images(red.seen_factors(squares).to(squares.dtype), d)) if red.filtered else found
 
     def _basis(self, d: Tensor) -> Eigenbasis | None:
         """The basis in which T is z + λP D(W x) for the measurements d; None for a layer without this form."""

@@ -142,7 +142,7 @@ class RED(Described, nn.Module):
         """The factors by which `seen` multiplies in the basis where AᵀA has these eigenvalues s: s/(s + δ)."""
         damping = self.filter_damping
         assert damping is not None
-        return eigenvalues / (eigenvalues + damping.to(eigenvalues.dtype))
+        return eigenvalues / (eigenvalues + damping)
 
     def injected(self, operator: Any, d: Tensor | None) -> tuple[Tensor, ...]:
         """(z,), or () without an injection."""
@@ -152,8 +152,8 @@ class RED(Described, nn.Module):
             raise ValueError("d is None; a RED with injection takes the measurements")
         return (operator.solve(operator.adjoint(d), self.weight),)
 
-    def restoration(self, z: Tensor) -> Tensor:
-        """P Aᵀd from the z that `injected` returned."""
+    def restoration(self, z: Tensor, weight: Tensor) -> Tensor:
+        """P Aᵀd from the z that `injected` returned, and λ."""
         return z
 
     def denoised(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from jfbfast.models.degrad import DEGrad
 from jfbfast.models.red import RED
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
+from jfbfast.operators.eigenbasis import eigenbasis
 
 KnownBlur = SeparableBlur | Blur
 
@@ -137,14 +138,21 @@ class UniversalRED(RED):
         """(z,)."""
         if d is None:
             raise ValueError("d is None; a RED with injection takes the measurements")
-        b, weight = operator.adjoint(d), self.weight
-        restored = [(1 + share * weight) * operator.solve(b, share * weight) for share in _SHARES]
+        b, basis = operator.adjoint(d), eigenbasis(operator, d)
+        weight = self.weight
+        dampings = [share * weight for share in _SHARES]
+        if basis is None:
+            solved = [operator.solve(b, damping) for damping in dampings]
+        else:
+            coefficients, squares = basis.coefficients(b), basis.eigenvalues(b)
+            solved = [basis.image(coefficients / (squares + damping.to(squares.dtype))) for damping in dampings]
+        restored = [(1 + damping) * image for damping, image in zip(dampings, solved, strict=True)]
         measured = operator.normal(torch.ones_like(b[:, :1]))
         return (torch.cat([*restored, measured], 1).to(d.dtype),)
 
-    def restoration(self, z: Tensor) -> Tensor:
+    def restoration(self, z: Tensor, weight: Tensor) -> Tensor:
         """P Aᵀd, the first restoration in z without its factor 1 + λ."""
-        return z[:, : z.shape[1] // len(_SHARES)] / (1 + self.weight)
+        return z[:, : z.shape[1] // len(_SHARES)] / (1 + weight)
 
     def seen(self, x: Tensor, operator: Any) -> Tensor:
         """(1 + δ)W x."""
@@ -152,7 +160,8 @@ class UniversalRED(RED):
 
     def seen_factors(self, eigenvalues: Tensor) -> Tensor:
         """(1 + δ)s/(s + δ)."""
-        return (1 + self.filter_damping) * super().seen_factors(eigenvalues)
+        damping = self.filter_damping
+        return (1 + damping) * eigenvalues / (eigenvalues + damping)
 
     def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
         """D(seen, x, z; c)."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jfbfast.backends.precision import full_precision
 from jfbfast.backends.tensors import compute_dtype
+from jfbfast.backends.tracing import untraced
 from jfbfast.operators import inverse, ops, spectral
 from jfbfast.operators.spectral import Kernel, Size
 from jfbfast.operators.tables import Taps
@@ -38,7 +39,7 @@ class SeparableBasis(NamedTuple):
     taps: Taps
     shape: Size
 
-    @torch.compiler.disable  # its cache is not to be traced
+    @untraced  # its cache is not to be traced
     def eigenvalues(self, like: Tensor) -> Tensor:
         return inverse.eigenvalues(self.taps, self.shape, compute_dtype(like.dtype), like.device)
 
@@ -55,7 +56,7 @@ class FourierBasis(NamedTuple):
     kernel: Kernel
     shape: Size
 
-    @torch.compiler.disable
+    @untraced
     def eigenvalues(self, like: Tensor) -> Tensor:
         return spectral.power(self.kernel, self.shape, compute_dtype(like.dtype), like.device)
 

@@ -76,7 +76,9 @@ def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
     dtype, shape, device = compute_dtype(b.dtype), b.shape[-2:], b.device
     with full_precision(device), torch.no_grad():
         if max(shape) <= SVD_LIMIT:
-            return reference.tikhonov(b, damping.to(dtype), *factors(taps, shape, dtype, device))
+            basis, squares = factors(taps, shape, dtype, device), eigenvalues(taps, shape, dtype, device)
+            coefficients = reference.change_basis(b, *basis, back=False) / (squares + damping.to(dtype))
+            return reference.change_basis(coefficients, *basis, back=True).to(b.dtype)
         wide = dtype if device.type == "mps" else torch.float64  # in float32 the recurrence's residual drifts
         return _conjugate_gradients(b.to(wide), damping.to(wide), taps, TOLERANCE[dtype]).to(b.dtype)
 
