@@ -157,7 +157,7 @@ def test_a_replayed_solve_is_the_eager_one(made: list[Recorded]) -> None:
     assert len(made) == 5  # batches of 5, 3, 2 and 1, and the first evaluation
     assert made[4].replays == 2
     assert sum(graph.replays for graph in made[1:4]) > 0  # samples have left
-    assert sum(graph.replays for graph in made) == evaluations
+    assert evaluations <= sum(graph.replays for graph in made) <= evaluations + 1  # a sudden end
 
 
 @pytest.mark.parametrize("norm", ["batch", None])
