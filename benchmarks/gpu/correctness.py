@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import jfbfast
 from jfbfast import kernels
-from jfbfast.backends import cuda, reference
+from jfbfast.backends import cuda, graphs, reference
 
 from .. import machine
 from ..problem import model, problem, untrained
@@ -63,6 +63,7 @@ def agreement() -> None:
         attempt("agreement", f"{layer} layer", partial(same, layer))
         attempt("agreement", f"{layer} layer, autocast", partial(same, layer, 5e-2, half=True))
         attempt("agreement", f"{layer} layer, solve_dtype", partial(same, layer, solve_dtype=torch.bfloat16))
+        attempt("agreement", f"{layer} layer, CUDA graph", partial(same, layer, cuda_graph=True))
     for solver in (jfbfast.Broyden, jfbfast.Inertial, jfbfast.Picard):
         made = solver(tol=1e-5, max_iter=1000)
         attempt("agreement", f"solver {solver.__name__}", partial(same, "preconditioned", solver=made))
@@ -79,6 +80,21 @@ def agreement() -> None:
         return {"ok": error <= 3e-3, "error": error}
 
     attempt("agreement", "a shipped model", shipped)
+
+    @torch.no_grad()
+    def changed_weights() -> dict[str, Any]:
+        """Graphs of a solve follow the weights and the measurement."""
+        given = problem(weights, 16 if CPU else 40, 4, DEVICE)
+        eager, captured = (model(given, cuda_graph=graph).eval() for graph in (False, True))
+        errors = []
+        for k in range(3):
+            for net in (eager, captured):
+                for parameter in net.regularizer.denoiser.parameters():
+                    parameter.mul_(1 - 0.05 * k)
+            errors.append(relative(captured(given.d * (1 - 0.2 * k)), eager(given.d * (1 - 0.2 * k))))
+        return {"ok": max(errors) <= 1e-5, "error": max(errors), "graphs": graphs.describe()}
+
+    attempt("agreement", "CUDA graphs, changed weights", changed_weights)
 
     @torch.no_grad()
     def other_stream() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 import jfbfast
-from jfbfast.backends import cuda, reference
+from jfbfast.backends import conv3x3, cuda, graphs, reference
 from jfbfast.implicit.prepared import prepared
 from jfbfast.kernels import launch
 
@@ -23,8 +23,21 @@ from .. import kernels as kernels_benchmark
 from .. import step as step_benchmark
 from ..problem import Problem, model
 from ..report import OURS
-from ..step_sides import Side, sides
-from .findings import BATCH, CPU, DEVICE, OUT, QUICK, SIZES, attempt, convolution_precision, median_ms, networks, say
+from ..step_sides import Side, ours, sides
+from .findings import (
+    BATCH,
+    CPU,
+    DEVICE,
+    OUT,
+    QUICK,
+    SIZES,
+    attempt,
+    convolution_precision,
+    median_ms,
+    networks,
+    relative,
+    say,
+)
 
 _PRECISIONS = {"TF32": ("tf32", False), "bfloat16": ("tf32", True), "float32": ("ieee", False)}
 _STEP = replace(
@@ -140,7 +153,7 @@ def profile() -> None:
 
 
 def graph() -> None:
-    """Time one evaluation and one step of Anderson, as eager launches and as one CUDA graph."""
+    """Time one evaluation, one step of Anderson and a training step, as eager launches and as CUDA graphs."""
 
     @torch.no_grad()
     def measure(given: Problem, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -163,9 +176,21 @@ def graph() -> None:
             found[f"{name}_eager_ms"] = median_ms(call, graph=False)
         return found
 
+    def measure_step(given: Problem, evaluations: int, dtype: torch.dtype | None) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        outs = []
+        for name, captured in (("eager", False), ("graph", True)):
+            side = ours(given, solve_dtype=dtype, cuda_graph=captured)
+            found[f"step_{name}_ms"] = median_ms(partial(side.step, given.x, evaluations), graph=False)
+            outs.append(side.forward(evaluations))
+        error = relative(outs[1], outs[0])
+        return {"ok": error <= 1e-5, "error": error, **found, "graphs": graphs.describe()}
+
     for network, size, dtype in product(networks(), SIZES, (None, torch.bfloat16)):
         case = f"{network.name}, {size}², {'TF32' if dtype is None else 'bfloat16'}"
-        attempt("graph", case, partial(measure, network.problem(size), dtype))
+        given = network.problem(size)
+        attempt("graph", case, partial(measure_step, given, network.evaluations, dtype))
+        attempt("graph", case, partial(measure, given, dtype))
 
 
 @torch.no_grad()
@@ -180,11 +205,15 @@ def convolutions() -> None:
         for layout, form in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
             xl, wl = x.to(memory_format=form), w.to(memory_format=form)
             found[f"conv {layout}"] = median_ms(partial(F.conv2d, xl, wl, padding=1))
-            found[f"conv, bias, ReLU {layout}"] = median_ms(partial(reference.conv3x3, xl, wl, b, True))
+            separate, ours = (partial(each.conv3x3, xl, wl, b, True) for each in (reference, conv3x3))
+            found[f"conv, bias, ReLU {layout}"] = median_ms(separate)
+            found[f"{OURS} {layout}"] = median_ms(ours)
             if not CPU:
                 fused = partial(torch.ops.aten.cudnn_convolution_relu, xl, wl, b, (1, 1), (1, 1), (1, 1), 1)
                 found[f"fused {layout}"] = median_ms(fused)
-        return found
+            found[f"error {layout}"] = relative(ours(), separate())
+        errors = max(value for name, value in found.items() if name.startswith("error"))
+        return {"ok": errors <= (1e-2 if dtype == torch.bfloat16 else 1e-3), **found}
 
     for size, precision, search in product(SIZES, ("tf32", "bf16", "ieee"), (False, True)):
         torch.backends.cudnn.benchmark = search
