@@ -4,6 +4,7 @@ The implementations are modules with functions of the same names and arguments:
 
 - `jfbfast.backends.reference`: the definition of every kernel, in PyTorch, on any device;
 - `jfbfast.backends.native`: C++, on the CPU;
+- `jfbfast.backends.onednn`: oneDNN, on the CPU, for the change of basis;
 - `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur, and for what follows a convolution;
 - `jfbfast.backends.cuda`: CUDA, for Anderson's method alone.
 
@@ -25,7 +26,7 @@ from typing import Literal
 import torch
 from torch.autograd import forward_ad
 
-from jfbfast.backends import cuda, native, reference
+from jfbfast.backends import cuda, native, onednn, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower.
@@ -99,7 +100,7 @@ def _triton() -> ModuleType | None:
 
 def kernels(
     device: torch.device,
-    op: Literal["blur", "anderson", "anderson_solve", "conv3x3", "add_relu"],
+    op: Literal["blur", "change_basis", "anderson", "anderson_solve", "conv3x3", "add_relu"],
     *,
     radius: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -112,20 +113,25 @@ def kernels(
     """The module that computes ``op`` for tensors on ``device``.
 
     Args:
-        op: "blur" for A x and its gradient steps; "anderson" for one iteration of Anderson's or Broyden's method;
+        op: "blur" for A x and its gradient steps; "change_basis" for the basis in which AᵀA is diagonal;
+            "anderson" for one iteration of Anderson's or Broyden's method;
             "anderson_solve" for a whole solve by Anderson's method, by the class ``AndersonSolve`` if there is one;
             "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster; "add_relu" for
             what follows a convolution on a CUDA device.
         radius: the larger radius of the two filters of a blur.
-        dtype: the dtype of the tensors of an Anderson solve or a convolution.
+        dtype: the dtype of the tensors of an Anderson solve, a convolution or a change of basis.
         memory, estimate: of an Anderson solve: the pairs kept, and whether to estimate the inverse Jacobian.
-        channels, image_shape, transformed: of a convolution: its numbers of input and output channels; (B, H, W), or
-            None if it is not known yet; and whether the weight is already transformed for Winograd's algorithm.
+        image_shape: (B, H, W) of a convolution, None if it is not known yet; (…, H, W) of a change of basis.
+        channels, transformed: of a convolution: its numbers of input and output channels, and whether the weight is
+            already transformed for Winograd's algorithm.
 
     Raises:
         RuntimeError: the user has chosen a backend (`backend`) that cannot serve ``device``.
     """
     kind = device.type
+    if op == "change_basis":
+        chosen = _backend in ("auto", "native") and onednn.AVAILABLE and kind == "cpu" and dtype == torch.float32
+        return onednn if chosen and image_shape and onednn.is_faster(image_shape) else reference
     if op == "conv3x3":
         chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
         storage = dtype == torch.float32 or (dtype == torch.bfloat16 and not _AMX)

@@ -30,6 +30,16 @@ def factors_of_images(factors: Tensor, d: Tensor) -> Tensor:
     return factors.expand(d.shape[0], 1, *factors.shape[-2:])
 
 
+def usable(d: Tensor) -> tuple[Tensor, Tensor]:
+    """d with zeros for values that are not finite, and a mark to add to what is computed of it, (B, 1, …, 1).
+
+    The mark is NaN for a sample with such values, and 0 for the others. So λ gets no NaN from the gradient of a sample
+    that nobody uses: that gradient is 0, but 0 times NaN is not.
+    """
+    mark = (0 * d.detach()).sum(tuple(range(1, d.dim())), keepdim=True)
+    return d.nan_to_num(0.0, 0.0, 0.0), mark
+
+
 def constants(
     basis: Eigenbasis, operator: Any, d: Tensor, weight: Tensor, restored: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -57,15 +67,14 @@ def inputs_of_step(network: Any, d: Tensor) -> tuple[Tensor, ...]:
     basis = basis_of_step(network.data_fidelity, network.blur, d)
     if basis is None:
         return network.data_fidelity.inputs(d)
-    return constants(basis, network.blur, d, network.weight)
+    known, mark = usable(d)
+    restored, kept = constants(basis, network.blur, known, network.weight)
+    return restored + mark, kept
 
 
 def diagonal_step(basis: Eigenbasis, x: Tensor, restored: Tensor, kept: Tensor) -> Tensor:
     """P(Aᵀd + λx) = V(restored + kept ⊙ V* x), where `constants` returned ``restored`` and ``kept``."""
-    coefficients = basis.coefficients(x)
-    if coefficients.is_complex():  # which ONNX has no addcmul for
-        return basis.image(restored + kept * coefficients)
-    return basis.image(torch.addcmul(restored, kept, coefficients))
+    return basis.image(torch.addcmul(restored, kept, basis.coefficients(x)))
 
 
 def data_step(network: Any, x: Tensor, d: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
