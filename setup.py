@@ -31,7 +31,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win
 
 # Each kernel source is compiled once per instruction set; csrc/dispatch.cpp picks one at run time.
 KERNELS = ("blur", "gradient", "anderson", "winograd", "table")
-SHARED = ("bindings", "dispatch", "pool", "weights")
+SHARED = ("bindings", "dispatch", "pool", "decide")
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]  # no CPU has AVX2 without the others

@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
+#include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dlpack.h"
@@ -33,6 +36,8 @@ void check_memory(std::size_t count) {
     if (count > kMaxMemory) throw py::value_error("memory: got more than " + std::to_string(kMaxMemory) + " pairs");
 }
 
+int size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 // A block of the pool, with the shape and strides that its tensor points to.
 struct Block : dlpack::ManagedTensor {
     std::vector<std::int64_t> shape, strides;
@@ -48,7 +53,7 @@ void release_block(dlpack::ManagedTensor* tensor) {
 // An uninitialised dense tensor with these strides, as a DLPack capsule. (Permuting it in torch instead would make it a
 // view, and autograd forbids writing in place to a view that a custom function returns.)
 py::capsule empty(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides, DType dtype) {
-    const int size = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    const int size = size_of(dtype);
     const std::uint8_t code = dtype == DType::kBFloat16 ? 4 : 2;
     Block* const block = new Block{{}, shape, strides, std::size_t(size)};
     for (std::int64_t n : shape) block->bytes *= std::size_t(n);
@@ -66,6 +71,69 @@ py::capsule empty(const std::vector<std::int64_t>& shape, const std::vector<std:
             release_block(static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
     });
 }
+
+// One solve by Anderson's method. The caller owns the tensors at these addresses.
+class Solve {
+public:
+    // numbers: tol, atol, regularization, stall_floor. tensors: residuals, images, differences, value, following,
+    // residual, iterations, status, running, budget.
+    Solve(DType dtype, DType history, int memory, std::int64_t samples, std::int64_t size,
+          const std::array<double, 4>& numbers, const std::array<Address, 10>& tensors)
+        : states_(samples), gram_(samples * memory * memory),
+          partials_(samples * anderson_chunks(size) * (memory + 2)) {
+        a_ = {dtype,
+              history,
+              memory,
+              samples,
+              size,
+              numbers[0],
+              numbers[1],
+              numbers[2],
+              numbers[3],
+              pointer<std::int64_t>(tensors[9]),
+              pointer(tensors[0]),
+              pointer(tensors[1]),
+              pointer(tensors[2]),
+              pointer(tensors[3]),
+              pointer(tensors[4]),
+              pointer<double>(tensors[5]),
+              pointer<std::int64_t>(tensors[6]),
+              pointer<std::int64_t>(tensors[7]),
+              pointer<bool>(tensors[8]),
+              states_.data(),
+              gram_.data(),
+              partials_.data(),
+              0};
+    }
+
+    void step(Address x, Address f, Address next, int threads) {
+        kernels().anderson_step(a_, pointer(x), pointer(f), pointer(next), left_ ? rows_.data() : nullptr,
+                                left_ ? std::int64_t(rows_.size()) : a_.samples, threads);
+        ++a_.steps;
+    }
+
+    // Continues with these of the present rows; `before` holds the iterates that were evaluated last.
+    void select(const std::vector<std::int64_t>& kept, Address before) {
+        const std::size_t bytes = std::size_t(a_.size) * size_of(a_.dtype);
+        std::vector<std::int64_t> rows;
+        for (std::int64_t row : kept) {
+            const std::int64_t sample = left_ ? rows_.at(row) : row;
+            rows.push_back(sample);
+            if (states_.at(sample).saved) continue;
+            std::memcpy(static_cast<char*>(a_.value) + sample * bytes, pointer<char>(before) + row * bytes, bytes);
+            states_[sample].saved = true;
+        }
+        rows_ = std::move(rows);
+        left_ = true;
+    }
+
+private:
+    Anderson a_ = {};
+    std::vector<AndersonSample> states_;
+    std::vector<double> gram_, partials_;
+    std::vector<std::int64_t> rows_;  // the sample of each row of x, once some have left
+    bool left_ = false;
+};
 
 bool has_openmp() {
 #ifdef _OPENMP
@@ -131,7 +199,7 @@ PYBIND11_MODULE(_native, module) {
                 double* g = pointer<double>(gram) + sample * memory * memory;
                 const double* row = products.data() + sample * (filled + 2);
                 for (int j = 0; j < filled; ++j) g[slot * memory + j] = g[j * memory + slot] = row[j];
-                for (int k = 0; k < 2; ++k) pointer<double>(norms)[2 * sample + k] = row[filled + k];
+                for (int k = 0; k < 2; ++k) pointer<double>(norms)[2 * sample + k] = std::sqrt(row[filled + k]);
             }
         },
         release);
@@ -159,21 +227,16 @@ PYBIND11_MODULE(_native, module) {
         },
         release);
 
-    module.def(
-        "anderson_mix_differences",
-        [](DType dtype, DType history, Address weights, Address f, Address previous,
-           const std::vector<Address>& differences, Address out, std::int64_t samples, std::int64_t size, int threads) {
-            check_memory(differences.size());
-            MixDifferences mix = {};
-            mix.f = pointer(f);
-            mix.previous = pointer(previous);
-            for (std::size_t j = 0; j < differences.size(); ++j) mix.differences[j] = pointer(differences[j]);
-            mix.count = int(differences.size());
-            mix.weights = pointer<double>(weights);
-            mix.out = pointer(out);
-            kernels().mix_differences(dtype, history, mix, samples, size, threads);
-        },
-        release);
+    module.attr("MAX_MEMORY") = kMaxMemory;
+    module.attr("DIVERGED_GROWTH") = kDivergedGrowth;
+    module.attr("SAFEGUARD_GROWTH") = kSafeguardGrowth;
+    module.attr("STALL_FALL") = kStallFall;
+    module.attr("STALL_WINDOW") = kStallWindow;
+    py::class_<Solve>(module, "Anderson")
+        .def(py::init<DType, DType, int, std::int64_t, std::int64_t, const std::array<double, 4>&,
+                      const std::array<Address, 10>&>())
+        .def("step", &Solve::step, release)
+        .def("select", &Solve::select, release);
 
     module.def("winograd_size", [](std::int64_t in, std::int64_t out) { return 36 * winograd_plane(in, out); });
 

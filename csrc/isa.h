@@ -16,7 +16,7 @@ Function<decltype(Kernels::blur)> blur;
 Function<decltype(Kernels::gradient)> gradient;
 Function<decltype(Kernels::append)> append;
 Function<decltype(Kernels::mix)> mix;
-Function<decltype(Kernels::mix_differences)> mix_differences;
+Function<decltype(Kernels::anderson_step)> anderson_step;
 Function<decltype(Kernels::winograd_weights)> winograd_weights;
 Function<decltype(Kernels::convolution)> convolution;
 Function<decltype(Kernels::weight_gradient)> weight_gradient;

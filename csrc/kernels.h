@@ -56,7 +56,7 @@ struct Gradient {
 
 constexpr int kMaxMemory = 64;  // the longest history of Anderson's method
 
-// The history of Anderson's method for `samples` of `size` elements.
+// Stores the newest residual f - x of a history, for `samples` of `size` elements, and computes its products.
 struct Append {
     const void* x;
     const void* f;
@@ -72,16 +72,68 @@ struct Mix {
     void* out;
 };
 
-// out = f - sum_j weights[j] (f_j - f_(j-1)), for a history that keeps differences of images. The
-// newest, f - previous, is computed and written to differences[0]; then come the older ones in turn.
-struct MixDifferences {
-    const void* f;
-    const void* previous;
-    void* differences[kMaxMemory];  // [samples, size] each
-    int count;
-    const double* weights;  // [samples, count]
-    void* out;
+// A sample is split into chunks of this many elements, whose sums are added in order.
+constexpr std::int64_t kAndersonChunk = 2048;
+constexpr std::int64_t anderson_chunks(std::int64_t size) { return (size + kAndersonChunk - 1) / kAndersonChunk; }
+
+constexpr double kDivergedGrowth = 1e4;  // these four are those of jfbfast/solvers/loop.py; a test compares them
+constexpr double kSafeguardGrowth = 4;
+constexpr double kStallFall = 0.7;
+constexpr int kStallWindow = 5;
+
+enum Status : std::int64_t { kConverged, kMaxIter, kDiverged };  // as jfbfast.Status
+
+constexpr double kInfinity = __builtin_huge_val();
+
+// What a solve by Anderson's method keeps of one sample, besides its vectors.
+struct AndersonSample {
+    bool saved = false;  // whether `value` has the best iterate; otherwise that is the newest evaluated one
+    int pairs = 0;       // in the history
+    int since = 0;       // evaluations since the lowest residual fell below kStallFall of `mark`
+    double lowest = kInfinity, mark = kInfinity;
+    double guarded = kInfinity;  // the lowest |f - x| since the safeguard last acted
+    double bound = kInfinity;    // above it a norm means divergence
 };
+
+// One solve by Anderson's method. The "age" of a pair (x, f = T(x)) counts pairs back from the newest; a ring keeps the
+// pair of step k in slot k mod `memory`.
+struct Anderson {
+    DType dtype, history;  // of the images, and of the history: the same, or bfloat16 for float32 images
+    int memory;            // pairs, at most kMaxMemory
+    std::int64_t samples, size;
+    double tol, atol, regularization;
+    double stall_floor;          // a stalled sample ends if its relative residual is at most this
+    const std::int64_t* budget;  // the most evaluations of each sample, [samples]
+
+    void* residuals;    // f - x, [memory, samples, size]
+    void* images;       // f, [memory, samples, size]; only the newest, [samples, size], if there are differences
+    void* differences;  // f minus the f before it, [memory, samples, size]; null if the history is not in bfloat16
+    void *value, *following;  // [samples, size], complete once a sample has ended
+    double* residual;         // relative, at `value`; this and the next three are [samples]
+    std::int64_t *iterations, *status;
+    bool* running;
+    AndersonSample* states;  // [samples]
+    double* gram;            // <g_i, g_j> by slot, [samples, memory, memory]
+    double* partials;        // [samples, anderson_chunks(size), memory + 2]
+    std::int64_t steps;      // before this one
+
+    int slot(int age) const { return int((steps - age + memory) % memory); }
+    int age(int slot) const { return int((steps - slot) % memory + memory) % memory; }
+    int known(const AndersonSample& s) const { return s.pairs < memory ? s.pairs + 1 : memory; }
+};
+
+struct Decision {
+    bool ended, improved, grown;  // grown: the safeguard acts
+};
+
+// Records one evaluation of a sample and decides what follows. `products` has <g, g_age> of its `known` pairs, then
+// |f - x|^2 and |f|^2. Writes the slots of the pairs that remain in the history, in order, and their weights in the next
+// iterate, unless the sample does not move by these.
+Decision decide(const Anderson&, std::int64_t sample, const double* products, int* slots, double* alpha);
+
+// Computes alpha as reference.anderson_weights does; gram is [samples, m, m], valid and alpha are [samples, m].
+void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha, std::int64_t samples,
+                      int m);
 
 // A convolution that maps images [batch, height, width, in] to [batch, height, width, out].
 struct ImageShape {
@@ -113,10 +165,6 @@ struct WeightGradient {
     float* bias;    // [out], or null
 };
 
-// Computes alpha as reference.anderson_weights does; gram is [samples, m, m], valid and alpha are [samples, m].
-void anderson_weights(const double* gram, const bool* valid, double regularization, double* alpha, std::int64_t samples,
-                      int m);
-
 // The kernels of one instruction set. isa.h declares the functions, with the signatures written here.
 struct Kernels {
     const char* name;
@@ -124,8 +172,10 @@ struct Kernels {
     void (*gradient)(DType, const Gradient&, Shape, int threads);
     void (*append)(DType, DType history, const Append&, std::int64_t samples, std::int64_t size, int threads);
     void (*mix)(DType, const Mix&, std::int64_t samples, std::int64_t size, int threads);
-    void (*mix_differences)(DType, DType history, const MixDifferences&, std::int64_t samples, std::int64_t size,
-                            int threads);
+    // One iteration of the rows of x: writes the next iterates. Row i is the sample rows[i], or i if rows is null. `next`
+    // holds the iterates before x.
+    void (*anderson_step)(const Anderson&, const void* x, const void* f, void* next, const std::int64_t* rows,
+                          std::int64_t batch, int threads);
     // weight is [out, in, 3, 3]; or, if adjoint, [in, out, 3, 3], of which the adjoint convolution's weight is made.
     void (*winograd_weights)(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
                              bool adjoint, int threads);

@@ -8,6 +8,7 @@
 // here. The solve in low precision would end that much earlier, and return to float32.
 #pragma once
 
+#include "pool.h"
 #include "rows.h"
 
 namespace jfbfast {
@@ -102,6 +103,29 @@ inline void weight_gradient_transform(const V* u, V* g) {  // G^T u
     g[0] = float(1 / (kA2 * kB2)) * u[0] + sum_a + sum_b;
     g[1] = float(kAtA * kA) * (u[1] - u[2]) + float(kAtB * kB) * (u[3] - u[4]);
     g[2] = float(kA2) * sum_a + float(kB2) * sum_b + u[5];
+}
+
+// Memory that a call works in, uninitialised, from the pool: to allocate and zero it anew takes longer than to
+// convolve a small image.
+template <class T>
+class Workspace {
+public:
+    explicit Workspace(std::int64_t count) : bytes_(count * sizeof(T)), memory_(take_memory(bytes_)) {}
+    ~Workspace() { give_memory(memory_, bytes_); }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+    T* data() const { return static_cast<T*>(memory_); }
+
+private:
+    std::size_t bytes_;
+    void* memory_;
+};
+
+inline void prefetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address, 0, 2);
+    asm volatile("");  // GCC removes calls of functions that only prefetch
+#endif
 }
 
 // The matrix product in registers: kRows rows by up to kPanel vectors of columns.

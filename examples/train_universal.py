@@ -3,7 +3,7 @@
 python examples/train_universal.py PHOTOS OUT.safetensors [--steps N] [--init FILE] [--help]
 
 Each sample of a batch has a blur and a noise level of its own. So A is not one of the library's operators here, but a
-module that holds a blur for each sample, which is all that a `DEGrad` needs.
+module that holds a blur for each sample, and the basis in which AᵀA is diagonal. A `DEGrad` needs no more.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from jfbfast.imaging.light import to_linear
 from jfbfast.models.checkpoint import save_checkpoint
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.universal import describe
+from jfbfast.operators.eigenbasis import DiagonalOperator
 from jfbfast.operators.inverse import power_spectrum
 
 SIDE = 80  # pixels of x
@@ -51,7 +52,7 @@ class Axis:
         self.power = power_spectrum(tuple(taps.tolist()), 64, taps.device, taps.dtype)
 
 
-class Gaussians(nn.Module):
+class Gaussians(DiagonalOperator, nn.Module):
     """A Gaussian blur for each sample, with unknown surroundings; d has zeros where nothing was measured.
 
     Attributes:
@@ -82,17 +83,17 @@ class Gaussians(nn.Module):
     def normal(self, x: Tensor) -> Tensor:
         return self.adjoint(self(x))
 
-    def _scaled(self, x: Tensor, factors: Tensor) -> Tensor:
-        return self.v_y @ (self.v_y.mT @ x @ self.v_x * factors) @ self.v_x.mT
+    def eigenvalues(self, like: Tensor) -> Tensor:
+        return self.squares
 
-    def solve(self, b: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(b, 1 / (self.squares + damping))
+    def coefficients(self, x: Tensor) -> Tensor:
+        return self.v_y.mT @ x @ self.v_x
 
-    def filter(self, x: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(x, self.squares / (self.squares + damping))
+    def image(self, coefficients: Tensor) -> Tensor:
+        return self.v_y @ coefficients @ self.v_x.mT
 
 
-class Circular(nn.Module):
+class Circular(DiagonalOperator, nn.Module):
     """A point spread function for each sample, by FFT; the loss leaves out the border, where the image wraps around."""
 
     def __init__(self, psfs: Sequence[Tensor]) -> None:
@@ -121,11 +122,14 @@ class Circular(nn.Module):
     def normal(self, x: Tensor) -> Tensor:
         return self._scaled(x, self.squares)
 
-    def solve(self, b: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(b, 1 / (self.squares + damping))
+    def eigenvalues(self, like: Tensor) -> Tensor:
+        return self.squares
 
-    def filter(self, x: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(x, self.squares / (self.squares + damping))
+    def coefficients(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft2(x)
+
+    def image(self, coefficients: Tensor) -> Tensor:
+        return torch.fft.irfft2(coefficients, s=(SIDE, SIDE))
 
 
 def few_points(g: np.random.Generator) -> Tensor:

@@ -11,22 +11,19 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
-from jfbfast.commands.common import EXTRAS, console
+import typer
+from typer.core import TyperCommand
+
+import jfbfast
+from jfbfast.commands.common import console
 from jfbfast.commands.common import one_sentence as _one_sentence
+from jfbfast.commands.restore import restore
+from jfbfast.config import keep_freed_memory, show_config
+from jfbfast.experiments.processes import signals_interrupt
+from jfbfast.experiments.settings import setting_types
+from jfbfast.experiments.training_settings import TrainingSettings
 
-try:
-    import typer
-    from typer.core import TyperCommand
-
-    from jfbfast.commands.restore import restore
-    from jfbfast.config import keep_freed_memory, show_config
-    from jfbfast.experiments.processes import signals_interrupt
-    from jfbfast.experiments.settings import setting_types
-    from jfbfast.experiments.training_settings import TrainingSettings
-except ModuleNotFoundError as error:  # pragma: no cover
-    sys.exit(f"{error.name} is not installed; {EXTRAS}")
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 _SIDE = "Side of the blur kernel in pixels, odd; 6σ + 1 holds a Gaussian. (default: the network's, or 5)"
 _SIGMA = "Standard deviation of the blur in pixels; a network for a range needs it. (default: the network's, or 1)"
@@ -37,8 +34,18 @@ Noise = Annotated[float | None, typer.Option(help=_NOISE)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"jfbfast {jfbfast.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def start() -> None:
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
     """Implicit networks that undo image blur."""
     keep_freed_memory()
 
@@ -109,13 +116,15 @@ app.command()(train)
 def evaluate(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME|FILE]… DATA_DIR", help="Networks, and a directory of sharp photographs."),
+        typer.Argument(metavar="[NAME|FILE|DIR]… DATA_DIR", help="Networks, and a directory of sharp photographs."),
     ],
     methods: Annotated[
         str,
         typer.Option(help="Baselines: blurred, direct-inverse, gradient-descent, tikhonov, tv, pnp; commas between."),
     ] = "blurred,direct-inverse,gradient-descent,tikhonov",
-    denoiser: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The denoiser of the baseline pnp.")] = None,
+    denoiser: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE|DIR", help="The denoiser of the baseline pnp.")
+    ] = None,
     kernel_size: KernelSize = None,
     sigma: Sigma = None,
     noise: Noise = None,
@@ -179,7 +188,10 @@ def evaluate(
 @app.command()
 def diagnose(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="NAME|FILE", help="A shipped model's name, or a file from demo or train.")
+        Path,
+        typer.Argument(
+            metavar="NAME|FILE|DIR", help="A shipped model, or a file or directory from train or save_pretrained."
+        ),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="PHOTO…", help="Sharp photographs, which are blurred here.")],
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path(),
@@ -238,7 +250,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Weights for step: a shipped model, or a file from train.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE|DIR", help="Weights for step: a shipped model, or a file or directory from train."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
 ) -> None:

@@ -245,6 +245,22 @@ def test_two_models_are_diagnosed_in_two_pictures(tmp_path, monkeypatch):
     assert pictures == ["a-diagnosis.png", "b-diagnosis.png"]
 
 
+def test_commands_take_a_directory_that_was_saved_or_trained_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("jfbfast.diagnostics.report", Mock(return_value=Mock(table=lambda: "measured")))
+    folder = write_photographs(tmp_path / "photographs", 4, (4, 4), (20, 20))
+    file = write_network(tmp_path / "run" / "model.safetensors")
+    write_settings(file.parent / "config.yaml", make_settings({"data": str(folder), "train": 0.5, "validation": 1}))
+    pretrained.load_model(file)[0].save_pretrained(tmp_path / "saved")
+    for path, seen in ((file.parent, True), (tmp_path / "saved", False)):
+        result = run("restore", folder / "0.png", "--checkpoint", path, "--out", tmp_path / path.name / "out")
+        assert result.exit_code == 0, result.output
+        result = run("evaluate", path, folder, "--methods", "blurred")
+        told = " ".join(result.output.split())
+        assert result.exit_code == 0 and (f"{path} was trained on 2 of these" in told) == seen, result.output
+        result = run("diagnose", path, folder / "1.png", "--crop", 16, "--out", tmp_path)
+        assert result.exit_code == 0 and f"{path.name}-diagnosis.png" in result.output, result.output
+
+
 def test_a_small_demo_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PRETRAINING_STEPS", 2)
     monkeypatch.setattr(demo, "JFB_STEPS", 2)

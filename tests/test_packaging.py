@@ -177,12 +177,17 @@ def test_pure_python_install(source: Path, tmp_path: Path) -> None:
 WITHOUT_THE_EXTRAS = """
 import sys
 
-class Refused:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in {modules!r}:
-            raise ModuleNotFoundError("refused", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Refused)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {modules!r} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import torch
 import jfbfast
 blur = jfbfast.GaussianBlur(3, 1.0)
@@ -191,9 +196,24 @@ model = jfbfast.DEGrad(blur, red, preconditioner="exact")
 model(blur(torch.rand(1, 3, 16, 16))).sum().backward()
 assert model.solution.status.tolist() == [jfbfast.Status.CONVERGED]
 jfbfast.show_config()
+assert "torch._dynamo" not in sys.modules  # importing it takes as long as importing torch
 jfbfast.DEGrad.from_pretrained("gaussian5-sigma1")(torch.rand(1, 3, 16, 16))
 model.save_pretrained("saved")
 jfbfast.DEGrad.from_pretrained("saved")
+from PIL import Image
+from typer.testing import CliRunner
+from jfbfast.cli import app
+Image.new("RGB", (40, 30), "grey").save("photo.png")
+
+def command(*arguments):
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output.strip()
+
+assert command("--version") == (0, f"jfbfast {{jfbfast.__version__}}")
+assert command("info")[0] == command("train", "--help")[0] == 0
+assert command("restore", "photo.png", "--sigma", "1")[0] == 0
+assert Image.open("photo-restored.png").size == (40, 30)
+assert "pip install 'jfbfast[train]'" in command("train", ".")[1]
 try:
     model.push_to_hub("somebody/model")
 except ImportError as error:
@@ -207,7 +227,7 @@ def test_the_core_does_without_the_extras(tmp_path: Path) -> None:
     named = [
         re.match(r"[\w.-]+", text)
         for text in requires("jfbfast") or ()
-        if re.search("extra == .(train|bench|hub)", text)
+        if re.search("extra == .(train|bench|hub|cuda)", text)
     ]
     optional = {name[0].lower() for name in named if name}
     modules = {
@@ -215,7 +235,13 @@ def test_the_core_does_without_the_extras(tmp_path: Path) -> None:
         for module, packages in packages_distributions().items()
         if {package.lower() for package in packages} & optional - {"jfbfast"}
     }
-    assert {"huggingface_hub", "tifffile", "yaml"} <= modules
+    needed = {
+        name[0].lower()
+        for text in requires("jfbfast") or ()
+        if (name := re.match(r"[\w.-]+", text)) and ";" not in text
+    }
+    assert not optional & needed
+    assert {"huggingface_hub", "lightning", "torchvision", "triton"} <= modules
     subprocess.run([sys.executable, "-c", WITHOUT_THE_EXTRAS.format(modules=modules)], cwd=tmp_path, check=True)
 
 

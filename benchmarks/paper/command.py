@@ -26,7 +26,7 @@ def _parameters() -> Iterator[Parameter]:
     yield parameter("quick", bool, False, typer.Option(help="Small sizes and few images, to see that it works."))
     for role, takes in ROLES.items():
         default = f" (default: {Plan().checkpoints[role]})" if role in Plan().checkpoints else ""
-        info = typer.Option(metavar="NAME|FILE", help=f"{takes.label}: {takes.takes}.{default}")
+        info = typer.Option(metavar="NAME|FILE|DIR", help=f"{takes.label}: {takes.takes}.{default}")
         yield parameter(role.replace("-", "_"), str | None, None, info)
     for name, hint in get_type_hints(Plan, include_extras=True).items():
         if not hasattr(hint, "__metadata__"):

@@ -15,12 +15,15 @@ namespace jfbfast::cuda {
 constexpr int kMaxMemory = 16;
 constexpr double kDivergedGrowth = 1e4;  // of |g| or |f|, relative to the sum of their first values
 constexpr double kSafeguardGrowth = 4;   // of |g|, relative to its lowest value since the safeguard last acted
+constexpr double kStallFall = 0.7;       // a sample has stalled if its lowest |g| has not fallen to this share ...
+constexpr int kStallWindow = 5;          // ... in so many steps
 
 enum class DType : int { kFloat64, kFloat32 };
 
 enum Status : int { kRunning = -1, kConverged = 0, kMaxIter = 1, kDiverged = 2 };
 
-// What `mix` does with a sample, as decided by `update`.
+// What `mix` does with a sample, as decided by `update`. A sample that ends at its newest iterate, or at an older one,
+// keeps that one as its value; the former takes one more step, to its following iterate.
 enum Action : int { kRest, kMix, kDamp, kKeepIterate, kKeepBest };
 
 // The state of one solve. Each step k takes a pair (x, f = T(x)) of each running sample and computes its residual
@@ -35,14 +38,19 @@ struct Anderson {
     int memory;  // pairs, at most kMaxMemory
     std::int64_t samples, size;
     double tol, atol, regularization;
+    double stall_floor;          // a stalled sample ends if its relative residual is at most this
+    const std::int64_t* budget;  // [samples], the most steps of each sample, or null
 
     void *residuals, *images;                                  // [ring, samples, size]
     void *residual_differences, *image_differences;            // [memory - 1, samples, size] or null
     void* value;                                               // [samples, size], the answer
+    void* following;  // [samples, size]: of a sample that has ended, the iterate after `value`, or `value`
     int *status, *action;                                      // [samples] each, as are the next two lines
     int *iterations, *pairs, *best;                            // best: the step of the lowest residual, or -1
     double *residual, *lowest, *first_residual, *first_image;  // residual: relative, at `value`
     double* guarded;   // [samples]: the lowest |g| since the safeguard last acted
+    int* since;        // [samples]: steps since the lowest |g| fell to kStallFall of `mark`, or null if no stall counts
+    double* mark;      // [samples], or null with `since`
     double* gram;      // [samples, memory, memory], by age: of g, or of its differences
     double* weights;   // [samples, memory], by age: of f_a - f_0, or of the differences of f
     double* partials;  // [samples, products, chunks]

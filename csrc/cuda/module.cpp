@@ -45,6 +45,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("MAX_MEMORY") = kMaxMemory;
     module.attr("DIVERGED_GROWTH") = kDivergedGrowth;
     module.attr("SAFEGUARD_GROWTH") = kSafeguardGrowth;
+    module.attr("STALL_FALL") = kStallFall;
+    module.attr("STALL_WINDOW") = kStallWindow;
     module.attr("RUNNING") = int(kRunning);
     module.attr("CONVERGED") = int(kConverged);
     module.attr("MAX_ITER") = int(kMaxIter);
@@ -57,7 +59,7 @@ PYBIND11_MODULE(_cuda, module) {
     py::class_<Anderson> anderson(module, "Anderson");
     anderson
         .def(py::init([](bool float64, bool differences, int memory, std::int64_t samples, std::int64_t size,
-                         double tol, double atol, double regularization) {
+                         double tol, double atol, double regularization, double stall_floor) {
                  Anderson a{};
                  a.dtype = float64 ? DType::kFloat64 : DType::kFloat32;
                  a.differences = differences;
@@ -67,10 +69,11 @@ PYBIND11_MODULE(_cuda, module) {
                  a.tol = tol;
                  a.atol = atol;
                  a.regularization = regularization;
+                 a.stall_floor = stall_floor;
                  return a;
              }),
              py::kw_only(), py::arg("float64"), py::arg("differences"), py::arg("memory"), py::arg("samples"),
-             py::arg("size"), py::arg("tol"), py::arg("atol"), py::arg("regularization"))
+             py::arg("size"), py::arg("tol"), py::arg("atol"), py::arg("regularization"), py::arg("stall_floor"))
         .def_property_readonly("ring", &Anderson::ring)
         .def_property_readonly("products", &Anderson::products)
         .def_property_readonly("chunks", [](const Anderson& a) { return chunks(a.size); })
@@ -88,6 +91,7 @@ PYBIND11_MODULE(_cuda, module) {
     address(anderson, "residual_differences", &Anderson::residual_differences);
     address(anderson, "image_differences", &Anderson::image_differences);
     address(anderson, "value", &Anderson::value);
+    address(anderson, "following", &Anderson::following);
     address(anderson, "status", &Anderson::status);
     address(anderson, "action", &Anderson::action);
     address(anderson, "iterations", &Anderson::iterations);
@@ -96,6 +100,9 @@ PYBIND11_MODULE(_cuda, module) {
     address(anderson, "residual", &Anderson::residual);
     address(anderson, "lowest", &Anderson::lowest);
     address(anderson, "guarded", &Anderson::guarded);
+    address(anderson, "budget", &Anderson::budget);
+    address(anderson, "since", &Anderson::since);
+    address(anderson, "mark", &Anderson::mark);
     address(anderson, "first_residual", &Anderson::first_residual);
     address(anderson, "first_image", &Anderson::first_image);
     address(anderson, "gram", &Anderson::gram);

@@ -17,6 +17,16 @@ __device__ void sum_partials(const Anderson& a, std::int64_t sample, double* pro
     }
 }
 
+// Whether the sample has stalled, to be asked once a step.
+__device__ bool stalled(const Anderson& a, std::int64_t sample) {
+    if (!a.since) return false;
+    const double lowest = a.lowest[sample];
+    const bool fell = lowest <= kStallFall * a.mark[sample];
+    if (fell) a.mark[sample] = lowest;
+    a.since[sample] = fell ? 0 : a.since[sample] + 1;
+    return a.since[sample] >= kStallWindow && a.residual[sample] <= a.stall_floor;
+}
+
 // Records one evaluation and decides what follows; run by one thread.
 __device__ void judge(const Anderson& a, std::int64_t sample, double image, double residual) {
     const int step = a.iterations[sample]++;
@@ -33,21 +43,24 @@ __device__ void judge(const Anderson& a, std::int64_t sample, double image, doub
         a.action[sample] = kKeepBest;
         return;
     }
-    if (converged || residual < a.lowest[sample]) {
+    const bool improved = converged || residual < a.lowest[sample];
+    if (improved) {
         a.lowest[sample] = residual;
         a.best[sample] = step;
         a.residual[sample] = residual / (image > DBL_MIN ? image : DBL_MIN);
     }
-    if (converged) {
-        a.status[sample] = kConverged;
-        a.action[sample] = kKeepIterate;
+    const bool ended = converged || stalled(a, sample) || (a.budget && step + 1 >= a.budget[sample]);
+    if (ended) a.status[sample] = converged ? kConverged : kMaxIter;
+    if (ended && !improved) {
+        a.action[sample] = kKeepBest;
         return;
     }
     const bool grown = residual > kSafeguardGrowth * a.guarded[sample];
     if (grown || residual < a.guarded[sample]) a.guarded[sample] = residual;
     const int pairs = a.pairs[sample];
-    a.pairs[sample] = grown ? 1 : pairs < a.memory ? pairs + 1 : pairs;
-    a.action[sample] = grown ? kDamp : kMix;
+    const bool alone = grown || residual == 0;  // a residual of zero has no weight, but its image is the fixed point
+    a.pairs[sample] = alone ? 1 : pairs < a.memory ? pairs + 1 : pairs;
+    a.action[sample] = ended ? kKeepIterate : grown ? kDamp : kMix;
 }
 
 // Adds the products of the newest vector to the Gram matrix [n, n], whose entries are ordered by age and so move by one.
@@ -129,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) update_samples(Anderson a, const int
     double* const gram = a.gram + sample * a.memory * a.memory;
     shift_gram(gram, newest, products + (Differences ? 3 : 1), Differences ? 2 : 1, n);
     __syncthreads();
-    if (a.action[sample] != kMix) return;
+    if (a.action[sample] != kMix && a.action[sample] != kKeepIterate) return;
 
     const int pairs = a.pairs[sample];
     if (Differences) {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from jfbfast.backends import dispatch, native
+from jfbfast.backends import dispatch, fused, native
 from jfbfast.backends.dispatch import DTYPES, ONEDNN_HAS_BFLOAT16, check_reverse_mode
 
 _LEAST_TOL = 1e-4  # far above the rounding of Winograd's convolution, about 1e-6
@@ -190,15 +190,18 @@ def convolution(
     relu: bool = False,
     winograd: bool = True,
     transformed: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """torch's conv2d, and a ReLU if asked for, by the fastest implementation.
+    """torch's conv2d, and a ReLU or an addend if asked for, by the fastest implementation.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
         relu: whether to apply a ReLU.
         winograd: whether Winograd's convolution may be used.
         transformed: `transformed_weight` of the weight, if that was made.
+        addend: a tensor like the output to add to it; not with a ReLU.
     """
+    assert addend is None or not relu
     dtype = _computed_in(input, weight)
     if (
         winograd
@@ -209,11 +212,17 @@ def convolution(
         and not _differentiated_by_functorch()
     ):
         bias = None if bias is None else bias.to(dtype)
-        return conv3x3(input.to(dtype), weight.to(dtype), bias, relu, transformed)
-    if relu and _onednn_fuses_relu(input, padding):
+        out = conv3x3(input.to(dtype), weight.to(dtype), bias, relu, transformed)
+        return out if addend is None else addend + out
+    needed = relu or addend is not None
+    if needed and fused.serves(input, weight, bias, padding, addend) and not _differentiated_by_functorch():
+        return fused.convolution(input, weight, bias, stride, padding, dilation, groups, relu, addend)
+    if relu and _onednn_fuses_relu(input, weight, bias, padding):
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if addend is not None:
+        return addend + out
     return torch.relu_(out) if relu else out
 
 
@@ -231,7 +240,8 @@ def _differentiated_by_functorch() -> bool:
     return functorch is not None or forward >= 0
 
 
-def _onednn_fuses_relu(input: Tensor, padding: Any) -> bool:
+def _onednn_fuses_relu(input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> bool:
+    given = [input, weight] if bias is None else [input, weight, bias]
     return (
         input.device.type == "cpu"
         and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and ONEDNN_HAS_BFLOAT16))
@@ -240,7 +250,9 @@ def _onednn_fuses_relu(input: Tensor, padding: Any) -> bool:
         and not isinstance(padding, str)
         and input.dim() == 4
         and input.numel() > 0
-        and not (torch.is_grad_enabled() and input.requires_grad)
+        and all(each.dtype == input.dtype for each in given)
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in given))
     )
 
 

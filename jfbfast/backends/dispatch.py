@@ -4,8 +4,11 @@ The implementations are modules with functions of the same names and arguments:
 
 - `jfbfast.backends.reference`: the definition of every kernel, in PyTorch, on any device;
 - `jfbfast.backends.native`: C++, on the CPU;
-- `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur alone;
-- `jfbfast.backends.cuda`: CUDA, for Anderson's method alone; it keeps the state of a whole solve on the device.
+- `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur, and for what follows a convolution;
+- `jfbfast.backends.cuda`: CUDA, for Anderson's method alone.
+
+Anderson's method is an exception: `native` and `cuda` have the class ``AndersonSolve``, which keeps the state of a
+whole solve and takes all decisions of an iteration; `reference` has the parts of an iteration, for the solvers' loop.
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def _triton() -> ModuleType | None:
 
 def kernels(
     device: torch.device,
-    op: Literal["blur", "anderson", "anderson_solve", "conv3x3"],
+    op: Literal["blur", "anderson", "anderson_solve", "conv3x3", "add_relu"],
     *,
     radius: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -110,8 +113,9 @@ def kernels(
 
     Args:
         op: "blur" for A x and its gradient steps; "anderson" for one iteration of Anderson's or Broyden's method;
-            "anderson_solve" for a whole solve by Anderson's method, on the device (`cuda`) where that is possible;
-            "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster.
+            "anderson_solve" for a whole solve by Anderson's method, by the class ``AndersonSolve`` if there is one;
+            "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster; "add_relu" for
+            what follows a convolution on a CUDA device.
         radius: the larger radius of the two filters of a blur.
         dtype: the dtype of the tensors of an Anderson solve or a convolution.
         memory, estimate: of an Anderson solve: the pairs kept, and whether to estimate the inverse Jacobian.
@@ -137,7 +141,9 @@ def kernels(
         and not cuda.unavailable_because(device.index)
     ):
         return cuda
-    if _backend == "reference":
+    if _backend == "reference" or (op == "add_relu" and kind != "cuda"):
+        return reference
+    if kind == "cpu" and op == "anderson_solve" and (estimate or memory > native.MAX_MEMORY):
         return reference
     if kind == "cpu" and _backend in ("auto", "native"):
         if native.AVAILABLE:
@@ -145,7 +151,7 @@ def kernels(
         if _backend == "native":
             raise RuntimeError(f"the backend 'native' is not available: {native.UNAVAILABLE_BECAUSE}")
     if kind == "cuda" and _backend in ("auto", "triton") and (triton := _triton()):
-        return triton if op == "blur" and radius <= triton.MAX_RADIUS else reference
+        return triton if op == "add_relu" or (op == "blur" and radius <= triton.MAX_RADIUS) else reference
     if _backend == "auto":
         return reference
     raise RuntimeError(f"the backend {_backend!r} does not serve tensors on {device}")

@@ -33,6 +33,7 @@ except ImportError as error:
     UNAVAILABLE_BECAUSE = f"the compiled module jfbfast._native did not load: {error}".splitlines()[0]
 AVAILABLE = not UNAVAILABLE_BECAUSE
 _DTYPES = {getattr(torch, name): dtype for name, dtype in _native.DType.__members__.items()} if AVAILABLE else {}
+MAX_MEMORY: int = _native.MAX_MEMORY if AVAILABLE else 0  # of an Anderson solve; the shared loop takes a longer one
 _POOLED_BYTES = 1 << 16  # from this size on, a fresh allocation is slower than the pool
 
 _threads = torch.get_num_threads
@@ -165,30 +166,102 @@ def anderson_mix(alpha: Tensor, images: Sequence[Tensor], out: Tensor | None = N
     return out
 
 
-def anderson_mix_differences(
-    alpha: Tensor, f: Tensor, previous: Tensor | None, differences: Tensor, slot: int, out: Tensor | None = None
-) -> Tensor:
-    """As `reference.anderson_mix_differences`; ``out`` must be contiguous."""
-    memory, filled, dtype = len(differences), alpha.shape[1], f.dtype
-    if not 1 <= filled <= memory:
-        raise ValueError(f"alpha has {filled} pairs; it takes from 1 to the {memory} of the history")
-    out = torch.empty(f.shape, dtype=dtype, device="cpu") if out is None else out
-    _check(
-        ("alpha", alpha, (len(f), filled), (alpha.dtype,)),
-        ("differences", differences, (memory, *f.shape), (dtype, torch.bfloat16)),
-        ("out", out, f.shape, (dtype,)),
-        ("previous", f if previous is None else previous, f.shape, (dtype,)),
-        written=("differences", "out"),
-    )
-    if previous is None or filled == 1 or not out.numel():
-        return out.copy_(f)
-    f, previous = f.contiguous(), previous.contiguous()
-    ring = [(slot - age) % memory for age in range(filled)]
-    weights = (1 - alpha[:, ring].to(torch.float64).cumsum(1))[:, : filled - 1].contiguous()
-    dtypes, history = (_DTYPES[dtype], _DTYPES[differences.dtype]), [differences[j].data_ptr() for j in ring[:-1]]
-    read = weights.data_ptr(), f.data_ptr(), previous.data_ptr()
-    _native.anderson_mix_differences(*dtypes, *read, history, out.data_ptr(), *f.shape, _threads())
-    return out
+class AndersonSolve:
+    """One solve of a batch by Anderson's method; a step is one call of C++ for the whole batch.
+
+    Each sample counts its own evaluations and stops by itself. From then on its row of the iterates stays at the
+    iterate after its value.
+
+    Args:
+        x: the start, (B, N), contiguous, on the CPU, of any dtype of an image.
+        tol, atol, memory, regularization, history_dtype: as in `jfbfast.Anderson`; ``memory`` up to `MAX_MEMORY`.
+        budget: the most evaluations of each sample, (B,), int64, at least 1.
+        stall_floor: a stalled sample stops if its relative residual is at most this; None for never.
+
+    Raises:
+        ValueError: x, ``budget`` or ``memory`` is none of these.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        *,
+        tol: float,
+        budget: Tensor,
+        atol: float = 0.0,
+        memory: int = 5,
+        regularization: float = 1e-10,
+        history_dtype: torch.dtype | None = None,
+        stall_floor: float | None = None,
+    ) -> None:
+        if x.dim() != 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it takes (B, N)")
+        if not 1 <= memory <= MAX_MEMORY:
+            raise ValueError(f"memory is {memory}; it takes an integer from 1 to {MAX_MEMORY}")
+        samples, size = x.shape
+        budget = budget.contiguous()
+        _check(("x", x, x.shape, tuple(_DTYPES)), ("budget", budget, (samples,), (torch.int64,)), written=("x",))
+        history = history_dtype or x.dtype
+        differences = history != x.dtype
+        if differences and (x.dtype, history) != (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"history_dtype is {history} for an x of {x.dtype}; it takes None, or bfloat16 for float32"
+            )
+        self._other = _empty(x.shape, x.dtype)  # for the next iterates; after a step, those that it was given
+        self._rows: Tensor | None = None  # the sample of each row of x, once some have left
+        self._value, self._following = _empty(x.shape, x.dtype), _empty(x.shape, x.dtype)
+        self._residual = torch.full((samples,), torch.nan, dtype=torch.float64)
+        self._iterations = torch.zeros(samples, dtype=torch.int64)
+        self._status = torch.ones(samples, dtype=torch.int64)
+        self._running = torch.ones(samples, dtype=torch.bool)
+        ring = (memory, samples, size)
+        residuals, images = _empty(ring, history), _empty(x.shape if differences else ring, x.dtype)
+        kept = _empty(ring, history) if differences else None
+        found = self._value, self._following, self._residual, self._iterations, self._status, self._running
+        self._tensors = residuals, images, kept, *found, budget
+        numbers = tol, atol, regularization, -1.0 if stall_floor is None else stall_floor
+        addresses = [0 if each is None else each.data_ptr() for each in self._tensors]
+        self._state = _native.Anderson(_DTYPES[x.dtype], _DTYPES[history], memory, samples, size, numbers, addresses)
+
+    def step(self, x: Tensor, f: Tensor) -> Tensor:
+        """Take the pairs (x, f = T(x)) and return the next iterates.
+
+        x must be the start or what the last step returned, with the rows that `select` kept. The step after this one
+        writes over it.
+        """
+        following = self._other
+        shape, dtype = following.shape, following.dtype
+        for name, each in (("x", x), ("f", f)):
+            if each.shape != shape or each.dtype != dtype or not each.is_cpu:
+                _check((name, each, shape, (dtype,)))
+        x, f = x.contiguous(), f.contiguous()
+        self._state.step(x.data_ptr(), f.data_ptr(), following.data_ptr(), _threads())
+        self._other = x
+        return following
+
+    def running(self) -> Tensor:
+        """Which rows of x still run, bool (rows,)."""
+        return self._running if self._rows is None else self._running[self._rows]
+
+    def select(self, keep: Tensor) -> Tensor:
+        """Continue with these rows of x only, bool (rows,), without moving the history; return their indices."""
+        rows = keep.nonzero()[:, 0]
+        self._state.select(rows.tolist(), self._other.data_ptr())
+        self._rows = rows if self._rows is None else self._rows[rows]
+        self._other = _empty((len(rows), self._value.shape[1]), self._value.dtype)
+        return rows
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The value (B, N), ‖f − x‖ / ‖f‖ there, iterations and status, (B,) each, and the following iterates (B, N).
+
+        They are as in `jfbfast.FixedPointSolution`, in the order of the batch at the start.
+
+        Raises:
+            RuntimeError: a sample still runs.
+        """
+        if self._running.any():
+            raise RuntimeError("a sample still runs; `finish` takes a batch whose samples have all stopped")
+        return self._value, self._residual, self._iterations, self._status, self._following
 
 
 _WINOGRAD_DTYPES = (torch.float32, torch.bfloat16)

@@ -6,15 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXTRAS = "the command line needs more packages: pip install 'jfbfast[train]'"
+import typer
+from rich.console import Console
 
-try:
-    import typer
-    from rich.console import Console
+from jfbfast.experiments.processes import Interrupted, rank
 
-    from jfbfast.experiments.processes import Interrupted, rank
-except ModuleNotFoundError as error:  # pragma: no cover
-    sys.exit(f"{error.name} is not installed; {EXTRAS}")
+EXTRAS = "this command needs more packages: pip install 'jfbfast[train]'"
 
 _PIPE_WIDTH = 1000  # columns: a pipe has none, and lines must not be wrapped in it
 

@@ -105,8 +105,8 @@ def restore(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE",
-            help="What restores: a shipped model, a file from demo or train, or tikhonov. "
+            metavar="NAME|FILE|DIR",
+            help="What restores: a shipped model, a file or directory from train or save_pretrained, or tikhonov. "
             "(default: the shipped model universal; with --kernel-size, a shipped one that was trained for it)",
         ),
     ] = None,

@@ -36,15 +36,16 @@ from jfbfast.operators.blur import GaussianBlur
 def _seen_by(checkpoint: str, data: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The files of ``data`` that the run of a checkpoint trained on, and those that it validated on.
 
-    The run is described by the ``config.yaml`` beside the checkpoint, and its photographs by ``photographs.json``; runs
-    of older versions have none, and are split anew. Both lists are empty if there is no run, or if it used another
-    directory.
+    The run is described by the ``config.yaml`` beside the checkpoint's file, and its photographs by
+    ``photographs.json``; runs of older versions have none, and are split anew. Both lists are empty if there is no run,
+    or if it used another directory.
 
     Raises:
         ValueError: one of the two files is damaged.
     """
-    config, names = (Path(checkpoint).parent / name for name in ("config.yaml", "photographs.json"))
-    if not (Path(checkpoint).is_file() and config.is_file()):
+    path = Path(checkpoint)
+    config, names = ((path if path.is_dir() else path.parent) / name for name in ("config.yaml", "photographs.json"))
+    if not (path.exists() and config.is_file()):
         return [], []
     try:
         settings = read_run_settings(config)

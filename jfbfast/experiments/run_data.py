@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,9 +129,15 @@ class GivenDataset:
 def check_same(images: RunImages, started: dict[str, list[str]], data: str, out: Path) -> None:
     """Raise ValueError unless the images are those that the run in ``out`` was started with."""
     for name, names in images.names.items():
-        if names != started[name]:
-            other: Sequence[str] = sorted(set(names).symmetric_difference(started[name])) or names
-            raise ValueError(
-                f"data is {data}; its photographs for {name} are not those of the run in {out}: "
-                f"{len(other)} differ, such as {other[0]}"
-            )
+        before = started[name]
+        if names == before:
+            continue
+        if is_dataset(data):
+            changed = f"now it is {names[0]}; at the start it was {', '.join(before[:3])}"
+        else:
+            new, gone = sorted({*names} - {*before}), sorted({*before} - {*names})
+            parts = ((new, "new"), (gone, "missing or unusable now"))
+            told = [f"{len(files)} are {what}, such as {files[0]}" for files, what in parts if files]
+            changed = "; ".join(told) or "their order changed"
+        kind = "images" if is_dataset(data) else "photographs"
+        raise ValueError(f"data is {data}; its {kind} for {name} are not those of the run in {out}: {changed}")

@@ -24,6 +24,7 @@ _BOUNDS = (
     (-math.inf, 1e9, "train validation"),
 )
 _CHOICES = {
+    "form": ("filtered", "preconditioned", "paper", "universal", "feed-forward", "denoiser"),
     "denoiser": ("DnCNN", "UNet", "NonexpansiveDenoiser"),
     "optimizer": ("adam", "muon"),
     "logger": ("tensorboard", "wandb", "mlflow", "csv"),
@@ -111,6 +112,11 @@ def _wrong_values(settings: TrainingSettings) -> Iterator[str]:
     for name in ("data", "init"):
         if values[name] == "" or "\0" in (values[name] or ""):
             yield f"{name} is {values[name]!r}; it takes a path"
+    if settings.form == "plug-and-play":
+        yield (
+            "form is 'plug-and-play', which jfbfast train does not train; examples/train_denoiser.py trains its "
+            "denoiser, and in Python jfbfast.PlugAndPlay(denoiser) takes any denoiser D(x, σ)"
+        )
     for name, choices in _CHOICES.items():
         if values[name] is not None and values[name] not in choices:
             yield f"{name} is {values[name]!r}; it takes one of {', '.join(choices)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import reprlib
 import types
@@ -79,7 +80,9 @@ def make_settings(values: Mapping[str, Any]) -> TrainingSettings:
     known = setting_types()
     unknown = sorted(map(str, values.keys() - known.keys()))
     if unknown:
-        raise ValueError(f"{unknown[0]} is no setting; the settings are {', '.join(known)}")
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"{unknown[0]} is no setting; {meant}jfbfast train --help lists all settings")
     if values.get("data") is None:
         raise ValueError("data is missing; it takes a directory of photographs")
     settings = TrainingSettings(**{name: _convert(name, value, known[name]) for name, value in values.items()})

@@ -172,11 +172,8 @@ def estimator() -> dict[str, Tensor]:
 
 
 def _read(path: str | Path) -> Tensor:
-    try:
-        from jfbfast.imaging.photographs import read_photograph
-    except ModuleNotFoundError as error:
-        told = f"{error.name} is not installed, and reading image files needs it: pip install 'jfbfast[train]'"
-        raise ModuleNotFoundError(told) from error
+    from jfbfast.imaging.photographs import read_photograph  # its packages take long to import
+
     return 2 * read_photograph(path).pixels - 1
 
 

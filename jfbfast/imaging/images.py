@@ -64,9 +64,10 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray, value_range: tuple[float, float] = (0, 1)) -> Tensor:
-    if array.dtype not in (np.uint8, np.uint16, np.float16, np.float32, np.float64):
+    dtype = array.dtype.newbyteorder("=")  # a file may have another byte order than this machine
+    if dtype not in (np.uint8, np.uint16, np.float16, np.float32, np.float64):
         raise ImageError(f"its samples are {array.dtype}; it takes uint8, uint16 and floats")
-    native = array.astype(array.dtype.newbyteorder("="), order="C")  # a copy, which torch may write to
+    native = array.astype(dtype, order="C")  # a copy, which torch may write to
     return _unit(torch.from_numpy(native), value_range)
 
 

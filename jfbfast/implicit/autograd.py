@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from jfbfast.backends.precision import precision_for
-from jfbfast.implicit.frozen import TrainingState, assigned, frozen, owner, parameters_of
+from jfbfast.implicit.frozen import (
+    NormalisedConv2d,
+    TrainingState,
+    assigned,
+    fixed_weights,
+    frozen,
+    normalised_weights,
+    owner,
+    parameters_of,
+)
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
-from jfbfast.implicit.prepared import convolutions_for
+from jfbfast.implicit.prepared import Convolutions
 from jfbfast.implicit.states import StateLayer
 from jfbfast.operators.iterative import may_hold_sample_data
 from jfbfast.solvers import Layer
@@ -32,9 +41,17 @@ class ImplicitLayer:
 
     Attributes:
         module: the module that the layer is or is a method of; None for another callable.
+        state, weights, convolutions: of the module during this forward, by `prepare`: its training state before, its
+            normalised weights, and how it convolves, with gradients.
+        since: the `_sequence_number` before them.
         whole_batch: whether the module may hold data of each sample, so that it takes whole batches only.
         stays_whole: whether no sample may leave the batch, for this or for a user who sees each evaluation.
     """
+
+    since: int
+    state: TrainingState
+    weights: dict[NormalisedConv2d, Tensor]
+    convolutions: Convolutions
 
     def __init__(self, layer: Layer, parameters: Iterable[Tensor] | None, method: GradientMethod, tol: float) -> None:
         if isinstance(parameters, Tensor):
@@ -52,6 +69,15 @@ class ImplicitLayer:
                 self.parameters.append(parameter)
         self.whole_batch = may_hold_sample_data(self.module)
         self.stays_whole = self.whole_batch or (isinstance(layer, StateLayer) and layer.watched)
+
+    def prepare(self) -> None:
+        """Compute what the solve and the applications share, once the module has taken its power iteration."""
+        self.since = _sequence_number() if torch.is_grad_enabled() else 0
+        self.state = TrainingState(self.module)
+        self.weights = normalised_weights(self.module)
+        with frozen(self.module), fixed_weights(self.weights):
+            # Norms whose statistics move stay as they are, since an update takes their inputs.
+            self.convolutions = Convolutions(self.tol, self.module, fold=not self.state.moving)
 
     def apply(
         self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None
@@ -71,10 +97,9 @@ class ImplicitLayer:
         copies = tuple([i.detach().requires_grad_(differentiable and i.requires_grad) for i in inputs])
         steps = self.method.steps if isinstance(self.method, Unrolled) else 1
         trace = Trace(self, x, copies, inverse, updating=steps - 1)
-        since = _sequence_number() if differentiable else 0
         trace.out = out = self.method.trace(trace.apply, x)
         if differentiable:
-            self._check_leaves(out, x, copies, since)
+            self._check_leaves(out, x, copies)
             out = _FixedPointFunction.apply(trace, *inputs, *self.parameters)
         return out, trace
 
@@ -83,14 +108,14 @@ class ImplicitLayer:
         ends = [t.flatten()[:0].real.to(x) for t in (*inputs, *self.parameters)]
         return torch.cat(ends).view(0, *x.shape[1:]) if ends else x[:0]
 
-    def _check_leaves(self, out: Tensor, x: Tensor, inputs: tuple[Tensor, ...], since: int) -> None:
+    def _check_leaves(self, out: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> None:
         """Raise ValueError if a leaf of the output's graph would silently get no gradient.
 
         These are the tensors that existed before the layer was called. If ``parameters`` was given, those that the
         layer uses directly were left out on purpose, and are allowed. A tensor that the layer itself made by
         ``detach`` is allowed too, unless the method differentiates in x.
         """
-        unlisted = _unlisted_leaves(out, (x, *inputs, *self.parameters), since)
+        unlisted = _unlisted_leaves(out, (x, *inputs, *self.parameters), self.since)
         for leaf, before in unlisted.items():
             if before:
                 raise ValueError(
@@ -146,20 +171,21 @@ class Trace:
         updating: int | None = None,
     ) -> None:
         self.implicit, self.x, self.inputs, self.inverse, self.updating = implicit, x, inputs, inverse, updating
-        self.state = TrainingState(implicit.module)
         self.count = 0
 
     @contextmanager
     def held_still(self, device: torch.device, updating: bool = False) -> Iterator[None]:
         """Hold the module still within the context; backward needs it too, because it may evaluate parts again."""
-        state = self.state.updated() if updating else self.state.used()
-        with state, frozen(self.implicit.module), precision_for(self.implicit.tol, device):
+        implicit = self.implicit
+        state = implicit.state.updated() if updating else implicit.state.used()
+        weights, precision = fixed_weights(implicit.weights), precision_for(implicit.tol, device)
+        with state, weights, frozen(implicit.module), precision, implicit.convolutions:
             yield
 
     def apply(self, x: Tensor) -> Tensor:
         """T(x; inputs), with the module held still."""
         updating = len(x) > 0 and self.count == self.updating
-        with self.held_still(x.device, updating), convolutions_for(self.implicit.tol):
+        with self.held_still(x.device, updating):
             image = evaluate(self.implicit.layer, "layer", x, self.inputs)
         self.last = x.detach(), image.detach()
         if self.count == 0:

@@ -12,11 +12,12 @@ train() belongs to one thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
@@ -24,14 +25,19 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from jfbfast import buffers
 
+Item = TypeVar("Item")
+
 
 class NormalisedConv2d(nn.Conv2d):
     """Conv2d whose weight is W divided by a norm of it; a solve computes the quotient once, by `materialise`.
 
     Arguments as in torch.nn.Conv2d. Unlike torch's parametrisations it can be pickled.
 
+    A class defines `normalised_weight` and `power_iteration` of one convolution. It may also compute those of several
+    together, by `normalised_weights` and `power_iterations`, which a solve calls; both must agree.
+
     Attributes:
-        iterated: names of the buffers that `power_iteration` writes over.
+        iterated: names of the buffers that `power_iteration` replaces.
     """
 
     iterated: tuple[str, ...] = ()
@@ -45,7 +51,18 @@ class NormalisedConv2d(nn.Conv2d):
         raise NotImplementedError
 
     def power_iteration(self) -> None:
-        """Update the estimate of the norm by one step, for a norm that is iterated."""
+        """Update the estimate of the norm by one step, for a norm that is iterated; it replaces the buffers."""
+
+    @classmethod
+    def normalised_weights(cls, convolutions: Sequence[Any]) -> list[Tensor]:
+        """The `normalised_weight` of each of several convolutions of this class."""
+        return [conv.normalised_weight() for conv in convolutions]
+
+    @classmethod
+    def power_iterations(cls, convolutions: Sequence[Any]) -> None:
+        """The `power_iteration` of several convolutions of this class."""
+        for conv in convolutions:
+            conv.power_iteration()
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -88,6 +105,14 @@ def submodules(module: nn.Module | None) -> list[nn.Module]:
 def parameters_of(module: nn.Module | None) -> list[nn.Parameter]:
     """The parameters of a module and its submodules, in the order of `module.parameters()`; empty for None."""
     return [p for m in submodules(module) for p in m._parameters.values() if p is not None]
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """The items in groups that have the same key, each in the items' order."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
 
 
 def _in_training(module: nn.Module | None) -> list[nn.Module]:
@@ -148,31 +173,52 @@ def _own_parametrization_cache() -> Iterator[None]:
         parametrize._cache = callers if parametrize._cache_enabled else {}
 
 
+def normalised_weights(module: nn.Module | None) -> dict[NormalisedConv2d, Tensor]:
+    """Every normalised weight of a module, differentiable in the weights; those of one class are computed together."""
+    found: dict[NormalisedConv2d, Tensor] = {}
+    for group in grouped([m for m in submodules(module) if isinstance(m, NormalisedConv2d)], type):
+        found.update(zip(group, type(group[0]).normalised_weights(group), strict=True))
+    return found
+
+
 @contextmanager
-def materialised_weights(module: nn.Module | None) -> Iterator[None]:
-    """Compute every normalised and every parametrised weight once within the context, without gradients."""
-    computed = [m for m in submodules(module) if isinstance(m, NormalisedConv2d)]
+def fixed_weights(weights: Mapping[NormalisedConv2d, Tensor]) -> Iterator[None]:
+    """Each convolution has its weight of ``weights`` within the context."""
     try:
-        for m in computed:
-            m.materialise()
-        with _own_parametrization_cache():
-            yield
+        for conv, weight in weights.items():
+            conv._materialised = weight
+        yield
     finally:
-        for m in computed:
-            m.release()
+        for conv in weights:
+            conv.release()
+
+
+@contextmanager
+def materialised_weights(
+    module: nn.Module | None, weights: Mapping[NormalisedConv2d, Tensor] | None = None
+) -> Iterator[None]:
+    """Compute every normalised and every parametrised weight once within the context, without gradients.
+
+    ``weights`` are the `normalised_weights` of the module, if they have been computed.
+    """
+    if weights is None:
+        with torch.no_grad():
+            weights = normalised_weights(module)
+    with fixed_weights(weights), _own_parametrization_cache():
+        yield
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def step_spectral_norms(module: nn.Module | None) -> None:
     """One power iteration of every spectral norm in train(): ours, torch's hook and torch's parametrisation."""
-    for m in _in_training(module):
-        if not m._buffers:
-            continue
-        for name in _iterated(m):
-            m._buffers[name] = m._buffers[name].clone()  # type: ignore[union-attr]
-        if isinstance(m, NormalisedConv2d):
-            m.power_iteration()
+    training = [m for m in _in_training(module) if m._buffers]
+    for group in grouped([m for m in training if isinstance(m, NormalisedConv2d)], type):
+        type(group[0]).power_iterations(group)
+    for m in training:
+        if not isinstance(m, NormalisedConv2d):
+            for name in _iterated(m):  # torch writes over them
+                m._buffers[name] = m._buffers[name].clone()  # type: ignore[union-attr]
         for hook in _spectral_norm_hooks(m):
             hook(m, ())
     for m in submodules(module):
@@ -213,6 +259,10 @@ class TrainingState:
 
     Backward may evaluate parts of the layer again (`torch.utils.checkpoint`) after a later forward changed them.
 
+    Attributes:
+        norms: the norms in train() with running statistics.
+        moving: those whose statistics an update changes: all but batch norms with a momentum of 0.
+
     Raises:
         ValueError: a SyncBatchNorm in train() in a group of several processes.
     """
@@ -220,6 +270,7 @@ class TrainingState:
     def __init__(self, module: nn.Module | None) -> None:
         training = [m for m in _in_training(module) if m._buffers]
         self.norms = [m for m in training if has_running_statistics(m)]
+        self.moving = [m for m in self.norms if not (type(m) is nn.BatchNorm2d and m.momentum == 0)]
         self.kept = buffers.buffers_of(self.norms) if self.norms else []
         self.kept += [(m, name, m._buffers[name]) for m in training for name in _iterated(m)]
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.norms) and _processes() > 1:
@@ -240,9 +291,12 @@ class TrainingState:
     def updated(self) -> Iterator[None]:
         """Like `used`, for one evaluation of the layer that updates the running statistics.
 
-        Each norm, of whatever class, is updated by its own forward in train(), on a copy of the norm.
+        Those of torch's BatchNorm2d are measured without an output, and updated together. Each other norm, of whatever
+        class, is updated by its own forward in train(), on a copy of the norm.
         """
-        copies = {norm: _with_own_buffers(norm) for norm in self.norms}
+        plain = {norm for norm in self.moving if type(norm) is nn.BatchNorm2d and norm.momentum is not None}
+        copies = {norm: _with_own_buffers(norm) for norm in self.moving if norm not in plain}
+        measured: list[dict[nn.BatchNorm2d, _Moments]] = []  # as many as times that the same norm is called
         updating = False
 
         @torch.inference_mode(False)
@@ -253,16 +307,72 @@ class TrainingState:
                 return
             updating = True
             try:
-                type(norm).forward(copies[norm], *args, **kwargs)
+                if norm in plain:
+                    _measure(measured, norm, *args, **kwargs)
+                else:
+                    type(norm).forward(copies[norm], *args, **kwargs)
             finally:
                 updating = False
 
         with self.used(), ExitStack() as stack:
-            for norm in self.norms:
+            for norm in self.moving:
                 stack.callback(norm.register_forward_pre_hook(update, with_kwargs=True).remove)
             yield
         for norm, own in copies.items():
             norm._buffers.update(own._buffers)
+        for moments in measured:
+            _update_statistics(moments)
+        _count_batch([norm for norm in self.norms if norm not in self.moving])
+
+
+class _Moments(NamedTuple):
+    """Mean and variance of a batch, per channel, and n/(n − 1) for its n values per channel."""
+
+    mean: Tensor
+    var: Tensor
+    correction: float
+
+
+def _measure(measured: list[dict[nn.BatchNorm2d, _Moments]], norm: nn.BatchNorm2d, input: Tensor) -> None:
+    """Add the moments of a norm's input to the first entry that has none of this norm."""
+    norm._check_input_dim(input)
+    if (count := input.numel() // input.shape[1]) == 1:
+        F.batch_norm(input, None, None, training=True)  # raises torch's error
+    entry = next((each for each in measured if norm not in each), None)
+    if entry is None:
+        measured.append(entry := {})
+    assert norm.running_mean is not None
+    # This op makes no output, and on a CPU it takes a thirtieth of the time of var_mean.
+    mean, var = torch.batch_norm_update_stats(input.to(norm.running_mean.dtype), None, None, 0.0)
+    entry[norm] = _Moments(mean, var, count / (count - 1))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _update_statistics(measured: dict[nn.BatchNorm2d, _Moments]) -> None:
+    """The update of torch's BatchNorm2d in train(), of several norms at once."""
+    mean, var, correction = (list(each) for each in zip(*measured.values(), strict=True))
+    momenta = [norm.momentum for norm in measured]
+    for name, new in (("running_mean", mean), ("running_var", torch._foreach_mul(var, correction))):
+        old = [norm._buffers[name] for norm in measured]
+        _replace(name, measured, torch._foreach_lerp(old, new, momenta))  # type: ignore[arg-type]
+    _count_batch(measured)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _count_batch(norms: Iterable[nn.Module]) -> None:
+    """Add one batch to those that the norms have tracked."""
+    name = "num_batches_tracked"
+    counts = {norm: count for norm in norms if (count := norm._buffers[name]) is not None}
+    if counts:
+        _replace(name, counts, torch._foreach_add(list(counts.values()), 1))
+
+
+def _replace(name: str, modules: Iterable[nn.Module], buffers: Sequence[Tensor]) -> None:
+    """Give each module its buffer of this name."""
+    for module, buffer in zip(modules, buffers, strict=True):
+        module._buffers[name] = buffer
 
 
 @torch.inference_mode(False)

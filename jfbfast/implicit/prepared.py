@@ -1,60 +1,105 @@
 """How the convolutions of a layer are computed, in a solve and in the application that carries the gradient.
 
-torch's conv2d becomes Winograd's convolution where the tolerance allows it and it is faster. A solve also prepares the
-layer's weights once: channels-last, in low precision if asked for, transformed for Winograd, and with the batch norm
-that follows folded in.
+torch's conv2d becomes Winograd's convolution where the tolerance allows it and it is faster. In a Sequential, batch
+norms in eval() are folded into the convolutions before them, and ReLUs are fused. A solve also prepares each weight
+once: channels-last, in low precision if asked for, transformed for Winograd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
-from itertools import pairwise
+from functools import cached_property, lru_cache, partial
 from threading import local
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
-from jfbfast.implicit.frozen import NormalisedConv2d, owner, submodules
+from jfbfast.implicit.chains import Step, foldable_pairs, folded, initialised, steps, weight_of
+from jfbfast.implicit.frozen import grouped, owner, submodules
 from jfbfast.solvers import Layer
 
+_Arguments = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]  # of conv2d
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-class _Weight(NamedTuple):
-    """A convolution's weight, prepared for a solve.
+class _Weight:
+    """A convolution's weight in a solve, which prepares it when it is first used.
 
-    Attributes:
+    Args:
         source: the weight that the layer passes to conv2d; held so that no other tensor takes its id.
-        value: the same channels-last, in the dtype to compute in.
-        transformed: the same transformed for Winograd's convolution; None where that would not be used.
+        dtype: to compute in.
+        winograd: whether Winograd's convolution may be used.
     """
 
-    source: Tensor
-    value: Tensor
-    transformed: Tensor | None
+    def __init__(self, source: Tensor, dtype: torch.dtype, winograd: bool) -> None:
+        self.source, self.dtype = source, dtype
+        self.winograd = winograd and source.shape[2:] == (3, 3) and source.device.type == "cpu"
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The weight in its dtype; channels-last, unless Winograd's convolution takes it transformed."""
+        layout = torch.channels_last if self.transformed is None else torch.preserve_format
+        return self.source.to(self.dtype, memory_format=layout)
+
+    @cached_property
+    def transformed(self) -> Tensor | None:
+        """The weight as Winograd's convolution takes it; None where that would not be used."""
+        return transformed_weight(self.source.detach(), self.dtype) if self.winograd else None
+
+    def taken(self) -> Tensor | None:
+        """The transformed weight if a solve has made it, for its last use: the memory is free after that."""
+        made: Tensor | None = vars(self).pop("transformed", None)
+        return made
 
 
 class Convolutions(TorchFunctionMode):
     """Within the context, torch's conv2d is computed the fastest way that the tolerance allows.
 
+    Gradients reach the module's parameters through the folded weights.
+
     Args:
         tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 and bfloat16 convolutions
             on the CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+        module: whose Sequentials are evaluated with batch norms folded and ReLUs fused, in eval(); its parameters stay
+            the same while this object is used. None for no module.
+        fold: False leaves the batch norms as they are.
+
+    Attributes:
+        folded: whether all batch norms are folded that can be.
     """
 
-    def __init__(self, tol: float) -> None:
+    def __init__(self, tol: float, module: nn.Module | None = None, fold: bool = True) -> None:
         super().__init__()
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
-        self.dtype: torch.dtype | None = None  # the dtype of the autocast under which the solve evaluates the layer
-        self.relu = False  # whether the next convolution with a prepared weight is to apply a ReLU too
+        # What the next convolution with one of these weights is to do besides: apply a ReLU, or add a tensor.
+        self.relu = False
+        self.addend: Tensor | None = None
+        self.outer: Convolutions | None = None
+        modules = submodules(module)
+        # What torch.compile was applied to, as a function or by the method ``compile``, stays as it is.
+        compiled = [m for m in modules if "_orig_mod" in m._modules or vars(m).get("_compiled_call_impl")]
+        within = {inner for m in compiled for inner in submodules(m)}
+        self.modules = [m for m in modules if m not in within]
+        chains = [m for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)]
+        pairs = {m: foldable_pairs(m) for m in chains}
+        self.folded = fold or not any(pairs.values())
+        parameters = folded([pair for each in pairs.values() for pair in each.items()] if fold else [])
+        self.chains = {m: steps(m, pairs[m], parameters) for m in chains}
+        self.forwards = {m: MethodType(forward, m) for m in chains}
+        for _, weight in self._convolutions():
+            self.weights[id(weight)] = _Weight(weight, weight.dtype, self.winograd)
+
+    def _convolutions(self) -> list[tuple[nn.Conv2d, Tensor]]:
+        """The convolutions of the chains, with the weights that they convolve with."""
+        plain = [step for chain in self.chains.values() for step in chain if step.plain]
+        pairs = [(conv, weight_of(conv) if parameters is None else parameters[0]) for conv, parameters, *_ in plain]
+        return [(conv, weight) for conv, weight in pairs if initialised(weight)]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,104 +118,30 @@ class Convolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        winograd, transformed, precision, relu = self.winograd, None, _NOTHING, False
-        if prepared := self.weights.get(id(weight)):
-            relu, self.relu = self.relu, False
-            _, weight, transformed = prepared
-            winograd = transformed is not None
-            layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
-            input = input.to(weight.dtype, memory_format=layout)
-            bias = None if bias is None else bias.to(weight.dtype)
-            if self.dtype not in (None, weight.dtype):  # autocast would change it
-                precision = torch.autocast(input.device.type, enabled=False)
-        with precision:
-            return convolution(input, weight, bias, stride, padding, dilation, groups, relu, winograd, transformed)
+        known, relu, addend = self.weights.get(id(weight)), False, None
+        if known:
+            relu, self.relu, addend, self.addend = self.relu, False, self.addend, None
+        return self._convolve(known, (input, weight, bias, stride, padding, dilation, groups), relu, addend)
 
+    def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
+        transformed = known.taken() if known else None
+        return convolution(*given, relu, self.winograd, transformed, addend)
 
-class _SolveConvolutions(Convolutions):
-    """`Convolutions` of a module whose weights stay the same while this object is used.
-
-    Args:
-        module: the module, in eval().
-        tol: as in `Convolutions`.
-        dtype: of the autocast around the evaluations, to compute in; None for the weights' own.
-    """
-
-    def __init__(self, module: nn.Module, tol: float, dtype: torch.dtype | None) -> None:
-        super().__init__(tol)
-        self.dtype = dtype
-        self.outer: _SolveConvolutions | None = None
-        modules = submodules(module)
-        # What torch.compile was applied to, as a function or by the method ``compile``, stays as it is.
-        compiled = [m for m in modules if "_orig_mod" in m._modules or vars(m).get("_compiled_call_impl")]
-        within = {inner for m in compiled for inner in submodules(m)}
-        modules = [m for m in modules if m not in within]
-        convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
-        low = self._low_precision(module, modules, convolutions) if dtype else set()
-        self.chains = {m: self._steps(m, low) for m in modules if isinstance(m, nn.Sequential) and _is_chain(m)}
-        self.forwards = {m: MethodType(forward, m) for m in self.chains}
-        for conv in convolutions:
-            weight = _weight_of(conv)
-            if isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin):
-                self._prepare(weight, conv in low)
-
-    @staticmethod
-    def _low_precision(module: nn.Module, modules: list[nn.Module], convolutions: list[nn.Conv2d]) -> set[nn.Conv2d]:
-        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
-        operators = [m for m in modules if m is not module and callable(getattr(m, "adjoint", None))]
-        measuring = {m for operator in operators for m in operator.modules()}
-        return set([conv for conv in convolutions if conv not in measuring][1:-1])
-
-    def _prepare(self, weight: Tensor, low: bool) -> None:
-        """Prepare a weight that the layer will pass to conv2d."""
-        value = weight.to(self.dtype if low else weight.dtype, memory_format=torch.channels_last)
-        transformed = None
-        if self.winograd and weight.shape[2:] == (3, 3):
-            transformed = transformed_weight(weight, value.dtype)
-        self.weights[id(weight)] = _Weight(weight, value, transformed)
-
-    def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, low: bool) -> tuple[Tensor, Tensor]:
-        """The weight and the bias of the convolution with the batch norm behind it."""
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        weight = _weight_of(conv) * scale[:, None, None, None]
-        bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
-        bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-        self._prepare(weight, low)
-        return weight, bias
-
-    def _steps(self, sequential: nn.Sequential, low: set[nn.Conv2d]) -> list[_Step]:
-        """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
-        pairs = _foldable_pairs(sequential)
-        members = [m for m in sequential._modules.values() if m is not None]
-        steps = []
-        while members:
-            module, *members = members
-            parameters: tuple[Tensor, Tensor | None] | None = None
-            relu = False
-            if isinstance(module, nn.Conv2d) and _plain_convolution(module):
-                if module in pairs:
-                    parameters, members = self._fold(module, pairs[module], module in low), members[1:]
-                elif isinstance(module, NormalisedConv2d):  # which another thread may release
-                    parameters = _weight_of(module), module.bias
-                relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
-                members = members[relu:]
-            steps.append(_Step(module, parameters, relu))
-        return steps
-
-    def run(self, steps: list[_Step], input: Any) -> Any:
-        """Apply the steps of a Sequential."""
+    def run(self, steps: list[Step], input: Any, addend: Tensor | None = None) -> Any:
+        """Apply the steps of a Sequential, and add the addend to what the last one returns."""
+        offered = None
         try:
-            for module, parameters, self.relu in steps:
+            for position, (module, parameters, self.relu, plain) in enumerate(steps, 1):
+                self.addend = offered = addend if position == len(steps) and plain and not self.relu else None
                 input = module(input) if parameters is None else module._conv_forward(input, *parameters)
                 if self.relu:  # something else has computed the convolution: a mode of the layer's, or an inner solve
                     input = torch.relu(input)
+            added = offered is not None and self.addend is None
         finally:
-            self.relu = False
-        return input
+            self.relu, self.addend = False, None
+        return input if addend is None or added else addend + input
 
-    def __enter__(self) -> _SolveConvolutions:
+    def __enter__(self) -> Convolutions:
         self.outer, _thread.innermost = _thread.innermost, self
         for sequential, method in self.forwards.items():
             vars(sequential).setdefault("forward", method)
@@ -185,24 +156,68 @@ class _SolveConvolutions(Convolutions):
         self.outer, _thread.innermost = None, self.outer
 
 
-class _Step(NamedTuple):
-    """One module of a Sequential in a solve.
+class _SolveConvolutions(Convolutions):
+    """`Convolutions` of a solve, without gradients.
 
-    Attributes:
+    Args:
+        given: with all batch norms folded, for the same module, in eval(). In its dtype the solve prepares its weights.
         module: the module.
-        parameters: the weight and the bias to convolve with, of a convolution; None to call the module.
-        relu: whether a ReLU follows, which the convolution may apply.
+        dtype: of the autocast around the evaluations, to compute in; None for the weights' own.
     """
 
-    module: Any
-    parameters: tuple[Tensor, Tensor | None] | None
-    relu: bool
+    def __init__(self, given: Convolutions, module: nn.Module, dtype: torch.dtype | None) -> None:
+        TorchFunctionMode.__init__(self)
+        self.dtype = dtype
+        self.winograd, self.modules, self.chains = given.winograd, given.modules, given.chains
+        self.weights = given.weights if dtype is None else {}
+        self.relu, self.addend, self.outer = False, None, None
+        self.forwards = {m: MethodType(forward, m) for m in self.chains}
+        low = self._low_precision(module) if dtype else set()
+        pairs = self._convolutions()
+        known = {conv for conv, _ in pairs}
+        others = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in known]
+        pairs += [(conv, weight) for conv in others if initialised(weight := weight_of(conv))]
+        for conv, weight in pairs:
+            if id(weight) not in self.weights:
+                computed = dtype if dtype and conv in low else weight.dtype
+                self.weights[id(weight)] = _Weight(weight, computed, self.winograd)
+        self._copy_together()
+
+    def _low_precision(self, module: nn.Module) -> set[nn.Conv2d]:
+        """All convolutions except the first and the last, which are cheap, and those of a linear operator."""
+        operators = [m for m in self.modules if m is not module and callable(getattr(m, "adjoint", None))]
+        measuring = {m for operator in operators for m in operator.modules()}
+        return set([m for m in self.modules if isinstance(m, nn.Conv2d) and m not in measuring][1:-1])
+
+    def _copy_together(self) -> None:
+        """Prepare the weights that Winograd's convolution does not take; those alike are copied together."""
+        left = [weight for weight in self.weights.values() if not weight.winograd]
+        for group in grouped(left, lambda w: (w.source.shape, w.source.dtype, w.source.device, w.dtype)):
+            sources, dtype = [weight.source for weight in group], group[0].dtype
+            if all(s.dtype == dtype and s.is_contiguous(memory_format=torch.channels_last) for s in sources):
+                continue
+            copies = torch.stack([source.permute(0, 2, 3, 1) for source in sources]).to(dtype)
+            for weight, copy in zip(group, copies.permute(0, 1, 4, 2, 3), strict=True):
+                weight.value = copy
+
+    def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
+        if known is None:
+            return super()._convolve(known, given, relu, addend)
+        input, _, bias, stride, padding, dilation, groups = given
+        weight, transformed = known.value, known.transformed
+        layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
+        input = input.to(weight.dtype, memory_format=layout)
+        bias = None if bias is None else bias.to(weight.dtype)
+        changed = self.dtype not in (None, weight.dtype)  # by the autocast
+        with torch.autocast(input.device.type, enabled=False) if changed else _NOTHING:
+            given = input, weight, bias, stride, padding, dilation, groups
+            return convolution(*given, relu, transformed is not None, transformed, addend)
 
 
 class _Thread(local):
-    """The solve whose layer this thread is evaluating; the innermost one if a layer contains a solve of its own."""
+    """The `Convolutions` that this thread is in; the innermost ones if a layer contains a solve of its own."""
 
-    innermost: _SolveConvolutions | None = None
+    innermost: Convolutions | None = None
 
 
 _thread = _Thread()
@@ -219,54 +234,21 @@ def forward(sequential: nn.Sequential, input: Any) -> Any:
     return nn.Sequential.forward(sequential, input) if steps is None else solve.run(steps, input)  # type: ignore
 
 
+def residual(sequential: nn.Sequential, x: Tensor) -> Tensor:
+    """x + sequential(x); in a solve the last convolution adds x."""
+    solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
+    steps = None if solve is None else solve.chains.get(sequential)
+    if solve is None or steps is None or sequential._forward_hooks or sequential._forward_pre_hooks:
+        return x + sequential(x)
+    return solve.run(steps, x, x)
+
+
 def _is_chain(sequential: nn.Sequential) -> bool:
     """Whether a Sequential has torch's forward, or the one that a solve gave it."""
     own = vars(sequential).get("forward")
     return type(sequential).forward is nn.Sequential.forward and (
         own is None or getattr(own, "__func__", None) is forward
     )
-
-
-def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
-    """The convolutions of a Sequential that a batch norm in eval() follows, which can be folded into them.
-
-    A convolution that occurs twice stays as it is.
-    """
-    members = list(sequential._modules.values())
-    return {
-        conv: norm
-        for conv, norm in pairwise(members)
-        if type(norm) is nn.BatchNorm2d
-        and isinstance(conv, nn.Conv2d)
-        and norm.running_mean is not None
-        and _plain(norm)
-        and _plain_convolution(conv)
-        and members.count(conv) == 1
-    }
-
-
-def _plain_convolution(conv: nn.Conv2d) -> bool:
-    """Whether calling a convolution does nothing but convolve with its weight, which may be computed."""
-    return (
-        _plain(conv)
-        and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and type(conv).forward in (nn.Conv2d.forward, NormalisedConv2d.forward)
-    )
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _weight_of(conv: nn.Conv2d) -> Any:
-    """The weight that a convolution uses; None where a class of a user's has none."""
-    return conv.current_weight() if isinstance(conv, NormalisedConv2d) else getattr(conv, "weight", None)
-
-
-def convolutions_for(tol: float) -> AbstractContextManager[object]:
-    """The context for an application with gradients: `Convolutions`, or nothing where ``tol`` leaves them to torch."""
-    return Convolutions(tol) if winograd_allowed(tol) else _NOTHING
 
 
 def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
@@ -276,12 +258,27 @@ def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def _solve_convolutions(
+    module: nn.Module, tol: float, dtype: torch.dtype | None = None, given: Convolutions | None = None
+) -> _SolveConvolutions:
+    if given is None or not given.folded or given.winograd != winograd_allowed(tol):
+        given = Convolutions(tol, module)
+    return _SolveConvolutions(given, module, dtype)
+
+
 @lru_cache(maxsize=32)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0, compiled: bool = False) -> Layer:
+def prepared(
+    layer: Layer,
+    dtype: torch.dtype | None = None,
+    *,
+    tol: float = 0.0,
+    compiled: bool = False,
+    given: Convolutions | None = None,
+) -> Layer:
     """The layer as a solve evaluates it, the same function to rounding; its module must be `frozen`.
 
     The weights are taken at the first evaluation.
@@ -293,6 +290,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
             an ``adjoint``); None evaluates it in the weights' own precision, whatever autocast the caller has.
         tol: the relative residual that the solve is to reach, as in `Convolutions`.
         compiled: pass a module, or a module's method, through torch.compile, which then computes the convolutions.
+        given: the `Convolutions` of the application after the solve, to share their weights where that is possible.
     """
     module = owner(layer)
     function = type(layer).__call__ if layer is module else getattr(layer, "__func__", None)
@@ -303,7 +301,7 @@ def prepared(layer: Layer, dtype: torch.dtype | None = None, *, tol: float = 0.0
     def evaluate(x: Tensor, *inputs: Tensor) -> Tensor:
         nonlocal convolutions
         if convolutions is None:
-            convolutions = _NOTHING if module is None else _SolveConvolutions(module, tol, dtype)
+            convolutions = _NOTHING if module is None else _solve_convolutions(module, tol, dtype, given)
         device = x.device.type
         autocast = dtype is not None or torch.is_autocast_enabled(device)
         precision = torch.autocast(device, dtype, enabled=dtype is not None) if autocast else _NOTHING

@@ -8,7 +8,6 @@ from torch import Tensor
 from jfbfast.backends.tensors import compute_dtype, per_sample
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer
-from jfbfast.implicit.frozen import TrainingState
 from jfbfast.implicit.methods import Unrolled
 from jfbfast.solvers import FixedPointSolution, FixedPointSolver, Status
 from jfbfast.solvers.loop import DIVERGED_GROWTH, TINY, norms
@@ -21,7 +20,6 @@ def unroll(
 
     A diverged sample has the value x0. If any sample diverged, the running statistics are restored.
     """
-    before = TrainingState(implicit.module)
     out, trace = implicit.apply(x0, inputs)
     first_residual, first_size = norms(*trace.first)
     bound = DIVERGED_GROWTH * (first_residual + first_size)
@@ -32,7 +30,7 @@ def unroll(
     count = int(diverged.sum())
     relative = torch.where(diverged, first_residual, residual) / torch.where(diverged, first_size, size).clamp_min(TINY)
     if count:
-        before.restore()
+        implicit.state.restore()
         warn_unconverged(f"{count} of {len(x0)} samples diverged in {method.steps} applications of the layer")
     return out, FixedPointSolution(
         value=torch.where(per_sample(diverged, x), x0, x),

@@ -144,4 +144,6 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, ModelConfig]:
             raise ValueError("its settings or its tensors are not those that were written")
         model = config.model()
         model.load_state_dict(tensors)
+        if hasattr(model, "trained_noise"):
+            model.trained_noise = config.noise  # type: ignore[assignment]
     return model.eval(), config

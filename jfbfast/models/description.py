@@ -29,7 +29,7 @@ T = TypeVar("T", bound=type[Any])
 S = TypeVar("S", bound="Described")
 
 KINDS: dict[str, type[Any]] = dict(registry.SOLVERS)  # what a description can name
-_FROM_BELOW: dict[type[Any], tuple[str, ...]] = {  # their arguments, which are attributes of the same names
+_ARGUMENTS: dict[type[Any], tuple[str, ...]] = {  # their arguments, which are attributes of the same names
     GaussianBlur: ("kernel_size", "sigma", "padding_mode"),
     SeparableBlur: ("taps_y", "taps_x", "padding_mode"),
     Blur: ("psf", "padding_mode", "tol", "max_iter"),
@@ -47,7 +47,7 @@ def describable(cls: T) -> T:
     return cls
 
 
-for _kind in (*_FROM_BELOW, JFB, Implicit, Neumann, Phantom, Shine, Unrolled):
+for _kind in (*_ARGUMENTS, JFB, Implicit, Neumann, Phantom, Shine, Unrolled):
     describable(_kind)
 
 
@@ -103,12 +103,12 @@ def describe(model: Described) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Example:
         >>> import jfbfast
-        >>> from jfbfast.models.description import describe, restored
+        >>> from jfbfast.models.description import build_model, describe
         >>> network = jfbfast.DnCNN(channels=1, features=8, depth=3)
         >>> description, tensors = describe(network)
         >>> description["kind"], description["features"], tensors
         ('DnCNN', 8, {})
-        >>> restored(description, network.state_dict(), {}).channels
+        >>> build_model(description, network.state_dict(), {}).channels
         1
     """
     tensors: dict[str, Tensor] = {}
@@ -137,18 +137,18 @@ def _described(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     kind = type(value).__name__
     arguments = _arguments(value) if KINDS.get(kind) is type(value) else None
     if arguments is None:
-        return {"kind": "yours", "class": kind}
+        return {"kind": "external", "class": kind}
     check_description(path, {"kind": kind, **arguments})  # or else it could not be loaded
     found = {name: _described(each, f"{path}.{name}", tensors) for name, each in arguments.items()}
-    if isinstance(value, IterativeOperator) and _is(found["operator"], "yours"):
-        return {"kind": "yours", "class": found["operator"]["class"]}  # the model wraps what it is given itself
+    if isinstance(value, IterativeOperator) and _is(found["operator"], "external"):
+        return {"kind": "external", "class": found["operator"]["class"]}  # the model wraps what it is given itself
     return {"kind": kind, **found}
 
 
 def _arguments(value: Any) -> dict[str, Any] | None:
     """The arguments that make an object like this one; None if they are not known."""
-    if type(value) in _FROM_BELOW:
-        return {name: getattr(value, name) for name in _FROM_BELOW[type(value)]}
+    if type(value) in _ARGUMENTS:
+        return {name: getattr(value, name) for name in _ARGUMENTS[type(value)]}
     if isinstance(value, Described):
         return value.arguments()
     if is_dataclass(value):
@@ -160,18 +160,18 @@ def _is(node: Any, kind: str) -> bool:
     return isinstance(node, Mapping) and node.get("kind") == kind
 
 
-def missing(node: Any, path: str = "") -> dict[str, tuple[str, str]]:
+def external_objects(node: Any, path: str = "") -> dict[str, tuple[str, str]]:
     """The objects that whoever restores the description has to pass: their path and class, by the argument's name."""
-    if _is(node, "yours"):
+    if _is(node, "external"):
         return {path.rpartition(".")[2]: (path, str(node.get("class")))}
     found: dict[str, tuple[str, str]] = {}
     children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for name, child in children:
-        found.update(missing(child, f"{path}.{name}" if path else str(name)))
+        found.update(external_objects(child, f"{path}.{name}" if path else str(name)))
     return found
 
 
-def restored(
+def build_model(
     node: Any, tensors: Mapping[str, Tensor], given: Mapping[str, Any], own: type[Any] | None = None, name: str = ""
 ) -> Any:
     """What `describe` described, with untrained weights.
@@ -188,11 +188,11 @@ def restored(
             than ``tensors``.
     """
     if isinstance(node, list):
-        return [restored(each, tensors, given, name=name) for each in node]
+        return [build_model(each, tensors, given, name=name) for each in node]
     if not isinstance(node, Mapping):
         return node
     kind = node.get("kind")
-    if kind == "yours":
+    if kind == "external":
         return given[name]
     if kind == "tensor":
         tensor = tensors[str(node["name"])]
@@ -206,7 +206,7 @@ def restored(
     described = {"kind": kind}
     for argument, child in node.items():
         if argument != "kind":
-            described[argument] = restored(child, tensors, given, name=argument)
+            described[argument] = build_model(child, tensors, given, name=argument)
     if kind in KINDS:
         check_description(name or "model", described)
     if kind in registry.NETWORKS:

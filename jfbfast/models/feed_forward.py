@@ -79,6 +79,8 @@ class FeedForward(Shared, nn.Module):
         torch.Size([1, 3, 8, 8])
     """
 
+    card_tags = ("deblurring",)
+
     def __init__(self, blur: SeparableBlur, denoiser: nn.Module, weight: float = 0.05) -> None:
         super().__init__()
         self.blur = blur

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jfbfast.implicit.frozen import NormalisedConv2d
+from jfbfast.implicit.frozen import NormalisedConv2d, grouped
 
 _SAMPLES_PER_TAP = 12  # frequencies, along each axis
 _EPSILON = 1e-12  # the least norm to divide by, as in torch's normalize
@@ -38,18 +40,60 @@ class SpectralNormConv2d(NormalisedConv2d):
         for _ in range(15):
             self.power_iteration()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def power_iteration(self) -> None:
         """One step: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖."""
-        matrix = self.weight.flatten(1)
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
-        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+        with _full_precision(self.weight):
+            matrix = self.weight.flatten(1)
+            self.u = F.normalize(matrix @ self.v, dim=0)
+            self.v = F.normalize(matrix.T @ self.u, dim=0)
 
     def normalised_weight(self) -> Tensor:
         """W/σ(W), differentiable in W."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            u, v = self.u.clone(), self.v.clone()  # backward needs them unchanged by a later step
-            return self.weight / torch.dot(u, self.weight.flatten(1) @ v)
+        with _full_precision(self.weight):
+            return self.weight / torch.dot(self.u, self.weight.flatten(1) @ self.v)
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def power_iterations(cls, convolutions: Sequence[SpectralNormConv2d]) -> None:
+        """The `power_iteration` of several, those with weights of one shape in one batch."""
+        for group in grouped(convolutions, _kind_of_weight):
+            matrices, v = _stacked(group, "weight").flatten(2), _stacked(group, "v")[..., None]
+            with _full_precision(v):
+                u = F.normalize(matrices @ v, dim=1)
+                v = F.normalize(matrices.mT @ u, dim=1)
+            for conv, each_u, each_v in zip(group, u[..., 0], v[..., 0], strict=True):
+                conv.u, conv.v = each_u, each_v
+
+    @classmethod
+    def normalised_weights(cls, convolutions: Sequence[SpectralNormConv2d]) -> list[Tensor]:
+        """The `normalised_weight` of several, those with weights of one shape in one batch."""
+        found: dict[SpectralNormConv2d, Tensor] = {}
+        for group in grouped(convolutions, _kind_of_weight):
+            weights, u, v = (_stacked(group, name) for name in ("weight", "u", "v"))
+            with _full_precision(weights):
+                norms = u[:, None] @ (weights.flatten(2) @ v[..., None])
+                found.update(zip(group, (weights / norms[..., None, None]).unbind(), strict=True))
+        return [found[conv] for conv in convolutions]
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """The context without autocast, which the meta device does not have."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def _stacked(convolutions: Sequence[nn.Module], name: str) -> Tensor:
+    """The convolutions' tensors of one name as (n, …); a single one without a copy."""
+    tensors = [getattr(conv, name) for conv in convolutions]
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _kind_of_weight(conv: nn.Conv2d) -> tuple[object, ...]:
+    """What the weights of convolutions must share for one batch."""
+    return conv.weight.shape, conv.weight.dtype, conv.weight.device
 
 
 class NonexpansiveConv2d(NormalisedConv2d):
@@ -110,7 +154,7 @@ def convolution_norm_bound(weight: Tensor) -> Tensor:
     Returns:
         The bound, a tensor of shape () in float32 or float64. Its gradient is the one at the largest frequency.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with _full_precision(weight):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         taps = weight.shape[-2:]
         grid = [max(1, _SAMPLES_PER_TAP * (k - 1)) for k in taps]

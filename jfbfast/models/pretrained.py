@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config
 from jfbfast.models.config import ANY_BLUR, DEGRAD_FORMS, SETTING, ModelConfig
+from jfbfast.models.directory import CONFIG_FILE, WEIGHTS_FILE, load_directory, read_settings
 from jfbfast.operators.blur import GaussianBlur
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -34,26 +37,40 @@ def pretrained_file(name: str) -> Path:
 
 
 def load_model(name_or_file: str | Path) -> tuple[Any, ModelConfig]:
-    """Load a network, in eval(), and its settings: a shipped one by name, or any checkpoint by file.
+    """Load a network, in eval(), and its settings: a shipped one by name, or any other by its file or directory.
+
+    The directory is one that `save_pretrained` wrote, or that of a run of `jfbfast train`.
 
     Raises:
-        CheckpointError: neither a name nor a file (the message lists the names), or a damaged checkpoint.
+        CheckpointError: neither a name nor a file or directory (the message lists the names), or a damaged network.
     """
     names = pretrained_names()
     if str(name_or_file) in names:
         return load_checkpoint(pretrained_file(str(name_or_file)))
+    path = Path(name_or_file)
+    if (path / CONFIG_FILE).is_file():
+        config = read_settings(path)
+        return load_directory(path, nn.Module, {}), config
     try:
-        return load_checkpoint(name_or_file)
+        return load_checkpoint(path / WEIGHTS_FILE if (path / WEIGHTS_FILE).is_file() else path)
     except CheckpointError as error:
-        if Path(name_or_file).exists():
+        if path.is_dir():
+            told = f"it has neither {CONFIG_FILE} nor {WEIGHTS_FILE}"
+            raise CheckpointError(f"{path}: not the directory of a network ({told})") from error
+        if path.exists():
             raise
         shipped = ", ".join(names) or "none in this installation"
         raise CheckpointError(f"{error}; the shipped models are {shipped}") from error
 
 
 def network_name(name_or_file: str | Path) -> str:
-    """A network's name in tables and file names: DIR for the file DIR/model.safetensors, the stem of another file."""
+    """A network's name in tables and file names.
+
+    It is DIR for the directory DIR and for the file DIR/model.safetensors, and the stem of another file.
+    """
     path = Path(name_or_file)
+    if path.is_dir():
+        return path.resolve().name
     return (path.parent.name if path.stem == "model" else path.stem) or path.stem
 
 

@@ -17,26 +17,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import nn
 
 from jfbfast import checks
 from jfbfast.files import write_whole
 from jfbfast.models.card import write_card
-from jfbfast.models.checkpoint import DAMAGE, CheckpointError, check_finite, check_tensors, digest
+from jfbfast.models.checkpoint import CheckpointError, check_finite, digest
 from jfbfast.models.config import ModelConfig
-from jfbfast.models.description import TENSOR, Described, describe, missing, restored
+from jfbfast.models.description import Described, describe, external_objects
+from jfbfast.models.directory import CONFIG_FILE, FORMAT, WEIGHTS_FILE, check_class, load_directory
 from jfbfast.models.pretrained import load_model, pretrained_names
 
 M = TypeVar("M", bound="Shared")
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_FORMAT = "jfbfast-model/1"
-_MOST = 10_000_000  # characters of a config.json
+CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Shared(Described):
-    """A module that can be saved, loaded and shared: ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``."""
+    """A module that can be saved, loaded and shared: ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
+    Attributes:
+        trained_noise: the standard deviation on [−1, 1] of the noise that the model was trained for. It is saved for
+            the command line, which takes None, unknown, for 0.01.
+    """
+
+    trained_noise: float | None = None
+    card_tags: tuple[str, ...] = ("denoising",)  # what models of this class do, for the hub
 
     def save_pretrained(
         self,
@@ -78,19 +85,22 @@ class Shared(Described):
             (True, (2.0, 2.0))
         """
         config, tensors = describe(self)
-        theirs = missing(config)
+        external = external_objects(config)
         assert isinstance(self, nn.Module)
         for name, value in self.state_dict().items():
             tensors[name] = value.detach().cpu().clone().contiguous()  # tied weights must not share memory in a file
             check_finite("model", name, tensors[name])
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        header = {"format": "pt", "digest": digest(_FORMAT, tensors)}
+        header = {"format": "pt", "digest": digest(FORMAT, tensors)}
         content = safetensors.torch.save(tensors, header)
-        told = json.dumps({"format": _FORMAT, "model": config}, indent=2, allow_nan=False, ensure_ascii=False)
-        write_card(folder / CARD, type(self), theirs, license, datasets, metrics, description)
-        write_whole(folder / WEIGHTS, lambda partial: partial.write_bytes(content))
-        write_whole(folder / CONFIG, lambda partial: partial.write_text(told + "\n", encoding="utf-8"))
+        whole: dict[str, Any] = {"format": FORMAT, "model": config}
+        if self.trained_noise is not None:
+            whole["trained_noise"] = float(self.trained_noise)
+        told = json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False)
+        write_card(folder / CARD, type(self), external, license, datasets, metrics, description)
+        write_whole(folder / WEIGHTS_FILE, lambda partial: partial.write_bytes(content))
+        write_whole(folder / CONFIG_FILE, lambda partial: partial.write_text(told + "\n", encoding="utf-8"))
 
     @classmethod
     def from_pretrained(
@@ -185,88 +195,21 @@ def load_shared(
     on_hub = str(name) not in pretrained_names() and not path.exists() and _HUB_ID.fullmatch(str(name))
     if on_hub and path.suffix != ".safetensors":
         path = _downloaded(str(name), hub)
-    if (path / CONFIG).is_file():
-        return _load_directory(path, cls, objects), None
-    model, config = load_model(path / WEIGHTS if (path / WEIGHTS).is_file() else name)
+    if (path / CONFIG_FILE).is_file():
+        return load_directory(path, cls, objects), None
+    model, config = load_model(name if path == Path(name) else path)
     if objects:
         raise CheckpointError(f"{name}: it takes no {', '.join(objects)}; it has all that its settings name")
-    _check_class(str(name), model, cls, f"{config.form} network")
+    check_class(str(name), model, cls, f"{config.form} network")
     return model, config
-
-
-def _check_class(name: str, model: nn.Module, cls: type[Any], told: str) -> None:
-    if not isinstance(model, cls):
-        takes = "DE-GRAD" if cls.__name__ == "DEGrad" else cls.__name__
-        raise CheckpointError(f"name is {name!r}, a {told}; it takes a {takes}")
 
 
 def _downloaded(repo_id: str, hub: Mapping[str, Any]) -> Path:
     """The directory of a model of the hub on this machine."""
     module = _hub()
     try:
-        return Path(module.snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS], **hub))
+        return Path(module.snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))
     except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
         shipped = ", ".join(pretrained_names())
         told = f"name is {repo_id!r}, which is no file here, and the hub does not give it ({checks.one_line(error)})"
         raise CheckpointError(f"{told}; the shipped models are {shipped}") from error
-
-
-def _load_directory(folder: Path, cls: type[M], objects: Mapping[str, Any]) -> M:
-    """The model in a directory of `save_pretrained`; any error of its files becomes a CheckpointError."""
-    try:
-        node = _read_description(folder)
-        _check_objects(folder, cls, missing(node), objects)
-        with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.get("digest") not in (None, digest(_FORMAT, tensors)):
-            raise ValueError("its tensors are not those that were written")
-        model = restored(node, tensors, objects, cls)
-        _check_class(str(folder), model, cls, type(model).__name__)
-        weights = {name: value for name, value in tensors.items() if not name.startswith(TENSOR)}
-        check_tensors(weights, model)
-        _load(model, weights, objects)
-    except CheckpointError:
-        raise
-    except (safetensors.SafetensorError, *DAMAGE) as error:
-        raise CheckpointError(f"{folder}: not a whole model of jfbfast ({checks.one_line(error)})") from error
-    return model.eval()
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    config = json.loads(checks.read_text(folder / CONFIG, _MOST))
-    found = config.get("format") if isinstance(config, dict) else None
-    if found != _FORMAT or not isinstance(config.get("model"), dict):
-        told = f"format is {found!r}; this version of jfbfast reads {_FORMAT!r}"
-        raise CheckpointError(f"{folder}: not a model of jfbfast ({CONFIG}: {told})")
-    return config["model"]
-
-
-def _check_objects(
-    folder: Path, cls: type[Any], theirs: Mapping[str, tuple[str, str]], objects: Mapping[str, Any]
-) -> None:
-    for name, (path, kind) in theirs.items():
-        if name not in objects:
-            told = f"its {path} is a {kind}, which is not of jfbfast, so pass one like it"
-            raise CheckpointError(f"{folder}: {told}: {cls.__name__}.from_pretrained(…, {name}=…)")
-    for name in objects.keys() - theirs.keys():
-        takes = ", ".join(f"{each}=" for each in theirs) or "no objects"
-        raise CheckpointError(f"{folder}: it has no {name} to be passed; it takes {takes}")
-
-
-def _load(model: nn.Module, weights: Mapping[str, Tensor], objects: Mapping[str, Any]) -> None:
-    """Load the weights, in the dtype that they have in the file.
-
-    What else the model has, such as buffers that are not saved, gets that dtype too, but not what was passed.
-    """
-    modules = [each for each in objects.values() if isinstance(each, nn.Module)]
-    theirs = {id(value) for module in modules for value in (*module.parameters(), *module.buffers())}
-    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
-    if len(dtypes) == 1:
-        dtype = dtypes.pop()
-        for value in (*model.parameters(), *model.buffers()):
-            if value.is_floating_point() and id(value) not in theirs:
-                value.data = value.data.to(dtype)
-    for name, value in model.state_dict(keep_vars=True).items():
-        value.data = value.data.to(weights[name].dtype)
-    model.load_state_dict(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from jfbfast import checks
 from jfbfast.backends.dispatch import DTYPES
 from jfbfast.backends.reference import PADDING_MODES
 from jfbfast.backends.tensors import compute_dtype
+from jfbfast.backends.tracing import untraced
 from jfbfast.operators import spectral, spectral_inverse
 from jfbfast.operators.blur import SeparableBlur, check_fixed
+from jfbfast.operators.eigenbasis import Eigenbasis, FourierBasis
 from jfbfast.operators.inverse import scalar_gradient
 from jfbfast.operators.spectral import Kernel
 
@@ -156,6 +159,13 @@ class Blur(nn.Module):
             raise ValueError(f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (…, 1, 1)")
         return _tikhonov(b, damping, self._kernel, self.tol, self.max_iter)
 
+    def eigenbasis(self, shape: Sequence[int]) -> Eigenbasis | None:
+        """The basis in which AᵀA is diagonal for images x (…, *shape); None where ``solve`` iterates."""
+        if self._separable:
+            return self._separable[0].eigenbasis(shape)
+        height, width = shape
+        return FourierBasis(self._kernel, (height, width)) if self.padding_mode == "circular" else None
+
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: the part of x that A preserves."""
         return (x - damping * self.solve(x, damping)).to(x.dtype)
@@ -241,11 +251,11 @@ class _Tikhonov(torch.autograd.Function):
         return _Tikhonov.apply(b, damping, *settings), 0
 
 
-@torch.compiler.disable  # the caches of `spectral` and the loop of conjugate gradients are not to be traced
+@untraced  # the caches of `spectral` and the loop of conjugate gradients are not to be traced
 def _convolution(x: Tensor, kernel: Kernel, adjoint: bool) -> Tensor:
     return _Convolution.apply(x, kernel, adjoint)
 
 
-@torch.compiler.disable
+@untraced
 def _tikhonov(b: Tensor, damping: Tensor, kernel: Kernel, tol: float | None, max_iter: int) -> Tensor:
     return _Tikhonov.apply(b, damping, kernel, tol, max_iter)

@@ -219,10 +219,8 @@ def _file_values(path: Path) -> np.ndarray:
         if suffix == ".npy":
             values = np.load(BytesIO(content), allow_pickle=False)
         else:
-            try:
-                import imagecodecs
-            except ImportError as error:
-                raise ImportError(f"{path}: pictures are read by imagecodecs: pip install 'jfbfast[train]'") from error
+            import imagecodecs
+
             values = (imagecodecs.png_decode if suffix == ".png" else imagecodecs.tiff_decode)(content)
         return np.asarray(values).astype(np.float64)
     except ImportError:

@@ -1,20 +1,20 @@
-"""Anderson acceleration, by the loop that all methods share, or on CUDA by kernels that take every decision there."""
+"""Anderson acceleration: by compiled code that takes every decision of an iteration, or by the loop of all methods."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from jfbfast import checks
-from jfbfast.backends import dispatch
+from jfbfast.backends import dispatch, reference
 from jfbfast.backends.tensors import compute_dtype
 from jfbfast.solvers.base import FixedPointSolver
 from jfbfast.solvers.estimate import LowRank
-from jfbfast.solvers.loop import Iteration, Phase, Stall
+from jfbfast.solvers.loop import Iteration, Phase, few_remain
 from jfbfast.solvers.solution import FixedPointSolution
 
 
@@ -68,36 +68,46 @@ class Anderson(FixedPointSolver):
         kernels = dispatch.kernels(
             x0.device, "anderson_solve", dtype=x0.dtype, memory=self.memory, estimate=phase.estimate
         )
-        if hasattr(kernels, "AndersonCuda"):
-            return self._run_on_device(phase, kernels)
+        if hasattr(kernels, "AndersonSolve"):
+            by_graphs = getattr(phase.layer, "solve", None)
+            if by_graphs is not None and hasattr(kernels.AndersonSolve, "restart"):
+                found = by_graphs(phase, self, partial(self._start, kernels.AndersonSolve, phase))
+                if found is not None:
+                    return found
+            return self._run_compiled(phase, kernels.AndersonSolve)
         return super()._run(phase)
 
-    def _run_on_device(self, phase: Phase, kernels: ModuleType) -> FixedPointSolution:
-        """The same loop with the decisions of each iteration on the GPU; the host follows one step behind."""
+    def _run_compiled(self, phase: Phase, solve: Any) -> FixedPointSolution:
+        """The same as `iterate`, with all that an iteration does besides the layer in compiled code.
+
+        Args:
+            solve: the class `AndersonSolve` of a backend. On a GPU, its ``running`` is one step behind.
+        """
         x, inputs = phase.flat_start(), phase.inputs
-        state = kernels.AndersonCuda(
+        state = self._start(solve, phase, x, phase.budget)
+        for _ in range(phase.longest):
+            x = state.step(x, phase.evaluate(x, inputs))
+            running = state.running()
+            remaining = int(running.sum())
+            if remaining == 0:
+                break
+            if inputs and few_remain(remaining, len(x)):
+                rows = state.select(running)
+                x, inputs = x[rows], tuple([v[rows] for v in inputs])
+        value, residual, iterations, status, following = state.finish()
+        return FixedPointSolution(value, residual, iterations, status, following=following)
+
+    def _start(self, solve: Any, phase: Phase, x: Tensor, budget: Tensor) -> Any:
+        return solve(
             x,
             tol=self.tol,
             atol=self.atol,
             memory=self.memory,
             regularization=self.regularization,
             history_dtype=self.history_dtype,
+            budget=budget,
+            stall_floor=phase.stall_floor,
         )
-        stall = Stall(len(x), x.device) if phase.stop_when_stalled else None
-        for evaluation in range(1, phase.longest + 1):
-            state.step(x, phase.evaluate(x, inputs))
-            if phase.shortest <= evaluation < phase.longest:
-                state.stop(state.iterations >= phase.budget)
-            if stall is not None:
-                state.stop(stall.update(state.lowest))
-            running = state.running()
-            remaining = int(running.sum())
-            if remaining == 0:
-                break
-            if inputs and remaining <= len(running) // 2:
-                rows = state.select(running)
-                x, inputs = x[rows], tuple(v[rows] for v in inputs)
-        return FixedPointSolution(*state.finish())
 
 
 class _AndersonIteration(Iteration):
@@ -137,23 +147,22 @@ class _AndersonIteration(Iteration):
         self.pairs += 1
         self.valid[:, self.slot] = True
         norms = self.kernels.anderson_append(x, f, self.residuals, self.gram, self.slot, self.filled)
-        residual, image = norms.sqrt().unbind(1)
+        residual, image = norms.unbind(1)
         return residual, image
 
     def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:
         filled = self.filled
         newest = torch.arange(self.valid.shape[1], device=x.device) == self.slot
         self.valid &= newest | ~grown[:, None]
-        alpha = self.kernels.anderson_weights(
-            self.gram[:, :filled, :filled], self.valid[:, :filled], self.regularization
-        )
+        gram, valid = self.gram[:, :filled, :filled], self.valid[:, :filled]
+        alpha = self.kernels.anderson_weights(gram, valid, self.regularization)
         kept = f.clone() if self.reused_output else f
         if self.differences is None:
             self.images[self.slot : self.slot + 1] = [kept]
             following = self.kernels.anderson_mix(alpha, self.images, out=out)
         else:
             previous = self.images[0] if self.images else None
-            following = self.kernels.anderson_mix_differences(alpha, f, previous, self.differences, self.slot, out=out)
+            following = reference.anderson_mix_differences(alpha, f, previous, self.differences, self.slot, out=out)
             self.images = [kept]
         if x.is_cuda or grown.any():
             following = torch.where(grown[:, None], torch.lerp(x, f, 0.5), following)

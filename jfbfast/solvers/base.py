@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jfbfast import checks
 from jfbfast.backends.tensors import compute_dtype
+from jfbfast.backends.tracing import untraced
 from jfbfast.solvers.loop import Iteration, Layer, Phase, iterate
 from jfbfast.solvers.solution import FixedPointSolution, Status
 
@@ -57,7 +58,7 @@ class FixedPointSolver(ABC):
     def start(self, x: Tensor) -> Iteration:
         """Start an iteration of the method, for flat iterates like ``x`` (B, N)."""
 
-    @torch.compiler.disable
+    @untraced
     def solve(
         self,
         layer: Layer,

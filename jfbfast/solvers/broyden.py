@@ -111,7 +111,7 @@ class _BroydenIteration(Iteration):
         self.valid[:, (slot + 1) % self.valid.shape[1]] = (
             False  # the new residual has overwritten the one that this pair's y began from
         )
-        residual, image = norms.sqrt().unbind(1)
+        residual, image = norms.unbind(1)
         return residual, image
 
     def advance(self, x: Tensor, f: Tensor, grown: Tensor, out: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ Layer = Callable[..., Tensor]
 
 DIVERGED_GROWTH = 1e4  # ‖T(x) − x‖ or ‖T(x)‖ over the sum of their first values: the sample has diverged
 SAFEGUARD_GROWTH = 4  # ‖T(x) − x‖ over its lowest value since the safeguard last acted: it acts again
-_STALL_FALL = 0.7  # a residual that has not stalled falls to this share …
-_STALL_WINDOW = 5  # … in this many evaluations
+STALL_FALL = 0.7  # a residual that has not stalled falls to this share …
+STALL_WINDOW = 5  # … in this many evaluations
 _COMPACTION = 0.5  # the share of running samples at which the finished ones leave the batch
 TINY = torch.finfo(torch.float64).tiny
 
@@ -102,6 +102,11 @@ class Phase:
     name: str = "layer"
     floor: float = 0.0
 
+    @property
+    def stall_floor(self) -> float | None:
+        """The largest relative residual at which a stalled sample stops; None if none does."""
+        return torch.inf if self.stop_when_stalled else self.floor or None
+
     def flat_start(self) -> Tensor:
         """A copy of the start, (B, N)."""
         return flat(self.start).clone(memory_format=torch.contiguous_format)
@@ -121,10 +126,10 @@ class Stall:
 
     def update(self, lowest: Tensor) -> Tensor:
         """Take the lowest residuals after another evaluation; return the mask of stalled samples, (B,)."""
-        fell = lowest <= _STALL_FALL * self.mark
+        fell = lowest <= STALL_FALL * self.mark
         self.mark = torch.where(fell, lowest, self.mark)
         self.since = torch.where(fell, 0, self.since + 1)
-        return self.since >= _STALL_WINDOW
+        return self.since >= STALL_WINDOW
 
     def select(self, rows: Tensor) -> None:
         self.mark, self.since = self.mark[rows], self.since[rows]
@@ -206,13 +211,18 @@ class _Samples:
             setattr(self, name, field[rows])
 
 
+def few_remain(remaining: int, rows: int) -> bool:
+    """Whether so few rows of the batch still run that the others leave it."""
+    return remaining <= _COMPACTION * rows
+
+
 def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol: float) -> FixedPointSolution:
     """Run one phase. The value is returned flat, (B, N), and the residual in float64."""
     x, inputs, device = phase.flat_start(), phase.inputs, phase.start.device
     iteration = start(x)
     samples = _Samples(x, phase.budget)
-    stall = Stall(len(x), device) if phase.stop_when_stalled or phase.floor > 0 else None
-    floor = torch.inf if phase.stop_when_stalled else phase.floor
+    floor = phase.stall_floor
+    stall = None if floor is None else Stall(len(x), device)
     inverse = InverseEstimate(phase.start.shape) if phase.estimate else None
     solution = tuple(torch.empty_like(field) for field in samples.found())
     buffers = [torch.empty_like(x) for _ in range(4)]
@@ -224,7 +234,7 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
             samples.bound = DIVERGED_GROWTH * (residual + image)
         before = samples.active
         improved = samples.judge(x, residual, image, tol, atol)
-        if stall is not None:
+        if stall is not None and floor is not None:
             samples.active = samples.active & ~(stall.update(samples.lowest) & (samples.residual <= floor))
         ended = before & ~samples.active & (samples.status != Status.DIVERGED)
         if inverse is not None and ended.any():
@@ -237,7 +247,7 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
         remaining = int(samples.active.sum())
         if remaining == 0:
             break
-        if inputs and remaining <= _COMPACTION * len(x):
+        if inputs and few_remain(remaining, len(x)):
             running = samples.active
             samples.put(solution, ~running)
             x, *inputs_left = (v[running] for v in (x, *inputs))

@@ -52,6 +52,8 @@ class FixedPointSolution(NamedTuple):
         (tensor([4, 4]), True)
         >>> (solution.status == jfbfast.Status.CONVERGED).all()
         tensor(True)
+        >>> solution
+        FixedPointSolution(2 of 2 converged, largest residual 0.0667, 4 evaluations)
     """
 
     value: Tensor
@@ -62,6 +64,18 @@ class FixedPointSolution(NamedTuple):
     inverse: InverseEstimate | None = None
     following: Tensor | None = None
     aux: Any = None
+
+    def __repr__(self) -> str:
+        """How the samples ended; the images themselves would fill the screen."""
+        ended = [Status(int(each)) for each in self.status]
+        told = [f"{ended.count(Status.CONVERGED)} of {len(ended)} converged"]
+        if diverged := ended.count(Status.DIVERGED):
+            told.append(f"{diverged} diverged")
+        if ended:
+            least, most = (int(end(self.iterations)) for end in (torch.min, torch.max))
+            told.append(f"largest residual {float(self.residual.max()):.3g}")
+            told.append(f"{most} evaluations" if least == most else f"{least} to {most} evaluations")
+        return f"FixedPointSolution({', '.join(told)})"
 
     def replaced(self, rows: Tensor, **fields: Tensor) -> FixedPointSolution:
         """A copy of the solution with new values of these fields for these samples, (b,) indices."""

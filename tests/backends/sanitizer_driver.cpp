@@ -3,10 +3,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "anderson.cpp"
 #include "blur.cpp"
+#include "decide.cpp"
 #include "gradient.cpp"
 #include "pool.cpp"
 #include "winograd.cpp"
@@ -108,22 +111,19 @@ template <class S, class H>
 void check_anderson(DType dtype, DType history, double tolerance, std::int64_t size) {
     const std::int64_t samples = 2, n = samples * size;
     const auto x = image<S>(n), f = image<S>(n);
-    std::vector<std::vector<H>> residuals, differences;
+    std::vector<std::vector<H>> residuals;
     std::vector<std::vector<S>> images;
     Append append = {};
     Mix mix = {};
-    MixDifferences mix_differences = {};
     const int memory = 6;
     for (int j = 0; j < memory; ++j) {
         residuals.push_back(image<H>(n));
-        differences.push_back(image<H>(n));
         images.push_back(image<S>(n));
     }
     std::vector<double> products(samples * (memory + 2)), alpha(samples * memory, 0.25);
     for (int j = 0; j < memory; ++j) {
         append.residuals[j] = residuals[j].data();
         mix.images[j] = images[j].data();
-        mix_differences.differences[j] = differences[j].data();
     }
     append.x = x.data();
     append.f = f.data();
@@ -131,25 +131,15 @@ void check_anderson(DType dtype, DType history, double tolerance, std::int64_t s
     append.filled = memory;
     append.products = products.data();
     isa::append(dtype, history, append, samples, size, 1);
-    std::vector<S> mixed(n), corrected(n);
+    std::vector<S> mixed(n);
     mix.count = memory;
     mix.alpha = alpha.data();
     mix.out = mixed.data();
     isa::mix(dtype, mix, samples, size, 1);
-    mix_differences.f = f.data();
-    mix_differences.previous = x.data();
-    mix_differences.count = memory;
-    mix_differences.weights = alpha.data();
-    mix_differences.out = corrected.data();
-    isa::mix_differences(dtype, history, mix_differences, samples, size, 1);
     for (std::int64_t i = 0; i < n; ++i) {
-        double sum = 0, correction = value(f[i]) - value(x[i]);
-        for (int j = 0; j < memory; ++j) {
-            sum += 0.25 * value(images[j][i]);
-            if (j > 0) correction += value(differences[j][i]);
-        }
+        double sum = 0;
+        for (int j = 0; j < memory; ++j) sum += 0.25 * value(images[j][i]);
         expect_close(value(mixed[i]), sum, tolerance, "mix");
-        expect_close(value(corrected[i]), value(f[i]) - 0.25 * correction, tolerance, "mix_differences");
     }
     for (std::int64_t sample = 0; sample < samples; ++sample)
         for (int j = 0; j < memory; ++j) {
@@ -158,6 +148,79 @@ void check_anderson(DType dtype, DType history, double tolerance, std::int64_t s
                 sum += value(residuals[2][i]) * value(residuals[j][i]);
             expect_close(products[sample * (memory + 2) + j], sum, 1e-9, "append");
         }
+}
+
+// Solves x = c x + b, whose samples converge, spend their budget or diverge, and compares with the fixed points.
+template <class S, class H>
+void check_solve(DType dtype, DType history, double tol, std::int64_t size) {
+    const std::int64_t samples = 5, n = samples * size;
+    const int memory = 4, steps = 60;
+    const bool differences = !std::is_same_v<S, H>;
+    auto x = image<S>(n), next = image<S>(n), f = image<S>(n);
+    const auto b = image<float>(n);
+    std::vector<float> c(n);
+    for (std::int64_t i = 0; i < n; ++i) c[i] = i / size == 1 ? 1e6f : float(0.2 + noise());
+    std::vector<H> residuals(memory * n), changes(differences ? memory * n : 0);
+    std::vector<S> images(differences ? n : memory * n), found(n), following(n);
+    std::vector<double> relative(samples, NAN), gram(samples * memory * memory);
+    std::vector<double> partials(samples * anderson_chunks(size) * (memory + 2));
+    std::vector<std::int64_t> iterations(samples), status(samples, kMaxIter), budget(samples, steps), rows;
+    const std::unique_ptr<bool[]> running(new bool[samples]);
+    for (std::int64_t sample = 0; sample < samples; ++sample) running[sample] = true;
+    budget[3] = 1;
+    std::vector<AndersonSample> states(samples);
+    Anderson a = {dtype,
+                  history,
+                  memory,
+                  samples,
+                  size,
+                  tol,
+                  0,
+                  1e-10,
+                  -1,
+                  budget.data(),
+                  residuals.data(),
+                  images.data(),
+                  changes.data(),
+                  found.data(),
+                  following.data(),
+                  relative.data(),
+                  iterations.data(),
+                  status.data(),
+                  running.get(),
+                  states.data(),
+                  gram.data(),
+                  partials.data(),
+                  0};
+    for (std::int64_t sample = 0; sample < samples; ++sample) rows.push_back(sample);
+    for (; a.steps < steps; ++a.steps) {
+        if (a.steps == 2) {  // sample 2 leaves the batch
+            for (std::int64_t i = 3 * size; i < n; ++i) x[i - size] = x[i];
+            for (std::int64_t i = 3 * size; i < n; ++i) next[i - size] = next[i];
+            rows.erase(rows.begin() + 2);
+            x.resize(n - size), next.resize(n - size), f.resize(n - size);
+            x.shrink_to_fit(), next.shrink_to_fit(), f.shrink_to_fit();
+        }
+        for (std::size_t k = 0; k < x.size(); ++k) {
+            const std::int64_t i = rows[k / size] * size + k % size;
+            const Wide<S> exact = Wide<S>(c[i] * value(x[k]) + b[i]);
+            isa::store_as<Wide<S>, isa::kLanes<Wide<S>>>(&f[k], isa::Vec<Wide<S>>{} + exact, isa::Part{1});
+        }
+        isa::anderson_step(a, x.data(), f.data(), next.data(), rows.data(), rows.size(), 1);
+        std::swap(x, next);
+    }
+    expect_close(status[0] + status[4], 2 * kConverged, 0, "status");
+    expect_close(status[1], kDiverged, 0, "status of a divergent map");
+    expect_close(status[3] + iterations[3], kMaxIter + 1, 0, "budget");
+    for (const std::int64_t sample : {0, 4}) {
+        double error = 0, norm = 0;
+        for (std::int64_t i = sample * size; i < (sample + 1) * size; ++i) {
+            const double exact = b[i] / (1 - c[i]);
+            error += std::pow(value(found[i]) - exact, 2) + std::pow(value(following[i]) - exact, 2);
+            norm += exact * exact;
+        }
+        expect_close(std::sqrt(error), 0, 20 * tol * std::sqrt(norm), "solve");
+    }
 }
 
 template <class S>
@@ -232,6 +295,10 @@ int main() {
         check_anderson<float, float>(DType::kFloat32, DType::kFloat32, 1e-5, size);
         check_anderson<float, bfloat16>(DType::kFloat32, DType::kBFloat16, 1e-2, size);
         check_anderson<float16, float16>(DType::kFloat16, DType::kFloat16, 4e-3, size);
+        check_solve<double, double>(DType::kFloat64, DType::kFloat64, 1e-8, size);
+        check_solve<float, float>(DType::kFloat32, DType::kFloat32, 1e-4, size);
+        check_solve<float, bfloat16>(DType::kFloat32, DType::kBFloat16, 1e-3, size);
+        check_solve<bfloat16, bfloat16>(DType::kBFloat16, DType::kBFloat16, 2e-2, size);
     }
     const int channels[][2] = {{1, 1}, {3, 17}, {16, 16}, {20, 80}};
     for (const auto& size : sizes)

@@ -304,30 +304,6 @@ def test_anderson_mix(dtype: torch.dtype) -> None:
         assert_as_good(out, plain, exact)
 
 
-@pytest.mark.parametrize(
-    "dtype, history",
-    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)],
-)
-def test_anderson_mix_differences(dtype: torch.dtype, history: torch.dtype) -> None:
-    """The mix of the images themselves, to the rounding of the stored differences."""
-    memory, ring, previous = 4, torch.full((4, 3, 1001), torch.nan, dtype=history), None
-    kept: list[Tensor] = []
-    for k, f in enumerate(images(10, (3, 1001), dtype)):
-        kept[k % memory : k % memory + 1] = [f]
-        alpha = torch.rand(3, len(kept), generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-        alpha /= alpha.sum(1, keepdim=True)
-        theirs = ring.clone()
-        got = native.anderson_mix_differences(alpha, f, previous, ring, k % memory)
-        plain = reference.anderson_mix_differences(alpha, f, previous, theirs, k % memory)
-        torch.testing.assert_close(ring, theirs, rtol=0, atol=0, equal_nan=True)
-        assert (got - plain).abs().max() <= 8 * torch.finfo(dtype).eps * plain.abs().max()
-        exact = reference.anderson_mix(alpha, [image.double() for image in kept])
-        assert (got.double() - exact).abs().max() <= 8 * torch.finfo(history).eps * exact.abs().max()
-        if previous is not None:
-            assert torch.equal(ring[k % memory], (f - previous).to(history))
-        previous = f
-
-
 def test_a_slot_beyond_the_history_is_refused() -> None:
     history, gram = torch.zeros(2, 1, 4), torch.zeros(1, 2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"\(slot, filled\) is \(2, 2\)"):
@@ -349,10 +325,6 @@ def test_a_slot_beyond_the_history_is_refused() -> None:
         ("anderson_mix", "images", lambda i: [i[0], i[1].double()]),
         ("anderson_mix", "out", lambda o: o.half()),
         ("anderson_mix", "out", lambda o: o.mT.contiguous().mT),
-        ("anderson_mix_differences", "alpha", lambda a: a.repeat(1, 2)),
-        ("anderson_mix_differences", "previous", lambda f: f.bfloat16()),
-        ("anderson_mix_differences", "differences", lambda d: d.mT.contiguous().mT),
-        ("anderson_mix_differences", "out", lambda o: o[:1]),
         ("winograd_weights", "weight", lambda w: w.double()),
         ("conv3x3", "transformed", lambda t: t.bfloat16()),
         ("conv3x3", "transformed", lambda t: t.to("meta")),
@@ -369,9 +341,6 @@ def test_arguments_that_are_passed_by_address_are_checked(
         "anderson_append": {"x": f, "f": f, "residuals": history, "gram": gram, "slot": 0, "filled": 1},
         "anderson_weights": {"gram": gram, "valid": valid, "regularization": 0.0},
         "anderson_mix": {"alpha": alpha, "images": [f, f], "out": f.clone()},
-        "anderson_mix_differences": {
-            "alpha": alpha, "f": f, "previous": f, "differences": history, "slot": 1, "out": f.clone(),
-        },
         "winograd_weights": {"weight": weight},
         "conv3x3": {"x": x, "weight": weight, "bias": bias, "transformed": native.winograd_weights(weight)},
     }[kernel]  # fmt: skip

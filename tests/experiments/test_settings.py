@@ -15,7 +15,8 @@ UNIVERSAL = {"form": "universal", "denoiser": "UNet"}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"nonsense": 1}, "nonsense is no setting"),
+        ({"zzz": 1}, "zzz is no setting; jfbfast train --help lists all settings"),
+        ({"batchsize": 1}, r"batchsize is no setting; did you mean batch_size( or \w+)*\? jfbfast train --help lists"),
         ({"steps": "many"}, "steps is 'many'; it takes an integer"),
         ({"steps": 1.5}, "steps is 1.5; it takes an integer"),
         ({"flips": 1}, "flips is 1; it takes true or false"),
@@ -118,7 +119,11 @@ def test_a_bad_setting_is_named(values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"form": "round"}, "form is 'round'"),
+        (
+            {"form": "round"},
+            "form is 'round'; it takes one of filtered, preconditioned, paper, universal, feed-forward, d",
+        ),
+        ({"form": "plug-and-play"}, r"jfbfast train does not train; examples/train_denoiser\.py trains its denoiser"),
         ({"gradient": "guess"}, "gradient is 'guess'"),
         ({"gradient": "jfb:terms=3"}, "jfb does not take"),
         ({"gradient": "jfb:terms"}, "NAME:KEY=VALUE"),

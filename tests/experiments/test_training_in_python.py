@@ -95,9 +95,12 @@ def test_a_run_on_a_dataset_resumes_like_an_uninterrupted_one(tmp_path, monkeypa
     result = run("train", "--out", out, "--resume")
     assert result.exit_code == 1 and "trains on a dataset that was given in Python; go on there with: " in result.stderr
     for other in (FakeData(7, (3, 24, 26), transform=AUGMENTED), FakeData(6, (3, 24, 26), random_offset=9)):
-        with pytest.raises(ValueError, match=r"data is dataset FakeData; its photographs for training are not those"):
+        told = (
+            r"its images for training are not those of the run in .*: now it is FakeData: \d images .*; at the start it"
+        )
+        with pytest.raises(ValueError, match=told):
             train(other, out, resume=True)
-    with pytest.raises(ValueError, match="its photographs for training are not those of the run"):
+    with pytest.raises(ValueError, match=r"images on \[-1, 1\], .*; at the start it was .* on \[0, 1\]"):
         train(data, out, resume=True, value_range=(-1, 1))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -11,6 +12,7 @@ from helpers.photographs import samples
 from helpers.small_runs import write_photographs
 from jfbfast.cli import app
 from jfbfast.experiments.comparison import unseen_photographs
+from jfbfast.experiments.run_data import RunImages, check_same
 from jfbfast.experiments.settings import make_settings, write_settings
 
 
@@ -60,3 +62,13 @@ def test_an_unusable_photograph_is_not_among_the_photographs_to_score(tmp_path):
     (run / "photographs.json").write_text(json.dumps(seen))
     chosen, scored = unseen_photographs(folder, [str(run / "model")], None, None, print)
     assert [path.name for path in chosen] == ["3.png"] and "4.png" in [path.name for path in scored]
+
+
+def test_a_resumed_run_says_which_photographs_changed(tmp_path):
+    images = RunImages(None, None, {"training": ["a.png", "c.png", "d.png"]})
+    told = (
+        r"data is photos; its photographs for training .*: 2 are new, such as c\.png; 1 are missing .*, such as b\.png"
+    )
+    with pytest.raises(ValueError, match=told):
+        check_same(images, {"training": ["a.png", "b.png"]}, "photos", tmp_path)
+    check_same(images, images.names, "photos", tmp_path)

@@ -35,6 +35,7 @@ def test_files_of_any_depth_keep_their_values(tmp_path, dtype, channels):
         "pixels.tif": tiff(array, planarconfig="contig" if channels > 1 else None, **kept),
         "last.npy": array_bytes(tmp_path / "x.npy", array),
         "first.npy": array_bytes(tmp_path / "x.npy", first),
+        "big-endian.npy": array_bytes(tmp_path / "x.npy", array.astype(array.dtype.newbyteorder(">"))),
     }
     if channels > 1:
         tifffile.imwrite(tmp_path / "planes.tif", first, planarconfig="separate", photometric="minisblack")

@@ -28,8 +28,9 @@ def relative_residual(layer, x):
     return ((layer(x) - x).norm(dim=1) / layer(x).norm(dim=1)).detach()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_value_is_the_iterate_after_the_last_evaluated_one(solver):
+def test_the_value_is_the_iterate_after_the_last_evaluated_one(solver, autocast):
     layer, fixed, _, _ = linear_map(8, 0.6)
     x0 = torch.zeros(3, 8, dtype=torch.float64)
     evaluated = []
@@ -38,7 +39,8 @@ def test_the_value_is_the_iterate_after_the_last_evaluated_one(solver):
         evaluated.append(x.clone())
         return layer(x)
 
-    _, solution = solve_fixed_point(recorded, x0, solver=solver(tol=0, max_iter=4))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # which leaves float64 as it is
+        _, solution = solve_fixed_point(recorded, x0, solver=solver(tol=0, max_iter=4))
     more = solver(tol=0, max_iter=5).solve(layer, x0)
     assert len(evaluated) == 5 and solution.iterations.tolist() == [4] * 3
     assert torch.equal(solution.value, evaluated[-1])

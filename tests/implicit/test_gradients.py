@@ -64,18 +64,21 @@ def test_the_gradient_is_that_of_one_layer(name, training):
     torch.testing.assert_close(restored, before.eval().layer(model.solution.value, d), rtol=1e-12, atol=1e-12)
 
 
-def test_the_gradient_works_under_autocast():
+def test_the_gradient_under_autocast_is_as_good_as_that_of_the_plain_layer():
     model = networks()["filtered"].eval()
     d = torch.randn(2, 3, 9, 8)
     with torch.autocast("cpu", torch.bfloat16):
         restored = model(d)
-        twin = copy.deepcopy(model)
-        expected = twin.layer(model.solution.value, d)
+        plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+        expected = plain.layer(model.solution.value, d)
     assert restored.dtype == torch.float32
-    restored.square().sum().backward()
-    expected.square().sum().backward()
-    for a, c in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, c.grad, rtol=0, atol=0)
+    for out in (restored, expected, exact.layer(model.solution.value.double(), d.double())):
+        out.square().sum().backward()
+    ours, plains, exacts = (
+        torch.cat([p.grad.flatten().double() for p in each.parameters()]) for each in (model, plain, exact)
+    )
+    assert (ours - exacts).norm() <= 1.2 * (plains - exacts).norm()
+    assert (ours - exacts).norm() <= 0.02 * exacts.norm()
 
 
 def test_any_implicit_network_can_be_differentiated():
@@ -122,9 +125,10 @@ def test_a_module_that_uses_a_foreign_tensor_raises():
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_a_bad_sample_affects_no_other_sample(backend):
+@pytest.mark.parametrize("name", ["filtered", "injection"])
+def test_a_bad_sample_affects_no_other_sample(name, backend):
     torch.manual_seed(2)
-    model = networks()["filtered"].double()
+    model = networks()[name].double()
     d = torch.randn(3, 3, 9, 8, dtype=torch.float64)
     bad = d.clone()
     bad[1, 0, 4, 4] = torch.nan

@@ -14,7 +14,7 @@ import jfbfast
 from helpers.models import networks
 from jfbfast import DnCNN, UNet
 from jfbfast.backends.conv3x3 import _onednn_fuses_relu
-from jfbfast.implicit.prepared import _SolveConvolutions, prepared
+from jfbfast.implicit.prepared import _solve_convolutions, prepared
 from jfbfast.models.denoisers import SpectralNormConv2d
 
 
@@ -116,12 +116,14 @@ def test_no_relu_is_fused_in_bfloat16_where_onednn_has_none(monkeypatch):
     monkeypatch.setattr("jfbfast.backends.conv3x3.ONEDNN_HAS_BFLOAT16", False)
     x = torch.randn(1, 2, 8, 8)
     with torch.no_grad():
-        assert _onednn_fuses_relu(x, 0) and not _onednn_fuses_relu(x.bfloat16(), 0)
+        low = x.bfloat16()
+        assert _onednn_fuses_relu(x, x, None, 0) and not _onednn_fuses_relu(low, low, None, 0)
 
 
 def test_low_precision_keeps_the_first_and_the_last_convolution_in_float32():
-    convolutions = _SolveConvolutions(module("UNet").float(), 0.0, torch.bfloat16)
-    weights = [weight.value for weight in convolutions.weights.values()]
+    net = module("UNet").float()
+    known = _solve_convolutions(net, 0.0, torch.bfloat16).weights
+    weights = [known[id(m.weight)].value for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert weights[0].dtype == weights[-1].dtype == torch.float32
     assert {w.dtype for w in weights[1:-1]} == {torch.bfloat16}
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
@@ -147,7 +149,8 @@ class Blur(nn.Module):
 
 def test_low_precision_keeps_the_operators_convolutions_in_float32():
     model = jfbfast.DEGrad(Blur(), jfbfast.RED(UNet(3, (6, 4), (1, 1)), 0.1, "weight"), preconditioner="exact")
-    dtypes = [w.value.dtype for w in _SolveConvolutions(model, 0.0, torch.bfloat16).weights.values()]
+    known = _solve_convolutions(model, 0.0, torch.bfloat16).weights
+    dtypes = [known[id(m.weight)].value.dtype for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert dtypes[:3] == [torch.float32] * 3 and dtypes[-1] == torch.float32
     assert set(dtypes[3:-1]) == {torch.bfloat16}
 

@@ -21,6 +21,7 @@ from jfbfast import (
     Unrolled,
     fixed_point,
 )
+from jfbfast.implicit.frozen import TrainingState, frozen, step_spectral_norms
 
 
 def test_parametrised_weights_do_not_leak_into_the_callers_cache():
@@ -50,9 +51,9 @@ def test_a_training_forward_steps_each_buffer_once(method, bad):
         warnings.simplefilter("ignore", ConvergenceWarning)
         model(d)
     assert all(m.training for m in model.modules())
+    step_spectral_norms(twin)
     for mine, other in zip(model.modules(), twin.modules(), strict=True):
         if hasattr(other, "power_iteration"):
-            other.power_iteration()
             torch.testing.assert_close(mine.u, other.u, rtol=0, atol=0)
     seen = []
     for norm in (norms := [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]):
@@ -124,3 +125,60 @@ def test_a_batch_norm_that_is_called_by_keyword_updates_its_statistics():
     model = DEGrad(GaussianBlur(), ByKeyword(), step_size=0.5).train()
     model(torch.randn(2, 3, 8, 8))
     assert model.regularizer.norm.num_batches_tracked == 1 and model.regularizer.norm.running_mean.any()
+
+
+class Norms(nn.Module):
+    """Batch norms of many kinds, the first of which is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        kinds = [{"momentum": 0.3}, {"momentum": None}, {"momentum": 0.0}, {"momentum": 1.0, "affine": False}, {}, {}]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3, **kind) for kind in kinds)
+        self.norms[4].eval()
+        self.norms[5].num_batches_tracked = None
+
+    def forward(self, x, inputs=None):
+        for i, norm in enumerate((*self.norms, self.norms[0])):
+            if inputs is not None:
+                inputs.append((norm, x + i))
+            x = norm(x + i).sin() + x
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_running_statistics_are_updated_as_torch_updates_them(dtype):
+    module = Norms().train().to(dtype)
+    module.norms[4].eval()
+    x = torch.randn(3, 3, 5, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        twin, inputs = copy.deepcopy(module), []
+        with frozen(twin):
+            expected = twin(x, inputs)
+        for norm, seen in inputs:
+            norm(seen)
+        before = copy.deepcopy(module)
+        with TrainingState(module).updated(), frozen(module):
+            torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
+        tolerances = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {}
+        for found, wanted in zip(module.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(found, wanted, **tolerances)
+        assert not torch.equal(module.norms[0].running_var, before.norms[0].running_var)
+        assert torch.equal(module.norms[4].running_var, before.norms[4].running_var)
+
+
+def test_low_precision_images_update_the_statistics_in_full_precision():
+    norm, x = nn.BatchNorm2d(3), (100 + torch.randn(4, 3, 6, 6)).bfloat16()
+    with TrainingState(norm).updated(), frozen(norm):
+        norm(x)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.float().mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.float().var((0, 2, 3)))
+
+
+def test_a_batch_of_one_value_has_no_statistics():
+    norm = nn.BatchNorm2d(3)
+    with (
+        pytest.raises(ValueError, match="Expected more than 1 value per channel"),
+        TrainingState(norm).updated(),
+        frozen(norm),
+    ):
+        norm(torch.ones(1, 3, 1, 1))

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from jfbfast import DEGrad, UniversalDEGrad
+import jfbfast
+from jfbfast import RED, DEGrad, DnCNN, UniversalDEGrad
 from jfbfast.models import pretrained
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint
 from jfbfast.models.config import FORMS, ModelConfig
@@ -156,3 +157,49 @@ def test_every_shipped_model_has_a_card_and_loads():
     for name in pretrained.pretrained_names():
         assert pretrained.pretrained_file(name).with_suffix(".md").read_text(encoding="utf-8").strip()
         load_checkpoint(pretrained.pretrained_file(name))
+
+
+@pytest.mark.parametrize("form", ["paper", "preconditioned", "filtered", "feed-forward", "denoiser"])
+def test_a_saved_directory_has_the_settings_that_commands_ask_for(tmp_path, form):
+    network = {"kind": "DnCNN", "channels": 1, "features": 4, "depth": 3, "residual": form != "paper"}
+    config = ModelConfig(form, network, kernel_size=7, sigma=1.5, noise=0.03, gradient={"kind": "neumann"})
+    save_checkpoint(tmp_path / "model", config.model(), config)
+    model, _ = pretrained.load_model(tmp_path / "model")
+    model.save_pretrained(tmp_path / "saved")
+    found, settings = pretrained.load_model(tmp_path / "saved")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.state_dict().items())
+    names = ["form", "channels", "noise"]
+    names += ["kernel_size", "sigma", "padding_mode"] if form != "denoiser" else []
+    names += ["gradient"] if form not in ("denoiser", "feed-forward") else []
+    for name in names:
+        assert getattr(settings, name) == getattr(config, name)
+    assert pretrained.network_name(tmp_path / "saved") == "saved"
+
+
+def test_the_shipped_networks_have_the_same_settings_once_saved(tmp_path):
+    for name in pretrained.pretrained_names():
+        model, config = pretrained.load_model(name)
+        model.save_pretrained(tmp_path / name)
+        settings = pretrained.load_model(tmp_path / name)[1]
+        for each in ("form", "channels", "noise", "padding_mode"):
+            assert getattr(settings, each) == getattr(config, each)
+        assert list(settings.noise_range or ()) == list(config.noise_range or ())
+
+
+def test_a_saved_model_that_no_command_takes_is_refused_clearly(tmp_path):
+    network = DnCNN(1, 4, 3, residual=True)
+    blur = jfbfast.GaussianBlur()
+    weights = jfbfast.data_fidelity.WeightedLeastSquares(torch.ones(1, 1, 1, 1))
+    models = {
+        "it is a DEProx; they take a DEGrad": jfbfast.DEProx(blur, network),
+        "its data_fidelity is a WeightedLeastSquares": DEGrad(blur, RED(network), data_fidelity=weights),
+        "its blur is a Blur; they take a GaussianBlur": DEGrad(jfbfast.Blur(torch.ones(3, 3) / 9), RED(network)),
+        r"its blur is a GaussianBlur; .* one σ": DEGrad(jfbfast.GaussianBlur(None, (1.0, 2.0)), RED(network)),
+    }
+    for told, model in models.items():
+        model.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=f"the commands do not take this model .*{told}"):
+            pretrained.load_model(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"it has neither config\.json nor model\.safetensors"):
+        pretrained.load_model(tmp_path / "empty")

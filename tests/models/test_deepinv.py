@@ -222,6 +222,12 @@ def test_deepinvs_trainer_takes_a_generator_of_kernels_and_loads_its_best_model(
     assert trainer.load_best_model() is model
 
 
+def test_a_denoiser_of_deepinv_is_no_regulariser():
+    told = r"regularizer is a denoiser of deepinv, a MedianFilter; it takes R, so wrap the denoiser: RED\(MedianFilter"
+    with pytest.raises(ValueError, match=told):
+        DEGrad(GaussianBlur(), deepinv.models.MedianFilter())
+
+
 def test_red_tells_a_denoiser_its_noise_level():
     seen = []
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, NonexpansiveDenoiser, Status
-from jfbfast.implicit.frozen import materialised_weights
-from jfbfast.models.lipschitz import MaxMin, NonexpansiveConv2d, convolution_norm_bound
+from jfbfast.implicit.frozen import fixed_weights, materialised_weights, normalised_weights, step_spectral_norms
+from jfbfast.models.lipschitz import MaxMin, NonexpansiveConv2d, SpectralNormConv2d, convolution_norm_bound
 
 SIZES = [(1, 1), (3, 5), (8, 8), (13, 12)]
 
@@ -100,6 +100,30 @@ def test_the_weight_is_materialised_for_a_solve():
         torch.testing.assert_close(fixed, expected)
         assert not fixed.requires_grad
     assert not torch.allclose(network(x), expected, rtol=1e-2)
+
+
+def test_convolutions_computed_together_agree_with_each_alone():
+    shapes = [(3, 4, 3), (4, 4, 3), (4, 3, 1), (4, 4, 3), (4, 4, 3)]
+    together = nn.ModuleList(SpectralNormConv2d(*shape) for shape in shapes).double().train()
+    together[3].to(memory_format=torch.channels_last)
+    alone, cotangents = copy.deepcopy(together), [torch.randn_like(conv.weight) for conv in together]
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            step_spectral_norms(together)
+            for conv in alone:
+                conv.power_iteration()
+    weights = normalised_weights(together)
+    for conv, twin, cotangent in zip(together, alone, cotangents, strict=True):
+        expected = twin.normalised_weight()
+        tensors = [(conv.u, twin.u), (conv.v, twin.v), (weights[conv], expected)]
+        gradients = [
+            torch.autograd.grad(w, c.weight, cotangent, True) for w, c in ((weights[conv], conv), (expected, twin))
+        ]
+        for found, wanted in (*tensors, *zip(*gradients, strict=True)):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    with fixed_weights(weights):
+        assert all(conv.current_weight() is weights[conv] for conv in together)
+    assert not any(conv.current_weight() is weights[conv] for conv in together)
 
 
 def largest_singular_value(function, x, steps=25):

@@ -303,7 +303,12 @@ def test_the_card_has_the_metadata_of_the_hub_and_keeps_its_text(tmp_path):
     assert (card.data.license, card.data.datasets, card.data.library_name) == ("mit", ["a/b", "kodak"], "jfbfast")
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"psnr": 34, "ssim": 0.9} and card.data.eval_results[0].dataset_name == "kodak"
+    assert card.data.pipeline_tag == "image-to-image"
+    assert card.data.tags == ["deblurring", "deep-equilibrium", "image-restoration", "jfbfast"]
     assert "from jfbfast import DEGrad" in card.text
+    unet().save_pretrained(tmp_path / "denoiser")
+    card = huggingface_hub.ModelCard.load(tmp_path / "denoiser" / "README.md")
+    assert card.data.tags == ["denoising", "image-restoration", "jfbfast"] and card.data.license is None
     text = (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text(text + "\nMeasured by hand.\n")
     model.save_pretrained(tmp_path)

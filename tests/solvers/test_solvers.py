@@ -319,6 +319,14 @@ def test_leaving_the_batch_changes_no_bit(solver, monkeypatch):
         assert torch.equal(a, c)
 
 
+def test_a_solution_prints_how_its_samples_ended_without_their_images():
+    layer = torch.tensor([0.2, 0.5, 2.0])[:, None]
+    solution = Picard(tol=1e-2, max_iter=9).solve(lambda x, a: a * x + 1, torch.zeros(3, 40), (layer,))
+    told = repr(solution)
+    assert told.startswith("FixedPointSolution(2 of 3 converged") and "residual" in told and len(told) < 120
+    assert "tensor" not in repr(Picard().solve(lambda x: x, torch.zeros(0, 4)))
+
+
 def test_the_solver_itself_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
