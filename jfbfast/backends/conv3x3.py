@@ -29,6 +29,13 @@ def winograd_allowed(tol: float) -> bool:
     return tol >= _LEAST_TOL
 
 
+def worth_transforming(weight: Tensor, x: Tensor, dtype: torch.dtype, uses: int) -> bool:
+    """Whether to transform a weight for so many 3 × 3 convolutions of images like x (B, C, H, W) in ``dtype``."""
+    shape = x.shape[0], *x.shape[2:]
+    facts: dict[str, Any] = {"dtype": dtype, "channels": weight.shape[:2], "image_shape": shape, "uses": uses}
+    return x.dim() == 4 and dispatch.kernels(x.device, "conv3x3", **facts) is native
+
+
 def transformed_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
     """The weight as `conv3x3` takes it in ``transformed``; None where Winograd's convolution cannot use it.
 
@@ -40,13 +47,18 @@ def transformed_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tens
     return native.winograd_weights(weight.to(torch.float32)) if kernels is native else None
 
 
-def _kernels(x: Tensor, out_channels: int, transformed: bool = False, dtype: torch.dtype | None = None) -> ModuleType:
-    """The module that convolves images x (B, C, H, W), in ``dtype`` or their own, to ``out_channels``."""
+def _kernels(x: Tensor, out_channels: int, uses: float = 1, dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that convolves images x (B, C, H, W), in ``dtype`` or their own, to ``out_channels``.
+
+    ``uses`` is that of `dispatch.kernels`.
+    """
     batch, channels, height, width = x.shape
     both, shape = (channels, out_channels), (batch, height, width)
-    return dispatch.kernels(
-        x.device, "conv3x3", dtype=dtype or x.dtype, channels=both, image_shape=shape, transformed=transformed
-    )
+    return dispatch.kernels(x.device, "conv3x3", dtype=dtype or x.dtype, channels=both, image_shape=shape, uses=uses)
+
+
+def _uses(transformed: Tensor | None) -> float:
+    return 1 if transformed is None else math.inf
 
 
 for _name, _signature in (
@@ -90,7 +102,7 @@ def _conv3x3(
     _check("weight", weight, (channels, outputs, 3, 3) if adjoint else (outputs, channels, 3, 3), x)
     if bias is not None:
         _check("bias", bias, (outputs,), x)
-    out = _kernels(x, outputs, transformed is not None).conv3x3(x, weight, bias, relu, transformed, adjoint)
+    out = _kernels(x, outputs, _uses(transformed)).conv3x3(x, weight, bias, relu, transformed, adjoint)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -208,7 +220,7 @@ def convolution(
         and input.dim() == 4
         and is_conv3x3(weight.shape[2:], stride, padding, dilation, groups)
         and dtype is not None
-        and _kernels(input, len(weight), transformed is not None, dtype) is native
+        and _kernels(input, len(weight), _uses(transformed), dtype) is native
         and not _differentiated_by_functorch()
     ):
         bias = None if bias is None else bias.to(dtype)

@@ -4,6 +4,7 @@ The implementations are modules with functions of the same names and arguments:
 
 - `jfbfast.backends.reference`: the definition of every kernel, in PyTorch, on any device;
 - `jfbfast.backends.native`: C++, on the CPU;
+- `jfbfast.backends.onednn`: oneDNN, on the CPU, for the change of basis;
 - `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur, and for what follows a convolution;
 - `jfbfast.backends.cuda`: CUDA, for Anderson's method alone.
 
@@ -25,7 +26,7 @@ from typing import Literal
 import torch
 from torch.autograd import forward_ad
 
-from jfbfast.backends import cuda, native, reference
+from jfbfast.backends import cuda, native, onednn, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower.
@@ -99,7 +100,7 @@ def _triton() -> ModuleType | None:
 
 def kernels(
     device: torch.device,
-    op: Literal["blur", "anderson", "anderson_solve", "conv3x3", "add_relu"],
+    op: Literal["blur", "change_basis", "anderson", "anderson_solve", "conv3x3", "add_relu"],
     *,
     radius: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -107,30 +108,35 @@ def kernels(
     estimate: bool = False,
     channels: Sequence[int] = (),
     image_shape: Sequence[int] | None = None,
-    transformed: bool = False,
+    uses: float = 1,
 ) -> ModuleType:
     """The module that computes ``op`` for tensors on ``device``.
 
     Args:
-        op: "blur" for A x and its gradient steps; "anderson" for one iteration of Anderson's or Broyden's method;
+        op: "blur" for A x and its gradient steps; "change_basis" for the basis in which AᵀA is diagonal;
+            "anderson" for one iteration of Anderson's or Broyden's method;
             "anderson_solve" for a whole solve by Anderson's method, by the class ``AndersonSolve`` if there is one;
             "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster; "add_relu" for
             what follows a convolution on a CUDA device.
         radius: the larger radius of the two filters of a blur.
-        dtype: the dtype of the tensors of an Anderson solve or a convolution.
+        dtype: the dtype of the tensors of an Anderson solve, a convolution or a change of basis.
         memory, estimate: of an Anderson solve: the pairs kept, and whether to estimate the inverse Jacobian.
-        channels, image_shape, transformed: of a convolution: its numbers of input and output channels; (B, H, W), or
-            None if it is not known yet; and whether the weight is already transformed for Winograd's algorithm.
+        channels, uses: of a convolution: its numbers of input and output channels; and how often the weight is used
+            once it is transformed for Winograd's algorithm, infinity if it already is.
+        image_shape: (B, H, W) of a convolution, None if it is not known yet; (…, H, W) of a change of basis.
 
     Raises:
         RuntimeError: the user has chosen a backend (`backend`) that cannot serve ``device``.
     """
     kind = device.type
+    if op == "change_basis":
+        chosen = _backend in ("auto", "native") and onednn.AVAILABLE and kind == "cpu" and dtype == torch.float32
+        return onednn if chosen and image_shape and onednn.is_faster(image_shape) else reference
     if op == "conv3x3":
         chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
         storage = dtype == torch.float32 or (dtype == torch.bfloat16 and not _AMX)
         serves = chosen and storage and min(channels) >= _LEAST_CHANNELS
-        return native if serves and _winograd_is_faster(max(channels), image_shape, transformed) else reference
+        return native if serves and _winograd_is_faster(max(channels), image_shape, uses) else reference
     if (
         op == "anderson_solve"
         and kind == "cuda"
@@ -157,7 +163,7 @@ def kernels(
     raise RuntimeError(f"the backend {_backend!r} does not serve tensors on {device}")
 
 
-def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, transformed: bool) -> bool:
+def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, uses: float) -> bool:
     """Whether Winograd's convolution of these images beats torch's, for the larger number of channels.
 
     Small images leave most of its 4 × 4 tiles empty, and transforming the weight pays off over many tiles only.
@@ -166,5 +172,5 @@ def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, transf
         return True
     batch, height, width = image_shape
     tiles = -(-height // 4) * -(-width // 4)
-    worth_the_transform = transformed or not batch * tiles or _CHANNELS_PER_TILE * batch * tiles >= channels
+    worth_the_transform = not batch * tiles or _CHANNELS_PER_TILE * uses * batch * tiles >= channels
     return worth_the_transform and 2 * height * width >= 16 * tiles

@@ -196,15 +196,14 @@ def svd(band: Tensor, circular: bool) -> SVD:
 
 
 def change_basis(x: Tensor, svd_y: SVD, svd_x: SVD, back: bool) -> Tensor:
-    """V₁ᵀ x V₂ for x (…, H, W), or V₁ x V₂ᵀ if ``back``, in the dtype of the factors."""
-    v_y, v_x = svd_y.v, svd_x.v
-    x = x.to(v_y.dtype)
-    return v_y @ x @ v_x.T if back else v_y.T @ x @ v_x
+    """(V₁ᵀ x V₂)ᵀ for x (…, H, W), or x from these coefficients (…, W, H) if ``back``, in the dtype of the factors."""
+    first, second = (svd_y.v.T, svd_x.v.T) if back else (svd_x.v, svd_y.v)
+    return (x.to(first.dtype) @ first).mT @ second
 
 
 def eigenvalues(svd_y: SVD, svd_x: SVD) -> Tensor:
-    """s₁² s₂²ᵀ, the eigenvalues of AᵀA, [H, W]."""
-    return svd_y.s[:, None] ** 2 * svd_x.s**2
+    """s₂² s₁²ᵀ, the eigenvalues of AᵀA for the coefficients of `change_basis`, [W, H]."""
+    return svd_x.s[:, None] ** 2 * svd_y.s**2
 
 
 def tikhonov(b: Tensor, damping: Tensor, svd_y: SVD, svd_x: SVD) -> Tensor:

@@ -106,12 +106,14 @@ def _advance(
     """
     residual, size = norms(*pair)
     relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
-    value, known, status = solution.value[rows], solution.residual[rows], solution.status[rows]
+    value, known, status = solution.of(rows, "value", "residual", "status")
     within = residual <= solver.tol * size + solver.atol
     sound = torch.where(status == Status.CONVERGED, within, relative <= SAFEGUARD_GROWTH * known)
     usable = status != Status.DIVERGED
     moved = usable & sound
-    rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), usable & ~sound)
+    rejected = usable & ~sound
+    if len(rows) < len(solution.status):
+        rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), rejected)
     return solution.replaced(
         rows,
         value=torch.where(per_sample(moved, value), pair[0], value),
@@ -130,7 +132,7 @@ def _check_claims(
     """
     residual, size = norms(*pair)
     relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
-    claimed, status = solution.residual[rows], solution.status[rows]
+    claimed, status = solution.of(rows, "residual", "status")
     rounding = 4 * torch.finfo(autocast_dtype(pair[0]) or pair[0].dtype).eps
     allowed = 2 * claimed.clamp_min(solver.tol) + rounding + (2 * solver.atol / size.clamp_min(TINY)).to(relative.dtype)
     contradicted = (status != Status.DIVERGED) & ~(relative <= allowed)

@@ -62,10 +62,7 @@ def inputs_of_step(network: Any, d: Tensor) -> tuple[Tensor, ...]:
 
 def diagonal_step(basis: Eigenbasis, x: Tensor, restored: Tensor, kept: Tensor) -> Tensor:
     """P(Aᵀd + λx) = V(restored + kept ⊙ V* x), where `constants` returned ``restored`` and ``kept``."""
-    coefficients = basis.coefficients(x)
-    if coefficients.is_complex():  # which ONNX has no addcmul for
-        return basis.image(restored + kept * coefficients)
-    return basis.image(torch.addcmul(restored, kept, coefficients))
+    return basis.image(torch.addcmul(restored, kept, basis.coefficients(x)))
 
 
 def data_step(network: Any, x: Tensor, d: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -96,6 +96,13 @@ class PlainBlur(DiagonalOperator, nn.Module):
         """x − η(Aᵀ(A x − d) + r)."""
         return x - step_size * self.gradient(x, d, r)
 
+    def eigenbasis(self, shape: Sequence[int]) -> PlainBlur | None:
+        """This module, if it has singular vectors.
+
+        onnxruntime's Fourier transform errs by 1e-5 of an image. The gradient step transforms a small gradient instead.
+        """
+        return None if self.size is None or self.v_y is None else self
+
     def eigenvalues(self, like: Tensor) -> Tensor:
         """The eigenvalues of AᵀA."""
         if self.size is None:
@@ -104,8 +111,9 @@ class PlainBlur(DiagonalOperator, nn.Module):
 
     def coefficients(self, x: Tensor) -> Tensor:
         """V* x for x (B, C, H, W)."""
+        assert self.size is not None  # else there are no eigenvalues
         if x.shape[-2:] != self.size:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it takes images of the size {self.size}")
+            raise ValueError(f"x has {x.shape[-2]} × {x.shape[-1]} pixels; it takes {self.size[0]} × {self.size[1]}")
         return torch.fft.rfft2(x) if self.v_y is None else self.v_y.T @ x @ self.v_x
 
     def image(self, coefficients: Tensor) -> Tensor:

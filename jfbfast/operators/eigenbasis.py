@@ -90,7 +90,8 @@ class DiagonalOperator:
 
     def solve(self: Any, b: Tensor, damping: float | Tensor) -> Tensor:
         """(AᵀA + λI)⁻¹ b."""
-        return self.image(self.coefficients(b) / (self.eigenvalues(b) + damping)).to(b.dtype)
+        squares = self.eigenvalues(b)
+        return self.image(self.coefficients(b) / (squares + damping)).to(b.dtype)
 
     def filter(self: Any, x: Tensor, damping: float | Tensor) -> Tensor:
         """W x with W = AᵀA(AᵀA + δI)⁻¹."""

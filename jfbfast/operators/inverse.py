@@ -42,18 +42,21 @@ def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torc
 
 @cached_tensors(maxsize=64)
 def eigenvalues(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The eigenvalues of AᵀA in the basis of `change_basis`, (H, W)."""
+    """The eigenvalues of AᵀA in the basis of `change_basis`, (W, H), for images of ``shape`` (H, W)."""
     with torch.inference_mode(False), torch.no_grad():
         return reference.eigenvalues(*factors(taps, shape, torch.float64, torch.device("cpu"))).to(device, dtype)
 
 
 def change_basis(x: Tensor, taps: Taps, back: bool) -> Tensor:
-    """The coefficients V* x of images x (…, H, W) in the basis where AᵀA is diagonal, or V x if ``back``.
+    """The coefficients V* x, (…, W, H), of images x (…, H, W) in the basis where AᵀA is diagonal, or V x if ``back``.
 
     They have the dtype in which images like x are computed; no gradient is recorded.
     """
+    dtype, shape = compute_dtype(x.dtype), (x.shape[:-3:-1] if back else x.shape[-2:])
     with full_precision(x.device), torch.no_grad():
-        return reference.change_basis(x, *factors(taps, x.shape[-2:], compute_dtype(x.dtype), x.device), back)
+        module = kernels(x.device, "change_basis", dtype=dtype, image_shape=x.shape)
+        changed: Tensor = module.change_basis(x, *factors(taps, shape, dtype, x.device), back)
+        return changed
 
 
 def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -76,9 +79,8 @@ def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
     dtype, shape, device = compute_dtype(b.dtype), b.shape[-2:], b.device
     with full_precision(device), torch.no_grad():
         if max(shape) <= SVD_LIMIT:
-            basis, squares = factors(taps, shape, dtype, device), eigenvalues(taps, shape, dtype, device)
-            coefficients = reference.change_basis(b, *basis, back=False) / (squares + damping.to(dtype))
-            return reference.change_basis(coefficients, *basis, back=True).to(b.dtype)
+            squares = eigenvalues(taps, shape, dtype, device)
+            return change_basis(change_basis(b, taps, False) / (squares + damping.to(dtype)), taps, True).to(b.dtype)
         wide = dtype if device.type == "mps" else torch.float64  # in float32 the recurrence's residual drifts
         return _conjugate_gradients(b.to(wide), damping.to(wide), taps, TOLERANCE[dtype]).to(b.dtype)
 

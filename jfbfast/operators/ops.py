@@ -3,7 +3,7 @@
 ``jfbfast::blur``          A x, or Aᵀ x
 ``jfbfast::gradient``      g = Aᵀ(A x − d) + r, or with a step size η the gradient step x − ηg
 ``jfbfast::tikhonov``      (AᵀA + λI)⁻¹ b
-``jfbfast::change_basis``  V* x in the basis where AᵀA is diagonal, or V x; float32 for images of half precision
+``jfbfast::change_basis``  V* x in the basis where AᵀA is diagonal, (…, W, H), or V x; float32 for half precision
 
 Each takes images (…, H, W) and the two filters with their padding mode, and returns a contiguous tensor. At each
 call `dispatch.kernels` decides which module computes it. The convolution's ops are in jfbfast/backends/conv3x3.py.
@@ -109,7 +109,7 @@ def _change_basis(x: Tensor, back: bool, taps_y: Filter, taps_x: Filter, padding
 
 @torch.library.register_fake("jfbfast::change_basis")
 def _like_coefficients(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, dtype=compute_dtype(x.dtype), memory_format=torch.contiguous_format)
+    return torch.empty_like(x.mT, dtype=compute_dtype(x.dtype), memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("jfbfast::blur")

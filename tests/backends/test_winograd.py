@@ -150,7 +150,7 @@ def test_few_tiles_are_not_worth_the_transform_of_a_wide_weight() -> None:
     few, many = torch.randn(1, 64, 8, 8), torch.randn(2, 64, 8, 8)
     assert winograd._kernels(many, 64) is native
     assert winograd._kernels(few, 64) is reference and winograd._kernels(many, 128) is reference
-    assert winograd._kernels(few, 64, transformed=True) is native
+    assert winograd._kernels(few, 64, uses=float("inf")) is native
 
 
 def test_torch_computes_what_winograd_does_not_support() -> None:

@@ -106,6 +106,18 @@ def test_a_trained_network_gets_the_gradient_of_the_gradient_step(form):
         torch.testing.assert_close(own, theirs, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "admm"])  # whose image is computed after the solve
+def test_a_bad_sample_is_nan_and_gives_no_gradient(form):
+    model, _, d = problem(form, "valid")
+    d[1, 0, 2, 2] = torch.inf
+    with pytest.warns(jfbfast.ConvergenceWarning, match="1 diverged"):
+        out = model(d.requires_grad_())
+    assert out[1].isnan().all() and out[0].isfinite().all()
+    out.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert (d.grad[1] == 0).all() and d.grad[0].isfinite().all() and (d.grad[0] != 0).any()
+
+
 def test_the_derivatives_of_the_change_of_basis_pass_gradcheck_twice():
     for blur in blurs().values():
         x = torch.randn(1, 2, *SIZE, dtype=torch.float64, requires_grad=True)

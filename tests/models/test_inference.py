@@ -254,5 +254,5 @@ def test_what_has_no_plain_form_is_refused_in_one_sentence():
     for size in (16, (16,), (16, 16, 3)):
         with pytest.raises(ValueError, match=rf"size is {re.escape(repr(size))}; it takes \(H, W\)"):
             inference_module(paper(), size=size)
-    with pytest.raises(ValueError, match="b has 9 × 9 pixels; it takes 14 × 18"):
+    with pytest.raises(ValueError, match="x has 9 × 9 pixels; it takes 14 × 18"):
         inference_module(filtered(), size=SIZE)(torch.rand(1, 1, 9, 9))

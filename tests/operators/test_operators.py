@@ -84,22 +84,6 @@ def test_functions_of_the_normal_operator_against_dense_matrices(mode, shape):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 11])
-def test_the_factors_of_a_symmetric_filter_are_a_sorted_svd(mode, n):
-    taps = (0.25, 0.5, 0.25) if n >= 3 else (0.7,)
-    table = reference.band_table(taps, n, mode)
-    u, s, v = reference.svd(table, mode == "circular")
-    identity = torch.eye(n, dtype=torch.float64)
-    for product, expected in (
-        (u.T @ u, identity),
-        (v.T @ v, identity),
-        (u * s @ v.T, reference.band_matrix(table, mode == "circular")),
-    ):
-        torch.testing.assert_close(product, expected, rtol=0, atol=1e-14)
-    assert (s >= 0).all() and (s.diff() <= 0).all()
-
-
-@pytest.mark.parametrize("mode", MODES)
 def test_conjugate_gradients_agree_with_the_svd(mode, monkeypatch):
     blur = jfbfast.GaussianBlur((5, 7), (1.0, 2.0), mode)
     b = torch.randn(2, 1, 40, 31, dtype=torch.float64)
