@@ -35,6 +35,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # transformed first, there must also be at most this many channels for each tile of 4 × 4 pixels.
 _LEAST_CHANNELS = 16
 _CHANNELS_PER_TILE = 12  # at most
+# In bfloat16, Winograd's convolution multiplies in float32. It does half of the direct convolution's work there, also
+# where the CPU multiplies pairs of bfloat16 (AVX512_BF16), but not where it has AMX, which multiplies far more at once.
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _checked(name: str, source: str) -> str:
@@ -126,7 +129,8 @@ def kernels(
     kind = device.type
     if op == "conv3x3":
         chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
-        serves = chosen and dtype == torch.float32 and min(channels) >= _LEAST_CHANNELS
+        storage = dtype == torch.float32 or (dtype == torch.bfloat16 and not _AMX)
+        serves = chosen and storage and min(channels) >= _LEAST_CHANNELS
         return native if serves and _winograd_is_faster(max(channels), image_shape, uses) else reference
     if (
         op == "anderson_solve"

@@ -55,7 +55,7 @@ class _Weight:
     @cached_property
     def transformed(self) -> Tensor | None:
         """The weight as Winograd's convolution takes it; None where that could not use it."""
-        return transformed_weight(self.source.detach().to(self.dtype))
+        return transformed_weight(self.source.detach(), self.dtype)
 
     def taken(self) -> Tensor | None:
         """The transformed weight if a solve has made it, for its last use: the memory is free after that."""
@@ -69,8 +69,8 @@ class Convolutions(TorchFunctionMode):
     Gradients reach the module's parameters through the folded weights.
 
     Args:
-        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 convolutions on the CPU are
-            Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 and bfloat16 convolutions
+            on the CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
         module: whose Sequentials are evaluated with batch norms folded and ReLUs fused, in eval(); its parameters stay
             the same while this object is used. None for no module.
         fold: False leaves the batch norms as they are.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from jfbfast import checks
+from jfbfast.backends.tensors import per_sample
 from jfbfast.backends.tracing import untraced
 from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.fixed_point import solve_fixed_point
@@ -260,8 +261,7 @@ class ImplicitNetwork(Shared, nn.Module):
 
     def _restore(self, d: Tensor, x0: Tensor | None) -> tuple[Tensor, FixedPointSolution]:
         self._check_arguments(d, x0)
-        # Computed once, since it is the same at every evaluation.
-        injected = self.injected(d)
+        injected = self._injected_of_finite(d)  # computed once, since it is the same at every evaluation
         if x0 is None:
             x0 = self.start(d, *injected)
         self._check_dtype(x0)
@@ -278,6 +278,16 @@ class ImplicitNetwork(Shared, nn.Module):
             cuda_graph=self.cuda_graph,
         )
         return self.image(state, d, *injected), solution
+
+    def _injected_of_finite(self, d: Tensor) -> tuple[Tensor, ...]:
+        """`injected`, but a sample of d that is not finite injects NaN without a gradient, which would be NaN too."""
+        if not torch.is_grad_enabled():
+            return self.injected(d)
+        finite = d.isfinite().flatten(1).all(1)
+        if d.device.type == "cpu" and finite.all():
+            return self.injected(d)
+        injected = self.injected(torch.where(per_sample(finite, d), d, 0))
+        return tuple([torch.where(per_sample(finite, each), each, torch.nan).to(each.dtype) for each in injected])
 
     def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
         """Raise TypeError or ValueError for wrong arguments of `forward`."""
