@@ -30,16 +30,6 @@ def factors_of_images(factors: Tensor, d: Tensor) -> Tensor:
     return factors.expand(d.shape[0], 1, *factors.shape[-2:])
 
 
-def usable(d: Tensor) -> tuple[Tensor, Tensor]:
-    """d with zeros for values that are not finite, and a mark to add to what is computed of it, (B, 1, …, 1).
-
-    The mark is NaN for a sample with such values, and 0 for the others. So λ gets no NaN from the gradient of a sample
-    that nobody uses: that gradient is 0, but 0 times NaN is not.
-    """
-    mark = (0 * d.detach()).sum(tuple(range(1, d.dim())), keepdim=True)
-    return d.nan_to_num(0.0, 0.0, 0.0), mark
-
-
 def constants(
     basis: Eigenbasis, operator: Any, d: Tensor, weight: Tensor, restored: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -67,9 +57,7 @@ def inputs_of_step(network: Any, d: Tensor) -> tuple[Tensor, ...]:
     basis = basis_of_step(network.data_fidelity, network.blur, d)
     if basis is None:
         return network.data_fidelity.inputs(d)
-    known, mark = usable(d)
-    restored, kept = constants(basis, network.blur, known, network.weight)
-    return restored + mark, kept
+    return constants(basis, network.blur, d, network.weight)
 
 
 def diagonal_step(basis: Eigenbasis, x: Tensor, restored: Tensor, kept: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jfbfast.implicit.methods import GradientMethod
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
-from jfbfast.models.data_step import basis_of_step, constants, diagonal_step, factors_of_images, usable
+from jfbfast.models.data_step import basis_of_step, constants, diagonal_step, factors_of_images
 from jfbfast.models.implicit_network import ImplicitNetwork, check_operator
 from jfbfast.models.pretrained import set_gaussian
 from jfbfast.models.red import RED, log_parameter
@@ -211,10 +211,8 @@ class DEGrad(ImplicitNetwork):
         if basis is None:
             own = self.data_fidelity.inputs(d)
             return *red.injected(*self._seen(d, own)), *own
-        known, mark = usable(d)
-        z, weight, squares = red.injected(self.blur, known), red.weight, basis.eigenvalues(d)
-        restored, kept = constants(basis, self.blur, known, weight, red.restoration(z[0], weight) if z else None)
-        found = *(each + mark for each in z), restored + mark, kept
+        z, weight, squares = red.injected(self.blur, d), red.weight, basis.eigenvalues(d)
+        found = *z, *constants(basis, self.blur, d, weight, red.restoration(z[0], weight) if z else None)
         return (*found, factors_of_images(red.seen_factors(squares).to(squares.dtype), d)) if red.filtered else found
 
     def _basis(self, d: Tensor) -> Eigenbasis | None:
