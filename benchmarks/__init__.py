@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 BENCHMARKS = {
+    "gpu": "is jfbfast right on this GPU, and how fast: checks, kernels, training steps",
     "kernels": "the blur, the data step and Anderson's step against what users write today",
     "paper": "the two tables and two figures of Liu, Tong and Zhao (2024); it has options of its own",
     "step": "a whole training step against the published loop, TorchDEQ and deepinv, at equal true error",
@@ -32,10 +33,10 @@ def check(names: Sequence[str]) -> None:
 def run(name: str, out: Path, quick: bool, console: Console, **options: Any) -> None:
     """Run one benchmark, write its files into ``out`` (created if missing) and print its tables.
 
-    The benchmark step takes the options ``checkpoint`` and ``batch``; None is the same as none given.
+    The benchmark step takes the options ``checkpoint``, ``batch`` and ``size``; None is the same as none given.
 
     Raises:
-        ValueError: an unknown name; an option of step for another benchmark; a batch below 1.
+        ValueError: an unknown name; an option of step for another benchmark; a batch or size that is too small.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")

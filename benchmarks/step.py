@@ -8,7 +8,7 @@ start.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from .timing import Sampler, first_line, interleave, timed
 Makers = Mapping[str, Callable[[], Side]]
 
 _NEAREST = 1.1  # times a side's lowest error is near enough, if that is above the target
+_STALLED = 8  # more evaluations that lower the error by less than that factor are the last
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ QUICK = replace(
     batch=2,
     compiled=(),
     limit=40,
-    seconds=15.0,
+    seconds=20.0,
     counts=(),
     sizes=(),
     exact=(),
@@ -101,28 +102,49 @@ class Found(NamedTuple):
     error_median: float
 
 
-def find(side: Side, fixed: Tensor, target: float, limit: int) -> Found:
-    """Find the fewest evaluations that reach the target, by doubling and then bisection."""
-    tried: dict[int, Tensor] = {}
+def find(
+    side: Side, fixed: Tensor, targets: Sequence[float], limit: int, starts: Sequence[int] | None = None
+) -> list[Found]:
+    """Find the fewest evaluations that reach each target (in falling order), by strides that double and then bisection.
 
-    def reached(evaluations: int) -> bool:
-        tried[evaluations] = errors(side.forward(evaluations), fixed)
-        return float(tried[evaluations].max()) <= target
+    ``starts`` are guesses, such as another side's counts: a search that starts at its result ends after two solves.
+    """
+    tried: dict[int, Tensor] = {}
+    found: list[Found] = []
+
+    def largest(evaluations: int) -> float:
+        if evaluations not in tried:
+            tried[evaluations] = errors(side.forward(evaluations), fixed)
+        return float(tried[evaluations].max())
 
     with side.context():
-        low, high = side.least - 1, side.least
-        while not reached(high):
-            if high == limit:  # no number of evaluations will do
-                lowest = min(float(each.max()) for each in tried.values())
-                high = min(k for k, each in tried.items() if float(each.max()) <= _NEAREST * lowest)
-                break
-            low, high = high, min(2 * high, limit)
+        for i, target in enumerate(targets):
+            guess = starts[i] if starts else 2 * found[-1].evaluations if found else side.least
+            count = _fewest(largest, target, min(max(guess, side.least), limit), side.least, limit)
+            if count is None:  # no number of evaluations will do
+                lowest = min(map(largest, tried))
+                count = min(k for k in tried if largest(k) <= _NEAREST * lowest)
+            error = largest(count)
+            found.append(Found(count, error <= target, error, float(tried[count].median())))
+    return found
+
+
+def _fewest(largest: Callable[[int], float], target: float, start: int, least: int, limit: int) -> int | None:
+    """The fewest evaluations, or None if neither the limit reaches the target nor the error falls any more."""
+    low, high, stride = least - 1, start, 1
+    while largest(high) > target:
+        stalled = high - low >= _STALLED and low >= least and largest(high) * _NEAREST > largest(low)
+        if stalled or high == limit:
+            return None
+        low, high, stride = high, min(high + stride, limit), 2 * stride
+    stride = 1 if high == start else high
+    while high - low > 1:
+        middle = max((low + high) // 2, high - stride)
+        if largest(middle) <= target:
+            high, stride = middle, 2 * stride
         else:
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if reached(middle) else (middle, high)
-    largest = float(tried[high].max())
-    return Found(high, largest <= target, largest, float(tried[high].median()))
+            low = middle
+    return high
 
 
 class Benchmark:
@@ -149,17 +171,10 @@ class Benchmark:
         """Measure everything; the later experiments take the first layer with a fixed point."""
         for layer, size in self.plan.cases:
             given = problem(self.weights, size, self.plan.batch, self.device, layer)
-            with self.console.status(f"{layer} layer, {size}²: its fixed points in float64"):
-                coupled = bool(batch_norms(self.weights.denoiser))
-                fixed = {statistics: fixed_point(given, statistics) for statistics in {False, coupled}}
-            plain = fixed[False]
-            if plain is None:
-                self.say(f"no fixed point of the {layer} layer was found with these weights; it is left out")
-                continue
-            if fixed[coupled] is None:
-                self.say(f"published loop, {layer} layer: no fixed point was found with batch statistics")
-            for half in (False, True):
-                self._at_equal_error(replace(given, half=half), plain, fixed[coupled])
+            fixed = self.fixed_points(given)
+            if fixed is not None:
+                for half in (False, True):
+                    self.at_equal_error(replace(given, half=half), *fixed)
         if self.rows:
             first = self.rows[0]  # jfbfast in float32, at the largest target
             self._against_evaluations(first["layer"])
@@ -179,18 +194,34 @@ class Benchmark:
         }
         self.rows.append({**case, **cells, **machine.describe(self.device)})
 
-    def _time(self, given: Problem, makers: Makers, counts: Mapping[str, int], label: str) -> dict[str, Row]:
-        """The cells of each side's time, with that many evaluations."""
+    def fixed_points(self, given: Problem) -> tuple[Tensor, Tensor | None] | None:
+        """The layer's fixed point, and that with batch statistics; None, which is said, if the first is not found."""
+        with self.console.status(f"{given.layer} layer, {given.x.shape[-1]}²: its fixed points in float64"):
+            coupled = bool(batch_norms(self.weights.denoiser))
+            fixed = {statistics: fixed_point(given, statistics) for statistics in {False, coupled}}
+        plain = fixed[False]
+        if plain is None:
+            self.say(f"no fixed point of the {given.layer} layer was found with these weights; it is left out")
+            return None
+        if fixed[coupled] is None:
+            self.say(f"published loop, {given.layer} layer: no fixed point was found with batch statistics")
+        return plain, fixed[coupled]
+
+    def _time(
+        self, given: Problem, makers: Makers, counts: Mapping[str, int], label: str, warm: bool = False
+    ) -> dict[str, Row]:
+        """The cells of each side's time, with that many evaluations; ``warm`` as in `interleave`."""
 
         def sampler(name: str) -> Sampler:  # with the CPU's clock, since a step waits for the device
             return timed(partial(makers[name]().step, given.x, counts[name]), torch.device("cpu"))
 
         with self.console.status(label):
             samplers = {name: partial(sampler, name) for name in counts}
-            timings = interleave(samplers, self.plan.seconds, lambda text: self.say(f"{label}: {text}"))
+            timings = interleave(samplers, self.plan.seconds, lambda text: self.say(f"{label}: {text}"), warm)
         return {name: timing.columns("s") for name, timing in timings.items()}
 
-    def _at_equal_error(self, given: Problem, fixed: Tensor, coupled: Tensor | None) -> None:
+    def at_equal_error(self, given: Problem, fixed: Tensor, coupled: Tensor | None) -> None:
+        """Find each side's evaluations for each target, and time its step with them."""
         torch.compiler.reset()
         compiling = given.layer in self.plan.compiled and not given.half
         makers, found = sides(given, self.missing, compiling), dict[str, list[Found]]()
@@ -199,7 +230,8 @@ class Benchmark:
                 try:
                     side = make()
                     target = coupled if side.batch_statistics and coupled is not None else fixed
-                    found[name] = [find(side, target, error, self.plan.limit) for error in self.plan.targets]
+                    ours = [each.evaluations for each in found.get(OURS, [])]
+                    found[name] = find(side, target, self.plan.targets, self.plan.limit, ours)
                     makers[name] = partial(replace, side)  # the same side again, which may be compiled by now
                 except Exception as failure:
                     if name == OURS:
@@ -207,7 +239,8 @@ class Benchmark:
                     self.say(f"{name} is left out: {first_line(failure)}")
         for i, target_error in enumerate(self.plan.targets):
             counts = {name: each[i].evaluations for name, each in found.items()}
-            times = self._time(given, makers, counts, f"{given.layer} layer, error {target_error:g}")
+            label = f"{given.layer} layer, error {target_error:g}"
+            times = self._time(given, makers, counts, label, warm=not compiling)  # a first backward may compile
             times[OURS] |= {f"split_{part}": share for part, share in split(given, counts[OURS]).items()}
             for name, time in times.items():
                 self._add("step", given, name, target_error=target_error, **found[name][i]._asdict(), **time)
@@ -240,14 +273,21 @@ class Benchmark:
                 self.say(f"memory of {name}: {failure}")
 
 
-def run(out: Path, quick: bool, console: Console, checkpoint: str | None = None, batch: int | None = None) -> None:
+def run(
+    out: Path,
+    quick: bool,
+    console: Console,
+    checkpoint: str | None = None,
+    batch: int | None = None,
+    size: int | None = None,
+) -> None:
     """Measure `QUICK` or `FULL`, and write step.csv and step.png into the directory.
 
     ``checkpoint`` is a shipped model's name or a file of trained weights, instead of an untrained network that is
-    made a contraction; ``batch`` overrides the plan's.
+    made a contraction; ``batch`` overrides the plan's, and ``size`` its pixels a side in the comparison at equal error.
 
     Raises:
-        ValueError: a batch below 1; weights with which no layer has a fixed point.
+        ValueError: a batch below 1; a size below 16; weights with which no layer has a fixed point.
     """
     torch.manual_seed(0)
     device, busy = machine.default_device(), machine.disturbance()  # before the benchmark keeps the machine busy
@@ -255,6 +295,9 @@ def run(out: Path, quick: bool, console: Console, checkpoint: str | None = None,
     if batch is not None:
         checks.integer("batch", batch, 1)
         plan = replace(plan, batch=batch)
+    if size is not None:
+        checks.integer("size", size, 16)
+        plan = replace(plan, cases=tuple((layer, size) for layer, _ in plan.cases))
     weights = untrained(plan.features, plan.depth) if checkpoint is None else trained(checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -14,7 +14,8 @@ from . import report
 from .report import OURS, Row, distinct, where
 from .split import PARTS
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16"}
+_SHORT = {"float32": "f32", "TF32": "tf32", "bfloat16": "bf16"}
+_COLOURS = {"float32": "C0", "TF32": "C2", "bfloat16": "C3"}
 NOTE = (
     "n× in k: the side's time over jfbfast's of the same dtype, the median of interleaved rounds, and its "
     "evaluations of the layer; ~ measured once. Errors: ‖x − x*‖/‖x*‖, the largest of the batch"
@@ -26,9 +27,7 @@ _GRIDS = ("size", "evaluations")  # experiments, named by the column that change
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Each layer at equal error; the split of our step; time against size and against evaluations; memory."""
     steps = where(rows, experiment="step")
-    for title, block in _blocks(steps).items():
-        headings = (f"{_SHORT[dtype]}\nto {target:g}" for dtype, target in distinct(block, "dtype", "target_error"))
-        yield report.table(f"a training step, {title}", ["side", *headings], report.pivot(block, _target, _step_cell))
+    yield from step_tables(steps)
     lines = [
         [_split_label(row, "\n"), *(f"{row[f'split_{part}']:.1%}" for part in PARTS)] for row in where(steps, side=OURS)
     ]
@@ -37,13 +36,60 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     for column in _GRIDS:
         if chosen := where(rows, experiment=column):
             headings = (_grid_text(column, value) for value in distinct(chosen, column))
-            lines = report.pivot(chosen, itemgetter(column), _time_or_ratio)
+            lines = report.pivot(chosen, itemgetter(column), time_or_ratio)
             title = f"a training step, {_grid_case(chosen[0], column)}"
             yield report.table(title, [column, *headings], lines, min_width=79)
     if memory := where(rows, experiment="memory"):
         lines = [[row["side"], str(row["evaluations"]), f"{row['peak_mb']:.0f} MB"] for row in memory]
         title = f"memory of a step, {_title(memory[0])}, float32"
         yield report.table(title, ["side", "evaluations", "peak"], lines, min_width=60)
+
+
+def step_tables(steps: Sequence[Row]) -> Iterator[Table]:
+    """Each layer at equal error in each dtype, and then in the dtype in which a side is fastest."""
+    for title, block in _blocks(steps).items():
+        headings = (f"{_SHORT[dtype]}\nto {target:g}" for dtype, target in distinct(block, "dtype", "target_error"))
+        yield report.table(f"a training step, {title}", ["side", *headings], report.pivot(block, _target, _step_cell))
+    best = fastest(steps)
+    libraries = distinct(best, "library")
+    cells = {(_case(row), row["library"]): _best_cell(row) for row in best}
+    lines = [
+        [f"{case[0]}\n{case[1]}² to {case[3]:g}", *(cells.get((case, name), "–") for name in libraries)]
+        for case in dict.fromkeys(map(_case, best))
+    ]
+    headings = (name.replace(" ", "\n") for name in libraries)
+    yield report.table("fastest at equal error in any dtype", ["layer", *headings], lines)
+
+
+def fastest(steps: Sequence[Row]) -> list[Row]:
+    """Of each ``library``, the side and dtype that reaches a target in the least median time.
+
+    The ratio is between medians, since our fastest may have another dtype and so have been timed in other rounds.
+    """
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(where(steps, reached=True), key=itemgetter("median_s")):
+        best.setdefault((_case(row), _library(row)), row)
+    found = []
+    for case, library in dict.fromkeys((_case(row), _library(row)) for row in steps):
+        side, ours = best.get((case, library)), best.get((case, OURS))
+        if side is not None and ours is not None:
+            found.append({**side, "library": library, "ratio": side["median_s"] / ours["median_s"]})
+    return found
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    """What the table of the fastest has a line for."""
+    return row["layer"], row["size"], row["batch"], row["target_error"]
+
+
+def _library(row: Row) -> str:
+    """The side without its variant, as in "PyTorch, compiled"."""
+    return str(row["side"]).partition(", ")[0]
+
+
+def _best_cell(row: Row) -> str:
+    time = report.seconds(row["median_s"]) if row["library"] == OURS else report.ratio(row)
+    return f"{time}\n{row['side'].partition(', ')[2] or _SHORT[row['dtype']]}"
 
 
 def _title(row: Row) -> str:
@@ -56,12 +102,13 @@ def _blocks(steps: Sequence[Row]) -> dict[str, list[Row]]:
     return {title: [row for row in steps if _title(row) == title] for title in titles}
 
 
-def _time_or_ratio(row: Row) -> str:
+def time_or_ratio(row: Row) -> str:
+    """Our time, or a rival's over ours."""
     return report.seconds(row["median_s"]) if row["side"] == OURS else report.ratio(row)
 
 
 def _step_cell(row: Row) -> str:
-    return f"{_time_or_ratio(row)} in {row['evaluations']}" + ("" if row["reached"] else f"\nonly {row['error']:.1e}")
+    return f"{time_or_ratio(row)} in {row['evaluations']}" + ("" if row["reached"] else f"\nonly {row['error']:.1e}")
 
 
 def _split_label(row: Row, separator: str = " ") -> str:
@@ -86,7 +133,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     lines = len(distinct(steps, "layer", "side")) + 2 * len(distinct(steps, "layer"))
     made = Figure(figsize=(15, max(0.42 * lines + 1, 3.4 * (len(grids) + 1))), layout="constrained")
     grid = made.add_gridspec(len(grids) + 1, 2, width_ratios=(1.25, 1))
-    _plot_steps(made.add_subplot(grid[:, 0]), steps)
+    plot_steps(made.add_subplot(grid[:, 0]), steps)
     for i, column in enumerate(grids):
         axis = made.add_subplot(grid[i, 1])
         _plot_grid(axis, where(rows, experiment=column), column, colours, legend=i == 0)
@@ -95,13 +142,14 @@ def figure(rows: Sequence[Row]) -> Figure:
     return made
 
 
-def _plot_steps(axis: Any, steps: Sequence[Row]) -> None:
+def plot_steps(axis: Any, steps: Sequence[Row]) -> None:
     """A line per side in a block per layer; colour shows the dtype, fill the target, a cross a target not reached."""
     targets = distinct(steps, "dtype", "target_error")
+    largest = max(target for _, target in targets)
     styles: dict[tuple[str, float], dict[str, Any]] = {
         (dtype, target): {
-            "color": "C0" if dtype == "float32" else "C3",
-            "fillstyle": "full" if target == targets[0][1] else "none",
+            "color": _COLOURS[dtype],
+            "fillstyle": "full" if target == largest else "none",
             "markersize": 5,
             "linestyle": "",
         }

@@ -25,6 +25,7 @@ from .problem import Problem, batch_norms, model
 from .report import OURS
 
 OURS_LOW, PUBLISHED = "jfbfast, solve in bf16", "published loop"
+OURS_GRAPH = f"{OURS}, CUDA graph"
 CG, GMRES = f"{OURS}, CG", f"{OURS}, GMRES"
 
 TOL = 1e-3  # the default; our layer is prepared for it
@@ -251,6 +252,7 @@ def sides(
     every: dict[str, Callable[[], Side]] = {
         OURS: partial(ours, given),
         OURS_LOW: partial(ours, given, solve_dtype=torch.bfloat16),
+        OURS_GRAPH: partial(ours, given, cuda_graph=True),
         f"{OURS}, compiled": partial(ours, given, compile_solve=True),
         "PyTorch": partial(ours, given, kernels="reference"),
         "PyTorch, compiled": partial(compiled, given),
@@ -262,6 +264,7 @@ def sides(
     }
     out = {name for name in every if name.lower() in missing}
     out |= {OURS_LOW} if given.half else set()
+    out |= set() if given.d.is_cuda else {OURS_GRAPH}
     out |= set() if compiling else {f"{OURS}, compiled", "PyTorch, compiled"}
     out |= set() if exact else {CG, GMRES}
     return {name: make for name, make in every.items() if name not in out}

@@ -165,17 +165,20 @@ def first_line(error: Exception) -> str:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], Sampler]], seconds: float, say: Callable[[str], object]
+    sides: Mapping[str, Callable[[], Sampler]], seconds: float, say: Callable[[str], object], warm: bool = False
 ) -> dict[str, Timing]:
     """Time the sides in turn, A B C A B C …, after a warm-up, until their medians settle or time is up.
 
     The rounds take about ``seconds``; at least three are run. The first side is the reference: it is always repeated,
     and its errors are raised. Another side that fails (out of memory, no compiler) is reported by ``say`` and left
-    out. A side that needs over a sixth of the time for one sample is not repeated.
+    out. A side that needs over a third of the time for one sample is not repeated. Where all sides are ``warm``, they
+    have run before, and the first sample counts.
     """
-    reference, limit = next(iter(sides)), seconds / 6
+    reference, limit = next(iter(sides)), seconds / 3
     samplers: dict[str, Sampler] = {}
     samples: dict[str, list[float]] = {}
+    repeated: list[str] = []
+    began = time.perf_counter()
     for name, make in sides.items():
         try:
             sampler = samplers[name] = make()
@@ -187,13 +190,15 @@ def interleave(
                 raise
             say(f"{name} is left out: {first_line(error)}")
             continue
-        samples[name] = [value] if name != reference and took > limit else []
+        repeats = name == reference or took <= limit
+        repeated += [name] if repeats else []
+        samples[name] = [value] if warm or not repeats else []
 
-    repeated = [name for name, values in samples.items() if not values]
-    end = time.perf_counter() + seconds
-    for done in range(1, 10_000):
+    end = (began if warm else time.perf_counter()) + seconds
+    while True:
         for name in repeated:
             samples[name].append(samplers[name].sample())
+        done = len(samples[reference])
         if done >= 3 and time.perf_counter() > end:
             break
         if done >= _LEAST_ROUNDS and all(_settled(samples[name]) for name in repeated):

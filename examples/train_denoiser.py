@@ -1,28 +1,27 @@
 """Train the denoiser of plug-and-play restoration on a directory of photographs: white noise, and no blur.
 
-python examples/train_denoiser.py PHOTOGRAPHS OUT.safetensors [--init FILE] [--minutes 60]
+python examples/train_denoiser.py PHOTOGRAPHS OUT.safetensors --init plug-and-play --minutes 14
 
-It starts from the U-Net of "universal", or from another such denoiser.
+goes on from the shipped denoiser. Without --init it starts from the U-Net of "universal". training_loop.py says what
+the options do.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-import time
-from pathlib import Path
+import warnings
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from train_universal import SIDE, SUFFIXES, Measurements
+from training_loop import Crops, Step, parser, sent, start, train
 
 import jfbfast
-from jfbfast.experiments.muon import Muon
-from jfbfast.imaging.datasets import Photographs
-from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.plug_and_play import GaussianDenoiser, PlugAndPlay
+from jfbfast.models.pretrained import load_model
 from jfbfast.models.universal import describe
 
 WEAKEST, STRONGEST = 0.004, 0.4  # noise levels on [−1, 1]
@@ -49,12 +48,8 @@ def from_universal(denoiser: GaussianDenoiser) -> None:
     Without a blur the five images are equal, so their weights add up; and the three numbers are nearly linear in the
     logarithm of the noise level.
     """
-    weights = {
-        name: value.detach().clone()
-        for name, value in jfbfast.UniversalDEGrad.from_pretrained("universal")
-        .regularizer.denoiser.state_dict()
-        .items()
-    }
+    universal = jfbfast.UniversalDEGrad.from_pretrained("universal").regularizer.denoiser
+    weights = {name: value.detach().clone() for name, value in universal.state_dict().items()}
     head = weights["head.weight"]
     images, ones, numbers = head[:, :60], head[:, 60:64], head[:, 64:]
     noise = torch.logspace(-2.3, -0.7, 30, dtype=torch.float64)
@@ -66,69 +61,41 @@ def from_universal(denoiser: GaussianDenoiser) -> None:
     denoiser.load_state_dict(weights)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photographs", type=Path, help="directory of photographs")
-    parser.add_argument("out", type=Path, help="file of the trained network")
-    parser.add_argument("--held-out", type=int, default=15, help="photographs, the last by name, to leave out")
-    parser.add_argument("--init", type=Path, help="a file to start from (default: the U-Net of universal)")
-    parser.add_argument("--minutes", type=float, default=60, help="of processor time")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--decay", type=float, default=0.8, help="share of the time in which the rate falls to 0")
-    parser.add_argument("--rate", type=float, default=0.006, help="learning rate of Muon")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main(given: argparse.Namespace) -> None:
-    jfbfast.keep_freed_memory()
-    torch.manual_seed(given.seed)
-    files = sorted(file for file in given.photographs.rglob("*") if file.suffix.lower() in SUFFIXES)
-    photographs = Photographs(
-        files[: len(files) - given.held_out], least=2 * SIDE, purpose="a crop that is shrunk by two"
-    )
-    images = Measurements(photographs, given.seed + 1)
-
-    if given.init:
-        model, config = load_checkpoint(given.init)
-        model.train()
+def load(init: str | None) -> tuple[PlugAndPlay, ModelConfig]:
+    """The model to start from, and its settings."""
+    if init:
+        model, config = load_model(init)
     else:
         kind = {"kind": "GaussianDenoiser", "channels": 3, "features": [96, 128, 192], "blocks": [2, 2, 2]}
         config = ModelConfig("plug-and-play", denoiser=kind, padding_mode="valid", noise_range=[0.0, 0.38])
         model = config.model()
         from_universal(model.denoiser)
-    assert isinstance(model, PlugAndPlay)
-    once, average = Once(model.denoiser), copy.deepcopy(model)  # exponential moving average of the weights
-    optimizer = Muon(model, learning_rate=given.rate)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    if not isinstance(model, PlugAndPlay):
+        raise ValueError(f"--init is {init}, a {type(model).__name__}; it takes a PlugAndPlay")
+    return model.train(), config
 
-    started, step, done = time.process_time(), 0, 0.0
-    while done < 1:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1, (step + 1) / 100, (1 - done) / given.decay)
-        x = torch.stack([images.image() for _ in range(given.batch)])
-        noise = torch.empty(given.batch).uniform_(math.log(WEAKEST), math.log(STRONGEST)).exp()
-        y = x + noise.view(-1, 1, 1, 1) * torch.randn_like(x)
-        error = (once(y, noise) - x).square().mean((1, 2, 3))
-        loss = (error * (5e-4 / (error.detach() + 1e-5))).mean()  # its gradient is that of the error in dB
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.02)
-        optimizer.step()
-        with torch.no_grad():
-            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - min(0.998, (1 + step) / (10 + step)))
-        step += 1
-        done = (time.process_time() - started) / (60 * given.minutes)
-        if step % 100 == 0 or done >= 1:
-            gain = float((10 * torch.log10(noise.square() / error.detach())).mean())
-            print(f"step {step}: {gain:.2f} dB less noise", flush=True)
-        if step % 500 == 0 or done >= 1:
-            save_checkpoint(given.out, average, config, half=True)
+
+def main(given: argparse.Namespace) -> None:
+    device = start(given)
+    crops = Crops(given, device)
+    model, config = load(given.init)
+    once = Once(model.to(device).denoiser)
+
+    def make_batch(g: np.random.Generator, on_device: torch.Generator, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The images, the noisy ones and the noise levels."""
+        x = crops.batch(g, given.batch)
+        levels = np.exp(g.uniform(math.log(WEAKEST), math.log(STRONGEST), given.batch))
+        noise = sent(torch.from_numpy(levels).float(), device)
+        white = torch.randn(x.shape, generator=on_device, device=device)
+        return x, x + noise.view(-1, 1, 1, 1) * white, noise
+
+    def compute(batch: Any, step: int, done: float) -> Step:
+        x, y, noise = batch
+        return Step((once(y, noise) - x).square().mean((1, 2, 3)), noise.square())
+
+    train(given, model, config, make_batch, compute, "dB less noise")
 
 
 if __name__ == "__main__":
-    import warnings
-
     warnings.simplefilter("ignore", jfbfast.ConvergenceWarning)  # one evaluation is no solve
-    main(arguments())
+    main(parser(__doc__.splitlines()[0], steps=math.inf, minutes=60, rate=0.006, decay=0.8).parse_args())

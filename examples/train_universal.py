@@ -1,82 +1,108 @@
-"""Train the universal network on a directory of photographs, from random weights or from a file.
+"""Train the universal network on a directory of photographs, from random weights or from those of another.
 
-python examples/train_universal.py PHOTOS OUT.safetensors [--steps N] [--init FILE] [--help]
+python examples/train_universal.py PHOTOGRAPHS OUT.safetensors --init universal --minutes 14
+
+goes on from the shipped network. training_loop.py says what the options do.
 
 Each sample of a batch has a blur and a noise level of its own. So A is not one of the library's operators here, but a
 module that holds a blur for each sample, and the basis in which AᵀA is diagonal. A `DEGrad` needs no more.
 """
 
+from __future__ import annotations
+
 import argparse
-import copy
 import io
 import math
-import time
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from training_loop import SIDE, Crops, Step, parser, sent, start, train
 
 import jfbfast
-from jfbfast import point_spread
-from jfbfast.experiments.muon import Muon
+from jfbfast import UniversalDEGrad, point_spread
 from jfbfast.experiments.training_settings import parse_kind
-from jfbfast.imaging.datasets import Photographs
-from jfbfast.imaging.light import to_linear
-from jfbfast.models.checkpoint import save_checkpoint
 from jfbfast.models.config import ModelConfig
+from jfbfast.models.pretrained import load_model
 from jfbfast.models.universal import describe
 from jfbfast.operators.eigenbasis import DiagonalOperator
 from jfbfast.operators.inverse import power_spectrum
 
-SIDE = 80  # pixels of x
 LARGEST_NOISE = 0.2
 PENALTY_INTERVAL = 6  # steps
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+SIGMAS = np.geomspace(0.3, 5, 240)
 
 
-class Axis:
-    """A Gaussian blur along one axis of `SIDE` pixels with unknown surroundings: its matrix, SVD and power spectrum."""
+def exactly(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Method decorator: computes in float32 under autocast too, since A is to be exact."""
 
-    def __init__(self, sigma: float) -> None:
-        taps = torch.tensor(jfbfast.GaussianBlur(None, sigma).taps.x, dtype=torch.float64)
-        self.radius = r = len(taps) // 2
-        matrix = torch.zeros(SIDE, SIDE, dtype=torch.float64)
-        for row in range(r, SIDE - r):
-            matrix[row, row - r : row + r + 1] = taps
+    @wraps(method)
+    def computed(self: nn.Module, x: Tensor, *rest: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x.float(), *rest)
+
+    return computed
+
+
+class Axes:
+    """Gaussian blurs along one axis of `SIDE` pixels with unknown surroundings, one for each of `SIGMAS`.
+
+    Attributes:
+        radii: of the filters.
+        matrix, s, v, power: (240, …) on the device: the matrices, their SVDs and their power spectra.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        taps = [torch.tensor(jfbfast.GaussianBlur(None, sigma).taps.x, dtype=torch.float64) for sigma in SIGMAS]
+        self.radii = [len(each) // 2 for each in taps]
+        matrix = torch.zeros(len(taps), SIDE, SIDE, dtype=torch.float64)
+        for i, r in enumerate(self.radii):
+            for row in range(r, SIDE - r):
+                matrix[i, row, row - r : row + r + 1] = taps[i]
         _, s, vh = torch.linalg.svd(matrix)
-        self.matrix, self.s, self.v = matrix.float(), s.float(), vh.T.float()
-        self.power = power_spectrum(tuple(taps.tolist()), 64, taps.device, taps.dtype)
+        self.matrix, self.s, self.v = (each.float().to(device) for each in (matrix, s, vh.mT))
+        power = [power_spectrum(tuple(each.tolist()), 64, each.device, each.dtype) for each in taps]
+        self.power = torch.stack(power).to(device)
 
 
 class Gaussians(DiagonalOperator, nn.Module):
     """A Gaussian blur for each sample, with unknown surroundings; d has zeros where nothing was measured.
 
+    Args:
+        axes: the blurs along an axis.
+        y, x: of each sample, the numbers of its blurs down and across.
+
     Attributes:
+        frames: where d is measured: its first and last row and column of each sample.
         measured: 1 where d is measured, else 0, (B, 1, SIDE, SIDE).
         scored: 1 where the loss counts, else 0.
         power: |a|² of each sample's blur, (B, 64, 64).
     """
 
-    def __init__(self, pairs: Sequence[tuple[Axis, Axis]]) -> None:
+    def __init__(self, axes: Axes, y: np.ndarray, x: np.ndarray) -> None:
         super().__init__()
-        (self.b_y, self.b_x), (self.v_y, self.v_x), (s_y, s_x) = (
-            [torch.stack([getattr(pair[axis], name) for pair in pairs])[:, None] for axis in (0, 1)]
-            for name in ("matrix", "v", "s")
+        device = axes.matrix.device
+        on_y, on_x = (sent(torch.from_numpy(each), device) for each in (y, x))
+        self.b_y, self.b_x, self.v_y, self.v_x = (
+            bank[on_axis, None] for bank in (axes.matrix, axes.v) for on_axis in (on_y, on_x)
         )
-        self.squares = s_y.mT.square().mT[..., :, None] * s_x[..., None, :].square()
-        self.power = torch.stack([torch.outer(y.power, x.power) for y, x in pairs])
-        self.measured = torch.zeros(len(pairs), 1, SIDE, SIDE)
-        for i, (y, x) in enumerate(pairs):
-            self.measured[i, :, y.radius : SIDE - y.radius, x.radius : SIDE - x.radius] = 1
-        self.scored = self.measured
+        self.squares = axes.s[on_y, None, :, None].square() * axes.s[on_x, None, None, :].square()
+        self.power = axes.power[on_y, :, None] * axes.power[on_x, None, :]
+        radii = [(axes.radii[i], axes.radii[j]) for i, j in zip(y, x, strict=True)]
+        self.frames = [(r_y, SIDE - r_y, r_x, SIDE - r_x) for r_y, r_x in radii]
+        self.measured = self.scored = sent(_inside(self.frames), device)
 
+    @exactly
     def forward(self, x: Tensor) -> Tensor:
         return self.b_y @ x @ self.b_x.mT
 
+    @exactly
     def adjoint(self, y: Tensor) -> Tensor:
         return self.b_y.mT @ y @ self.b_x
 
@@ -86,30 +112,37 @@ class Gaussians(DiagonalOperator, nn.Module):
     def eigenvalues(self, like: Tensor) -> Tensor:
         return self.squares
 
+    @exactly
     def coefficients(self, x: Tensor) -> Tensor:
         return self.v_y.mT @ x @ self.v_x
 
+    @exactly
     def image(self, coefficients: Tensor) -> Tensor:
         return self.v_y @ coefficients @ self.v_x.mT
 
 
 class Circular(DiagonalOperator, nn.Module):
-    """A point spread function for each sample, by FFT; the loss leaves out the border, where the image wraps around."""
+    """A point spread function for each sample, by FFT; the loss leaves out the border, where the image wraps around.
 
-    def __init__(self, psfs: Sequence[Tensor]) -> None:
+    The attributes are those of `Gaussians`.
+    """
+
+    def __init__(self, psfs: Sequence[Tensor], device: torch.device) -> None:
         super().__init__()
-        self.measured = torch.ones(len(psfs), 1, SIDE, SIDE)
-        self.scored = torch.zeros_like(self.measured)
+        borders = [min(max(psf.shape) // 2 + 1, 14) for psf in psfs]
         kernels = torch.zeros(len(psfs), 1, SIDE, SIDE, dtype=torch.float64)
         for i, psf in enumerate(psfs):
-            r = min(max(psf.shape) // 2 + 1, 14)
-            self.scored[i, :, r : SIDE - r, r : SIDE - r] = 1
             kernels[i, 0, : psf.shape[0], : psf.shape[1]] = psf
             kernels[i, 0] = kernels[i, 0].roll((-(psf.shape[0] // 2), -(psf.shape[1] // 2)), (0, 1))
+        kernels = sent(kernels, device)
         self.power = torch.fft.fft2(kernels[:, 0]).abs().square()
         self.gain = torch.fft.rfft2(kernels.float())
         self.squares = self.gain.abs().square()
+        self.frames = [(0, SIDE, 0, SIDE)] * len(psfs)
+        self.measured = torch.ones(len(psfs), 1, SIDE, SIDE, device=device)
+        self.scored = sent(_inside([(r, SIDE - r, r, SIDE - r) for r in borders]), device)
 
+    @exactly
     def _scaled(self, x: Tensor, factors: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(x) * factors, s=(SIDE, SIDE))
 
@@ -125,11 +158,20 @@ class Circular(DiagonalOperator, nn.Module):
     def eigenvalues(self, like: Tensor) -> Tensor:
         return self.squares
 
+    @exactly
     def coefficients(self, x: Tensor) -> Tensor:
         return torch.fft.rfft2(x)
 
     def image(self, coefficients: Tensor) -> Tensor:
         return torch.fft.irfft2(coefficients, s=(SIDE, SIDE))
+
+
+def _inside(frames: Sequence[tuple[int, int, int, int]]) -> Tensor:
+    """Ones inside each frame, else zeros, (B, 1, SIDE, SIDE)."""
+    mask = torch.zeros(len(frames), 1, SIDE, SIDE)
+    for i, (top, bottom, left, right) in enumerate(frames):
+        mask[i, :, top:bottom, left:right] = 1
+    return mask
 
 
 def few_points(g: np.random.Generator) -> Tensor:
@@ -162,207 +204,150 @@ def speckle(g: np.random.Generator) -> Tensor:
     return torch.from_numpy(weights / weights.sum())
 
 
-class Measurements:
-    """Random crops of photographs, random blurs and random noise levels."""
+def random_psf(g: np.random.Generator) -> Tensor:
+    """A random point spread function; one in ten is the convolution of two of the others."""
+    kind = g.integers(10)
+    if kind < 2:
+        return point_spread.motion(g.uniform(2, 20), g.uniform(0, 180))
+    if kind < 4:
+        return point_spread.trajectory(g.uniform(5, 21), g)
+    if kind == 4:
+        return point_spread.defocus(g.uniform(0.7, 5))
+    if kind == 5:
+        sigma = math.exp(g.uniform(math.log(0.5), math.log(4)))
+        return point_spread.gaussian((sigma, sigma * g.uniform(0.3, 1)), g.uniform(0, 180))
+    if kind == 6:
+        return few_points(g)
+    if kind == 7:
+        return rectangle(g.uniform(1, 11), g.uniform(1, 11), g.uniform(0, math.pi))
+    if kind == 8:
+        return speckle(g)
+    while True:
+        p, q = random_psf(g), random_psf(g)
+        size = [a + b - 1 for a, b in zip(p.shape, q.shape, strict=True)]
+        if max(size) <= 33:
+            both = torch.fft.irfft2(torch.fft.rfft2(p, s=size) * torch.fft.rfft2(q, s=size), s=size).clamp_min(0)
+            return both / both.sum()
 
-    def __init__(self, photographs: Photographs, seed: int, gaussians_only: bool = False) -> None:
-        self.photographs, self.random = photographs, np.random.default_rng(seed)
-        self.gaussians_only = gaussians_only
-        areas = np.array([height * width for height, width in photographs.sizes], float)
-        self.share = areas / areas.sum()
-        self.sigmas = np.geomspace(0.3, 5, 240)
-        self.axes = [Axis(sigma) for sigma in self.sigmas]
 
-    def image(self) -> Tensor:
-        """An image on [−1, 1]: a crop in nine of ten; one in twenty is flat areas, and one in twenty is a grey crop."""
-        kind = self.random.random()
-        if kind < 0.05:
-            return self.flat_areas()
-        x = self.crop()
-        return x.mean(0, keepdim=True).expand_as(x) if kind < 0.1 else x
+class Measurements(NamedTuple):
+    """A batch: images x, their blurs, and measurements d with white noise of the levels ``noise``, (B,)."""
 
-    def flat_areas(self) -> Tensor:
-        """Up to three straight edges between colours, of which about half are black or white in each channel."""
-        g = self.random
-        y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-        image = torch.zeros(3, SIDE, SIDE)
-        for part in range(int(g.integers(1, 5))):
-            colour = torch.from_numpy((3 * g.random(3) - 1.5).clip(-1, 1)).float()
-            if g.random() < 0.3:
-                colour = colour[:1].expand(3)
-            angle, offset = g.uniform(0, 2 * math.pi), g.uniform(0, SIDE)
-            beyond = (math.cos(angle) * (x - SIDE / 2) + math.sin(angle) * (y - SIDE / 2) > offset - SIDE / 2) | (
-                part == 0
-            )
-            image[:, beyond] = colour[:, None]
-        return image
+    x: Tensor
+    blur: Gaussians | Circular
+    d: Tensor
+    noise: Tensor
 
-    def crop(self) -> Tensor:
-        """A crop on [−1, 1]: half are shrunk by up to two, half are mirrored or turned, and 15% are linear light."""
-        g = self.random
-        photograph = self.photographs[int(g.choice(len(self.photographs), p=self.share))]
-        if photograph.dtype != torch.uint8:  # of more than 8 bits
-            photograph = 255 * photograph
-        side = SIDE if g.random() < 0.5 else round(SIDE * g.uniform(1, 2))
-        top, left = (int(g.integers(n - side + 1)) for n in photograph.shape[1:])
-        x = photograph[None, :, top : top + side, left : left + side].float()
-        if side != SIDE:
-            x = F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", antialias=True).round()
-        x = x.flip(-1) if g.random() < 0.5 else x
-        x = x.mT if g.random() < 0.5 else x
-        x = x[0] / 127.5 - 1
-        return to_linear(x) if g.random() < 0.15 else x
 
-    def axis(self) -> Axis:
-        sigma = math.exp(self.random.uniform(math.log(0.3), math.log(5)))
-        return self.axes[int(np.abs(np.log(self.sigmas / sigma)).argmin())]
+class Batches:
+    """Random crops, blurs and noise levels."""
 
-    def psf(self) -> Tensor:
-        """A random point spread function; one in ten is the convolution of two of the others."""
-        g = self.random
-        kind = g.integers(10)
-        if kind < 2:
-            return point_spread.motion(g.uniform(2, 20), g.uniform(0, 180))
-        if kind < 4:
-            return point_spread.trajectory(g.uniform(5, 21), g)
-        if kind == 4:
-            return point_spread.defocus(g.uniform(0.7, 5))
-        if kind == 5:
-            sigma = math.exp(g.uniform(math.log(0.5), math.log(4)))
-            return point_spread.gaussian((sigma, sigma * g.uniform(0.3, 1)), g.uniform(0, 180))
-        if kind == 6:
-            return few_points(g)
-        if kind == 7:
-            return rectangle(g.uniform(1, 11), g.uniform(1, 11), g.uniform(0, math.pi))
-        if kind == 8:
-            return speckle(g)
-        while True:
-            p, q = self.psf(), self.psf()
-            size = [a + b - 1 for a, b in zip(p.shape, q.shape, strict=True)]
-            if max(size) <= 33:
-                both = torch.fft.irfft2(torch.fft.rfft2(p, s=size) * torch.fft.rfft2(q, s=size), s=size).clamp_min(0)
-                return both / both.sum()
+    def __init__(self, given: argparse.Namespace, device: torch.device) -> None:
+        self.crops, self.axes, self.device = Crops(given, device), Axes(device), device
+        self.size, self.gaussians_only = given.batch, given.gaussians_only
 
-    def operator(self, count: int, step: int) -> Gaussians | Circular:
+    def __call__(self, g: np.random.Generator, on_device: torch.Generator, step: int) -> Measurements:
+        x, blur = self.crops.batch(g, self.size), self._blur(g, step)
+        levels = self._levels(g)
+        compressed = np.flatnonzero(g.random(self.size) < 0.08)  # by JPEG: one in twelve
+        white = torch.randn(x.shape, generator=on_device, device=self.device)
+        grey = (x == x[:, :1]).flatten(1).all(1).view(-1, 1, 1, 1)
+        white = torch.where(grey, white[:, :1], white)  # a grey photograph has the same noise in its three channels
+        noise = sent(torch.from_numpy(levels).float(), self.device)
+        d = (blur(x) + noise.view(-1, 1, 1, 1) * white) * blur.measured
+        if len(compressed):
+            d, noise = _compress(g, compressed, d, noise, blur)
+        return Measurements(x, blur, d, noise)
+
+    def _blur(self, g: np.random.Generator, step: int) -> Gaussians | Circular:
         """Gaussians with unknown surroundings in three steps of five, and any point spread functions in the others."""
         if step % 5 >= 3 and not self.gaussians_only:
-            return Circular([self.psf() for _ in range(count)])
-        pairs = []
-        for _ in range(count):
-            axis = self.axis()
-            pairs.append((axis, axis if self.random.random() < 0.7 else self.axis()))
-        return Gaussians(pairs)
+            return Circular([random_psf(g) for _ in range(self.size)], self.device)
+        y, x = g.integers(len(SIGMAS), size=(2, self.size))  # their logarithms are evenly spaced
+        return Gaussians(self.axes, y, np.where(g.random(self.size) < 0.7, y, x))
 
-    def noise(self, count: int) -> np.ndarray:
+    def _levels(self, g: np.random.Generator) -> np.ndarray:
         """Random noise levels: most below 0.1 and rather low, one in twelve to 0.2, one in twelve to 0.002."""
-        g = self.random
-        kind, share = g.random(count), g.random(count)
+        kind, share = g.random(self.size), g.random(self.size)
         return np.select([kind < 1 / 12, kind < 1 / 6], [0.002 * share, 0.1 + 0.1 * share], 0.1 * share**2)
 
-    def measure(self, x: Tensor, blur: Gaussians | Circular) -> tuple[Tensor, Tensor]:
-        """The measurements d of x, and the noise levels (B,); one in twelve is compressed as JPEG."""
-        noise = torch.from_numpy(self.noise(len(x))).float()
-        white = torch.randn_like(x)
-        grey = (x == x[:, :1]).flatten(1).all(1)
-        white[grey] = white[grey, :1]  # a grey photograph has the same noise in its three channels
-        d = (blur(x) + noise.view(-1, 1, 1, 1) * white) * blur.measured
-        for i in np.flatnonzero(self.random.random(len(x)) < 0.08):
-            rows, columns = (torch.nonzero(blur.measured[i, 0].amax(dim))[:, 0] for dim in (1, 0))
-            part = d[i, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # a view into d
-            compressed = self.compressed(part)
-            noise[i] = (noise[i] ** 2 + F.mse_loss(compressed, part)).sqrt().clamp_max(LARGEST_NOISE)
-            part.copy_(compressed)
-        return d, noise
 
-    def compressed(self, d: Tensor) -> Tensor:
-        grey_levels = ((d + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+def _compress(
+    g: np.random.Generator, chosen: np.ndarray, d: Tensor, noise: Tensor, blur: Gaussians | Circular
+) -> tuple[Tensor, Tensor]:
+    """Compress the chosen measurements as JPEG, and add what that changes to their noise levels."""
+    numbers = torch.from_numpy(chosen).to(d.device)
+    parts, levels = d[numbers].cpu(), noise[numbers].cpu()
+    for i, number in enumerate(chosen):
+        top, bottom, left, right = blur.frames[number]
+        part = parts[i, :, top:bottom, left:right]  # a view into parts
+        grey_levels = ((part + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         file = io.BytesIO()
-        quality, subsampling = int(self.random.integers(75, 99)), int(self.random.choice([0, 2]))
+        quality, subsampling = int(g.integers(75, 99)), int(g.choice([0, 2]))
         Image.fromarray(grey_levels).save(file, "JPEG", quality=quality, subsampling=subsampling)
-        return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 127.5 - 1
+        changed = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 127.5 - 1
+        levels[i] = (levels[i] ** 2 + F.mse_loss(changed, part)).sqrt().clamp_max(LARGEST_NOISE)
+        part.copy_(changed)
+    parts, levels = (sent(each, d.device) for each in (parts, levels))
+    return d.index_copy(0, numbers, parts), noise.index_copy(0, numbers, levels)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photographs", type=Path, help="directory of photographs")
-    parser.add_argument("out", type=Path, help="file of the trained network")
-    parser.add_argument("--held-out", type=int, default=15, help="photographs, the last by name, to leave out")
-    parser.add_argument("--init", help="a shipped network or a file to start from (default: random weights)")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of processor time, after which training ends")
-    parser.add_argument("--gaussians-only", action="store_true", help="train on no other kind of blur")
-    parser.add_argument("--evaluations", type=int, default=1, help="of the layer in a solve, before the last one")
-    parser.add_argument("--later", type=int, help="the same in the second half of the steps (default: as many)")
-    parser.add_argument("--decay", type=float, default=0.75, help="share of the steps in which the rate falls to 0")
-    parser.add_argument("--penalty", type=float, default=2e-3, help="weight of the Jacobian penalty; 0 for none")
-    parser.add_argument("--gradient", default="jfb", help="as in jfbfast train, for example unrolled:steps=4")
-    parser.add_argument("--features", type=int, nargs="+", default=[96, 128, 192])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=0.01, help="learning rate of Muon")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+def load(given: argparse.Namespace) -> tuple[UniversalDEGrad, ModelConfig]:
+    """The model to start from, and its settings."""
+    if given.init:
+        if given.features or given.gradient:
+            raise ValueError(
+                f"--features or --gradient is given; with --init {given.init} they are those of the network"
+            )
+        model, config = load_model(given.init)
+    else:
+        features = given.features or [96, 128, 192]
+        denoiser = {"kind": "UNet", "channels": 3, "features": features, "blocks": [2] * len(features)}
+        config = ModelConfig(
+            form="universal",
+            denoiser=denoiser | {"conditions": 3, "injection": 13},
+            padding_mode="valid",
+            noise_range=[0.0, LARGEST_NOISE],
+            gradient=parse_kind("gradient", given.gradient or "jfb"),
+        )
+        model = config.model()
+    if not isinstance(model, UniversalDEGrad):
+        raise ValueError(f"--init is {given.init}, a {type(model).__name__}; it takes a UniversalDEGrad")
+    return model.train(), config
 
 
 def main(given: argparse.Namespace) -> None:
-    jfbfast.keep_freed_memory()
-    torch.manual_seed(given.seed)
-    files = sorted(file for file in given.photographs.rglob("*") if file.suffix.lower() in SUFFIXES)
-    photographs = Photographs(
-        files[: len(files) - given.held_out], least=2 * SIDE, purpose="a crop that is shrunk by two"
-    )
-    measurements = Measurements(photographs, given.seed + 1, given.gaussians_only)
+    device = start(given)
+    batches = Batches(given, device)
+    model, config = load(given)
+    model.to(device)
 
-    denoiser = {"kind": "UNet", "channels": 3, "features": given.features, "blocks": [2] * len(given.features)}
-    denoiser |= {"conditions": 3, "injection": 13}
-    config = ModelConfig(
-        form="universal",
-        denoiser=denoiser,
-        padding_mode="valid",
-        noise_range=[0.0, LARGEST_NOISE],
-        gradient=parse_kind("gradient", given.gradient),
-    )
-    model = jfbfast.UniversalDEGrad.from_pretrained(given.init).train() if given.init else config.model()
-    average = copy.deepcopy(model)  # exponential moving average of the weights
-    optimizer = Muon(model, learning_rate=given.rate)
-    rates = [group["lr"] for group in optimizer.param_groups]
-
-    started, step, done = time.process_time(), 0, 0.0
-    while done < 1:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1, (step + 1) / 100, (1 - done) / given.decay)
+    def compute(batch: Any, step: int, done: float) -> Step:
+        x, blur, d, noise = batch
         count = given.evaluations if done < 0.5 else given.later or given.evaluations
         model.solver = jfbfast.Picard(tol=1e-3, max_iter=count)
-
-        x = torch.stack([measurements.image() for _ in range(given.batch)])
-        blur = measurements.operator(given.batch, step)
-        d, noise = measurements.measure(x, blur)
         model.blur = blur
         model.regularizer.condition = describe(blur.power, noise.double())
         error = ((model(d) - x).square() * blur.scored).sum((1, 2, 3)) / (3 * blur.scored.sum((1, 2, 3)))
-        loss = (error * (5e-4 / (error.detach() + 1e-5))).mean()  # its gradient is that of the error in dB
-        if given.penalty and step % PENALTY_INTERVAL == 0:  # so that the layer contracts
-            penalty = jfbfast.jacobian_penalty(model, d, x=model.solution.value, bound=0.5, iterations=2)
-            loss = loss + given.penalty * PENALTY_INTERVAL * penalty
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.02)
-        optimizer.step()
-        with torch.no_grad():
-            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - min(0.998, (1 + step) / (10 + step)))
-        step += 1
-        seconds = time.process_time() - started
-        done = max(step / given.steps, seconds / (60 * given.minutes))
-        if step % 20 == 0 or done >= 1:
-            decibels = float((10 * torch.log10(4 / error.detach())).mean())
-            print(f"step {step}, {seconds:.0f} s: {decibels:.2f} dB", flush=True)
-        if step % 500 == 0 or done >= 1:
-            average.set_measurement(config.blur(), config.noise)
-            save_checkpoint(given.out, average, config, half=True)
+        if not given.penalty or step % PENALTY_INTERVAL:
+            return Step(error, 4)
+        penalty = jfbfast.jacobian_penalty(model, d, x=model.solution.value, bound=0.5, iterations=2)
+        return Step(error, 4, given.penalty * PENALTY_INTERVAL * penalty)  # so that the layer contracts
+
+    train(given, model, config, batches, compute, "dB")
+
+
+def options() -> argparse.ArgumentParser:
+    options = parser(__doc__.splitlines()[0], steps=6000, minutes=math.inf, rate=0.01, decay=0.75)
+    options.add_argument("--gaussians-only", action="store_true", help="train on no other kind of blur")
+    options.add_argument("--evaluations", type=int, default=1, help="of the layer in a solve, before the last one")
+    options.add_argument("--later", type=int, help="the same in the second half of the training (default: as many)")
+    options.add_argument("--penalty", type=float, default=2e-3, help="weight of the Jacobian penalty; 0 for none")
+    options.add_argument("--gradient", help="as in jfbfast train, for example unrolled:steps=4 (default: jfb)")
+    options.add_argument("--features", type=int, nargs="+", help="of the U-Net (default: 96 128 192)")
+    return options
 
 
 if __name__ == "__main__":
-    import warnings
-
     warnings.simplefilter("ignore", jfbfast.ConvergenceWarning)  # training solves with few evaluations
-    main(arguments())
+    main(options().parse_args())

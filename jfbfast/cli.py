@@ -245,7 +245,7 @@ class _Bench(TyperCommand):
 @app.command(cls=_Bench)
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME…", help="kernels, step or paper. (default: kernels)")
+        list[str] | None, typer.Argument(metavar="NAME…", help="kernels, step, gpu or paper. (default: kernels)")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the CSV and the picture.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Few sizes, which take a minute or two.")] = False,
@@ -256,8 +256,11 @@ def bench(
         ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a batch of step. (default: 8; with --quick 2)")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side of step's images. (default: 64)")] = None,
 ) -> None:
     """Time the kernels, or a whole training step, on this machine against PyTorch and other libraries.
+
+    jfbfast bench gpu checks and times everything on this machine's GPU, and writes gpu.json and gpu.png.
 
     jfbfast bench paper makes the tables and figures of the paper; it has its own options.
     """
@@ -266,7 +269,7 @@ def bench(
         names = names or ["kernels"]
         benchmarks.check(names)
         for name in names:
-            benchmarks.run(name, out, quick, console, checkpoint=checkpoint, batch=batch)
+            benchmarks.run(name, out, quick, console, checkpoint=checkpoint, batch=batch, size=size)
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:

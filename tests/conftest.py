@@ -1,6 +1,7 @@
 """The tests run against the installed package, and only where its compiled module loaded."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 import torch  # noqa: E402
+
+with warnings.catch_warnings():  # torch 2.11's compiler imports this module, which uses what torch deprecates
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import torch.utils.mkldnn
 
 from jfbfast.backends import native  # noqa: E402
 

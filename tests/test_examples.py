@@ -69,24 +69,29 @@ def test_the_estimator_is_trained_and_measured_on_a_directory(tmp_path, one_thre
         assert {name: own[name].shape for name in own} == {name: tuple(v.shape) for name, v in estimator().items()}
 
 
-def test_the_universal_networks_script_writes_a_network(tmp_path, one_thread):
+@pytest.mark.filterwarnings("ignore::jfbfast.ConvergenceWarning")
+def test_the_universal_network_is_trained_resumed_and_trained_further(tmp_path, monkeypatch, capsys, one_thread):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = importlib.import_module("train_universal")
     for i in range(2):
         pixels = torch.rand(3, 170, 180, generator=torch.Generator().manual_seed(i))
         write_photograph(tmp_path / f"{i}.png", Photograph(pixels, None, np.dtype("uint8")))
-    command = [
-        sys.executable,
-        EXAMPLES / "train_universal.py",
-        tmp_path,
-        tmp_path / "own.safetensors",
-        "--held-out",
-        "1",
-    ]
-    command += ["--steps", "4", "--minutes", "5", "--batch", "2", "--features", "4", "8", "--gaussians-only"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr) == (0, "")
-    model = UniversalDEGrad.from_pretrained(tmp_path / "own.safetensors", sigma=1.5, noise=0.02)
-    d = torch.rand(1, 3, 20, 21)
-    assert model(d).shape == (1, 3, 20 + 2 * 5, 21 + 2 * 5)  # the scene, with what lies beyond the edges
+
+    def train(name, *words):
+        common = [str(tmp_path), str(tmp_path / name), "--held-out", "1", "--batch", "2", "--device", "cpu", *words]
+        script.main(script.options().parse_args(common))
+        return UniversalDEGrad.from_pretrained(tmp_path / name, sigma=1.5, noise=0.02)
+
+    words = ["--steps", "5", "--features", "4", "8"]  # the steps 3 and 4 are for any point spread function
+    model = train("whole", *words)
+    train("parts", *words, "--stop-after", "1e-6")
+    assert "20% of the training; go on with --resume" in capsys.readouterr().out
+    resumed = train("parts", *words, "--resume").state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in model.state_dict().items())
+    assert model(torch.rand(1, 3, 20, 21)).shape == (1, 3, 20 + 2 * 5, 21 + 2 * 5)  # with what lies beyond the edges
+    train("further", "--init", str(tmp_path / "whole"), "--steps", "1", "--bfloat16")
+    with pytest.raises(ValueError, match="--features or --gradient is given; with --init"):
+        train("further", "--init", str(tmp_path / "whole"), "--features", "4")
 
 
 def test_the_denoisers_script_writes_a_network(tmp_path, one_thread):
@@ -107,7 +112,7 @@ def test_the_denoisers_script_writes_a_network(tmp_path, one_thread):
 def test_readme_has_the_example_s_loop():
     """The lines of README's loop that are the library's are those of examples/train.py."""
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    block = readme.split("## A training loop")[1].split("```python\n")[1].split("```")[0]
+    block = readme.split("## Train a network")[1].split("```python\n")[1].split("```")[0]
     example = {line.strip() for line in (EXAMPLES / "train.py").read_text(encoding="utf-8").splitlines()}
     lines = [line.strip() for line in block.splitlines()]
     shared = [line for line in lines if any(word in line for word in ("jfbfast.", "loss", "optimizer"))]

@@ -17,14 +17,12 @@ MAX_MEMORY = 16  # `dispatch.kernels` leaves a longer memory to the host
 
 _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
 
-# What each sample's state starts from; csrc/cuda/anderson.h explains the fields of the same names.
-_INTEGERS = {"action": 0, "iterations": 0, "pairs": 0, "best": -1}
-_REALS = {
-    "lowest": torch.inf,
-    "guarded": torch.inf,
-    "first_residual": torch.nan,
-    "first_image": torch.nan,
-}
+# Each sample's numbers by what they start from, one piece of memory each, so that one launch sets them all;
+# csrc/cuda/anderson.h explains the fields of the same names. Bytes of ones are a NaN in float64, and −1 in int32.
+_ZERO = ("action", "iterations", "pairs", "since")  # int32
+_INFINITE = ("lowest", "guarded", "mark")  # float64
+_ONES = ("first_residual", "first_image", "residual")  # float64
+_ONES_INTEGERS = ("status", "best")  # int32
 
 
 @cache
@@ -105,15 +103,16 @@ class AndersonCuda:
         def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
 
-        # The host looks at the residuals and statuses, which are one piece of memory, by one copy.
-        told = buffer(torch.uint8, 12 * samples)
-        residual, status = _parts(told)
-        self._told, self._tol = told, tol
+        self._zero = buffer(torch.int32, len(_ZERO), samples)
+        self._infinite = buffer(torch.float64, len(_INFINITE), samples)
+        self._ones = buffer(torch.uint8, 32 * samples)
+        self._told = self._ones[16 * samples : 28 * samples]  # the residuals and the statuses, for the host
+        self._tol = tol
         self._buffers = {
-            "residual": residual,
-            "status": status,
-            **dict(zip(_INTEGERS, buffer(torch.int32, len(_INTEGERS), samples), strict=True)),
-            **dict(zip(_REALS, buffer(torch.float64, len(_REALS), samples), strict=True)),
+            **dict(zip(_ZERO, self._zero, strict=True)),
+            **dict(zip(_INFINITE, self._infinite, strict=True)),
+            **dict(zip(_ONES, self._ones[: 24 * samples].view(torch.float64).view(3, samples), strict=True)),
+            **dict(zip(_ONES_INTEGERS, self._ones[24 * samples :].view(torch.int32).view(2, samples), strict=True)),
             "gram": buffer(torch.float64, samples, memory, memory),
             "weights": buffer(torch.float64, samples, memory),
             "partials": buffer(torch.float64, samples, state.products, state.chunks),
@@ -127,13 +126,12 @@ class AndersonCuda:
                 self._buffers[name] = buffer(torch.bfloat16, memory - 1, samples, size)
         if budget is not None:
             self._buffers["budget"] = budget.contiguous()
-        if stall_floor is not None:
-            self._buffers["since"] = buffer(torch.int32, samples)
-            self._buffers["mark"] = buffer(torch.float64, samples)
+        if stall_floor is None:
+            del self._buffers["since"], self._buffers["mark"]
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
         self._seen = [
-            (torch.empty(len(told), dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
+            (torch.empty(12 * samples, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
         ]
         self.forget()
         self.restart(x)
@@ -147,13 +145,11 @@ class AndersonCuda:
 
     def restart(self, x: Tensor) -> None:
         """What the device knows of a solve is that of the start x (B, N) again."""
-        buffers = self._buffers
-        for name, start in {**_INTEGERS, **_REALS, "residual": torch.nan, "status": _RUNNING, "gram": 0}.items():
-            buffers[name].fill_(start)
-        if "since" in buffers:
-            buffers["since"].zero_()
-            buffers["mark"].fill_(torch.inf)
-        buffers["value"].copy_(x)
+        self._zero.zero_()
+        self._infinite.fill_(torch.inf)
+        self._ones.fill_(255)
+        self._buffers["gram"].zero_()
+        self._buffers["value"].copy_(x)
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         """Take the pairs (x, f = T(x)), write the next iterates over x, and return x."""

@@ -36,6 +36,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # transformed first, there must also be at most this many channels for each tile of 4 × 4 pixels.
 _LEAST_CHANNELS = 16
 _CHANNELS_PER_TILE = 12  # at most
+# In bfloat16, Winograd's convolution multiplies in float32. It does half of the direct convolution's work there, also
+# where the CPU multiplies pairs of bfloat16 (AVX512_BF16), but not where it has AMX, which multiplies far more at once.
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _checked(name: str, source: str) -> str:
@@ -105,7 +108,7 @@ def kernels(
     estimate: bool = False,
     channels: Sequence[int] = (),
     image_shape: Sequence[int] | None = None,
-    transformed: bool = False,
+    uses: float = 1,
 ) -> ModuleType:
     """The module that computes ``op`` for tensors on ``device``.
 
@@ -118,9 +121,9 @@ def kernels(
         radius: the larger radius of the two filters of a blur.
         dtype: the dtype of the tensors of an Anderson solve, a convolution or a change of basis.
         memory, estimate: of an Anderson solve: the pairs kept, and whether to estimate the inverse Jacobian.
+        channels, uses: of a convolution: its numbers of input and output channels; and how often the weight is used
+            once it is transformed for Winograd's algorithm, infinity if it already is.
         image_shape: (B, H, W) of a convolution, None if it is not known yet; (…, H, W) of a change of basis.
-        channels, transformed: of a convolution: its numbers of input and output channels, and whether the weight is
-            already transformed for Winograd's algorithm.
 
     Raises:
         RuntimeError: the user has chosen a backend (`backend`) that cannot serve ``device``.
@@ -131,8 +134,9 @@ def kernels(
         return onednn if chosen and image_shape and onednn.is_faster(image_shape) else reference
     if op == "conv3x3":
         chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
-        serves = chosen and dtype == torch.float32 and min(channels) >= _LEAST_CHANNELS
-        return native if serves and _winograd_is_faster(max(channels), image_shape, transformed) else reference
+        storage = dtype == torch.float32 or (dtype == torch.bfloat16 and not _AMX)
+        serves = chosen and storage and min(channels) >= _LEAST_CHANNELS
+        return native if serves and _winograd_is_faster(max(channels), image_shape, uses) else reference
     if (
         op == "anderson_solve"
         and kind == "cuda"
@@ -159,7 +163,7 @@ def kernels(
     raise RuntimeError(f"the backend {_backend!r} does not serve tensors on {device}")
 
 
-def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, transformed: bool) -> bool:
+def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, uses: float) -> bool:
     """Whether Winograd's convolution of these images beats torch's, for the larger number of channels.
 
     Small images leave most of its 4 × 4 tiles empty, and transforming the weight pays off over many tiles only.
@@ -168,5 +172,5 @@ def _winograd_is_faster(channels: int, image_shape: Sequence[int] | None, transf
         return True
     batch, height, width = image_shape
     tiles = -(-height // 4) * -(-width // 4)
-    worth_the_transform = transformed or not batch * tiles or _CHANNELS_PER_TILE * batch * tiles >= channels
+    worth_the_transform = not batch * tiles or _CHANNELS_PER_TILE * uses * batch * tiles >= channels
     return worth_the_transform and 2 * height * width >= 16 * tiles

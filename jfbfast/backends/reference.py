@@ -117,7 +117,12 @@ def gradient(
 
 
 def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    transformed: Tensor | None = None,
+    adjoint: bool = False,
 ) -> Tensor:
     """Σ weight[o, c, i, j] · x[c, y + i − 1, z + j − 1] + bias[o], followed by a ReLU if ``relu``.
 
@@ -126,7 +131,9 @@ def conv3x3(
         weight: [O, C, 3, 3].
         bias: [O].
         transformed: the weight as transformed for the C++ kernel; it is ignored here.
+        adjoint: whether the weight is [C, O, 3, 3], that of the convolution whose adjoint is to be computed.
     """
+    weight = weight.transpose(0, 1).flip(2, 3) if adjoint else weight
     out = F.conv2d(x, weight, bias, padding=1)
     return out.relu_() if relu else out
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,14 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from jfbfast.experiments.processes import distributed, ignore_signals
 from jfbfast.experiments.tasks import Task
 from jfbfast.imaging.datasets import Sample, batches
+from jfbfast.implicit.frozen import grouped
 from jfbfast.models.lipschitz import SpectralNormConv2d
 from jfbfast.solvers import ConvergenceWarning
 
@@ -76,6 +78,33 @@ class SoundSteps(Callback):
             raise TrainingError(f"{problem} at step {trainer.global_step + 1} of {task.phase}")
 
 
+class _Average(AveragedModel):
+    """A copy of a model whose parameters follow the model's, in few operations and without waiting for a device.
+
+    Its count of the steps stays on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        steps = int(self.n_averaged)
+        change = 1 - min(self.decay, (1 + steps) / (10 + steps)) if steps else 1.0
+        for means, values in _by_dtype(self.module.parameters(), model.parameters()):
+            torch._foreach_lerp_(means, values, change)
+        for copies, values in _by_dtype(self.module.buffers(), model.buffers()):
+            torch._foreach_copy_(copies, values)
+        self.n_averaged += 1
+
+
+def _by_dtype(left: Iterable[Tensor], right: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs of lists of the tensors, one pair for each dtype, as torch's operations on lists need for one kernel."""
+    for group in grouped(zip(left, right, strict=True), lambda pair: pair[0].dtype):
+        yield [first for first, _ in group], [second for _, second in group]
+
+
 class MovingAverage(WeightAveraging):
     """Exponential moving average of the parameters, with decay min(decay, (n + 1)/(n + 10)) after n steps.
 
@@ -84,10 +113,16 @@ class MovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-            return mean.lerp(value, 1 - min(decay, (1 + float(count)) / (10 + float(count))))
+        super().__init__(use_buffers=False)
+        self.decay = decay
 
-        super().__init__(use_buffers=False, avg_fn=average)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._average_model = _Average(pl_module, self.decay)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._average_model is not None
+        self._average_model.module.to(pl_module.device)  # where the model is only now
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pass

@@ -25,14 +25,19 @@ from jfbfast.solvers.loop import SAFEGUARD_GROWTH, TINY, norms
 State = TypeVar("State")
 
 
-def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: int) -> None:
-    status = solution.status
-    diverged, late = (int((status == s).sum()) for s in (Status.DIVERGED, Status.MAX_ITER))
+def _counts(status: Tensor, rejected: Tensor) -> list[int]:
+    """How many samples have diverged, have not converged, and are rejected; the host waits for the device once."""
+    return torch.stack(
+        [each.sum() for each in (status == Status.DIVERGED, status == Status.MAX_ITER, rejected)]
+    ).tolist()
+
+
+def _warn(solution: FixedPointSolution, solver: FixedPointSolver, contradicted: int, diverged: int, late: int) -> None:
     if diverged or (late and solver.tol > 0) or contradicted:
         dtype = solution.value.dtype
         beyond = late and 0 < solver.tol < torch.finfo(dtype).eps
         warn_unconverged(
-            f"{diverged + late} of {len(status)} samples did not converge to tol={solver.tol:g} in "
+            f"{diverged + late} of {len(solution.status)} samples did not converge to tol={solver.tol:g} in "
             f"{int(solution.iterations.max())} evaluations ({diverged} diverged; "
             f"largest residual {float(solution.residual.max()):.1e})"
             + (f"; tol is below the rounding of {dtype}" if beyond else "")
@@ -101,12 +106,14 @@ def _advance(
     """
     residual, size = norms(*pair)
     relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
-    value, known, status = solution.value[rows], solution.residual[rows], solution.status[rows]
+    value, known, status = solution.of(rows, "value", "residual", "status")
     within = residual <= solver.tol * size + solver.atol
     sound = torch.where(status == Status.CONVERGED, within, relative <= SAFEGUARD_GROWTH * known)
     usable = status != Status.DIVERGED
     moved = usable & sound
-    rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), usable & ~sound)
+    rejected = usable & ~sound
+    if len(rows) < len(solution.status):
+        rejected = torch.zeros_like(solution.status, dtype=torch.bool).index_put((rows,), rejected)
     return solution.replaced(
         rows,
         value=torch.where(per_sample(moved, value), pair[0], value),
@@ -125,7 +132,7 @@ def _check_claims(
     """
     residual, size = norms(*pair)
     relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
-    claimed, status = solution.residual[rows], solution.status[rows]
+    claimed, status = solution.of(rows, "residual", "status")
     rounding = 4 * torch.finfo(autocast_dtype(pair[0]) or pair[0].dtype).eps
     allowed = 2 * claimed.clamp_min(solver.tol) + rounding + (2 * solver.atol / size.clamp_min(TINY)).to(relative.dtype)
     contradicted = (status != Status.DIVERGED) & ~(relative <= allowed)
@@ -225,7 +232,8 @@ def _solved(
     contradicted = 0
     if ahead:
         solution, rejected = _advance(solution, rows, pair, solver)
-        if rejected.any():
+        diverged, late, again = _counts(solution.status, rejected)
+        if again:
             implicit.state.restore()
             if autocast_dtype(x0) is None:
                 solution = forward.finish(solution, rejected, inputs)
@@ -233,7 +241,8 @@ def _solved(
             ahead = False
     if not ahead:
         solution, contradicted = _check_claims(solution, rows, pair, solver)
-    _warn(solution, solver, contradicted)
+        diverged, late, _ = _counts(solution.status, solution.status < 0)
+    _warn(solution, solver, contradicted, diverged, late)
     return out, solution._replace(inverse=None, following=None)  # only the backward keeps the estimate
 
 

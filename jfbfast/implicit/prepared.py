@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
+from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed, worth_transforming
 from jfbfast.implicit.chains import Step, foldable_pairs, folded, initialised, steps, weight_of
 from jfbfast.implicit.frozen import grouped, owner, submodules
 from jfbfast.solvers import Layer
 
 _Arguments = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]  # of conv2d
 _NOTHING: AbstractContextManager[None] = nullcontext()
+_EVALUATIONS = 5  # that a solve is expected to take, at least
 
 
 class _Weight:
@@ -38,18 +39,23 @@ class _Weight:
 
     def __init__(self, source: Tensor, dtype: torch.dtype, winograd: bool) -> None:
         self.source, self.dtype = source, dtype
-        self.winograd = winograd and source.shape[2:] == (3, 3) and source.device.type == "cpu"
+        self.winograd = winograd and source.shape[2:] == (3, 3) and not source.is_cuda
+
+    def for_images(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight for images x, and the same as Winograd's convolution takes it where that is faster in a solve."""
+        if self.winograd and worth_transforming(self.source, x, self.dtype, _EVALUATIONS):
+            return self.source if self.dtype == self.source.dtype else self.value, self.transformed
+        return self.value, None
 
     @cached_property
     def value(self) -> Tensor:
-        """The weight in its dtype; channels-last, unless Winograd's convolution takes it transformed."""
-        layout = torch.channels_last if self.transformed is None else torch.preserve_format
-        return self.source.to(self.dtype, memory_format=layout)
+        """The weight in its dtype, channels-last."""
+        return self.source.to(self.dtype, memory_format=torch.channels_last)
 
     @cached_property
     def transformed(self) -> Tensor | None:
-        """The weight as Winograd's convolution takes it; None where that would not be used."""
-        return transformed_weight(self.source.detach().to(self.dtype)) if self.winograd else None
+        """The weight as Winograd's convolution takes it; None where that could not use it."""
+        return transformed_weight(self.source.detach(), self.dtype)
 
     def taken(self) -> Tensor | None:
         """The transformed weight if a solve has made it, for its last use: the memory is free after that."""
@@ -63,8 +69,8 @@ class Convolutions(TorchFunctionMode):
     Gradients reach the module's parameters through the folded weights.
 
     Args:
-        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 convolutions on the CPU are
-            Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 and bfloat16 convolutions
+            on the CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
         module: whose Sequentials are evaluated with batch norms folded and ReLUs fused, in eval(); its parameters stay
             the same while this object is used. None for no module.
         fold: False leaves the batch norms as they are.
@@ -204,7 +210,7 @@ class _SolveConvolutions(Convolutions):
         if known is None:
             return super()._convolve(known, given, relu, addend)
         input, _, bias, stride, padding, dilation, groups = given
-        weight, transformed = known.value, known.transformed
+        weight, transformed = known.for_images(input)
         layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
         input = input.to(weight.dtype, memory_format=layout)
         bias = None if bias is None else bias.to(weight.dtype)

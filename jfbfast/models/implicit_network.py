@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from jfbfast import checks
+from jfbfast.backends.tensors import per_sample
 from jfbfast.backends.tracing import untraced
 from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.fixed_point import solve_fixed_point
 from jfbfast.implicit.forward_solve import ForwardSolve
+from jfbfast.implicit.frozen import submodules
 from jfbfast.implicit.methods import JFB, GradientMethod, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
 from jfbfast.models import registry
@@ -259,8 +261,7 @@ class ImplicitNetwork(Shared, nn.Module):
 
     def _restore(self, d: Tensor, x0: Tensor | None) -> tuple[Tensor, FixedPointSolution]:
         self._check_arguments(d, x0)
-        # Computed once, since it is the same at every evaluation.
-        injected = self.injected(d)
+        injected = self._usable_injected(d)  # computed once, since it is the same at every evaluation
         if x0 is None:
             x0 = self.start(d, *injected)
         self._check_dtype(x0)
@@ -277,6 +278,17 @@ class ImplicitNetwork(Shared, nn.Module):
             cuda_graph=self.cuda_graph,
         )
         return self.image(state, d, *injected), solution
+
+    def _usable_injected(self, d: Tensor) -> tuple[Tensor, ...]:
+        """`injected`; a sample of d that is not finite injects NaN without a gradient.
+
+        Its cotangent is 0, but 0 times what was computed of NaN would give every parameter a NaN.
+        """
+        if not torch.is_grad_enabled():
+            return self.injected(d)
+        mark = (0 * d.detach()).flatten(1).sum(1).real  # NaN for such a sample, 0 for the others
+        injected = self.injected(d.nan_to_num(0.0, 0.0, 0.0))
+        return tuple([each + per_sample(mark, each).to(each.dtype) for each in injected])
 
     def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
         """Raise TypeError or ValueError for wrong arguments of `forward`."""
@@ -306,8 +318,9 @@ class ImplicitNetwork(Shared, nn.Module):
         x0 = next((leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)), None)  # all have one precision
         if x0 is None or torch.is_autocast_enabled(x0.device.type):
             return
-        for network in self.modules():
-            if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:
+        checked = set(registry.NETWORKS.values())
+        for network in submodules(self):
+            if type(network) not in checked or network._forward_pre_hooks:
                 continue
             dtype = next(network.parameters()).dtype
             if x0.dtype.to_real() == dtype:

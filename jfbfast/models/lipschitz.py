@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +61,11 @@ class SpectralNormConv2d(NormalisedConv2d):
     def power_iterations(cls, convolutions: Sequence[SpectralNormConv2d]) -> None:
         """The `power_iteration` of several, those with weights of one shape in one batch."""
         for group in grouped(convolutions, _kind_of_weight):
-            matrices, v = _stacked(group, "weight").flatten(2), _stacked(group, "v")[..., None]
-            with _full_precision(v):
-                u = F.normalize(matrices @ v, dim=1)
-                v = F.normalize(matrices.mT @ u, dim=1)
-            for conv, each_u, each_v in zip(group, u[..., 0], v[..., 0], strict=True):
+            matrices, v = _stacked(group, "weight").flatten(2), _stacked(group, "v")[:, None]
+            with _full_precision(v):  # vectors as rows, since products with a column are slow on CPUs
+                u = F.normalize(v @ matrices.mT, dim=2)
+                v = F.normalize(u @ matrices, dim=2)
+            for conv, each_u, each_v in zip(group, u[:, 0], v[:, 0], strict=True):
                 conv.u, conv.v = each_u, each_v
 
     @classmethod
@@ -72,11 +73,35 @@ class SpectralNormConv2d(NormalisedConv2d):
         """The `normalised_weight` of several, those with weights of one shape in one batch."""
         found: dict[SpectralNormConv2d, Tensor] = {}
         for group in grouped(convolutions, _kind_of_weight):
-            weights, u, v = (_stacked(group, name) for name in ("weight", "u", "v"))
-            with _full_precision(weights):
-                norms = u[:, None] @ (weights.flatten(2) @ v[..., None])
-                found.update(zip(group, (weights / norms[..., None, None]).unbind(), strict=True))
+            u, v = _stacked(group, "u")[:, None], _stacked(group, "v")[:, None]
+            with _full_precision(u):
+                found.update(zip(group, _Quotients.apply(u, v, *[conv.weight for conv in group]), strict=True))
         return [found[conv] for conv in convolutions]
+
+
+class _Quotients(torch.autograd.Function):
+    """W/σ for n weights W of one shape, with σ = uᵀWv for constant u (n, 1, out) and v (n, 1, in·k·k).
+
+    In few passes over the weights, which autograd's own rules for the same formula take many more of.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        quotients = torch.stack(weights)
+        norms = u @ quotients.flatten(2) @ v.mT  # (n, 1, 1)
+        quotients /= norms[..., None, None]
+        ctx.save_for_backward(u, v, norms, quotients)
+        return quotients.unbind()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """(G − ⟨G, W/σ⟩ u vᵀ)/σ for the gradient G of W/σ."""
+        u, v, norms, quotients = ctx.saved_tensors
+        gradient = torch.stack(gradients)
+        product = (gradient * quotients).flatten(2).sum((1, 2), keepdim=True)
+        rank_one = (u * (product / norms)).mT @ v
+        return None, None, *(gradient / norms[..., None, None]).sub_(rank_one.view_as(gradient)).unbind()
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:

@@ -127,7 +127,8 @@ class UNet(Shared, nn.Module):
             if seen.shape[dim] % 2:
                 return self._blended(seen, dim, condition)
         h = F.pixel_unshuffle(seen, 2)
-        h = torch.cat([h, *(_constant_map(value, h) for value in condition)], 1)
+        if condition:
+            h = torch.cat([h, *(_constant_map(value, h) for value in condition)], 1)
         h = self.head(h.contiguous(memory_format=torch.channels_last))
         skips = []
         for encoder, down in zip(self.encoders, self.down, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,14 @@ from jfbfast.operators.convolution import Blur
 from jfbfast.operators.inverse import scalar_gradient
 from jfbfast.operators.physics import PhysicsOperator
 
-_ADJOINTS = ("adjoint", "A_adjoint")  # the names here and in deepinv
+_ADJOINTS = {"adjoint", "A_adjoint"}  # the names here and in deepinv
+_PLAIN = {int, float, bool, str, type(None), Tensor}  # no operators
+# Attributes of every module, and of torch's convolutions: most of what a network has, and no operators.
+_ORDINARY = {
+    *vars(nn.Module()),
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
+    *("groups", "padding_mode", "_reversed_padding_repeated_twice", "inplace"),
+}
 
 
 class LinearOperator(Protocol):
@@ -64,20 +72,24 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
     seen: set[int] = set()
     while found:  # a loop with few calls, since every solve runs it
         value = found.pop()
+        kind: type = type(value)
+        if kind in _PLAIN:
+            continue
         if isinstance(value, nn.Module):
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            found.extend(value._modules.values())
-            for name, attribute in value.__dict__.items():  # an operator need not be a module
-                if name[0] != "_":
-                    found.append(attribute)
-            if getattr(type(value), "may_hold_sample_data", False):  # of a DataFidelity
+            attributes, children = value.__dict__, value._modules
+            found += children.values()
+            # An operator need not be a module.
+            found += [attributes[name] for name in attributes.keys() - _ORDINARY if name[0] != "_"]
+            of_class = _held_by_class(kind)
+            if of_class == "data":
                 return True
-            for name in _ADJOINTS:  # hasattr of a module would call its slow __getattr__
-                has_adjoint = hasattr(type(value), name) or name in value.__dict__ or name in value._modules
-                if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
-                    return True
+            # hasattr of a module would call its slow __getattr__
+            has_adjoint = of_class or not (_ADJOINTS.isdisjoint(attributes) and _ADJOINTS.isdisjoint(children))
+            if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
+                return True
         elif isinstance(value, (list, tuple)):
             found.extend(value)
         elif isinstance(value, dict):
@@ -85,6 +97,14 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
         elif (hasattr(value, "adjoint") or hasattr(value, "A_adjoint")) and not isinstance(value, Tensor):
             return True
     return False
+
+
+@lru_cache(maxsize=512)
+def _held_by_class(kind: type) -> str:
+    """What a class of modules says of them: "data" of each sample for a DataFidelity that may hold it, or "adjoint"."""
+    if getattr(kind, "may_hold_sample_data", False):
+        return "data"
+    return "adjoint" if any(hasattr(kind, name) for name in _ADJOINTS) else ""
 
 
 def gradient(operator: LinearOperator, x: Tensor, d: Tensor, r: Tensor | None) -> Tensor:

@@ -88,7 +88,7 @@ class Anderson(FixedPointSolver):
         for _ in range(phase.longest):
             x = state.step(x, phase.evaluate(x, inputs))
             running = state.running()
-            remaining = int(running.sum())
+            remaining = sum(running.tolist())
             if remaining == 0:
                 break
             if inputs and few_remain(remaining, len(x)):

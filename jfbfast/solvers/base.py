@@ -179,9 +179,13 @@ def checked_solver(solver: FixedPointSolver | None) -> FixedPointSolver | None:
 
 def _shaped(found: FixedPointSolution, start: Tensor) -> FixedPointSolution:
     """Reshape a phase's solution like its start; a sample that never had a finite iterate becomes NaN."""
-    unusable = found.residual.isnan() & ~start.reshape(found.value.shape).isfinite().all(1)
+    unusable = found.residual.isnan()
+    value = found.value
+    if unusable.is_cuda or unusable.any():
+        unusable = unusable & ~start.reshape(value.shape).isfinite().all(1)
+        value = torch.where(unusable[:, None], torch.nan, value)
     return found._replace(
-        value=torch.where(unusable[:, None], torch.nan, found.value).view(start.shape),
+        value=value.view(start.shape),
         following=None if found.following is None else found.following.view(start.shape),
         residual=found.residual.to(compute_dtype(start.dtype)),
     )

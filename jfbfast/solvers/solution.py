@@ -77,6 +77,14 @@ class FixedPointSolution(NamedTuple):
             told.append(f"{most} evaluations" if least == most else f"{least} to {most} evaluations")
         return f"FixedPointSolution({', '.join(told)})"
 
+    def of(self, rows: Tensor, *fields: str) -> tuple[Tensor, ...]:
+        """These fields of these samples, ascending (b,) indices."""
+        whole = len(rows) == len(self.status)
+        return tuple([getattr(self, name) if whole else getattr(self, name)[rows] for name in fields])
+
     def replaced(self, rows: Tensor, **fields: Tensor) -> FixedPointSolution:
-        """A copy of the solution with new values of these fields for these samples, (b,) indices."""
-        return self._replace(**{name: getattr(self, name).index_put((rows,), new) for name, new in fields.items()})
+        """A copy of the solution with new values of these fields for these samples, ascending (b,) indices."""
+        changed: dict[str, Any] = fields
+        if len(rows) < len(self.status):
+            changed = {name: getattr(self, name).index_put((rows,), new) for name, new in fields.items()}
+        return self._replace(**changed)

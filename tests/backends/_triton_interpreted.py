@@ -6,12 +6,14 @@ A process of its own, since a kernel decorated under the interpreter cannot be c
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from helpers.bands import cast, error, operator
 from jfbfast import kernels
@@ -21,6 +23,17 @@ from jfbfast.backends.tensors import padded
 from jfbfast.kernels import launch, rows, stream
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton_interpreted.py"
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_index_too(tensor: type, scope: Any) -> None:
+    """Triton 3.6's interpreter makes an index of an array with one element by int(), which NumPy 2.4 refuses."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_index_too
 
 MODES = reference.PADDING_MODES
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

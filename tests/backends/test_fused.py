@@ -147,3 +147,27 @@ def test_a_solve_uses_it_for_relus_and_residual_blocks(cudnn: CuDNN, monkeypatch
     torch.testing.assert_close(net(d), expected, rtol=1e-5, atol=1e-5)
     assert addends == [False, True] * 9  # three blocks at each of three evaluations
     assert cudnn.calls == 11  # two kinds compared; each block's first convolution
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [(64, 64), (24, 64), (3, 8)])
+def test_on_a_gpu_what_is_used_is_right(
+    channels: tuple[int, int], dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether cuDNN's fused call is used or left; memory full of NaN must not enter the result."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    x = torch.randn(2, channels[0], 33, 20, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels[1], channels[0], 3, 3, device="cuda", dtype=dtype) / (9 * channels[0]) ** 0.5
+    bias, addend = torch.randn(channels[1], device="cuda", dtype=dtype), None
+    exact = torch.conv2d(x.double().cpu(), weight.double().cpu(), bias.double().cpu(), padding=1)
+    tolerance = 1e-4 if precision == "ieee" and dtype == torch.float32 else 3e-2
+    for relu in (True, False):
+        addend = None if relu else torch.randn(exact.shape, device="cuda", dtype=dtype)
+        expected = exact.relu() if addend is None else exact + addend.double().cpu()
+        for _ in range(3):
+            torch.full(exact.shape, torch.nan, device="cuda", dtype=dtype)
+            found = fused.convolution(x, weight, bias, 1, 1, 1, 1, relu, addend)
+            torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=tolerance)

@@ -60,6 +60,12 @@ BROKEN = {
          "std::memcpy(&raw, p, (part.count + 1) * sizeof(S));"),
         "heap-buffer-overflow",
     ),
+    "a mix that reads past the sample": (
+        ("anderson.cpp", "chunks(1, a_.size);", "chunks(1, a_.size + 1);"), "heap-buffer-overflow",
+    ),
+    "a budget that is not kept": (
+        ("decide.cpp", "evaluations >= a.budget[sample]", "evaluations > a.budget[sample]"), "budget: got",
+    ),
     "a table that is not the adjoint's": (
         ("gradient.cpp", "rows[k] = adjoint_weights + (i + k) * slots;", "rows[k] = weights + (i + k) * slots;"),
         "gradient_step: got",
@@ -70,8 +76,8 @@ BROKEN = {
     "points that differ from side to side": (
         ("winograd.h", "y[2] = float(kA2) * sum_a", "y[2] = float(kB2) * sum_a"), "convolution: got",
     ),
-    "a gradient that reads past the image": (
-        ("winograd.cpp", "inside = y < height && z < width;", "inside = y <= height && z < width;"),
+    "a whole tile that reads past the image": (
+        ("winograd.cpp", "left + Span <= width)", "left + Span <= width + 1)"),
         "heap-buffer-overflow",
     ),
 }  # fmt: skip

@@ -157,7 +157,7 @@ def test_a_replayed_solve_is_the_eager_one(made: list[Recorded]) -> None:
     assert len(made) == 5  # batches of 5, 3, 2 and 1, and the first evaluation
     assert made[4].replays == 2
     assert sum(graph.replays for graph in made[1:4]) > 0  # samples have left
-    assert sum(graph.replays for graph in made) == evaluations
+    assert evaluations <= sum(graph.replays for graph in made) <= evaluations + 1  # a sudden end
 
 
 @pytest.mark.parametrize("norm", ["batch", None])
@@ -289,3 +289,31 @@ def test_on_the_cpu_the_solve_is_eager() -> None:
     layer, d = Reads(), torch.ones(2, 3)
     torch.testing.assert_close(solved(layer, d), 2 * d, rtol=1e-2, atol=1e-2)
     assert "x0 is on cpu" in graphs.describe()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_on_a_gpu_training_is_the_same_with_graphs(dtype: torch.dtype | None) -> None:
+    model = network(solve_dtype=dtype).cuda().train()
+    other, d = eager(model), images().cuda()
+    losses = []
+    for net in (model, other):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = (net(d) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-3)
+    assert [graph for graph in vars(model)["_solve_graphs"].values() if isinstance(graph, str)] == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_samples_leave_by_halves() -> None:
+    model = network().cuda().eval()
+    d = images().cuda()
+    x0 = eager(model)(d).detach()
+    x0[0] = 0
+    for start in (None, x0):
+        assert_same(model, d, 1e-4, start)

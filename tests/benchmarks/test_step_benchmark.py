@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from helpers.rivals import optional
 from jfbfast import RED, DnCNN
-from jfbfast.benchmarks import memory, problem, run, split, step, step_sides
+from jfbfast.benchmarks import memory, problem, run, split, step, step_report, step_sides
 from jfbfast.cli import app
 from jfbfast.models.checkpoint import save_checkpoint
 from jfbfast.models.config import ModelConfig
@@ -104,15 +104,40 @@ def test_a_side_gets_the_fewest_evaluations_that_reach_the_target():
     exact = problem.fixed_point(given, False)
     for name in ("jfbfast", "published loop", "TorchDEQ", "deepinv"):
         side = make_side(name, given)
-        found = step.find(side, exact, 1e-3, 30)
+        (found,) = step.find(side, exact, (1e-3,), 30)
         again = step.errors(side.forward(found.evaluations), exact)
         assert found.reached and found.error == pytest.approx(float(again.max()))
         assert found.error_median == pytest.approx(float(again.median()))
         assert found.error_median <= found.error <= 1e-3
         fewer = found.evaluations - 1
         assert found.evaluations == side.least or largest_error(side.forward(fewer), exact) > 1e-3
-        beyond = step.find(side, exact, 1e-30, 4)
+        (beyond,) = step.find(side, exact, (1e-30,), 4)
         assert not beyond.reached and beyond.error > 1e-30
+
+
+def solves_with_errors(errors, monkeypatch):
+    """A side whose largest error after k evaluations is errors(k), and a list of the k that it was asked for."""
+    asked = []
+    monkeypatch.setattr(step, "errors", lambda x, fixed: x)
+    side = step_sides.Side(lambda k: asked.append(k) or torch.tensor([errors(k), 0.0]), [])
+    return side, asked
+
+
+@pytest.mark.parametrize("starts", [None, (3, 7), (5, 5), (40, 40), (1, 12)])
+def test_the_search_finds_the_fewest_evaluations_from_any_start(starts, monkeypatch):
+    side, asked = solves_with_errors(lambda k: 0.5**k, monkeypatch)
+    found = step.find(side, None, (0.2, 0.01), 100, starts)
+    assert [each.evaluations for each in found] == [3, 7] and all(each.reached for each in found)
+    assert len(asked) == len(set(asked))
+    if starts == (3, 7):  # these and one fewer
+        assert sum(asked) == 2 + 3 + 6 + 7
+
+
+def test_the_search_ends_where_the_error_stands_still(monkeypatch):
+    side, asked = solves_with_errors(lambda k: max(0.5**k, 0.05), monkeypatch)
+    reached, beyond = step.find(side, None, (0.2, 0.01), 1000)
+    assert reached.evaluations == 3 and reached.reached
+    assert not beyond.reached and beyond.error == pytest.approx(0.05) and max(asked) < 40
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
@@ -151,6 +176,8 @@ def test_trained_weights_come_from_a_checkpoint(tmp_path):
     [
         (("kernels", "--batch", "4"), "batch is 4; the benchmark step alone takes one, not kernels"),
         (("step", "--batch", "0"), "batch is 0; it takes an integer of at least 1"),
+        (("step", "--size", "8"), "size is 8; it takes an integer of at least 16"),
+        (("kernels", "--size", "64"), "size is 64; the benchmark step alone takes one, not kernels"),
     ],
 )
 def test_a_batch_that_no_benchmark_takes_is_refused(arguments, message):
@@ -198,6 +225,7 @@ def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monke
     text = console.export_text()
     assert "deepinv is not installed; it is left out" in text and "…" not in text
     assert "preconditioned layer, 2×3×16²" in text and "gradient" in text and torch.__version__ in text
+    assert "fastest at equal error in any dtype" in text
 
     with (tmp_path / "step.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -226,3 +254,20 @@ def test_a_tiny_step_benchmark_writes_its_tables_csv_and_picture(tmp_path, monke
 def test_a_step_that_fails_in_its_own_process_is_said():
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
         memory.peak_megabytes(tiny_problem("filtered"), "nobody", 2)
+
+
+def test_a_side_counts_in_the_dtype_in_which_it_is_fastest():
+    case = {"layer": "paper", "size": 16, "batch": 2, "target_error": 0.1, "samples": 5}
+    times = {
+        ("jfbfast", "float32"): (4.0, True),
+        ("TorchDEQ", "float32"): (6.0, True),
+        ("jfbfast", "bfloat16"): (2.0, True),
+        ("TorchDEQ", "bfloat16"): (1.0, False),
+        ("TorchDEQ, compiled", "float32"): (5.0, True),
+    }
+    rows = [
+        {**case, "side": side, "dtype": dtype, "median_s": seconds, "reached": reached}
+        for (side, dtype), (seconds, reached) in times.items()
+    ]
+    found = {row["library"]: (row["side"], row["dtype"], row["ratio"]) for row in step_report.fastest(rows)}
+    assert found == {"jfbfast": ("jfbfast", "bfloat16", 1), "TorchDEQ": ("TorchDEQ, compiled", "float32", 2.5)}

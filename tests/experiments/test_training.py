@@ -5,6 +5,7 @@ import torch
 
 import jfbfast
 from helpers import processes
+from helpers.operations import operations
 from jfbfast.experiments.tasks import DeblurTask, JacobianPenalty, Optimization
 from jfbfast.experiments.trainer import MovingAverage, fit, shared_batches
 from jfbfast.imaging.datasets import RandomCrops, Sample
@@ -36,6 +37,19 @@ def test_the_moving_average_is_the_recurrence():
         mean = mean.lerp(value, 1 - min(0.5, (1 + count) / (10 + count)))
     torch.testing.assert_close(mine.model.regularizer.log_weight.detach(), mean)
     assert not torch.equal(mean, seen[-1])
+
+
+def test_the_moving_average_lies_on_the_models_device_and_takes_few_operations():
+    mine, average = task(), MovingAverage(0.5)
+    average.setup(None, mine, "fit")
+    update = average._average_model.update_parameters
+    update(mine)
+    for _ in range(2):
+        few = operations(lambda: update(mine))
+    assert few <= 6 < len([*mine.parameters()]) + len([*mine.buffers()])
+    average.on_fit_start(None, mine.to("meta"))
+    assert {t.device.type for t in average._average_model.module.state_dict().values()} == {"meta"}
+    assert average._average_model.n_averaged == 3
 
 
 def test_the_penalty_is_part_of_the_loss():

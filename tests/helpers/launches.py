@@ -151,7 +151,9 @@ def counting(monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[Launches]
 
         def running(self) -> Tensor:
             with counter.within("Anderson"):
-                return super().running()
+                running = super().running()
+            running.of_the_host = True
+            return running
 
     def evaluate(phase: Phase, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         before = counter.total("evaluations")
@@ -160,7 +162,12 @@ def counting(monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[Launches]
         counter.evaluations.append(counter.total("evaluations") - before)
         return image
 
-    rule, plain_empty, plain_evaluate = dispatch.kernels, torch.empty, Phase.evaluate
+    def tolist(tensor: Tensor) -> Any:
+        if not getattr(tensor, "of_the_host", False):
+            counter.waits[f"{counter.part}: tolist"] += 1
+        return plain_list(tensor)
+
+    rule, plain_empty, plain_evaluate, plain_list = dispatch.kernels, torch.empty, Phase.evaluate, torch.Tensor.tolist
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "_load", lambda: (module, ""))
         patch.setattr(cuda, "unavailable_because", lambda device: "")
@@ -174,6 +181,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[Launches]
         patch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(conv3x3, "_onednn_fuses_relu", lambda *_: False)
+        patch.setattr(torch.Tensor, "tolist", tolist)
         patch.setattr(cuda, "AndersonSolve", Anderson)
         patch.setattr(Phase, "evaluate", evaluate)
         with counter:

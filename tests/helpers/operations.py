@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ALLOCATIONS = ("aten::empty", "aten::new_empty")
+_NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 
 
 class Operations(TorchDispatchMode):
@@ -17,7 +17,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, returns = func._schema.name, func._schema.returns
         view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-        if not view and not name.startswith(_ALLOCATIONS):
+        if not view and not name.startswith(_NO_KERNEL):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -148,13 +148,15 @@ def test_what_a_user_has_compiled_is_compiled_once_for_all_solves(way):
         def forward(self, x, d):
             return d + (self.apply_net(x) if way != "forward" else compiled(self, x))
 
-    graphs, d = [], torch.rand(2, 3, 8, 8)
+    graphs, counts, d = [], [], torch.rand(2, 3, 8, 8)
+    whole = way != "method" or torch.__version__ >= (2, 12)
     compiled = torch.compile(Layer.apply_net, backend=backend)
     torch.compiler.reset()
     layer = Layer().eval()
     for _ in range(4):
         out = jfbfast.fixed_point(layer, torch.zeros_like(d), inputs=(d,), solver=jfbfast.Picard())
-    assert len(graphs) == 2  # without gradients and with them
+        counts.append(len(graphs))
+    assert set(counts) == {2 if whole else 3}  # without gradients (up to torch 2.11 in two pieces) and with them
     torch.testing.assert_close(out, layer(out, d), rtol=1e-2, atol=1e-2)
 
 

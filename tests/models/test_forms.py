@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import jfbfast
+from helpers.operators import Bare
 from jfbfast import DEADMM, RED, Anderson, DEGrad, DEProx, DnCNN, GaussianBlur, Implicit, NonexpansiveDenoiser, UNet
 from jfbfast.operators.data_fidelity import Poisson, WeightedLeastSquares
 
@@ -29,20 +30,6 @@ class Prox(nn.Module):
     def forward(self, x):
         system = torch.eye(20, dtype=torch.float64) + self.scale * self.form
         return torch.linalg.solve(system, x.flatten(1).T).T.view_as(x)
-
-
-class Bare(nn.Module):
-    """An operator that shows ``forward`` and ``adjoint`` alone."""
-
-    def __init__(self, operator):
-        super().__init__()
-        self.operator = operator
-
-    def forward(self, x):
-        return self.operator(x)
-
-    def adjoint(self, y):
-        return self.operator.adjoint(y)
 
 
 BLUR = GaussianBlur(kernel_size=3, sigma=0.8, padding_mode="valid")

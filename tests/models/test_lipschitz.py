@@ -126,6 +126,19 @@ def test_convolutions_computed_together_agree_with_each_alone():
     assert not any(conv.current_weight() is weights[conv] for conv in together)
 
 
+def test_the_gradients_of_weights_computed_together_are_those_of_the_formula():
+    convolutions = [SpectralNormConv2d(2, 3, 3).double() for _ in range(3)]
+
+    def weights(*given):
+        for conv, weight in zip(convolutions, given, strict=True):
+            del conv.weight
+            conv.weight = weight
+        return tuple(SpectralNormConv2d.normalised_weights(convolutions))
+
+    given = [conv.weight.detach().clone().requires_grad_() for conv in convolutions]
+    assert gradcheck(weights, given)
+
+
 def largest_singular_value(function, x, steps=25):
     """σ of ∂f/∂x by power iteration on the Jacobian's products."""
     leaf = x.clone().requires_grad_()

@@ -8,10 +8,10 @@ import pytest
 import scipy.signal
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import jfbfast
+from helpers.operators import Bare, dense
 from jfbfast import Blur, point_spread
 from jfbfast.operators.iterative import may_hold_sample_data
 
@@ -24,26 +24,6 @@ def random_psf(size, rank=None, seed=0):
     rank = min(size) if rank is None else rank
     u, v = (torch.rand(rank, n, generator=generator, dtype=torch.float64) - 0.3 for n in size)
     return torch.einsum("ry,rx->yx", u, v) / (rank * max(size))
-
-
-class Bare(nn.Module):
-    """The operator with ``forward`` and ``adjoint`` alone."""
-
-    def __init__(self, operator):
-        super().__init__()
-        self.operator = operator
-
-    def forward(self, x):
-        return self.operator(x)
-
-    def adjoint(self, y):
-        return self.operator.adjoint(y)
-
-
-def dense(operator, shape):
-    """The matrix of a linear map on images of one shape."""
-    n = shape[0] * shape[1]
-    return operator(torch.eye(n, dtype=torch.float64).view(n, *shape)).reshape(n, -1).T
 
 
 def convolved(x, psf, mode):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from helpers.operators import Bare, dense
 from jfbfast import (
     RED,
     Anderson,
@@ -52,26 +53,6 @@ class MaskedConvolution(nn.Module):
 
     def adjoint(self, y):
         return F.conv2d(F.pad(self.mask * y, (1, 1, 1, 1), mode="circular"), self.kernel.flip(-1, -2))
-
-
-class Bare(nn.Module):
-    """What another operator shows of itself when it has ``forward`` and ``adjoint`` alone."""
-
-    def __init__(self, operator):
-        super().__init__()
-        self.operator = operator
-
-    def forward(self, x):
-        return self.operator(x)
-
-    def adjoint(self, y):
-        return self.operator.adjoint(y)
-
-
-def dense(function, shape):
-    """The matrix of a linear map on batches of images of one shape."""
-    n = torch.Size(shape).numel()
-    return function(torch.eye(n, dtype=torch.float64).view(n, *shape)).reshape(n, -1).T
 
 
 @pytest.mark.parametrize("operator", [Matrix(), MaskedConvolution()])
