@@ -242,28 +242,30 @@ PYBIND11_MODULE(_native, module) {
 
     module.def(
         "winograd_weights",
-        [](Address weight, Address out, std::int64_t in_channels, std::int64_t out_channels, int threads) {
-            kernels().winograd_weights(pointer<float>(weight), pointer<float>(out), in_channels, out_channels, threads);
+        [](Address weight, Address out, std::int64_t in_channels, std::int64_t out_channels, bool adjoint,
+           int threads) {
+            kernels().winograd_weights(pointer<float>(weight), pointer<float>(out), in_channels, out_channels, adjoint,
+                                       threads);
         },
         release);
 
     module.def(
         "convolution",
-        [](Address x, Address weights, Address bias, Address out, bool relu, const std::array<std::int64_t, 5>& shape,
-           int threads) {
-            kernels().convolution(
-                {pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(out), relu},
-                {shape[0], shape[1], shape[2], shape[3], shape[4]}, threads);
+        [](DType dtype, Address x, Address weights, Address bias, Address out, bool relu,
+           const std::array<std::int64_t, 5>& shape, int threads) {
+            kernels().convolution(dtype,
+                                  {pointer(x), pointer<float>(weights), pointer<float>(bias), pointer(out), relu},
+                                  {shape[0], shape[1], shape[2], shape[3], shape[4]}, threads);
         },
         release);
 
     module.def(
         "weight_gradient",
-        [](Address x, Address gradient, Address weight, Address bias, const std::array<std::int64_t, 5>& shape,
-           int threads) {
-            kernels().weight_gradient(
-                {pointer<float>(x), pointer<float>(gradient), pointer<float>(weight), pointer<float>(bias)},
-                {shape[0], shape[1], shape[2], shape[3], shape[4]}, threads);
+        [](DType dtype, Address x, Address gradient, Address weight, Address bias,
+           const std::array<std::int64_t, 5>& shape, int threads) {
+            kernels().weight_gradient(dtype,
+                                      {pointer(x), pointer(gradient), pointer<float>(weight), pointer<float>(bias)},
+                                      {shape[0], shape[1], shape[2], shape[3], shape[4]}, threads);
         },
         release);
 }

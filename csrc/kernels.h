@@ -148,19 +148,19 @@ static inline std::int64_t winograd_plane(std::int64_t rows, std::int64_t column
     return rows * ((columns + kChannelBlock - 1) / kChannelBlock * kChannelBlock) + kChannelBlock;
 }
 
-// A 3 x 3 convolution with zero padding 1, float32.
+// A 3 x 3 convolution with zero padding 1, of images in float32 or bfloat16.
 struct Convolution {
-    const float* x;
+    const void* x;
     const float* weights;  // as winograd_weights made them: 36 planes
     const float* bias;     // [out], or null
-    float* out;
+    void* out;
     bool relu;
 };
 
 // The gradients of that convolution's weight and bias, given the gradient of its output.
 struct WeightGradient {
-    const float* x;
-    const float* gradient;
+    const void* x;
+    const void* gradient;
     float* weight;  // [out, in, 3, 3]
     float* bias;    // [out], or null
 };
@@ -176,10 +176,11 @@ struct Kernels {
     // holds the iterates before x.
     void (*anderson_step)(const Anderson&, const void* x, const void* f, void* next, const std::int64_t* rows,
                           std::int64_t batch, int threads);
+    // weight is [out, in, 3, 3]; or, if adjoint, [in, out, 3, 3], of which the adjoint convolution's weight is made.
     void (*winograd_weights)(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
-                             int threads);
-    void (*convolution)(const Convolution&, const ImageShape&, int threads);
-    void (*weight_gradient)(const WeightGradient&, const ImageShape&, int threads);
+                             bool adjoint, int threads);
+    void (*convolution)(DType, const Convolution&, const ImageShape&, int threads);
+    void (*weight_gradient)(DType, const WeightGradient&, const ImageShape&, int threads);
 };
 
 // The widest set that this CPU supports, but no wider than the environment variable JFBFAST_ISA allows.

@@ -23,16 +23,26 @@ constexpr int kTile = 4, kSpan = 6, kPlaces = kSpan * kSpan;
 constexpr double kA = 5 / 8.0, kB = 3 / 2.0, kA2 = kA * kA, kB2 = kB * kB;
 constexpr double kAtA = 1 / (2 * kA2 * (kA2 - kB2)), kAtB = 1 / (2 * kB2 * (kB2 - kA2));
 
+// The parts of B^T d: that of 0 (of d[0], d[2], d[4]) or of infinity (of d[1], d[3], d[5]), and those of +-point, given
+// the square of the other point.
+template <class V>
+inline V input_end(V first, V middle, V last) {
+    return last - float(kA2 + kB2) * middle + float(kA2 * kB2) * first;
+}
+
+template <class V>
+inline void input_pair(float point, float other, V d1, V d2, V d3, V d4, V& plus, V& minus) {
+    const V even = d4 - other * d2, odd = d3 - other * d1;
+    plus = even + point * odd;
+    minus = even - point * odd;
+}
+
 template <class V>
 inline void input_transform(const V* d, V* v) {  // B^T d
-    const V even_a = d[4] - float(kB2) * d[2], odd_a = d[3] - float(kB2) * d[1];
-    const V even_b = d[4] - float(kA2) * d[2], odd_b = d[3] - float(kA2) * d[1];
-    v[0] = d[4] - float(kA2 + kB2) * d[2] + float(kA2 * kB2) * d[0];
-    v[1] = even_a + float(kA) * odd_a;
-    v[2] = even_a - float(kA) * odd_a;
-    v[3] = even_b + float(kB) * odd_b;
-    v[4] = even_b - float(kB) * odd_b;
-    v[5] = d[5] - float(kA2 + kB2) * d[3] + float(kA2 * kB2) * d[1];
+    v[0] = input_end(d[0], d[2], d[4]);
+    input_pair(float(kA), float(kB2), d[1], d[2], d[3], d[4], v[1], v[2]);
+    input_pair(float(kB), float(kA2), d[1], d[2], d[3], d[4], v[3], v[4]);
+    v[5] = input_end(d[1], d[3], d[5]);
 }
 
 template <class V>
@@ -58,15 +68,27 @@ inline void output_transform(const V* m, V* y) {  // A^T m
 }
 
 template <class V>
+inline void gradient_pair(double point, V y0, V y1, V y2, V y3, V& plus, V& minus) {  // the parts of A y of +-point
+    const V even = y0 + float(point * point) * y2, odd = float(point) * y1 + float(point * point * point) * y3;
+    plus = even + odd;
+    minus = even - odd;
+}
+
+template <class V>
 inline void gradient_transform(const V* y, V* m) {  // A y
-    const V even_a = y[0] + float(kA2) * y[2], odd_a = float(kA) * y[1] + float(kA2 * kA) * y[3];
-    const V even_b = y[0] + float(kB2) * y[2], odd_b = float(kB) * y[1] + float(kB2 * kB) * y[3];
     m[0] = y[0];
-    m[1] = even_a + odd_a;
-    m[2] = even_a - odd_a;
-    m[3] = even_b + odd_b;
-    m[4] = even_b - odd_b;
+    gradient_pair(kA, y[0], y[1], y[2], y[3], m[1], m[2]);
+    gradient_pair(kB, y[0], y[1], y[2], y[3], m[3], m[4]);
     m[5] = y[3];
+}
+
+// The larger of the two; y if it is NaN.
+inline Floats at_least(Floats least, Floats y) {
+#if defined(__AVX512F__)
+    return bits_as<Floats>(_mm512_maskz_max_ps(0xffff, bits_as<__m512>(least), bits_as<__m512>(y)));
+#else
+    return y < least ? least : y;
+#endif
 }
 
 template <class V>

@@ -5,7 +5,7 @@ python examples/train_universal.py PHOTOGRAPHS OUT.safetensors --init universal 
 goes on from the shipped network. training_loop.py says what the options do.
 
 Each sample of a batch has a blur and a noise level of its own. So A is not one of the library's operators here, but a
-module that holds a blur for each sample, which is all that a `DEGrad` needs.
+module that holds a blur for each sample, and the basis in which AᵀA is diagonal. A `DEGrad` needs no more.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jfbfast.experiments.training_settings import parse_kind
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.pretrained import load_model
 from jfbfast.models.universal import describe
+from jfbfast.operators.eigenbasis import DiagonalOperator
 from jfbfast.operators.inverse import power_spectrum
 
 LARGEST_NOISE = 0.2
@@ -70,7 +71,7 @@ class Axes:
         self.power = torch.stack(power).to(device)
 
 
-class Gaussians(nn.Module):
+class Gaussians(DiagonalOperator, nn.Module):
     """A Gaussian blur for each sample, with unknown surroundings; d has zeros where nothing was measured.
 
     Args:
@@ -108,18 +109,19 @@ class Gaussians(nn.Module):
     def normal(self, x: Tensor) -> Tensor:
         return self.adjoint(self(x))
 
+    def eigenvalues(self, like: Tensor) -> Tensor:
+        return self.squares
+
     @exactly
-    def _scaled(self, x: Tensor, factors: Tensor) -> Tensor:
-        return self.v_y @ (self.v_y.mT @ x @ self.v_x * factors) @ self.v_x.mT
+    def coefficients(self, x: Tensor) -> Tensor:
+        return self.v_y.mT @ x @ self.v_x
 
-    def solve(self, b: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(b, 1 / (self.squares + damping))
-
-    def filter(self, x: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(x, self.squares / (self.squares + damping))
+    @exactly
+    def image(self, coefficients: Tensor) -> Tensor:
+        return self.v_y @ coefficients @ self.v_x.mT
 
 
-class Circular(nn.Module):
+class Circular(DiagonalOperator, nn.Module):
     """A point spread function for each sample, by FFT; the loss leaves out the border, where the image wraps around.
 
     The attributes are those of `Gaussians`.
@@ -153,11 +155,15 @@ class Circular(nn.Module):
     def normal(self, x: Tensor) -> Tensor:
         return self._scaled(x, self.squares)
 
-    def solve(self, b: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(b, 1 / (self.squares + damping))
+    def eigenvalues(self, like: Tensor) -> Tensor:
+        return self.squares
 
-    def filter(self, x: Tensor, damping: Tensor) -> Tensor:
-        return self._scaled(x, self.squares / (self.squares + damping))
+    @exactly
+    def coefficients(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft2(x)
+
+    def image(self, coefficients: Tensor) -> Tensor:
+        return torch.fft.irfft2(coefficients, s=(SIDE, SIDE))
 
 
 def _inside(frames: Sequence[tuple[int, int, int, int]]) -> Tensor:

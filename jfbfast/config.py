@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from jfbfast.backends import cuda, native
+from jfbfast.backends import cuda, fused, graphs, native
 from jfbfast.backends.dispatch import selected_backend
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -68,6 +68,8 @@ def show_config() -> None:
         "native (CPU)": native.describe(),
         "triton (CUDA)": _triton(),
         "native (CUDA)": cuda.describe(),
+        "cuDNN, fused": fused.describe(),
+        "CUDA graphs": graphs.describe(),
     }
     width = max(map(len, entries))
     for name, text in entries.items():

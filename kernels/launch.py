@@ -7,15 +7,19 @@ A launch depends on the shapes and dtypes of the tensors only, the host reads no
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from jfbfast.backends import reference
 from jfbfast.backends.reference import Bands
 from jfbfast.backends.tensors import margin, padded
 
+from .elementwise import add_relu_kernel
 from .stream import blur_kernel, gradient_kernel
 from .wide import wide_kernel
 
@@ -45,6 +49,7 @@ BLUR_TILES = {
 }
 GRADIENT_TILES_64 = {2: (Tile(64, 64, 2),), 7: (Tile(32, 64, 2),)}
 BLUR_TILES_64 = {7: (Tile(64, 64, 2),)}
+ADD_RELU_BLOCK = 1024  # numbers that a program of four warps changes: two 128-bit accesses a lane
 WIDE_COLUMNS = 128
 WIDE_UNROLL = {torch.float64: 4, torch.float32: 8}
 
@@ -60,16 +65,22 @@ class Plan(NamedTuple):
 
 def plan(shape: torch.Size, bands: Bands, *, adjoint: bool) -> Plan:
     """How to launch the stream kernels over x (…, H, W): the gradient if ``adjoint``, else the blur."""
-    height, width = shape[-2:]
-    passes = 2 if adjoint else 1
     ry, rx = bands.y.shape[1] // 2, bands.x.shape[1] // 2
     tables = (GRADIENT_TILES, GRADIENT_TILES_64) if adjoint else (BLUR_TILES, BLUR_TILES_64)
     candidates = tables[bands.y.dtype == torch.float64].items()
-    for tile in next(tiles for radius, tiles in candidates if max(ry, rx) <= radius):
+    tiles = next(tiles for radius, tiles in candidates if max(ry, rx) <= radius)
+    return _plan(tuple(shape), ry, rx, bands.circular, 2 if adjoint else 1, tiles)
+
+
+@lru_cache(maxsize=256)  # an eager solve is bound by the host, and planning took a third of a call
+def _plan(shape: tuple[int, ...], ry: int, rx: int, circular: bool, passes: int, candidates: tuple[Tile, ...]) -> Plan:
+    """`plan` with the first of the candidate tiles that gives enough programs, or else the last."""
+    height, width = shape[-2:]
+    for tile in candidates:
         lane = tile.columns // 32
         if width % lane and tile.columns > 64:
             continue  # no 128-bit access, and shuffling four scattered columns a lane costs more
-        whole_rows = not bands.circular and width <= tile.columns
+        whole_rows = not circular and width <= tile.columns
         halo = 0 if whole_rows else triton.cdiv(passes * rx, lane) * lane
         strip = min(tile.rows - 2 * passes * ry, height)
         tiles = triton.cdiv(height, strip) * triton.cdiv(width, tile.columns - 2 * halo)
@@ -77,7 +88,7 @@ def plan(shape: torch.Size, bands: Bands, *, adjoint: bool) -> Plan:
         if programs >= ENOUGH_PROGRAMS:
             break
     vector = math.gcd(width, lane)
-    constants = {"RY": ry, "RX": rx, "CIRCULAR": bands.circular, "TX": tile.columns, "HALO": halo, "U": tile.unroll}
+    constants = {"RY": ry, "RX": rx, "CIRCULAR": circular, "TX": tile.columns, "HALO": halo, "U": tile.unroll}
     return Plan(programs, strip, vector, {**constants, "VECTOR": vector})
 
 
@@ -158,4 +169,20 @@ def gradient(
                 residual = torch.empty(x.shape, dtype=bands.y.dtype, device=x.device)
                 _wide(bands, x, d, None, (None, None), residual)
                 _wide(adjoint, residual, None, r, (None if step_size is None else x, step_size), out)
+    return out
+
+
+def add_relu(out: Tensor, bias: Tensor | None, addend: Tensor | None, relu: bool) -> Tensor:
+    """As `reference.add_relu`; in one pass over a channels-last ``out``."""
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        return reference.add_relu(out, bias, addend, relu)
+    if addend is not None:
+        addend = addend.contiguous(memory_format=torch.channels_last)
+    if out.numel():
+        accumulator = tl.float64 if out.dtype == torch.float64 else tl.float32
+        count, block, vector = out.numel(), ADD_RELU_BLOCK, math.gcd(out.numel(), 8)
+        constants = {"CHANNELS": out.shape[1], "RELU": relu, "ACC": accumulator, "BLOCK": block, "VECTOR": vector}
+        with torch.cuda.device_of(out):
+            grid = (triton.cdiv(count, block),)
+            add_relu_kernel[grid](out, bias, addend, count // vector, **constants, num_warps=4)
     return out

@@ -22,7 +22,8 @@ enum class DType : int { kFloat64, kFloat32 };
 
 enum Status : int { kRunning = -1, kConverged = 0, kMaxIter = 1, kDiverged = 2 };
 
-// What `mix` does with a sample, as decided by `update`.
+// What `mix` does with a sample, as decided by `update`. A sample that ends at its newest iterate, or at an older one,
+// keeps that one as its value; the former takes one more step, to its following iterate.
 enum Action : int { kRest, kMix, kDamp, kKeepIterate, kKeepBest };
 
 // The state of one solve. Each step k takes a pair (x, f = T(x)) of each running sample and computes its residual
@@ -43,6 +44,7 @@ struct Anderson {
     void *residuals, *images;                                  // [ring, samples, size]
     void *residual_differences, *image_differences;            // [memory - 1, samples, size] or null
     void* value;                                               // [samples, size], the answer
+    void* following;  // [samples, size]: of a sample that has ended, the iterate after `value`, or `value`
     int *status, *action;                                      // [samples] each, as are the next two lines
     int *iterations, *pairs, *best;                            // best: the step of the lowest residual, or -1
     double *residual, *lowest, *first_residual, *first_image;  // residual: relative, at `value`

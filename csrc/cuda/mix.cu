@@ -17,6 +17,13 @@ __device__ void keep_best(const Anderson& a, const Block& block) {
 }
 
 template <class T, int V>
+__device__ void follow_value(const Anderson& a, const Block& block) {
+    const T* const value = at<T>(a, a.value, 0, block.sample);
+    T* const following = at<T>(a, a.following, 0, block.sample);
+    for (std::int64_t i = block.begin; i < a.size; i += block.stride) store(following + i, load<V>(value + i));
+}
+
+template <class T, int V>
 __device__ void keep_iterate(const Anderson& a, const Block& block, const T* x) {
     T* const value = at<T>(a, a.value, 0, block.sample);
     for (std::int64_t i = block.begin; i < a.size; i += block.stride)
@@ -32,20 +39,24 @@ __device__ Pack<T, V> damped(const Pack<T, V>& x, const Pack<T, V>& f) {
     return out;
 }
 
-// Whether the sample's iterate moves on. The other actions are carried out here.
+// Whether the sample's iterate moves on. What is to be kept is kept here, by the threads that then write over it.
 template <class T, int V>
 __device__ bool moves(const Anderson& a, const Block& block, const T* x) {
     const int action = a.action[block.sample];
     if (action == kKeepIterate) keep_iterate<T, V>(a, block, x);
-    if (action == kKeepBest) keep_best<T, V>(a, block);
-    return action == kMix || action == kDamp;
+    if (action == kKeepBest) {
+        keep_best<T, V>(a, block);
+        follow_value<T, V>(a, block);
+    }
+    return action == kMix || action == kDamp || action == kKeepIterate;
 }
 
 template <class T, int V, int M>
 __global__ void __launch_bounds__(kThreads) mix_full(Anderson a, T* x, const T* f, const int* rows) {
     const Block block(a, rows, V);
     if (!moves<T, V>(a, block, x)) return;
-    const bool damp = a.action[block.sample] == kDamp;
+    const bool damp = a.action[block.sample] == kDamp, ends = a.action[block.sample] == kKeepIterate;
+    T* const following = at<T>(a, a.following, 0, block.sample);
     const int slot = (a.iterations[block.sample] - 1) % a.memory, pairs = a.pairs[block.sample];
     T* const newest = at<T>(a, a.images, slot, block.sample);
     T weight[M] = {};
@@ -69,6 +80,7 @@ __global__ void __launch_bounds__(kThreads) mix_full(Anderson a, T* x, const T* 
         }
         store(newest + i, image);
         store(x + pixel, next);
+        if (ends) store(following + i, next);
     }
 }
 
@@ -76,7 +88,8 @@ template <int V, int M>
 __global__ void __launch_bounds__(kThreads) mix_differences(Anderson a, float* x, const float* f, const int* rows) {
     const Block block(a, rows, V);
     if (!moves<float, V>(a, block, x)) return;
-    const bool damp = a.action[block.sample] == kDamp;
+    const bool damp = a.action[block.sample] == kDamp, ends = a.action[block.sample] == kKeepIterate;
+    float* const following = at<float>(a, a.following, 0, block.sample);
     const int step = a.iterations[block.sample] - 1, slots = a.memory - 1, slot = step % slots;
     const int differences = a.pairs[block.sample] - 1;
     float* const newest = at<float>(a, a.images, step % 2, block.sample);
@@ -110,13 +123,16 @@ __global__ void __launch_bounds__(kThreads) mix_differences(Anderson a, float* x
         }
         store(newest + i, image);
         store(x + pixel, next);
+        if (ends) store(following + i, next);
     }
 }
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) keep_best_of_running(Anderson a) {
     const Block block(a, nullptr, V);
-    if (a.status[block.sample] == kRunning) keep_best<T, V>(a, block);
+    if (a.status[block.sample] != kRunning) return;
+    keep_best<T, V>(a, block);
+    follow_value<T, V>(a, block);
 }
 
 __global__ void end_running(Anderson a) {
@@ -142,7 +158,7 @@ void launch_mix(const Anderson& a, void* x, const void* f, const int* rows, int 
 
 template <class T>
 void dispatch_mix(const Anderson& a, void* x, const void* f, const int* rows, int batch, void* stream) {
-    const int width = vector_width<T>(a, x, f, a.residuals, a.images, a.value, a.image_differences);
+    const int width = vector_width<T>(a, x, f, a.residuals, a.images, a.value, a.following, a.image_differences);
     if (width == 1) return launch_mix<T, 1, kMaxMemory>(a, x, f, rows, batch, stream);
     if (a.memory <= 5) return launch_mix<T, 16 / sizeof(T), 5>(a, x, f, rows, batch, stream);
     launch_mix<T, 16 / sizeof(T), kMaxMemory>(a, x, f, rows, batch, stream);
@@ -152,7 +168,7 @@ template <class T>
 void dispatch_finish(const Anderson& a, void* stream) {
     const std::int64_t blocks = a.samples * chunks(a.size);
     constexpr int wide = 16 / sizeof(T);
-    const bool vector = vector_width<T>(a, a.residuals, a.images, a.value) == wide;
+    const bool vector = vector_width<T>(a, a.residuals, a.images, a.value, a.following) == wide;
     const auto kernel = vector ? keep_best_of_running<T, wide> : keep_best_of_running<T, 1>;
     JFB_LAUNCH(kernel, blocks, stream, a);
     JFB_LAUNCH(end_running, (a.samples + kThreads - 1) / kThreads, stream, a);

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_cuda, module) {
     address(anderson, "residual_differences", &Anderson::residual_differences);
     address(anderson, "image_differences", &Anderson::image_differences);
     address(anderson, "value", &Anderson::value);
+    address(anderson, "following", &Anderson::following);
     address(anderson, "status", &Anderson::status);
     address(anderson, "action", &Anderson::action);
     address(anderson, "iterations", &Anderson::iterations);

@@ -49,16 +49,18 @@ __device__ void judge(const Anderson& a, std::int64_t sample, double image, doub
         a.best[sample] = step;
         a.residual[sample] = residual / (image > DBL_MIN ? image : DBL_MIN);
     }
-    if (converged || stalled(a, sample) || (a.budget && step + 1 >= a.budget[sample])) {
-        a.status[sample] = converged ? kConverged : kMaxIter;
-        a.action[sample] = improved ? kKeepIterate : kKeepBest;
+    const bool ended = converged || stalled(a, sample) || (a.budget && step + 1 >= a.budget[sample]);
+    if (ended) a.status[sample] = converged ? kConverged : kMaxIter;
+    if (ended && !improved) {
+        a.action[sample] = kKeepBest;
         return;
     }
     const bool grown = residual > kSafeguardGrowth * a.guarded[sample];
     if (grown || residual < a.guarded[sample]) a.guarded[sample] = residual;
     const int pairs = a.pairs[sample];
-    a.pairs[sample] = grown ? 1 : pairs < a.memory ? pairs + 1 : pairs;
-    a.action[sample] = grown ? kDamp : kMix;
+    const bool alone = grown || residual == 0;  // a residual of zero has no weight, but its image is the fixed point
+    a.pairs[sample] = alone ? 1 : pairs < a.memory ? pairs + 1 : pairs;
+    a.action[sample] = ended ? kKeepIterate : grown ? kDamp : kMix;
 }
 
 // Adds the products of the newest vector to the Gram matrix [n, n], whose entries are ordered by age and so move by one.
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) update_samples(Anderson a, const int
     double* const gram = a.gram + sample * a.memory * a.memory;
     shift_gram(gram, newest, products + (Differences ? 3 : 1), Differences ? 2 : 1, n);
     __syncthreads();
-    if (a.action[sample] != kMix) return;
+    if (a.action[sample] != kMix && a.action[sample] != kKeepIterate) return;
 
     const int pairs = a.pairs[sample];
     if (Differences) {

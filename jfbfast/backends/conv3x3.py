@@ -1,6 +1,6 @@
 """The 3 × 3 convolution as torch.library ops, and the use of Winograd's convolution in a layer.
 
-``jfbfast::conv3x3``                  weight ∗ x + bias, optionally with a ReLU
+``jfbfast::conv3x3``                  weight ∗ x + bias, optionally with a ReLU, or by the adjoint of the weight
 ``jfbfast::conv3x3_weight_gradient``  the gradients of its weight and bias
 
 The ops take images (B, C, H, W) and return a channels-last tensor. At each call `dispatch.kernels` decides whether
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from jfbfast.backends import dispatch, native
+from jfbfast.backends import dispatch, fused, native
 from jfbfast.backends.dispatch import DTYPES, ONEDNN_HAS_BFLOAT16, check_reverse_mode
 
 _LEAST_TOL = 1e-4  # far above the rounding of Winograd's convolution, about 1e-6
@@ -29,23 +29,32 @@ def winograd_allowed(tol: float) -> bool:
     return tol >= _LEAST_TOL
 
 
-def transformed_weight(weight: Tensor) -> Tensor | None:
-    """The weight as `conv3x3` takes it in ``transformed``; None where Winograd's convolution cannot use it."""
-    kernels = dispatch.kernels(weight.device, "conv3x3", dtype=weight.dtype, channels=weight.shape[:2])
-    return native.winograd_weights(weight) if kernels is native else None
+def transformed_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The weight as `conv3x3` takes it in ``transformed``; None where Winograd's convolution cannot use it.
+
+    Args:
+        weight: [O, C, 3, 3].
+        dtype: that of the images; None for the weight's. A float32 weight of bfloat16 images is not rounded.
+    """
+    kernels = dispatch.kernels(weight.device, "conv3x3", dtype=dtype or weight.dtype, channels=weight.shape[:2])
+    return native.winograd_weights(weight.to(torch.float32)) if kernels is native else None
 
 
-def _kernels(x: Tensor, out_channels: int, transformed: bool = False) -> ModuleType:
-    """The module that convolves images x (B, C, H, W) to ``out_channels``."""
+def _kernels(x: Tensor, out_channels: int, transformed: bool = False, dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that convolves images x (B, C, H, W), in ``dtype`` or their own, to ``out_channels``."""
     batch, channels, height, width = x.shape
     both, shape = (channels, out_channels), (batch, height, width)
     return dispatch.kernels(
-        x.device, "conv3x3", dtype=x.dtype, channels=both, image_shape=shape, transformed=transformed
+        x.device, "conv3x3", dtype=dtype or x.dtype, channels=both, image_shape=shape, transformed=transformed
     )
 
 
 for _name, _signature in (
-    ("conv3x3", "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None) -> Tensor"),
+    (
+        "conv3x3",
+        "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, Tensor? transformed=None, bool adjoint=False) "
+        "-> Tensor",
+    ),
     ("conv3x3_weight_gradient", "(Tensor x, Tensor gradient) -> (Tensor, Tensor)"),
 ):
     torch.library.define(f"jfbfast::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
@@ -65,23 +74,31 @@ def _check(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
 
 @torch.library.impl("jfbfast::conv3x3", "default")
 def _conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    transformed: Tensor | None = None,
+    adjoint: bool = False,
 ) -> Tensor:
     check_reverse_mode()
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}; it takes float64, float32, bfloat16 or float16 (B, C, H, W)"
         )
-    _check("weight", weight, (len(weight), x.shape[1], 3, 3), x)
+    channels, outputs = x.shape[1], weight.shape[1 if adjoint else 0]
+    _check("weight", weight, (channels, outputs, 3, 3) if adjoint else (outputs, channels, 3, 3), x)
     if bias is not None:
-        _check("bias", bias, (len(weight),), x)
-    out = _kernels(x, len(weight), transformed is not None).conv3x3(x, weight, bias, relu, transformed)
+        _check("bias", bias, (outputs,), x)
+    out = _kernels(x, outputs, transformed is not None).conv3x3(x, weight, bias, relu, transformed, adjoint)
     return out.contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("jfbfast::conv3x3")
-def _conv3x3_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+def _conv3x3_like(
+    x: Tensor, weight: Tensor, bias: Any = None, relu: bool = False, transformed: Any = None, adjoint: bool = False
+) -> Tensor:
+    shape = (x.shape[0], weight.shape[1 if adjoint else 0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -99,13 +116,14 @@ def _conv3x3_weight_gradient_like(x: Tensor, gradient: Tensor) -> tuple[Tensor, 
     return x.new_empty(outputs, inputs, 3, 3), x.new_empty(outputs)
 
 
-def _adjoint(weight: Tensor) -> Tensor:
-    """The weight of the adjoint convolution: channels exchanged, kernels rotated by 180°."""
-    return weight.transpose(0, 1).flip(2, 3)
+def _adjoint_of(y: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
+    """The adjoint of x ↦ conv3x3(x, weight, adjoint=adjoint), applied to y."""
+    out: Tensor = conv3x3(y, weight, None, False, None, not adjoint)
+    return out
 
 
 def _keep_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.relu, _ = inputs
+    x, weight, _, ctx.relu, _, ctx.adjoint = inputs
     ctx.save_for_backward(x, weight, output if ctx.relu else None)
 
 
@@ -114,12 +132,17 @@ def _conv3x3_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.relu:
         g = torch.ops.aten.threshold_backward(g, output, 0)
     to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # arguments left out at the end are missing
-    by_weight, by_bias = conv3x3_weight_gradient(x, g) if to_weight or to_bias else (None, None)
+    by_weight, by_bias = None, None
+    if ctx.adjoint:
+        by_weight = conv3x3_weight_gradient(g, x)[0] if to_weight else None
+        by_bias = g.sum((0, 2, 3)) if to_bias else None
+    elif to_weight or to_bias:
+        by_weight, by_bias = conv3x3_weight_gradient(x, g)
     return (
-        conv3x3(g, _adjoint(weight)) if to_x else None,
+        _adjoint_of(g, weight, ctx.adjoint) if to_x else None,
         by_weight if to_weight else None,
         by_bias if to_bias else None,
-        *(None, None),
+        *(None, None, None),
     )
 
 
@@ -130,7 +153,7 @@ def _keep_conv3x3_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: tup
 def _conv3x3_weight_gradient_backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
     x, gradient = ctx.saved_tensors
     to_x, to_gradient = ctx.needs_input_grad
-    return conv3x3(gradient, _adjoint(weight)) if to_x else None, conv3x3(x, weight, bias) if to_gradient else None
+    return _adjoint_of(gradient, weight) if to_x else None, conv3x3(x, weight, bias) if to_gradient else None
 
 
 torch.library.register_autograd("jfbfast::conv3x3", _conv3x3_backward, setup_context=_keep_conv3x3)
@@ -167,29 +190,48 @@ def convolution(
     relu: bool = False,
     winograd: bool = True,
     transformed: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """torch's conv2d, and a ReLU if asked for, by the fastest implementation.
+    """torch's conv2d, and a ReLU or an addend if asked for, by the fastest implementation.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
         relu: whether to apply a ReLU.
         winograd: whether Winograd's convolution may be used.
         transformed: `transformed_weight` of the weight, if that was made.
+        addend: a tensor like the output to add to it; not with a ReLU.
     """
+    assert addend is None or not relu
+    dtype = _computed_in(input, weight)
     if (
         winograd
         and input.dim() == 4
         and is_conv3x3(weight.shape[2:], stride, padding, dilation, groups)
-        and _kernels(input, len(weight), transformed is not None) is native
-        and not torch.is_autocast_enabled(input.device.type)
+        and dtype is not None
+        and _kernels(input, len(weight), transformed is not None, dtype) is native
         and not _differentiated_by_functorch()
     ):
-        return conv3x3(input, weight, bias, relu, transformed)
+        bias = None if bias is None else bias.to(dtype)
+        out = conv3x3(input.to(dtype), weight.to(dtype), bias, relu, transformed)
+        return out if addend is None else addend + out
+    needed = relu or addend is not None
+    if needed and fused.serves(input, weight, bias, padding, addend) and not _differentiated_by_functorch():
+        return fused.convolution(input, weight, bias, stride, padding, dilation, groups, relu, addend)
     if relu and _onednn_fuses_relu(input, weight, bias, padding):
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if addend is not None:
+        return addend + out
     return torch.relu_(out) if relu else out
+
+
+def _computed_in(input: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype in which torch's conv2d computes; None where it raises, or autocast leaves the tensors as they are."""
+    if not torch.is_autocast_enabled(input.device.type):
+        return input.dtype if input.dtype == weight.dtype else None
+    casts = all(t.dtype in (torch.float32, torch.bfloat16) for t in (input, weight))
+    return torch.get_autocast_dtype(input.device.type) if casts else None
 
 
 def _differentiated_by_functorch() -> bool:

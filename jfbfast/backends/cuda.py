@@ -18,9 +18,8 @@ MAX_MEMORY = 16  # `dispatch.kernels` leaves a longer memory to the host
 _RUNNING = -1  # a status of the kernels; the others are those of jfbfast.Status
 
 # What each sample's state starts from; csrc/cuda/anderson.h explains the fields of the same names.
-_INTEGERS = {"status": _RUNNING, "action": 0, "iterations": 0, "pairs": 0, "best": -1}
+_INTEGERS = {"action": 0, "iterations": 0, "pairs": 0, "best": -1}
 _REALS = {
-    "residual": torch.nan,
     "lowest": torch.inf,
     "guarded": torch.inf,
     "first_residual": torch.nan,
@@ -106,13 +105,20 @@ class AndersonCuda:
         def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
 
+        # The host looks at the residuals and statuses, which are one piece of memory, by one copy.
+        told = buffer(torch.uint8, 12 * samples)
+        residual, status = _parts(told)
+        self._told, self._tol = told, tol
         self._buffers = {
-            **{name: buffer(torch.int32, samples).fill_(start) for name, start in _INTEGERS.items()},
-            **{name: buffer(torch.float64, samples).fill_(start) for name, start in _REALS.items()},
-            "gram": buffer(torch.float64, samples, memory, memory).zero_(),
+            "residual": residual,
+            "status": status,
+            **dict(zip(_INTEGERS, buffer(torch.int32, len(_INTEGERS), samples), strict=True)),
+            **dict(zip(_REALS, buffer(torch.float64, len(_REALS), samples), strict=True)),
+            "gram": buffer(torch.float64, samples, memory, memory),
             "weights": buffer(torch.float64, samples, memory),
             "partials": buffer(torch.float64, samples, state.products, state.chunks),
-            "value": buffer(x.dtype, samples, size).copy_(x),
+            "value": buffer(x.dtype, samples, size),
+            "following": buffer(x.dtype, samples, size),
             "residuals": buffer(x.dtype, state.ring, samples, size),
             "images": buffer(x.dtype, state.ring, samples, size),
         }
@@ -122,14 +128,32 @@ class AndersonCuda:
         if budget is not None:
             self._buffers["budget"] = budget.contiguous()
         if stall_floor is not None:
-            self._buffers["since"] = buffer(torch.int32, samples).zero_()
-            self._buffers["mark"] = buffer(torch.float64, samples).fill_(torch.inf)
+            self._buffers["since"] = buffer(torch.int32, samples)
+            self._buffers["mark"] = buffer(torch.float64, samples)
         for name, tensor in self._buffers.items():
             setattr(state, name, tensor.data_ptr())
-        self._seen = [(torch.empty(samples, dtype=torch.int32, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+        self._seen = [
+            (torch.empty(len(told), dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
+        ]
+        self.forget()
+        self.restart(x)
+
+    def forget(self) -> None:
+        """What the host knows of a solve is that of its start again."""
         self._looks = 0
+        self._before: Tensor | None = None  # the residuals that the last look has seen
         self._rows: Tensor | None = None  # the sample of each row of x, once some have left
         self._kept: Tensor | None = None  # the same on the host
+
+    def restart(self, x: Tensor) -> None:
+        """What the device knows of a solve is that of the start x (B, N) again."""
+        buffers = self._buffers
+        for name, start in {**_INTEGERS, **_REALS, "residual": torch.nan, "status": _RUNNING, "gram": 0}.items():
+            buffers[name].fill_(start)
+        if "since" in buffers:
+            buffers["since"].zero_()
+            buffers["mark"].fill_(torch.inf)
+        buffers["value"].copy_(x)
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         """Take the pairs (x, f = T(x)), write the next iterates over x, and return x."""
@@ -153,18 +177,28 @@ class AndersonCuda:
     def running(self) -> Tensor:
         """Which rows of x may still run, bool (rows,) on the CPU: those that ran at the previous call.
 
-        It waits until the device has reached the previous call only, so that the launches since stay queued.
+        It waits until the device has reached the previous call only, so that the launches since stay queued. But if
+        the residuals should by now have fallen below the tolerance, it waits for this step too, and so saves an
+        evaluation that nobody needs.
         """
-        status, copied = self._seen[self._looks % 2]
-        status.copy_(self._buffers["status"], non_blocking=True)
+        told, copied = self._seen[self._looks % 2]
+        told.copy_(self._told, non_blocking=True)
         copied.record(torch.cuda.current_stream(self._device))
         self._looks += 1
         if self._looks == 1:
-            return torch.ones(len(status), dtype=torch.bool)
-        status, copied = self._seen[self._looks % 2]
-        copied.synchronize()
-        running = status == _RUNNING
+            return torch.ones(len(self._told) // 12, dtype=torch.bool)
+        residual, running = self._look(self._looks % 2)
+        before, self._before = self._before, residual
+        if before is not None and bool((residual * (residual / before) <= self._tol)[running].all()):
+            running = self._look((self._looks + 1) % 2)[1]
         return running if self._kept is None else running[self._kept]
+
+    def _look(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The relative residuals, and which samples run, after the step whose copy is in this slot."""
+        told, copied = self._seen[slot]
+        copied.synchronize()
+        residual, status = _parts(told)
+        return residual.clone(), status == _RUNNING
 
     def select(self, keep: Tensor) -> Tensor:
         """Continue with these rows of x only, bool (rows,) on the CPU, without moving the history.
@@ -178,8 +212,19 @@ class AndersonCuda:
         self._rows = self._kept.to(device, torch.int32, non_blocking=True)
         return keep.nonzero()[:, 0].to(device, non_blocking=True)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """End the solve: the value (B, N), and ‖f − x‖ / ‖f‖ there, the iterations and the status, (B,) each.
+    def take_rows(self, rows: Tensor | None, order: Tensor | None = None) -> None:
+        """Continue with the samples in ``rows``, int32 on the device, of x: all if None.
+
+        Args:
+            rows: the samples; they are read at each step, as a CUDA graph needs it.
+            order: which of the rows of x so far these are, on the CPU; None leaves what `running` returns as it is.
+        """
+        self._rows = rows
+        if order is not None:
+            self._kept = order if self._kept is None else self._kept[order]
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """End the solve: the value (B, N), ‖f − x‖ / ‖f‖ there, iterations and status, (B,) each, and following (B, N).
 
         They are as in `jfbfast.FixedPointSolution`, in the order of the batch at the start, except that a
         sample that never had a finite residual keeps its start as its value.
@@ -188,7 +233,14 @@ class AndersonCuda:
         if buffers["value"].numel():
             with torch.cuda.device(self._device):
                 self._state.finish(self._device, torch.cuda.current_stream().cuda_stream)
-        return buffers["value"], buffers["residual"], buffers["iterations"].long(), buffers["status"].long()
+        value, residual, following = (buffers[name] for name in ("value", "residual", "following"))
+        return value, residual, buffers["iterations"].long(), buffers["status"].long(), following
+
+
+def _parts(told: Tensor) -> tuple[Tensor, Tensor]:
+    """The residuals, float64, and the statuses, int32, in the bytes that the host is told, (12 B,)."""
+    samples = len(told) // 12
+    return told[: 8 * samples].view(torch.float64), told[8 * samples :].view(torch.int32)
 
 
 AndersonSolve = AndersonCuda  # the name that `native` has for its own

@@ -4,7 +4,7 @@ The implementations are modules with functions of the same names and arguments:
 
 - `jfbfast.backends.reference`: the definition of every kernel, in PyTorch, on any device;
 - `jfbfast.backends.native`: C++, on the CPU;
-- `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur alone;
+- `jfbfast.kernels`: Triton, on a CUDA device, for the separable blur, and for what follows a convolution;
 - `jfbfast.backends.cuda`: CUDA, for Anderson's method alone.
 
 Anderson's method is an exception: `native` and `cuda` have the class ``AndersonSolve``, which keeps the state of a
@@ -35,6 +35,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # transformed first, there must also be at most this many channels for each tile of 4 × 4 pixels.
 _LEAST_CHANNELS = 16
 _CHANNELS_PER_TILE = 12  # at most
+# In bfloat16, Winograd's convolution multiplies in float32. It does half of the direct convolution's work there, also
+# where the CPU multiplies pairs of bfloat16 (AVX512_BF16), but not where it has AMX, which multiplies far more at once.
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _checked(name: str, source: str) -> str:
@@ -96,7 +99,7 @@ def _triton() -> ModuleType | None:
 
 def kernels(
     device: torch.device,
-    op: Literal["blur", "anderson", "anderson_solve", "conv3x3"],
+    op: Literal["blur", "anderson", "anderson_solve", "conv3x3", "add_relu"],
     *,
     radius: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -111,7 +114,8 @@ def kernels(
     Args:
         op: "blur" for A x and its gradient steps; "anderson" for one iteration of Anderson's or Broyden's method;
             "anderson_solve" for a whole solve by Anderson's method, by the class ``AndersonSolve`` if there is one;
-            "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster.
+            "conv3x3" for the 3 × 3 convolution, by Winograd's algorithm (`native`) where that is faster; "add_relu" for
+            what follows a convolution on a CUDA device.
         radius: the larger radius of the two filters of a blur.
         dtype: the dtype of the tensors of an Anderson solve or a convolution.
         memory, estimate: of an Anderson solve: the pairs kept, and whether to estimate the inverse Jacobian.
@@ -124,7 +128,8 @@ def kernels(
     kind = device.type
     if op == "conv3x3":
         chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
-        serves = chosen and dtype == torch.float32 and min(channels) >= _LEAST_CHANNELS
+        storage = dtype == torch.float32 or (dtype == torch.bfloat16 and not _AMX)
+        serves = chosen and storage and min(channels) >= _LEAST_CHANNELS
         return native if serves and _winograd_is_faster(max(channels), image_shape, transformed) else reference
     if (
         op == "anderson_solve"
@@ -136,9 +141,9 @@ def kernels(
         and not cuda.unavailable_because(device.index)
     ):
         return cuda
-    if _backend == "reference" or (
-        kind == "cpu" and op == "anderson_solve" and (estimate or memory > native.MAX_MEMORY)
-    ):
+    if _backend == "reference" or (op == "add_relu" and kind != "cuda"):
+        return reference
+    if kind == "cpu" and op == "anderson_solve" and (estimate or memory > native.MAX_MEMORY):
         return reference
     if kind == "cpu" and _backend in ("auto", "native"):
         if native.AVAILABLE:
@@ -146,7 +151,7 @@ def kernels(
         if _backend == "native":
             raise RuntimeError(f"the backend 'native' is not available: {native.UNAVAILABLE_BECAUSE}")
     if kind == "cuda" and _backend in ("auto", "triton") and (triton := _triton()):
-        return triton if op == "blur" and radius <= triton.MAX_RADIUS else reference
+        return triton if op == "add_relu" or (op == "blur" and radius <= triton.MAX_RADIUS) else reference
     if _backend == "auto":
         return reference
     raise RuntimeError(f"the backend {_backend!r} does not serve tensors on {device}")

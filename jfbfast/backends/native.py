@@ -264,41 +264,60 @@ class AndersonSolve:
         return self._value, self._residual, self._iterations, self._status, self._following
 
 
-def winograd_weights(weight: Tensor) -> Tensor:
-    """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`."""
-    out_channels, in_channels = weight.shape[:2]
-    _check(("weight", weight, (out_channels, in_channels, 3, 3), (torch.float32,)))
+_WINOGRAD_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def winograd_weights(weight: Tensor, adjoint: bool = False) -> Tensor:
+    """G g Gᵀ of each kernel of a float32 weight [out, in, 3, 3], laid out for this CPU's `conv3x3`.
+
+    With ``adjoint``, of the adjoint of a weight [in, out, 3, 3]: channels exchanged, kernels rotated by 180°.
+    """
+    out_channels, in_channels = reversed(weight.shape[:2]) if adjoint else weight.shape[:2]
+    _check(("weight", weight, (*weight.shape[:2], 3, 3), (torch.float32,)))
     weight = weight.contiguous()
-    out = torch.empty(_native.winograd_size(in_channels, out_channels), dtype=torch.float32, device="cpu")
-    _native.winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, _threads())
+    out = _empty((_native.winograd_size(in_channels, out_channels),), torch.float32)
+    _native.winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, adjoint, _threads())
     return out
 
 
 def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    transformed: Tensor | None = None,
+    adjoint: bool = False,
 ) -> Tensor:
-    """As `reference.conv3x3`, in float32 and channels-last; ``transformed`` is `winograd_weights` of the weight."""
+    """As `reference.conv3x3`, channels-last, for images in float32 or bfloat16; it computes in float32.
+
+    ``transformed`` is `winograd_weights` of the weight.
+    """
     batch, channels, height, width = x.shape
-    out_channels = len(weight)
-    transformed = winograd_weights(weight) if transformed is None else transformed
-    _check(("transformed", transformed, (_native.winograd_size(channels, out_channels),), (torch.float32,)))
+    out_channels = weight.shape[1] if adjoint else weight.shape[0]
+    transformed = winograd_weights(weight.to(torch.float32), adjoint) if transformed is None else transformed
+    size = _native.winograd_size(channels, out_channels)
+    _check(("x", x, x.shape, _WINOGRAD_DTYPES), ("transformed", transformed, (size,), (torch.float32,)))
     x, transformed = x.contiguous(memory_format=torch.channels_last), transformed.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
     out = _empty((batch, out_channels, height, width), x.dtype, torch.channels_last)
     if out.numel():
         read = x.data_ptr(), transformed.data_ptr(), 0 if bias is None else bias.data_ptr()
         shape = batch, height, width, channels, out_channels
-        _native.convolution(*read, out.data_ptr(), relu, shape, _threads())
+        _native.convolution(_DTYPES[x.dtype], *read, out.data_ptr(), relu, shape, _threads())
     return out
 
 
 def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.conv3x3_weight_gradient`, in float32."""
+    """As `reference.conv3x3_weight_gradient`, for images in float32 or bfloat16; it computes in float32."""
     batch, channels, height, width = x.shape
     out_channels = gradient.shape[1]
+    shape = batch, out_channels, height, width
+    _check(("x", x, x.shape, _WINOGRAD_DTYPES), ("gradient", gradient, shape, (x.dtype,)))
     x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
-    weight, bias = (x.new_zeros(shape) for shape in ((out_channels, channels, 3, 3), (out_channels,)))
+    weight, bias = (x.new_zeros(n, dtype=torch.float32) for n in ((out_channels, channels, 3, 3), (out_channels,)))
     if x.numel() and gradient.numel():
         addresses = [t.data_ptr() for t in (x, gradient, weight, bias)]
-        _native.weight_gradient(*addresses, (batch, height, width, channels, out_channels), _threads())
-    return weight, bias
+        _native.weight_gradient(
+            _DTYPES[x.dtype], *addresses, (batch, height, width, channels, out_channels), _threads()
+        )
+    return weight.to(x.dtype), bias.to(x.dtype)

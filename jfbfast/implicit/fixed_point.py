@@ -12,7 +12,7 @@ from jfbfast.backends.tensors import per_sample
 from jfbfast.backends.tracing import untraced
 from jfbfast.convergence import warn_unconverged
 from jfbfast.implicit.autograd import ImplicitLayer, Pair
-from jfbfast.implicit.forward_solve import ForwardSolve, autocast_dtype
+from jfbfast.implicit.forward_solve import ForwardSolve, autocast_dtype, check_capturable
 from jfbfast.implicit.frozen import step_spectral_norms
 from jfbfast.implicit.methods import GradientMethod, Unrolled, gradient_method
 from jfbfast.implicit.prepared import checked_solve_dtype
@@ -147,6 +147,7 @@ def solve_fixed_point(
     gradient: str | GradientMethod = "jfb",
     solve_dtype: torch.dtype | None = None,
     compile_solve: bool = False,
+    cuda_graph: bool = False,
     has_aux: bool = False,
     callback: Callback | None = None,
 ) -> tuple[State, FixedPointSolution]:
@@ -167,12 +168,13 @@ def solve_fixed_point(
         True
     """
     problem = packed(layer, x0, inputs, has_aux=has_aux, callback=callback)
-    if compile_solve and problem.states is not None:
+    if (compile_solve or cuda_graph) and problem.states is not None:
+        name = "compile_solve" if compile_solve else "cuda_graph"
         raise ValueError(
-            "compile_solve is True; it takes a state that is one real tensor, inputs that are tensors, and neither "
-            "has_aux nor a callback"
+            f"{name} is True; it takes a state that is one real tensor, inputs that are tensors, and neither has_aux "
+            "nor a callback"
         )
-    out, solution = _solved(problem, parameters, solver, gradient, solve_dtype, compile_solve)
+    out, solution = _solved(problem, parameters, solver, gradient, solve_dtype, compile_solve, cuda_graph)
     return problem.unpack(out), problem.of_states(solution)
 
 
@@ -183,6 +185,7 @@ def _solved(
     gradient: str | GradientMethod,
     solve_dtype: torch.dtype | None,
     compile_solve: bool,
+    cuda_graph: bool,
 ) -> tuple[Tensor, FixedPointSolution]:
     """`solve_fixed_point` of real tensors."""
     layer, x0, inputs = problem[:3]
@@ -199,6 +202,8 @@ def _solved(
     for tensor in (x0, *inputs, *implicit.parameters):
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
+    if cuda_graph:
+        check_capturable(implicit, solver, compile_solve)
     step_spectral_norms(implicit.module)
     implicit.prepare()
     if isinstance(method, Unrolled):
@@ -208,7 +213,7 @@ def _solved(
         return out, solution
 
     # 1. Solve, without gradients.
-    forward = ForwardSolve(implicit, solver, solve_dtype, compile_solve)
+    forward = ForwardSolve(implicit, solver, solve_dtype, compile_solve, cuda_graph)
     solution = forward.find(x0, inputs, estimating)
     if solution.following is None and solve_dtype is not None:
         solution = solution._replace(following=solution.value)
@@ -253,6 +258,7 @@ def fixed_point(
     gradient: str | GradientMethod = "jfb",
     solve_dtype: torch.dtype | None = None,
     compile_solve: bool = False,
+    cuda_graph: bool = False,
     has_aux: bool = False,
     callback: Callback | None = None,
 ) -> Any:
@@ -297,6 +303,10 @@ def fixed_point(
             for the dtype of the caller's autocast, or full precision without one.
         compile_solve: compile the layer by torch.compile for the solve, if it is a module or a method of one, with a
             state that is one real tensor.
+        cuda_graph: on a CUDA device, replay the solve from CUDA graphs (implicit/graphs.py): for a module, or a method
+            of one, that reads nothing but its inputs, its tensors and its own attributes, with `Anderson` and a state
+            that is one real tensor. It costs memory, and pays where the host is slower than the device. What cannot
+            be captured is evaluated eagerly; `show_config` tells why.
         has_aux: the layer returns (state, aux); aux is anything. Samples stay in the batch until the last is done, and
             those that diverged take part in the last application as zeros.
         callback: called as callback(evaluation, x, residual) after each evaluation of the layer, with its number from
@@ -343,6 +353,7 @@ def fixed_point(
         gradient=gradient,
         solve_dtype=solve_dtype,
         compile_solve=compile_solve,
+        cuda_graph=cuda_graph,
         has_aux=has_aux,
         callback=callback,
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from jfbfast.backends import graphs
 from jfbfast.backends.precision import precision_for
 from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.frozen import frozen, materialised_weights
+from jfbfast.implicit.graphs import CapturedLayer
 from jfbfast.implicit.prepared import prepared
-from jfbfast.solvers import FixedPointSolution, FixedPointSolver, Layer
+from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Layer
 
 
 class ForwardSolve(NamedTuple):
@@ -23,13 +26,14 @@ class ForwardSolve(NamedTuple):
     Attributes:
         implicit: the layer.
         solver: solves for the fixed point.
-        solve_dtype, compiled: ``solve_dtype`` and ``compile_solve`` of `fixed_point`.
+        solve_dtype, compiled, captured: ``solve_dtype``, ``compile_solve`` and ``cuda_graph`` of `fixed_point`.
     """
 
     implicit: ImplicitLayer
     solver: FixedPointSolver
     solve_dtype: torch.dtype | None = None
     compiled: bool = False
+    captured: bool = False
 
     def find(self, x0: Tensor, inputs: tuple[Tensor, ...], estimate: bool = False) -> FixedPointSolution:
         """Find the fixed point, starting at x0.
@@ -42,11 +46,11 @@ class ForwardSolve(NamedTuple):
         """
         solver, autocast = self.solver, autocast_dtype(x0)
         dtype = self.solve_dtype or autocast
-        fine, leaving = self._prepared(None, inputs)
+        fine, leaving = self._prepared(None, inputs, x0)
         with self._held_still(x0.device):
             if dtype is None:
                 return solver.solve(fine, x0, leaving, estimate=estimate)
-            coarse, _ = self._prepared(dtype, inputs)
+            coarse, _ = self._prepared(dtype, inputs, x0)
             if solver.tol == 0 and self.solve_dtype is None:
                 return solver.solve(coarse, x0, leaving, estimate=estimate)  # all max_iter evaluations under autocast
             verify = self.solve_dtype is not None and autocast is not None
@@ -75,11 +79,21 @@ class ForwardSolve(NamedTuple):
             status=found.status[own],
         )
 
-    def _prepared(self, dtype: torch.dtype | None, inputs: tuple[Tensor, ...]) -> tuple[Layer, tuple[Tensor, ...]]:
-        """The prepared layer and the inputs to pass to it; if the batch stays whole, the layer holds them instead."""
-        implicit, tol = self.implicit, self.solver.tol
-        layer = prepared(implicit.layer, dtype, tol=tol, compiled=self.compiled, given=implicit.convolutions)
+    def _prepared(
+        self, dtype: torch.dtype | None, inputs: tuple[Tensor, ...], whole: Tensor | None = None
+    ) -> tuple[Layer, tuple[Tensor, ...]]:
+        """The prepared layer and the inputs to pass to it; if the batch stays whole, the layer holds them instead.
+
+        Solves of a batch like ``whole`` may be captured.
+        """
+        prepare = partial(prepared, self.implicit.layer, dtype, tol=self.solver.tol, compiled=self.compiled)
         inputs = tuple([i.detach() for i in inputs])
+        if self.captured and whole is not None and self.implicit.module is not None:
+            if whole.is_cuda:
+                key = getattr(self.implicit.layer, "__func__", None), dtype
+                return CapturedLayer(prepare, self.implicit.module, len(whole), key), inputs
+            graphs.note(f"x0 is on {whole.device}")
+        layer = prepare(given=self.implicit.convolutions)
         return ((lambda x: layer(x, *inputs)), ()) if self.implicit.stays_whole else (layer, inputs)
 
     @contextmanager
@@ -95,3 +109,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of the caller's autocast on x's device, or None."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def check_capturable(implicit: ImplicitLayer, solver: FixedPointSolver, compiled: bool) -> None:
+    """Raise ValueError for what ``cuda_graph`` does not take."""
+    if implicit.module is None:
+        raise ValueError("layer is a function, whose numbers may change; cuda_graph takes a module or a method of one")
+    if not isinstance(solver, Anderson):
+        raise ValueError(f"solver is {solver}; cuda_graph takes Anderson")
+    if compiled:
+        raise ValueError("compile_solve is True; cuda_graph takes False")
+    if implicit.stays_whole:
+        raise ValueError(
+            "layer has an operator that may hold data of each sample; cuda_graph takes a SeparableBlur or a Blur"
+        )

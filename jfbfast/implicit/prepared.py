@@ -7,25 +7,23 @@ once: channels-last, in low precision if asked for, transformed for Winograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
 from threading import local
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed
-from jfbfast.implicit.frozen import NormalisedConv2d, grouped, owner, submodules
+from jfbfast.implicit.chains import Step, foldable_pairs, folded, initialised, steps, weight_of
+from jfbfast.implicit.frozen import grouped, owner, submodules
 from jfbfast.solvers import Layer
 
-_Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
-_Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation and groups of conv2d
+_Arguments = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]  # of conv2d
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -51,7 +49,7 @@ class _Weight:
     @cached_property
     def transformed(self) -> Tensor | None:
         """The weight as Winograd's convolution takes it; None where that would not be used."""
-        return transformed_weight(self.source.detach().to(self.dtype)) if self.winograd else None
+        return transformed_weight(self.source.detach(), self.dtype) if self.winograd else None
 
     def taken(self) -> Tensor | None:
         """The transformed weight if a solve has made it, for its last use: the memory is free after that."""
@@ -65,8 +63,8 @@ class Convolutions(TorchFunctionMode):
     Gradients reach the module's parameters through the folded weights.
 
     Args:
-        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 convolutions on the CPU are
-            Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
+        tol: the relative residual that the evaluations are to reach. From 1e-4 on, float32 and bfloat16 convolutions
+            on the CPU are Winograd's, where they are 3 × 3 with stride and padding 1 and have enough channels.
         module: whose Sequentials are evaluated with batch norms folded and ReLUs fused, in eval(); its parameters stay
             the same while this object is used. None for no module.
         fold: False leaves the batch norms as they are.
@@ -79,7 +77,9 @@ class Convolutions(TorchFunctionMode):
         super().__init__()
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
-        self.relu = False  # whether the next convolution with one of these weights is to apply a ReLU too
+        # What the next convolution with one of these weights is to do besides: apply a ReLU, or add a tensor.
+        self.relu = False
+        self.addend: Tensor | None = None
         self.outer: Convolutions | None = None
         modules = submodules(module)
         # What torch.compile was applied to, as a function or by the method ``compile``, stays as it is.
@@ -87,19 +87,19 @@ class Convolutions(TorchFunctionMode):
         within = {inner for m in compiled for inner in submodules(m)}
         self.modules = [m for m in modules if m not in within]
         chains = [m for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)]
-        pairs = {m: _foldable_pairs(m) for m in chains}
+        pairs = {m: foldable_pairs(m) for m in chains}
         self.folded = fold or not any(pairs.values())
-        folded = _folded([pair for each in pairs.values() for pair in each.items()] if fold else [])
-        self.chains = {m: _steps(m, pairs[m], folded) for m in chains}
+        parameters = folded([pair for each in pairs.values() for pair in each.items()] if fold else [])
+        self.chains = {m: steps(m, pairs[m], parameters) for m in chains}
         self.forwards = {m: MethodType(forward, m) for m in chains}
         for _, weight in self._convolutions():
             self.weights[id(weight)] = _Weight(weight, weight.dtype, self.winograd)
 
     def _convolutions(self) -> list[tuple[nn.Conv2d, Tensor]]:
         """The convolutions of the chains, with the weights that they convolve with."""
-        steps = [step for chain in self.chains.values() for step in chain if isinstance(step.module, nn.Conv2d)]
-        pairs = [(conv, _weight_of(conv) if parameters is None else parameters[0]) for conv, parameters, _ in steps]
-        return [(conv, weight) for conv, weight in pairs if _initialised(weight)]
+        plain = [step for chain in self.chains.values() for step in chain if step.plain]
+        pairs = [(conv, weight_of(conv) if parameters is None else parameters[0]) for conv, parameters, *_ in plain]
+        return [(conv, weight) for conv, weight in pairs if initialised(weight)]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,27 +118,28 @@ class Convolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        known, relu = self.weights.get(id(weight)), False
+        known, relu, addend = self.weights.get(id(weight)), False, None
         if known:
-            relu, self.relu = self.relu, False
-        return self._convolve(known, input, weight, bias, (stride, padding, dilation, groups), relu)
+            relu, self.relu, addend, self.addend = self.relu, False, self.addend, None
+        return self._convolve(known, (input, weight, bias, stride, padding, dilation, groups), relu, addend)
 
-    def _convolve(
-        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, relu: bool
-    ) -> Tensor:
-        transformed = known.taken() if known and known.source is weight else None
-        return convolution(input, weight, bias, *geometry, relu, self.winograd, transformed)
+    def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
+        transformed = known.taken() if known else None
+        return convolution(*given, relu, self.winograd, transformed, addend)
 
-    def run(self, steps: list[_Step], input: Any) -> Any:
-        """Apply the steps of a Sequential."""
+    def run(self, steps: list[Step], input: Any, addend: Tensor | None = None) -> Any:
+        """Apply the steps of a Sequential, and add the addend to what the last one returns."""
+        offered = None
         try:
-            for module, parameters, self.relu in steps:
+            for position, (module, parameters, self.relu, plain) in enumerate(steps, 1):
+                self.addend = offered = addend if position == len(steps) and plain and not self.relu else None
                 input = module(input) if parameters is None else module._conv_forward(input, *parameters)
                 if self.relu:  # something else has computed the convolution: a mode of the layer's, or an inner solve
                     input = torch.relu(input)
+            added = offered is not None and self.addend is None
         finally:
-            self.relu = False
-        return input
+            self.relu, self.addend = False, None
+        return input if addend is None or added else addend + input
 
     def __enter__(self) -> Convolutions:
         self.outer, _thread.innermost = _thread.innermost, self
@@ -169,13 +170,13 @@ class _SolveConvolutions(Convolutions):
         self.dtype = dtype
         self.winograd, self.modules, self.chains = given.winograd, given.modules, given.chains
         self.weights = given.weights if dtype is None else {}
-        self.relu, self.outer = False, None
+        self.relu, self.addend, self.outer = False, None, None
         self.forwards = {m: MethodType(forward, m) for m in self.chains}
         low = self._low_precision(module) if dtype else set()
         pairs = self._convolutions()
         known = {conv for conv, _ in pairs}
         others = [m for m in self.modules if isinstance(m, nn.Conv2d) and m not in known]
-        pairs += [(conv, weight) for conv in others if _initialised(weight := _weight_of(conv))]
+        pairs += [(conv, weight) for conv in others if initialised(weight := weight_of(conv))]
         for conv, weight in pairs:
             if id(weight) not in self.weights:
                 computed = dtype if dtype and conv in low else weight.dtype
@@ -199,32 +200,18 @@ class _SolveConvolutions(Convolutions):
             for weight, copy in zip(group, copies.permute(0, 1, 4, 2, 3), strict=True):
                 weight.value = copy
 
-    def _convolve(
-        self, known: _Weight | None, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, relu: bool
-    ) -> Tensor:
+    def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
         if known is None:
-            return super()._convolve(known, input, weight, bias, geometry, relu)
+            return super()._convolve(known, given, relu, addend)
+        input, _, bias, stride, padding, dilation, groups = given
         weight, transformed = known.value, known.transformed
         layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
         input = input.to(weight.dtype, memory_format=layout)
         bias = None if bias is None else bias.to(weight.dtype)
         changed = self.dtype not in (None, weight.dtype)  # by the autocast
         with torch.autocast(input.device.type, enabled=False) if changed else _NOTHING:
-            return convolution(input, weight, bias, *geometry, relu, transformed is not None, transformed)
-
-
-class _Step(NamedTuple):
-    """One module of a Sequential in a solve.
-
-    Attributes:
-        module: the module.
-        parameters: the weight and the bias to convolve with, of a convolution; None to call the module.
-        relu: whether a ReLU follows, which the convolution may apply.
-    """
-
-    module: Any
-    parameters: tuple[Tensor, Tensor | None] | None
-    relu: bool
+            given = input, weight, bias, stride, padding, dilation, groups
+            return convolution(*given, relu, transformed is not None, transformed, addend)
 
 
 class _Thread(local):
@@ -247,27 +234,13 @@ def forward(sequential: nn.Sequential, input: Any) -> Any:
     return nn.Sequential.forward(sequential, input) if steps is None else solve.run(steps, input)  # type: ignore
 
 
-def _steps(
-    sequential: nn.Sequential,
-    pairs: dict[nn.Conv2d, nn.BatchNorm2d],
-    folded: dict[_Pair, tuple[Tensor, Tensor]],
-) -> list[_Step]:
-    """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
-    members = [m for m in sequential._modules.values() if m is not None]
-    steps = []
-    while members:
-        module, *members = members
-        parameters: tuple[Tensor, Tensor | None] | None = None
-        relu = False
-        if isinstance(module, nn.Conv2d) and _plain_convolution(module):
-            if module in pairs and (module, pairs[module]) in folded:
-                parameters, members = folded[module, pairs[module]], members[1:]
-            elif isinstance(module, NormalisedConv2d):  # which another thread may release
-                parameters = _weight_of(module), module.bias
-            relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
-            members = members[relu:]
-        steps.append(_Step(module, parameters, relu))
-    return steps
+def residual(sequential: nn.Sequential, x: Tensor) -> Tensor:
+    """x + sequential(x); in a solve the last convolution adds x."""
+    solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
+    steps = None if solve is None else solve.chains.get(sequential)
+    if solve is None or steps is None or sequential._forward_hooks or sequential._forward_pre_hooks:
+        return x + sequential(x)
+    return solve.run(steps, x, x)
 
 
 def _is_chain(sequential: nn.Sequential) -> bool:
@@ -276,76 +249,6 @@ def _is_chain(sequential: nn.Sequential) -> bool:
     return type(sequential).forward is nn.Sequential.forward and (
         own is None or getattr(own, "__func__", None) is forward
     )
-
-
-def _foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
-    """The convolutions of a Sequential that a batch norm in eval() follows, which can be folded into them.
-
-    A convolution that occurs twice stays as it is.
-    """
-    members = list(sequential._modules.values())
-    return {
-        conv: norm
-        for conv, norm in pairwise(members)
-        if type(norm) is nn.BatchNorm2d
-        and isinstance(conv, nn.Conv2d)
-        and norm.running_mean is not None
-        and _plain(norm)
-        and _plain_convolution(conv)
-        and members.count(conv) == 1
-    }
-
-
-def _folded(pairs: list[_Pair]) -> dict[_Pair, tuple[Tensor, Tensor]]:
-    """The weight and the bias of each convolution with the batch norm behind it; pairs alike are folded together."""
-    weights = {conv: _weight_of(conv) for conv, _ in pairs}
-    found: dict[_Pair, tuple[Tensor, Tensor]] = {}
-
-    def kind(pair: _Pair) -> tuple[Any, ...]:
-        conv, norm = pair
-        weight, none = weights[conv], [t is None for t in (conv.bias, norm.weight, norm.bias)]
-        return weight.shape, weight.dtype, weight.device, norm.eps, *none
-
-    for group in grouped(pairs, kind):
-        convolutions, norms = zip(*group, strict=True)
-        conv, norm = group[0]
-        scale = torch.rsqrt(_stacked(norms, "running_var") + norm.eps)
-        scale = scale if norm.weight is None else scale * _stacked(norms, "weight")
-        mean = _stacked(norms, "running_mean")
-        shift = -mean if conv.bias is None else _stacked(convolutions, "bias") - mean
-        shift = shift * scale if norm.bias is None else torch.addcmul(_stacked(norms, "bias"), shift, scale)
-        weight = torch.stack([weights[conv] for conv in convolutions]) * scale[:, :, None, None, None]
-        found.update(zip(group, zip(weight, shift, strict=True), strict=True))
-    return found
-
-
-def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
-    """The modules' tensors of one name, in one tensor (modules, …)."""
-    return torch.stack([getattr(module, name) for module in modules])
-
-
-def _plain_convolution(conv: nn.Conv2d) -> bool:
-    """Whether calling a convolution does nothing but convolve with its weight, which may be computed."""
-    return (
-        _plain(conv)
-        and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and type(conv).forward in (nn.Conv2d.forward, NormalisedConv2d.forward)
-    )
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _weight_of(conv: nn.Conv2d) -> Any:
-    """The weight that a convolution uses; None where a class of a user's has none."""
-    return conv.current_weight() if isinstance(conv, NormalisedConv2d) else getattr(conv, "weight", None)
-
-
-def _initialised(weight: Any) -> bool:
-    """Whether it is a tensor that has its shape, unlike those of torch's lazy modules."""
-    return isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin)
 
 
 def checked_solve_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jfbfast.models.deprox import check_denoiser, data_step, denoised, solvable, tikhonov_start
+from jfbfast.models.data_step import data_step, inputs_of_step, tikhonov_start
+from jfbfast.models.deprox import check_denoiser, denoised, solvable
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.red import log_parameter
 from jfbfast.operators.data_fidelity import as_data_fidelity, check_quadratic
@@ -29,7 +30,7 @@ class DEADMM(ImplicitNetwork):
         denoiser: D, a map of images to images of the same shape, without an injection.
         data_fidelity: f, as in `DEGrad`: None for `LeastSquares`, or `WeightedLeastSquares`.
         weight: λ > 0, the start of a learnable parameter.
-        options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
+        options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
         ValueError: a value out of its range, a network that is not a denoiser, or another data fidelity.
@@ -68,8 +69,8 @@ class DEADMM(ImplicitNetwork):
         return self.log_weight.exp()
 
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
-        """What the data fidelity keeps of d."""
-        return self.data_fidelity.inputs(d)
+        """What the step on the data needs at every evaluation."""
+        return inputs_of_step(self, d)
 
     def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T(v; d) for the states v and the measurements d of one batch; ``injected`` is what `injected` returned."""
@@ -78,9 +79,9 @@ class DEADMM(ImplicitNetwork):
 
     def image(self, state: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """z = P(Aᵀd + λv), the image of the state v."""
-        return data_step(self.data_fidelity, self.blur, state, d, self.weight, injected or self.injected(d))
+        return data_step(self, state, d, injected or self.injected(d))
 
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: P Aᵀd."""
-        return tikhonov_start(self.data_fidelity, self.blur, d, self.weight, injected or self.injected(d))
+        return tikhonov_start(self, d, injected or self.injected(d))

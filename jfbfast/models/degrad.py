@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from jfbfast.implicit.methods import GradientMethod
 from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
+from jfbfast.models.data_step import basis_of_step, constants, diagonal_step, factors_of_images
 from jfbfast.models.implicit_network import ImplicitNetwork, check_operator
 from jfbfast.models.pretrained import set_gaussian
 from jfbfast.models.red import RED, log_parameter
 from jfbfast.models.sharing import load_shared
 from jfbfast.operators.data_fidelity import as_data_fidelity, check_quadratic
+from jfbfast.operators.eigenbasis import Eigenbasis
 from jfbfast.operators.iterative import IterativeOperator, LinearOperator, gradient, linear_operator
 from jfbfast.solvers import FixedPointSolver
 
@@ -57,7 +59,7 @@ class DEGrad(ImplicitNetwork):
         solver: None takes `Anderson()`.
         gradient: "jfb", "neumann", "phantom", "implicit", "shine" or "unrolled", or a gradient method (see
             `fixed_point`).
-        solve_dtype, compile_solve: as in `fixed_point`.
+        solve_dtype, compile_solve, cuda_graph: as in `fixed_point`.
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
@@ -93,6 +95,7 @@ class DEGrad(ImplicitNetwork):
         gradient: str | GradientMethod = "jfb",
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         operator: Any = None if blur is None else linear_operator("blur", blur)
         _check_options(regularizer, step_size, preconditioner, damping)
@@ -110,6 +113,7 @@ class DEGrad(ImplicitNetwork):
             gradient=gradient,
             solve_dtype=solve_dtype,
             compile_solve=compile_solve,
+            cuda_graph=cuda_graph,
         )
         self.regularizer: Any = regularizer
         self.data_fidelity = fidelity
@@ -194,12 +198,28 @@ class DEGrad(ImplicitNetwork):
         return int(isinstance(self.regularizer, RED) and self.regularizer.injection)
 
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
-        """The injection of a `RED`, if it has one, and then what the data fidelity keeps of d."""
+        """What the layer needs at every evaluation: the injection of a `RED`, if it has one, and then
+
+        - V* P Aᵀd, λ/(s + λ) and the factors of the filter, for a layer that `data_step` can compute in a basis V;
+        - what the data fidelity keeps of d, for any other.
+        """
         check_operator(self.blur)
-        own = self.data_fidelity.inputs(d)
-        if not isinstance(self.regularizer, RED):
-            return own
-        return *self.regularizer.injected(*self._seen(d, own)), *own
+        red = self.regularizer
+        if not isinstance(red, RED):
+            return self.data_fidelity.inputs(d)
+        basis = self._basis(d)
+        if basis is None:
+            own = self.data_fidelity.inputs(d)
+            return *red.injected(*self._seen(d, own)), *own
+        z, weight, squares = red.injected(self.blur, d), red.weight, basis.eigenvalues(d)
+        found = *z, *constants(basis, self.blur, d, weight, red.restoration(z[0], weight) if z else None)
+        return (*found, factors_of_images(red.seen_factors(squares).to(squares.dtype), d)) if red.filtered else found
+
+    def _basis(self, d: Tensor) -> Eigenbasis | None:
+        """The basis in which T is z + λP D(W x) for the measurements d; None for a layer without this form."""
+        if self.preconditioner is None or self.log_damping is not None:
+            return None
+        return basis_of_step(self.data_fidelity, self.blur, d)
 
     def _seen(self, d: Tensor, own: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
         """A and d as preconditioner, filter and injection see them: W^½A and W^½d for weighted least squares."""
@@ -209,6 +229,11 @@ class DEGrad(ImplicitNetwork):
         """T(x; d) for the images x and the measurements d of one batch; ``injected`` is what `injected` returned."""
         injected = injected or self.injected(d)
         z, own = injected[: self._injections], injected[self._injections :]
+        basis = self._basis(d)
+        if basis is not None:
+            restored, kept, *seen_factors = own
+            seen = basis.image(basis.coefficients(x) * seen_factors[0]).to(x.dtype) if seen_factors else x
+            return diagonal_step(basis, self.regularizer.denoised(seen, x, *z), restored, kept).to(x.dtype)
         operator, seen = self._seen(d, own)
         r = self.regularizer(x, operator, seen, *z) if isinstance(self.regularizer, RED) else self.regularizer(x)
         if r.shape != x.shape:
@@ -224,12 +249,16 @@ class DEGrad(ImplicitNetwork):
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
         check_operator(self.blur)
-        if injected and self._injections and self.preconditioner and self.log_damping is None:
-            return injected[0].detach()
-        if self.damping is None:
+        if self.preconditioner is None:
             own = injected[self._injections :] if injected else self.data_fidelity.inputs(d)
             return self.blur.adjoint(self.data_fidelity.measured(d, *own))
-        operator, seen = self._seen(d, (injected or self.injected(d))[self._injections :])
+        injected = injected or self.injected(d)
+        if self._injections and self.log_damping is None:
+            return injected[0].detach()
+        basis = self._basis(d)
+        if basis is not None:
+            return basis.image(injected[0]).to(d.dtype)
+        operator, seen = self._seen(d, injected[self._injections :])
         return operator.solve(operator.adjoint(seen), self.damping)
 
     @torch.no_grad()

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jfbfast.models.data_step import data_step, inputs_of_step, tikhonov_start
 from jfbfast.models.implicit_network import ImplicitNetwork, check_operator
 from jfbfast.models.red import log_parameter
-from jfbfast.operators.data_fidelity import DataFidelity, as_data_fidelity, check_quadratic
-from jfbfast.operators.iterative import LinearOperator, gradient, linear_operator, with_solve
+from jfbfast.operators.data_fidelity import as_data_fidelity, check_quadratic
+from jfbfast.operators.iterative import LinearOperator, linear_operator, with_solve
 
 
 class DEProx(ImplicitNetwork):
@@ -26,7 +27,7 @@ class DEProx(ImplicitNetwork):
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
         weight: λ > 0 of the preconditioned layer, the start of a learnable parameter; None for 0.05.
-        options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
+        options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
         ValueError: a value out of its range, or a network that is not a denoiser.
@@ -81,24 +82,24 @@ class DEProx(ImplicitNetwork):
         return None if self.log_weight is None else self.log_weight.exp()
 
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
-        """What the data fidelity keeps of d."""
-        return self.data_fidelity.inputs(d)
+        """What the step on the data needs at every evaluation."""
+        return inputs_of_step(self, d) if self.preconditioner else self.data_fidelity.inputs(d)
 
     def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T(x; d) for the images x and the measurements d of one batch; ``injected`` is what `injected` returned."""
         own = injected or self.injected(d)
-        if self.weight is not None:
-            return denoised(self.denoiser, data_step(self.data_fidelity, self.blur, x, d, self.weight, own))
-        assert self.step_size is not None
+        if self.step_size is None:
+            return denoised(self.denoiser, data_step(self, x, d, own))
         return denoised(self.denoiser, self.data_fidelity.descend(self.blur, x, d, None, self.step_size, *own))
 
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The default start of a solve: Aᵀd, or P Aᵀd for a preconditioned layer."""
-        if self.weight is None:
-            check_operator(self.blur)
-            return self.blur.adjoint(self.data_fidelity.measured(d, *(injected or self.injected(d))))
-        return tikhonov_start(self.data_fidelity, self.blur, d, self.weight, injected or self.injected(d))
+        own = injected or self.injected(d)
+        if self.preconditioner:
+            return tikhonov_start(self, d, own)
+        check_operator(self.blur)
+        return self.blur.adjoint(self.data_fidelity.measured(d, *own))
 
 
 def check_denoiser(denoiser: Any) -> None:
@@ -125,22 +126,3 @@ def denoised(denoiser: Any, x: Tensor) -> Tensor:
 def solvable(name: str, operator: Any) -> Any:
     """The operator with a ``solve``: its own, or an `IterativeOperator` around it; None for None."""
     return None if operator is None else with_solve(linear_operator(name, operator))
-
-
-def data_step(
-    fidelity: DataFidelity, operator: Any, x: Tensor, d: Tensor, weight: Tensor, own: tuple[Tensor, ...]
-) -> Tensor:
-    """The proximal operator of f/λ at x, x − P ∇f(x; d) = P(Aᵀd + λx); ``own`` is what the fidelity keeps of d."""
-    squares = fidelity.least_squares(operator, d, *own)
-    assert squares is not None
-    operator, d = squares
-    return x - operator.solve(gradient(operator, x, d, None), weight)
-
-
-def tikhonov_start(fidelity: DataFidelity, operator: Any, d: Tensor, weight: Tensor, own: tuple[Tensor, ...]) -> Tensor:
-    """P Aᵀd."""
-    check_operator(operator)
-    squares = fidelity.least_squares(operator, d, *own)
-    assert squares is not None
-    operator, d = squares
-    return operator.solve(operator.adjoint(d), weight)

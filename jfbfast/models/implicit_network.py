@@ -6,8 +6,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from jfbfast import checks
+from jfbfast.backends.tensors import per_sample
 from jfbfast.backends.tracing import untraced
 from jfbfast.implicit.autograd import ImplicitLayer
 from jfbfast.implicit.fixed_point import solve_fixed_point
@@ -26,7 +28,7 @@ from jfbfast.spectrum import optimal_averaging, ritz_values
 
 Network = TypeVar("Network", bound="ImplicitNetwork")
 
-_OPTIONS = ("averaging", "solver", "gradient", "solve_dtype", "compile_solve")
+_OPTIONS = ("averaging", "solver", "gradient", "solve_dtype", "compile_solve", "cuda_graph")
 
 
 def check_operator(blur: Any) -> None:
@@ -41,16 +43,16 @@ def check_operator(blur: Any) -> None:
 class ImplicitNetwork(Shared, nn.Module):
     """Restore measurements d = A x + noise as the fixed point of a layer T(x; d).
 
-    A subclass defines T in `step`. It may define where a solve starts, `start`, what depends on d alone, `injected`,
-    and the `image` that belongs to a fixed point, if that is not itself an image. Every such network is a reconstructor
-    of deepinv: ``network(y, physics)`` restores the measurements y of that physics.
+    A subclass defines T in `step`. It may define where a solve starts, `start`, what is the same at every evaluation,
+    `injected`, and the `image` that belongs to a fixed point, if that is not itself an image. Every such network is a
+    reconstructor of deepinv: ``network(y, physics)`` restores the measurements y of that physics.
 
     Args:
         blur: A, with ``adjoint``, or a linear physics of deepinv; None for a network whose every call brings its
             operator.
         averaging: α in (0, 1] of the layer T_α = (1 − α)x + αT(x), or "auto", as in `DEGrad`.
         solver: None takes `Anderson()`.
-        gradient, solve_dtype, compile_solve: as in `fixed_point`.
+        gradient, solve_dtype, compile_solve, cuda_graph: as in `fixed_point`.
 
     Attributes:
         solution: the `FixedPointSolution` of the last forward.
@@ -72,6 +74,7 @@ class ImplicitNetwork(Shared, nn.Module):
     """
 
     solution: FixedPointSolution | None
+    cuda_graph: bool = False  # of networks pickled before there was this option
     later_options = _OPTIONS
     card_tags = ("deblurring", "deep-equilibrium")
 
@@ -84,6 +87,7 @@ class ImplicitNetwork(Shared, nn.Module):
         gradient: str | GradientMethod = "jfb",
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.blur: Any = None if blur is None else linear_operator("blur", blur)
@@ -94,6 +98,7 @@ class ImplicitNetwork(Shared, nn.Module):
             gradient=gradient,
             solve_dtype=solve_dtype,
             compile_solve=compile_solve,
+            cuda_graph=cuda_graph,
         )
         self.solution = None
         self.register_state_dict_post_hook(record_operator)
@@ -107,6 +112,7 @@ class ImplicitNetwork(Shared, nn.Module):
         gradient: str | GradientMethod = "jfb",
         solve_dtype: torch.dtype | None = None,
         compile_solve: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         """Set all options of the constructor again; those that are left out get their defaults."""
         if averaging != "auto":
@@ -121,13 +127,14 @@ class ImplicitNetwork(Shared, nn.Module):
         self.gradient = gradient_method(gradient)
         self.solve_dtype = checked_solve_dtype(solve_dtype)
         self.compile_solve = compile_solve
+        self.cuda_graph = cuda_graph
 
     def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T(x; d) for the images x and the measurements d of one batch; ``injected`` is what `injected` returned."""
         raise NotImplementedError(f"{type(self).__name__} has no step; a subclass of ImplicitNetwork defines T there")
 
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
-        """What the layer needs that depends on d alone, (B, …) each: computed once a forward, with its gradient."""
+        """What the layer needs that is the same at every evaluation, (B, …) each: computed once, with its gradient."""
         return ()
 
     @torch.no_grad()
@@ -253,8 +260,7 @@ class ImplicitNetwork(Shared, nn.Module):
 
     def _restore(self, d: Tensor, x0: Tensor | None) -> tuple[Tensor, FixedPointSolution]:
         self._check_arguments(d, x0)
-        # Computed once, since it is the same at every evaluation.
-        injected = self.injected(d)
+        injected = self._injected_of_finite(d)  # computed once, since it is the same at every evaluation
         if x0 is None:
             x0 = self.start(d, *injected)
         self._check_dtype(x0)
@@ -268,8 +274,19 @@ class ImplicitNetwork(Shared, nn.Module):
             gradient=self.gradient,
             solve_dtype=self.solve_dtype,
             compile_solve=self.compile_solve,
+            cuda_graph=self.cuda_graph,
         )
         return self.image(state, d, *injected), solution
+
+    def _injected_of_finite(self, d: Tensor) -> tuple[Tensor, ...]:
+        """`injected`, but a sample of d that is not finite injects NaN without a gradient, which would be NaN too."""
+        if not torch.is_grad_enabled():
+            return self.injected(d)
+        finite = d.isfinite().flatten(1).all(1)
+        if d.device.type == "cpu" and finite.all():
+            return self.injected(d)
+        injected = self.injected(torch.where(per_sample(finite, d), d, 0))
+        return tuple([torch.where(per_sample(finite, each), each, torch.nan).to(each.dtype) for each in injected])
 
     def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:
         """Raise TypeError or ValueError for wrong arguments of `forward`."""
@@ -291,18 +308,19 @@ class ImplicitNetwork(Shared, nn.Module):
         if (x0.dtype, x0.device) != (like.dtype, like.device):
             raise ValueError(f"x0 is {x0.dtype} on {x0.device}; it takes what {name} is, {like.dtype} on {like.device}")
 
-    def _check_dtype(self, x0: Tensor) -> None:
-        """Raise ValueError if x0 has another dtype than the network's parameters; torch's own message is less clear.
+    def _check_dtype(self, state: Any) -> None:
+        """Raise ValueError if a solve starts in another dtype than the parameters'; torch's own message is less clear.
 
         Only networks of this package are checked, and not under autocast or with a hook, which may cast.
         """
-        if torch.is_autocast_enabled(x0.device.type):
+        x0 = next((leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)), None)  # all have one precision
+        if x0 is None or torch.is_autocast_enabled(x0.device.type):
             return
         for network in self.modules():
             if type(network) not in registry.NETWORKS.values() or network._forward_pre_hooks:
                 continue
             dtype = next(network.parameters()).dtype
-            if x0.dtype == dtype:
+            if x0.dtype.to_real() == dtype:
                 continue
             name = "d" if isinstance(self.blur, SeparableBlur) else "Aᵀd"
             raise ValueError(f"{name} is {x0.dtype}; it takes the dtype of the network's parameters, {dtype}")

@@ -18,12 +18,13 @@ from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
 from jfbfast.operators.data_fidelity import LeastSquares
+from jfbfast.operators.eigenbasis import DiagonalOperator
 
 _REGULARISATION = 1e-6  # relative to the squared norm of a difference of residuals, for float32
 _LARGEST_SIDE = 1024  # of images that are solved for by singular value decompositions
 
 
-class PlainBlur(nn.Module):
+class PlainBlur(DiagonalOperator, nn.Module):
     """A `SeparableBlur` or a `Blur` by convolutions and matrix products of PyTorch, with its methods for a layer.
 
     ``forward`` and ``adjoint`` take images of any size. ``solve`` and ``filter`` take images of one size, because they
@@ -95,20 +96,23 @@ class PlainBlur(nn.Module):
         """x − η(Aᵀ(A x − d) + r)."""
         return x - step_size * self.gradient(x, d, r)
 
-    def solve(self, b: Tensor, damping: float | Tensor) -> Tensor:
-        """(AᵀA + λI)⁻¹ b for b (B, C, H, W)."""
+    def eigenvalues(self, like: Tensor) -> Tensor:
+        """The eigenvalues of AᵀA."""
         if self.size is None:
             raise ValueError("size is None; the layer solves with AᵀA + λI, so it takes the (H, W) of d")
-        if b.shape[-2:] != self.size:
-            raise ValueError(f"b has {b.shape[-2]} × {b.shape[-1]} pixels; it takes {self.size[0]} × {self.size[1]}")
-        if self.v_y is None:
-            return torch.fft.irfft2(torch.fft.rfft2(b) / (self.power + damping), s=self.size)
-        coefficients = self.v_y.T @ b @ self.v_x / (self.power + damping)
-        return self.v_y @ coefficients @ self.v_x.T
+        return self.power
 
-    def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
-        """W x = x − δ(AᵀA + δI)⁻¹ x."""
-        return x - damping * self.solve(x, damping)
+    def coefficients(self, x: Tensor) -> Tensor:
+        """V* x for x (B, C, H, W)."""
+        if x.shape[-2:] != self.size:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it takes images of the size {self.size}")
+        return torch.fft.rfft2(x) if self.v_y is None else self.v_y.T @ x @ self.v_x
+
+    def image(self, coefficients: Tensor) -> Tensor:
+        """V c."""
+        if self.v_y is None:
+            return torch.fft.irfft2(coefficients, s=self.size)
+        return self.v_y @ coefficients @ self.v_x.T
 
     def _correlate(self, x: Tensor, kernel: Tensor) -> Tensor:
         """Correlate every channel of x (B, C, H, W) with the kernel (1, 1, k_y, k_x), without padding."""

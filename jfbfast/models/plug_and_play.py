@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from jfbfast.models import registry
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.sharing import Shared
 from jfbfast.models.unet import UNet
-from jfbfast.operators.blur import GaussianBlur, SeparableBlur
-from jfbfast.operators.convolution import Blur
+from jfbfast.models.universal import KnownBlur, check_measurement
+from jfbfast.operators.blur import GaussianBlur
 from jfbfast.solvers import Picard
 
 _STRONGEST = 2 * 49 / 255  # the first noise level of DPIR, on [−1, 1]
@@ -89,7 +88,7 @@ class PlugAndPlay(Shared, nn.Module):
     def __init__(
         self,
         denoiser: Callable[[Tensor, float], Tensor],
-        blur: SeparableBlur | Blur | None = None,
+        blur: KnownBlur | None = None,
         noise: float = 0.01,
         *,
         steps: int = 8,
@@ -109,7 +108,7 @@ class PlugAndPlay(Shared, nn.Module):
             raise ValueError(f"denoiser is {dict(config.denoiser)}; plug-and-play takes a GaussianDenoiser")
         return cls(network, config.blur(), config.noise, noise_range=config.noise_range or (0.0, 0.38))
 
-    def set_measurement(self, blur: Any, noise: float) -> None:
+    def set_measurement(self, blur: KnownBlur, noise: float) -> None:
         """Set the model for measurements with this blur and white noise of this level.
 
         Args:
@@ -120,10 +119,7 @@ class PlugAndPlay(Shared, nn.Module):
             ValueError: a noise level out of the model's range; the model stays as it was.
             TypeError: another kind of blur; the model stays as it was.
         """
-        if not isinstance(blur, (SeparableBlur, Blur)):
-            raise TypeError(f"blur is {type(blur).__name__}; it takes a SeparableBlur or a Blur")
-        low, high = self.noise_range
-        checks.number("noise", noise, lambda n: low <= n <= high, f"a number from {low:g} to {high:g}")
+        check_measurement(blur, noise, self.noise_range)
         self.blur, self.noise = blur, float(noise)
 
     def levels(self) -> list[float]:

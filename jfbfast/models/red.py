@@ -129,13 +129,20 @@ class RED(Described, nn.Module):
             if not callable(getattr(operator, method, None)):
                 kind, needed = type(operator).__name__, ", ".join(self.needs)
                 raise ValueError(f"operator is {kind}; this RED takes one with {needed}")
-        seen = operator.filter(x, self.filter_damping) if self.filtered else x
-        denoised = self.denoise(seen, x, *(self.injected(operator, d) if z is None else (z,)))
-        if denoised.shape != x.shape:
-            raise ValueError(
-                f"denoiser maps shape {tuple(x.shape)} to {tuple(denoised.shape)}; it takes one that keeps the shape"
-            )
+        seen = self.seen(x, operator) if self.filtered else x
+        denoised = self.denoised(seen, x, *(self.injected(operator, d) if z is None else (z,)))
         return (self.weight * (x - denoised)).to(x.dtype)
+
+    def seen(self, x: Tensor, operator: Any) -> Tensor:
+        """W x, which the denoiser sees with a filter."""
+        filtered: Tensor = operator.filter(x, self.filter_damping)
+        return filtered
+
+    def seen_factors(self, eigenvalues: Tensor) -> Tensor:
+        """The factors by which `seen` multiplies in the basis where AᵀA has these eigenvalues s: s/(s + δ)."""
+        damping = self.filter_damping
+        assert damping is not None
+        return eigenvalues / (eigenvalues + damping)
 
     def injected(self, operator: Any, d: Tensor | None) -> tuple[Tensor, ...]:
         """(z,), or () without an injection."""
@@ -144,6 +151,19 @@ class RED(Described, nn.Module):
         if d is None:
             raise ValueError("d is None; a RED with injection takes the measurements")
         return (operator.solve(operator.adjoint(d), self.weight),)
+
+    def restoration(self, z: Tensor, weight: Tensor) -> Tensor:
+        """P Aᵀd from the z that `injected` returned, and λ."""
+        return z
+
+    def denoised(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
+        """D's output; raises ValueError for a denoiser that changes the shape."""
+        denoised = self.denoise(seen, x, *injected)
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"denoiser maps shape {tuple(x.shape)} to {tuple(denoised.shape)}; it takes one that keeps the shape"
+            )
+        return denoised
 
     def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
         """Apply D to W x, and to z with an injection or to σ with a noise level; subclasses may use x as well."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jfbfast import checks
+from jfbfast.implicit.prepared import residual
 from jfbfast.models import registry
 from jfbfast.models.sharing import Shared
 
@@ -27,7 +28,7 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        return residual(self.layers, x)
 
 
 def _blocks(features: int, count: int) -> nn.Sequential:

@@ -15,6 +15,7 @@ from jfbfast.models.degrad import DEGrad
 from jfbfast.models.red import RED
 from jfbfast.operators.blur import GaussianBlur, SeparableBlur
 from jfbfast.operators.convolution import Blur
+from jfbfast.operators.eigenbasis import eigenbasis
 
 KnownBlur = SeparableBlur | Blur
 
@@ -30,14 +31,20 @@ def injected_channels(channels: int) -> int:
     return (1 + len(_SHARES)) * channels + 1
 
 
+def check_measurement(blur: Any, noise: float, noise_range: tuple[float, float]) -> None:
+    """Raise TypeError for an operator that is no known blur, ValueError for a noise level out of the range."""
+    if not isinstance(blur, KnownBlur):
+        raise TypeError(f"blur is {type(blur).__name__}; it takes a SeparableBlur or a Blur")
+    low, high = noise_range
+    checks.number("noise", noise, lambda n: low <= n <= high, f"a number from {low:g} to {high:g}")
+
+
 def power_spectrum(blur: KnownBlur) -> Tensor:
     """|a|² of a blur at 64 × 64 frequencies, from 0 in steps of 1/64 cycles per pixel; float64."""
     if isinstance(blur, SeparableBlur):
         psf = torch.outer(*(torch.tensor(taps, dtype=torch.float64) for taps in (blur.taps.y, blur.taps.x)))
-    elif isinstance(blur, Blur):
-        psf = blur.psf
     else:
-        raise TypeError(f"blur is {type(blur).__name__}; it takes a SeparableBlur or a Blur")
+        psf = blur.psf
     wrapped = torch.zeros(_FREQUENCIES, _FREQUENCIES, dtype=torch.float64)
     y, x = (torch.arange(n) % _FREQUENCIES for n in psf.shape)
     wrapped.index_put_((y[:, None], x), psf, accumulate=True)
@@ -131,15 +138,34 @@ class UniversalRED(RED):
         """(z,)."""
         if d is None:
             raise ValueError("d is None; a RED with injection takes the measurements")
-        b, weight = operator.adjoint(d), self.weight
-        restored = [(1 + share * weight) * operator.solve(b, share * weight) for share in _SHARES]
+        b, basis = operator.adjoint(d), eigenbasis(operator, d)
+        weight = self.weight
+        dampings = [share * weight for share in _SHARES]
+        if basis is None:
+            solved = [operator.solve(b, damping) for damping in dampings]
+        else:
+            coefficients, squares = basis.coefficients(b), basis.eigenvalues(b)
+            solved = [basis.image(coefficients / (squares + damping.to(squares.dtype))) for damping in dampings]
+        restored = [(1 + damping) * image for damping, image in zip(dampings, solved, strict=True)]
         measured = operator.normal(torch.ones_like(b[:, :1]))
         return (torch.cat([*restored, measured], 1).to(d.dtype),)
 
+    def restoration(self, z: Tensor, weight: Tensor) -> Tensor:
+        """P Aᵀd, the first restoration in z without its factor 1 + λ."""
+        return z[:, : z.shape[1] // len(_SHARES)] / (1 + weight)
+
+    def seen(self, x: Tensor, operator: Any) -> Tensor:
+        """(1 + δ)W x."""
+        return ((1 + self.filter_damping) * super().seen(x, operator)).to(x.dtype)
+
+    def seen_factors(self, eigenvalues: Tensor) -> Tensor:
+        """(1 + δ)s/(s + δ)."""
+        damping = self.filter_damping
+        return (1 + damping) * eigenvalues / (eigenvalues + damping)
+
     def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
-        """D((1 + δ) · seen, x, z; c)."""
-        scaled = ((1 + self.filter_damping) * seen).to(seen.dtype)
-        return self.denoiser(scaled, torch.cat([x, *injected], 1), condition=self.condition.unbind(-1))
+        """D(seen, x, z; c)."""
+        return self.denoiser(seen, torch.cat([x, *injected], 1), condition=self.condition.unbind(-1))
 
 
 @registry.model("universal")
@@ -151,7 +177,7 @@ class UniversalDEGrad(DEGrad):
         blur, noise: the first measurement, as in `set_measurement`; None for a Gaussian of σ = 1 pixel.
         noise_range: the least and the largest noise level that `set_measurement` takes.
         weight: of `UniversalRED`.
-        options: averaging, solver, gradient, solve_dtype and compile_solve of `DEGrad`.
+        options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
         ValueError: a value out of its range.
@@ -215,8 +241,7 @@ class UniversalDEGrad(DEGrad):
             ValueError: a noise level out of the model's range; the model stays as it was.
             TypeError: another kind of blur; the model stays as it was.
         """
-        low, high = self.noise_range
-        checks.number("noise", noise, lambda n: low <= n <= high, f"a number from {low:g} to {high:g}")
+        check_measurement(blur, noise, self.noise_range)
         condition = describe(power_spectrum(blur), noise)
         self.blur, self._noise = blur, float(noise)
         self.regularizer.condition = condition.to(self.regularizer.condition)
@@ -233,7 +258,7 @@ class UniversalDEGrad(DEGrad):
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
         """The first restoration in z, (1 + λ)P Aᵀd; P Aᵀd would be darker for a large λ."""
-        (z,) = injected or self.regularizer.injected(self.blur, d)
+        z = (injected or self.injected(d))[0]
         return z[:, : d.shape[1]].detach()
 
     def trained_for(self) -> str:

@@ -13,6 +13,7 @@ from jfbfast import checks
 from jfbfast.backends.reference import PADDING_MODES, gaussian_taps
 from jfbfast.backends.tensors import compute_dtype
 from jfbfast.operators import inverse, ops
+from jfbfast.operators.eigenbasis import SeparableBasis
 from jfbfast.operators.tables import Taps
 
 
@@ -154,6 +155,11 @@ class SeparableBlur(nn.Module):
         if damping.dim() and damping.shape[-2:] != (1, 1):
             raise ValueError(f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (…, 1, 1)")
         return ops.tikhonov(b, damping, *self.taps)
+
+    def eigenbasis(self, shape: Sequence[int]) -> SeparableBasis | None:
+        """The basis in which AᵀA is diagonal for images x (…, *shape); None for sides over 1024 pixels."""
+        height, width = shape
+        return SeparableBasis(self.taps, (height, width)) if max(shape) <= inverse.SVD_LIMIT else None
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: the part of x that A preserves.

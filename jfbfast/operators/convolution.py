@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jfbfast.backends.tensors import compute_dtype
 from jfbfast.backends.tracing import untraced
 from jfbfast.operators import spectral, spectral_inverse
 from jfbfast.operators.blur import SeparableBlur, check_fixed
+from jfbfast.operators.eigenbasis import Eigenbasis, FourierBasis
 from jfbfast.operators.inverse import scalar_gradient
 from jfbfast.operators.spectral import Kernel
 
@@ -156,6 +158,13 @@ class Blur(nn.Module):
         if damping.dim() and damping.shape[-2:] != (1, 1):
             raise ValueError(f"damping has shape {tuple(damping.shape)}; it takes a number, or shape () or (…, 1, 1)")
         return _tikhonov(b, damping, self._kernel, self.tol, self.max_iter)
+
+    def eigenbasis(self, shape: Sequence[int]) -> Eigenbasis | None:
+        """The basis in which AᵀA is diagonal for images x (…, *shape); None where ``solve`` iterates."""
+        if self._separable:
+            return self._separable[0].eigenbasis(shape)
+        height, width = shape
+        return FourierBasis(self._kernel, (height, width)) if self.padding_mode == "circular" else None
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """W x with the Tikhonov filter W = AᵀA(AᵀA + δI)⁻¹ = I − δ(AᵀA + δI)⁻¹: the part of x that A preserves."""

@@ -60,6 +60,10 @@ class DataFidelity(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no gradient; a subclass of DataFidelity defines it")
 
+    def value(self, operator: Any, x: Tensor, d: Tensor, *inputs: Tensor) -> Tensor:
+        """f(x; d) of each sample, (B,); no layer needs it."""
+        raise NotImplementedError(f"{type(self).__name__} has no value; a subclass of DataFidelity may define it")
+
     def measured(self, d: Tensor, *inputs: Tensor) -> Tensor:
         """d, with zeros where nothing was measured: what a solve starts from."""
         return d
@@ -89,7 +93,7 @@ class LeastSquares(DataFidelity):
 
     may_hold_sample_data = False
 
-    def value(self, operator: Any, x: Tensor, d: Tensor) -> Tensor:
+    def value(self, operator: Any, x: Tensor, d: Tensor) -> Tensor:  # type: ignore[override]
         """f(x; d) of each sample, (B,)."""
         return (operator(x) - d).abs().square().flatten(1).sum(1) / 2
 
@@ -179,7 +183,7 @@ class WeightedLeastSquares(DataFidelity):
         """d, with zeros where w = 0."""
         return torch.where(weights > 0, d, 0)
 
-    def value(self, operator: Any, x: Tensor, d: Tensor, weights: Tensor) -> Tensor:
+    def value(self, operator: Any, x: Tensor, d: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         """f(x; d) of each sample, (B,)."""
         return (weights * (operator(x) - self.measured(d, weights)).abs().square()).flatten(1).sum(1) / 2
 
@@ -272,7 +276,7 @@ class Poisson(DataFidelity):
         u = operator(x) + self.background
         return u.clamp_min(self.floor), (u - self.floor).clamp_max(0)
 
-    def value(self, operator: Any, x: Tensor, d: Tensor, y: Tensor) -> Tensor:
+    def value(self, operator: Any, x: Tensor, d: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         """f(x; d) of each sample, (B,)."""
         u, below = self._light(operator, x)
         t = below / self.floor
@@ -306,7 +310,7 @@ class _DeepinvFidelity(DataFidelity):
         super().__init__()
         self.fidelity = fidelity
 
-    def value(self, operator: Any, x: Tensor, d: Tensor) -> Tensor:
+    def value(self, operator: Any, x: Tensor, d: Tensor) -> Tensor:  # type: ignore[override]
         return self.fidelity.fn(x, d, _as_physics(operator))
 
     def gradient(self, operator: Any, x: Tensor, d: Tensor) -> Tensor:  # type: ignore[override]

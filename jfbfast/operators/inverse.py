@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jfbfast.backends import reference
 from jfbfast.backends.dispatch import kernels
+from jfbfast.backends.graphs import cached_tensors
 from jfbfast.backends.precision import full_precision
 from jfbfast.backends.reference import SVD
 from jfbfast.backends.tensors import compute_dtype
@@ -30,13 +31,29 @@ def _axis_svd(taps: tuple[float, ...], n: int, padding_mode: str) -> SVD:
         return reference.svd(axis_table(taps, n, padding_mode), padding_mode == "circular")
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(maxsize=64)
 def factors(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[SVD, SVD]:
     """The SVDs of B₁ and B₂, computed in float64 and rounded to ``dtype``."""
     with torch.inference_mode(False), torch.no_grad():
         pair = [_axis_svd(t, n, taps.padding_mode) for t, n in zip((taps.y, taps.x), shape, strict=True)]
         y, x = (SVD(*(factor.to(device, dtype) for factor in svd)) for svd in pair)
         return y, x
+
+
+@cached_tensors(maxsize=64)
+def eigenvalues(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eigenvalues of AᵀA in the basis of `change_basis`, (H, W)."""
+    with torch.inference_mode(False), torch.no_grad():
+        return reference.eigenvalues(*factors(taps, shape, torch.float64, torch.device("cpu"))).to(device, dtype)
+
+
+def change_basis(x: Tensor, taps: Taps, back: bool) -> Tensor:
+    """The coefficients V* x of images x (…, H, W) in the basis where AᵀA is diagonal, or V x if ``back``.
+
+    They have the dtype in which images like x are computed; no gradient is recorded.
+    """
+    with full_precision(x.device), torch.no_grad():
+        return reference.change_basis(x, *factors(taps, x.shape[-2:], compute_dtype(x.dtype), x.device), back)
 
 
 def check_invertible(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -59,7 +76,9 @@ def tikhonov(b: Tensor, damping: Tensor, taps: Taps) -> Tensor:
     dtype, shape, device = compute_dtype(b.dtype), b.shape[-2:], b.device
     with full_precision(device), torch.no_grad():
         if max(shape) <= SVD_LIMIT:
-            return reference.tikhonov(b, damping.to(dtype), *factors(taps, shape, dtype, device))
+            basis, squares = factors(taps, shape, dtype, device), eigenvalues(taps, shape, dtype, device)
+            coefficients = reference.change_basis(b, *basis, back=False) / (squares + damping.to(dtype))
+            return reference.change_basis(coefficients, *basis, back=True).to(b.dtype)
         wide = dtype if device.type == "mps" else torch.float64  # in float32 the recurrence's residual drifts
         return _conjugate_gradients(b.to(wide), damping.to(wide), taps, TOLERANCE[dtype]).to(b.dtype)
 

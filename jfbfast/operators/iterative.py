@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -115,7 +116,7 @@ class IterativeOperator(nn.Module):
 
     Everything is differentiable in the images and the damping, also twice; the derivatives of a solve are
     solves too. What A computes from learnable parameters gets its gradient as well, once: a gradient in the parameters
-    of A cannot be differentiated again.
+    of A with create_graph=True raises a RuntimeError.
 
     Args:
         operator: A, a module from (B, …) to (B, …) with ``adjoint`` that treats each sample by itself, or a linear
@@ -167,6 +168,9 @@ class IterativeOperator(nn.Module):
                 raise
         return getattr(getattr(self.operator, "physics", self.operator), name)
 
+    def eigenbasis(self, shape: Sequence[int]) -> None:
+        """None, whatever A has, since this class solves by conjugate gradients."""
+
     def normal(self, x: Tensor) -> Tensor:
         """AᵀA x."""
         return self.adjoint(self(x))
@@ -210,7 +214,7 @@ class IterativeOperator(nn.Module):
         with full_precision(b.device):
             back = self.normal(torch.where(x.isfinite(), x, 0).to(wide))
         if back.requires_grad:
-            b = b - (back - back.detach()).to(b.dtype)
+            b = b - (_Once.apply(back) - back.detach()).to(b.dtype)
         return _Tikhonov.apply(b, damping, x, self)
 
     def filter(self, x: Tensor, damping: float | Tensor) -> Tensor:
@@ -236,6 +240,27 @@ class IterativeOperator(nn.Module):
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype to solve in for images of ``dtype``."""
     return dtype if dtype.is_complex else compute_dtype(dtype)
+
+
+class _Once(torch.autograd.Function):
+    """The identity, for what can be differentiated once: its second derivative would lack the terms through x₀."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph is True for a gradient in the parameters of A; the gradient of a solve by conjugate "
+                "gradients has no derivative there, so it takes False, or inputs= without the parameters of A"
+            )
+        return g
 
 
 class _Tikhonov(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """The separable blur as torch.library ops: schema, implementation, fake kernel, autograd and vmap of each.
 
-``jfbfast::blur``      A x, or Aᵀ x
-``jfbfast::gradient``  g = Aᵀ(A x − d) + r, or with a step size η the gradient step x − ηg
-``jfbfast::tikhonov``  (AᵀA + λI)⁻¹ b
+``jfbfast::blur``          A x, or Aᵀ x
+``jfbfast::gradient``      g = Aᵀ(A x − d) + r, or with a step size η the gradient step x − ηg
+``jfbfast::tikhonov``      (AᵀA + λI)⁻¹ b
+``jfbfast::change_basis``  V* x in the basis where AᵀA is diagonal, or V x; float32 for images of half precision
 
 Each takes images (…, H, W) and the two filters with their padding mode, and returns a contiguous tensor. At each
 call `dispatch.kernels` decides which module computes it. The convolution's ops are in jfbfast/backends/conv3x3.py.
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from jfbfast.backends.dispatch import DTYPES, check_reverse_mode, kernels
-from jfbfast.backends.tensors import padded
+from jfbfast.backends.tensors import compute_dtype, padded
 from jfbfast.operators import frame, inverse
 from jfbfast.operators.tables import Taps, bands
 
@@ -35,12 +36,14 @@ for _name, _arguments in (
     ("blur", f"Tensor x, {_FILTERS}, bool adjoint=False"),
     ("gradient", f"Tensor x, Tensor? d, Tensor? r, Tensor? step_size, {_FILTERS}"),
     ("tikhonov", f"Tensor b, Tensor damping, {_FILTERS}"),
+    ("change_basis", f"Tensor x, bool back, {_FILTERS}"),
 ):
     torch.library.define(f"jfbfast::{_name}", f"({_arguments}) -> Tensor", tags=_TAGS)
 
 blur = torch.ops.jfbfast.blur
 gradient = torch.ops.jfbfast.gradient
 tikhonov = torch.ops.jfbfast.tikhonov
+change_basis = torch.ops.jfbfast.change_basis
 
 
 def _check(name: str, x: Tensor) -> None:
@@ -98,6 +101,17 @@ def _tikhonov(b: Tensor, damping: Tensor, taps_y: Filter, taps_x: Filter, paddin
     return inverse.tikhonov(b, damping, Taps(tuple(taps_y), tuple(taps_x), padding_mode)).contiguous()
 
 
+@torch.library.impl("jfbfast::change_basis", "default")
+def _change_basis(x: Tensor, back: bool, taps_y: Filter, taps_x: Filter, padding_mode: str) -> Tensor:
+    _check("x", x)
+    return inverse.change_basis(x, Taps(tuple(taps_y), tuple(taps_x), padding_mode), back).contiguous()
+
+
+@torch.library.register_fake("jfbfast::change_basis")
+def _like_coefficients(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, dtype=compute_dtype(x.dtype), memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("jfbfast::blur")
 def _like_blurred(x: Tensor, taps_y: Filter, taps_x: Filter, padding_mode: str, adjoint: bool = False) -> Tensor:
     margin = Taps(tuple(taps_y), tuple(taps_x), padding_mode).margin
@@ -147,6 +161,16 @@ def _tikhonov_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return u, inverse.scalar_gradient(u, x, damping) if ctx.needs_input_grad[1] else None, None, None, None
 
 
+def _keep_change(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.back, *ctx.filters = inputs
+    ctx.dtype = x.dtype
+
+
+def _change_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return change_basis(g, not ctx.back, *ctx.filters).to(ctx.dtype), None, None, None, None
+
+
+torch.library.register_autograd("jfbfast::change_basis", _change_backward, setup_context=_keep_change)
 torch.library.register_autograd("jfbfast::blur", _blur_backward, setup_context=_keep_blur)
 torch.library.register_autograd("jfbfast::gradient", _gradient_backward, setup_context=_keep_gradient)
 torch.library.register_autograd("jfbfast::tikhonov", _tikhonov_backward, setup_context=_keep_tikhonov)
@@ -162,6 +186,11 @@ def _to_front(info: Any, tensor: Any, dim: int | None) -> Any:
 @torch.library.register_vmap("jfbfast::blur")
 def _blur_vmap(info: Any, dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
     return blur(_to_front(info, x, dims[0]), *rest), 0
+
+
+@torch.library.register_vmap("jfbfast::change_basis")
+def _change_vmap(info: Any, dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    return change_basis(_to_front(info, x, dims[0]), *rest), 0
 
 
 @torch.library.register_vmap("jfbfast::gradient")
@@ -198,6 +227,12 @@ def _blur_flops(
 def _gradient_flops(x: Sequence[int], d: Any, r: Any, step_size: Any, *filters: Any, **__: Any) -> int:
     """A and Aᵀ."""
     return 2 * math.prod(x) * sum(map(len, filters[:2])) * 2
+
+
+@register_flop_formula(change_basis)
+def _change_flops(x: Sequence[int], *_: Any, **__: Any) -> int:
+    """The two products with the singular vectors."""
+    return 2 * math.prod(x) * (x[-2] + x[-1])
 
 
 @register_flop_formula(tikhonov)

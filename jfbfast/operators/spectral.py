@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jfbfast.backends.graphs import cached_tensors
 from jfbfast.backends.tensors import compute_dtype
 
 Size = tuple[int, int]
@@ -112,7 +113,7 @@ def torus_of(kernel: Kernel, shape: Size) -> Size:
     return h, w
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(maxsize=64)
 def transfer(kernel: Kernel, torus: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """C's spectrum ĥ on the torus, (N_y, N_x // 2 + 1), such that A x begins at pixel (0, 0) of C's output."""
     with torch.inference_mode(False), torch.no_grad():
@@ -124,7 +125,7 @@ def transfer(kernel: Kernel, torus: Size, dtype: torch.dtype, device: torch.devi
         return torch.fft.rfft2(placed).to(device, complex_dtype)
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(maxsize=64)
 def power(kernel: Kernel, torus: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """|ĥ|², (N_y, N_x // 2 + 1)."""
     with torch.inference_mode(False), torch.no_grad():

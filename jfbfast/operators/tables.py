@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jfbfast.backends import reference
+from jfbfast.backends.graphs import cached_tensors
 from jfbfast.backends.reference import Bands
 from jfbfast.backends.tensors import compute_dtype
 
@@ -39,7 +40,7 @@ def axis_table(taps: tuple[float, ...], n: int, padding_mode: str) -> Tensor:
         return reference.band_table(taps, n, padding_mode)
 
 
-@lru_cache(maxsize=256)
+@cached_tensors(maxsize=256)
 def bands(taps: Taps, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, adjoint: bool) -> Bands:
     """The tables of A, or of Aᵀ, for images (…, *shape) of ``dtype`` on ``device``.
 

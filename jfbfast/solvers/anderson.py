@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,11 @@ class Anderson(FixedPointSolver):
             x0.device, "anderson_solve", dtype=x0.dtype, memory=self.memory, estimate=phase.estimate
         )
         if hasattr(kernels, "AndersonSolve"):
+            by_graphs = getattr(phase.layer, "solve", None)
+            if by_graphs is not None and hasattr(kernels.AndersonSolve, "restart"):
+                found = by_graphs(phase, self, partial(self._start, kernels.AndersonSolve, phase))
+                if found is not None:
+                    return found
             return self._run_compiled(phase, kernels.AndersonSolve)
         return super()._run(phase)
 
@@ -78,16 +84,7 @@ class Anderson(FixedPointSolver):
             solve: the class `AndersonSolve` of a backend. On a GPU, its ``running`` is one step behind.
         """
         x, inputs = phase.flat_start(), phase.inputs
-        state = solve(
-            x,
-            tol=self.tol,
-            atol=self.atol,
-            memory=self.memory,
-            regularization=self.regularization,
-            history_dtype=self.history_dtype,
-            budget=phase.budget,
-            stall_floor=phase.stall_floor,
-        )
+        state = self._start(solve, phase, x, phase.budget)
         for _ in range(phase.longest):
             x = state.step(x, phase.evaluate(x, inputs))
             running = state.running()
@@ -97,8 +94,20 @@ class Anderson(FixedPointSolver):
             if inputs and few_remain(remaining, len(x)):
                 rows = state.select(running)
                 x, inputs = x[rows], tuple([v[rows] for v in inputs])
-        value, residual, iterations, status, *following = state.finish()
-        return FixedPointSolution(value, residual, iterations, status, following=following[0] if following else None)
+        value, residual, iterations, status, following = state.finish()
+        return FixedPointSolution(value, residual, iterations, status, following=following)
+
+    def _start(self, solve: Any, phase: Phase, x: Tensor, budget: Tensor) -> Any:
+        return solve(
+            x,
+            tol=self.tol,
+            atol=self.atol,
+            memory=self.memory,
+            regularization=self.regularization,
+            history_dtype=self.history_dtype,
+            budget=budget,
+            stall_floor=phase.stall_floor,
+        )
 
 
 class _AndersonIteration(Iteration):

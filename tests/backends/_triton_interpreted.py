@@ -264,3 +264,50 @@ def test_comparison_catches_an_adjoint_not_transposed(mode):
     x = torch.randn(1, 9, 8, dtype=torch.float64)
     exact = reference.gradient(x, None, None, bands, adjoint)
     assert error(kernels.gradient(x, None, None, bands, bands), exact) > 1e-2
+
+
+def added(dtype: torch.dtype, shape: tuple[int, ...], bias: bool, addend: bool, relu: bool) -> tuple[Tensor, Tensor]:
+    """What the kernel makes of a channels-last image in guarded memory, and the expectation in float64."""
+    batch, channels, height, width = shape
+    torch.manual_seed(0)
+    values, other = torch.randn(2, batch, height, width, channels).to(dtype)
+    weights = guarded(torch.randn(channels).to(dtype), float("nan")) if bias else None
+    out = guarded(values, SENTINEL)
+    added = guarded(other, float("nan")).permute(0, 3, 1, 2) if addend else None
+    expected = reference.add_relu(
+        values.double().permute(0, 3, 1, 2).clone(),
+        None if weights is None else weights.double(),
+        None if added is None else added.double(),
+        relu,
+    )
+    found = kernels.add_relu(out.permute(0, 3, 1, 2), weights, added, relu)
+    assert found.data_ptr() == out.data_ptr() and margins_intact(out)
+    return found, expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "bias", "addend", "relu"),
+    [
+        *((dtype, (2, 5, 3, 7), True, True, False) for dtype in DTYPES),
+        (torch.float32, (1, 64, 6, 5), True, False, True),  # two programs
+        (torch.float32, (1, 1, 1, 2), False, True, True),
+    ],
+)
+def test_bias_addend_and_relu(dtype, shape, bias, addend, relu):
+    found, expected = added(dtype, shape, bias, addend, relu)
+    assert error(found, expected) <= torch.finfo(dtype).eps
+
+
+def test_a_nan_passes_the_relu_and_other_layouts_are_served():
+    out = torch.tensor([[[[torch.nan, -1.0]]]])
+    assert kernels.add_relu(out, None, None, True).isnan().tolist() == [[[[True, False]]]]
+    out = torch.randn(2, 3, 4, 5)
+    expected = reference.add_relu(out.clone(), torch.arange(3.0), None, True)
+    assert kernels.add_relu(out, torch.arange(3.0), None, True).equal(expected)
+
+
+def test_the_guards_catch_a_mask_that_is_too_wide():
+    out = guarded(torch.randn(1, 5, 5, 3), SENTINEL)
+    constants = {"CHANNELS": 3, "RELU": True, "ACC": tl.float32, "BLOCK": 1024, "VECTOR": 1}
+    launch.add_relu_kernel[(1,)](out, None, None, out.numel() + 1, **constants)
+    assert not margins_intact(out)

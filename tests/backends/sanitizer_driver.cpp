@@ -11,6 +11,7 @@
 #include "blur.cpp"
 #include "decide.cpp"
 #include "gradient.cpp"
+#include "pool.cpp"
 #include "winograd.cpp"
 
 using namespace jfbfast;
@@ -222,12 +223,15 @@ void check_solve(DType dtype, DType history, double tol, std::int64_t size) {
     }
 }
 
-void check_convolution(int height, int width, int in, int out, bool relu) {
+template <class S>
+void check_convolution(DType dtype, double tolerance, int height, int width, int in, int out, bool relu) {
     const ImageShape shape{2, height, width, in, out};
-    const auto x = image<float>(2 * height * width * in), weight = image<float>(out * in * 9), bias = image<float>(out);
-    std::vector<float> transformed(36 * winograd_plane(in, out)), convolved(2 * height * width * out);
-    isa::winograd_weights(weight.data(), transformed.data(), in, out, 1);
-    isa::convolution({x.data(), transformed.data(), bias.data(), convolved.data(), relu}, shape, 1);
+    const auto x = image<S>(2 * height * width * in);
+    const auto weight = image<float>(out * in * 9), bias = image<float>(out);
+    std::vector<float> transformed(36 * winograd_plane(in, out));
+    std::vector<S> convolved(2 * height * width * out);
+    isa::winograd_weights(weight.data(), transformed.data(), in, out, false, 1);
+    isa::convolution(dtype, {x.data(), transformed.data(), bias.data(), convolved.data(), relu}, shape, 1);
     for (int pixel = 0; pixel < 2 * height * width; ++pixel)
         for (int o = 0; o < out; ++o) {
             const int y = pixel / width % height, z = pixel % width;
@@ -235,30 +239,31 @@ void check_convolution(int height, int width, int in, int out, bool relu) {
             for (int i = -1; i <= 1; ++i)
                 for (int j = -1; j <= 1; ++j) {
                     if (y + i < 0 || y + i >= height || z + j < 0 || z + j >= width) continue;
-                    const float* const from = x.data() + (pixel + i * width + j) * in;
-                    for (int c = 0; c < in; ++c) sum += double(from[c]) * weight[(o * in + c) * 9 + 3 * i + j + 4];
+                    const S* const from = x.data() + (pixel + i * width + j) * in;
+                    for (int c = 0; c < in; ++c) sum += value(from[c]) * weight[(o * in + c) * 9 + 3 * i + j + 4];
                 }
-            expect_close(convolved[pixel * out + o], relu && sum < 0 ? 0 : sum, 1e-4, "convolution");
+            expect_close(value(convolved[pixel * out + o]), relu && sum < 0 ? 0 : sum, tolerance, "convolution");
         }
 }
 
-void check_weight_gradient(int height, int width, int in, int out) {
+template <class S>
+void check_weight_gradient(DType dtype, int height, int width, int in, int out) {
     const ImageShape shape{2, height, width, in, out};
-    const auto x = image<float>(2 * height * width * in), gradient = image<float>(2 * height * width * out);
+    const auto x = image<S>(2 * height * width * in), gradient = image<S>(2 * height * width * out);
     std::vector<float> weight(out * in * 9), bias(out);
-    isa::weight_gradient({x.data(), gradient.data(), weight.data(), bias.data()}, shape, 1);
+    isa::weight_gradient(dtype, {x.data(), gradient.data(), weight.data(), bias.data()}, shape, 1);
     for (int o = 0; o < out; ++o) {
         double total = 0;
         std::vector<double> sums(in * 9);
         for (int pixel = 0; pixel < 2 * height * width; ++pixel) {
             const int y = pixel / width % height, z = pixel % width;
-            const double g = gradient[pixel * out + o];
+            const double g = value(gradient[pixel * out + o]);
             total += g;
             for (int i = -1; i <= 1; ++i)
                 for (int j = -1; j <= 1; ++j) {
                     if (y + i < 0 || y + i >= height || z + j < 0 || z + j >= width) continue;
-                    const float* const from = x.data() + (pixel + i * width + j) * in;
-                    for (int c = 0; c < in; ++c) sums[c * 9 + 3 * i + j + 4] += g * from[c];
+                    const S* const from = x.data() + (pixel + i * width + j) * in;
+                    for (int c = 0; c < in; ++c) sums[c * 9 + 3 * i + j + 4] += g * value(from[c]);
                 }
         }
         expect_close(bias[o], total, 1e-4, "bias gradient");
@@ -298,8 +303,11 @@ int main() {
     const int channels[][2] = {{1, 1}, {3, 17}, {16, 16}, {20, 80}};
     for (const auto& size : sizes)
         for (const auto& c : channels) {
-            check_convolution(size[0], size[1], c[0], c[1], c[0] > 3);
-            check_weight_gradient(size[0], size[1], c[0], c[1]);
+            const int height = size[0], width = size[1];
+            check_convolution<float>(DType::kFloat32, 1e-4, height, width, c[0], c[1], c[0] > 3);
+            check_convolution<bfloat16>(DType::kBFloat16, 1e-2, height, width, c[0], c[1], c[0] > 3);
+            check_weight_gradient<float>(DType::kFloat32, height, width, c[0], c[1]);
+            check_weight_gradient<bfloat16>(DType::kBFloat16, height, width, c[0], c[1]);
         }
     std::printf("%d failures\n", failures);
     return failures ? 1 : 0;

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sysconfig
 from contextlib import nullcontext
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -33,24 +30,6 @@ def test_it_says_why_it_is_not_available() -> None:
 def test_a_tensor_on_the_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(2, 8\) .* on cpu"):
         AndersonCuda(torch.zeros(2, 8), tol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """jfbfast._cuda with the kernels of tests/backends/cuda/emulate.h in place of a GPU's."""
-    pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("module")
-    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(SOURCES), str(TESTS / "cuda")]
-    source = "".join(f'#include "{path.name}"\n' for path in SOURCES.glob("*.c*") if path.suffix != ".cuh")
-    target = folder / "_cuda.so"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-x", "c++", "-"]
-    command += [*(f"-I{path}" for path in includes), "-o", str(target)]
-    subprocess.run(command, input=source, text=True, check=True)
-    spec = spec_from_file_location("_cuda", target)
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_constants_of_the_kernels_are_those_of_python(emulated_module: ModuleType) -> None:
@@ -118,7 +97,7 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 
 def agrees_with_the_solver(batch: int, size: int, dtype: torch.dtype, history: torch.dtype | None, device: str) -> None:
     problem = Contraction(batch, size, dtype, device)
-    value, residual, iterations, status = solve(problem, history)
+    value, residual, iterations, status, following = solve(problem, history)
     exact = [v.cpu().double() for v in (problem.q, problem.b)]
     expected = jfbfast.Anderson(tol=1e-5, max_iter=STEPS).solve(
         lambda x, q, b: q * x + b, problem.start.cpu().double(), exact
@@ -128,6 +107,8 @@ def agrees_with_the_solver(batch: int, size: int, dtype: torch.dtype, history: t
     f = problem(value.double())
     claimed = (f - value.double()).norm(dim=1) / f.norm(dim=1)
     torch.testing.assert_close(residual, claimed, rtol=0.02, atol=1e-7)
+    ahead = (problem(following) - following).norm(dim=1)
+    assert (ahead <= (f - value).norm(dim=1)).all()
 
 
 @pytest.mark.parametrize(("dtype", "history"), HISTORIES)
@@ -216,8 +197,8 @@ def test_a_sample_that_has_spent_its_budget_keeps_its_best_iterate(device: str) 
 
 
 @pytest.mark.parametrize("inputs", [False, True])
-def test_the_solver_evaluates_the_layer_one_extra_time(device: str, inputs: bool) -> None:
-    """The host is one step behind the device, however far that is behind the host."""
+def test_the_solver_evaluates_no_more_than_it_needs(device: str, inputs: bool) -> None:
+    """The host is one step behind the device, except where the residuals predict the end."""
     problem = Contraction(5, 130, torch.float32, device)
     calls = []
 
@@ -228,7 +209,36 @@ def test_the_solver_evaluates_the_layer_one_extra_time(device: str, inputs: bool
     given = (problem.q, problem.b) if inputs else ()
     solution = jfbfast.Anderson(tol=1e-4).solve(layer, problem.start, given)
     assert (solution.status == jfbfast.Status.CONVERGED).all()
-    assert len(calls) == int(solution.iterations.max()) + 1
+    assert len(calls) == int(solution.iterations.max())
+
+
+def test_the_solver_evaluates_once_more_after_a_sudden_end(device: str) -> None:
+    problem = Contraction(2, 30, torch.float64, device)
+    calls = []
+
+    def layer(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return problem(x) if len(calls) < 4 else x.clone()
+
+    solution = jfbfast.Anderson(tol=1e-4).solve(layer, problem.start)
+    assert solution.iterations.tolist() == [4, 4] and len(calls) == 5
+    assert solution.following is not None
+    torch.testing.assert_close(solution.following, solution.value, rtol=0, atol=0)
+
+
+def test_the_following_iterate_is_the_one_of_the_shared_loop(device: str) -> None:
+    """Also for a sample that converges at once, and for one that diverges, which has its value there."""
+    problem = Contraction(4, 60, torch.float64, device)
+    problem.q[1] = -1e5
+    problem.b[2] = 0
+    given = (problem.q, problem.b)
+    expected = jfbfast.Anderson(tol=1e-4).solve(lambda x, q, b: q * x + b, problem.start, given, estimate=True)
+    found = jfbfast.Anderson(tol=1e-4).solve(lambda x, q, b: q * x + b, problem.start, given)
+    assert found.status.tolist() == expected.status.tolist() and found.following is not None
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.following[2], problem.start[2])
+    rows = [0, 1, 3]
+    torch.testing.assert_close(found.following[rows], expected.following[rows], rtol=1e-6, atol=1e-8)  # type: ignore
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 
 from helpers.triton_aot import ARCHITECTURES, Compiled, compile_kernel
 from jfbfast.backends.reference import Bands
 from jfbfast.kernels import launch
+from jfbfast.kernels.elementwise import add_relu_kernel
 from jfbfast.kernels.launch import Plan, Tile
 from jfbfast.kernels.stream import blur_kernel, gradient_kernel
 from jfbfast.kernels.wide import wide_kernel
@@ -182,3 +184,24 @@ def test_scattered_loads_are_caught(tmp_path, monkeypatch):
 
 def test_a_small_tile_is_caught():
     assert issued_over_compulsory(Tile(32, 32, 4), 2) > 1.35
+
+
+@pytest.mark.parametrize("image", ["fp32", "bf16"])
+def test_what_follows_a_convolution_moves_128_bits_a_lane(image: str, tmp_path: Path) -> None:
+    block = launch.ADD_RELU_BLOCK // 4  # of one warp
+    constants: Any = {"CHANNELS": 64, "RELU": True, "ACC": tl.float32, "BLOCK": block, "VECTOR": 8}
+    compiled = compile_kernel(add_relu_kernel, constants, 90, tmp_path, image=image)
+    assert fits(compiled)
+    vector = ".v4.b32"
+    times = BITS[image] * launch.ADD_RELU_BLOCK // 4 // 32 // 128
+    assert compiled.accesses["ld.global" + vector] >= 2 * times  # the bias too, where its channels are neighbours
+    assert compiled.accesses["st.global" + vector] == times
+
+
+def test_a_plan_is_made_once_for_each_shape_and_table_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, tables = torch.Size((2, 3, 64, 64)), bands(2, False, False)
+    plan = launch.plan(shape, tables, adjoint=True)
+    assert launch.plan(shape, tables, adjoint=True) is plan
+    assert launch.plan(shape, tables, adjoint=False) != plan
+    monkeypatch.setitem(launch.GRADIENT_TILES, 2, (Tile(64, 32, 2),))
+    assert launch.plan(shape, tables, adjoint=True).constants["U"] == 2

@@ -125,7 +125,7 @@ def test_nothing_is_written_or_read_outside(channels: tuple[int, int]) -> None:
     )
     out = guarded(torch.zeros(2, 7, 10, channels[1]), 7.0)
     addresses = (t.data_ptr() + 4 * 64 for t in (images, kernels, biases, out))
-    native._native.convolution(*addresses, False, (2, 7, 10, *channels), 1)
+    native._native.convolution(native._DTYPES[torch.float32], *addresses, False, (2, 7, 10, *channels), 1)
     assert torch.equal(out[64:-64].view(2, 7, 10, -1).permute(0, 3, 1, 2), expected)
     assert (out[:64] == 7).all() and (out[-64:] == 7).all()
 
@@ -222,7 +222,7 @@ def test_the_weight_gradient_writes_nothing_outside() -> None:
     memory = [torch.full((n + 128,), 7.0) for n in (9 * 17 * 20, 20)]
     x, gradient = (torch.randn(*shape, c) for c in channels)
     addresses = (x.data_ptr(), gradient.data_ptr(), *(t.data_ptr() + 4 * 64 for t in memory))
-    native._native.weight_gradient(*addresses, (*shape, *channels), 1)
+    native._native.weight_gradient(native._DTYPES[torch.float32], *addresses, (*shape, *channels), 1)
     expected = native.conv3x3_weight_gradient(x.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2))
     for got, e in zip(memory, expected, strict=True):
         assert torch.equal(got[64:-64], e.flatten()) and (got[:64] == 7).all() and (got[-64:] == 7).all()
@@ -246,10 +246,56 @@ def test_gradients_of_every_order_are_those_of_torch(biased: bool, relu: bool) -
         assert (g - e).norm() <= 1e-5 * e.norm()
 
 
+@pytest.mark.parametrize("channels", ((16, 17), (64, 96)))
+@pytest.mark.parametrize("size", ((3, 5), (13, 21), (32, 32)))
+def test_bfloat16_images_are_read_and_written_with_one_rounding(
+    size: tuple[int, int], channels: tuple[int, int]
+) -> None:
+    x, weight, bias = (t.bfloat16() for t in problem(2, channels, size))
+    for relu, given in itertools.product((False, True), (None, bias)):
+        got = native.conv3x3(x, weight, given, relu)
+        exact = reference.conv3x3(x.double(), weight.double(), None if given is None else given.double(), relu)
+        assert got.dtype == torch.bfloat16 and got.is_contiguous(memory_format=torch.channels_last)
+        assert (got - exact).norm() <= 1.02 * (exact.bfloat16() - exact).norm()
+    gradient = problem(2, (channels[1], 1), size)[0].bfloat16()
+    found = native.conv3x3_weight_gradient(x, gradient)
+    for got, e in zip(found, reference.conv3x3_weight_gradient(x.double(), gradient.double()), strict=True):
+        assert got.dtype == torch.bfloat16 and (got - e).norm() <= 1.05 * (e.bfloat16() - e).norm()
+
+
+def test_bfloat16_images_in_any_layout_or_with_nan_are_not_misread() -> None:
+    x, weight, bias = (t.bfloat16() for t in problem(2, (16, 17), (9, 21)))
+    for layout in LAYOUTS.values():
+        strided = layout(x)
+        expected = native.conv3x3(strided.clone(memory_format=torch.channels_last), weight, bias, True)
+        assert torch.equal(native.conv3x3(strided, weight, bias, True), expected)
+    x[1, 3, 4, 5] = torch.nan
+    got = native.conv3x3(x, weight, bias, True)
+    assert got[0].isfinite().all() and got[1, :, 3:6, 4:7].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
+def test_the_adjoint_of_a_weight_and_its_gradients_are_those_of_a_transposed_convolution() -> None:
+    x, _, _ = problem(2, (17, 1), (9, 6))
+    weight, bias = torch.randn(17, 16, 3, 3), torch.randn(16)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        out = winograd.conv3x3(*leaves, True, None, True)
+        expected = torch.conv_transpose2d(*exact, padding=1).relu()
+        found = [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+        for got, e in zip(found, [expected, *torch.autograd.grad(expected.square().sum(), exact)], strict=True):
+            assert (got - e).norm() <= tolerance * e.norm()
+    assert winograd._kernels(x, 16) is native
+    torch.library.opcheck(winograd.conv3x3, (x, weight, bias, False, None, True))
+
+
 def test_gradcheck_where_torch_computes_it() -> None:
     x, weight, bias = (t.double().requires_grad_() for t in problem(2, (2, 3), (4, 5)))
     torch.autograd.gradcheck(winograd.conv3x3, (x, weight, bias, False))
     torch.autograd.gradgradcheck(winograd.conv3x3, (x, weight, bias, False))
+    adjoint = x, weight.detach().transpose(0, 1).contiguous().requires_grad_(), bias, False, None, True
+    torch.autograd.gradgradcheck(winograd.conv3x3, adjoint)
     assert torch.autograd.gradcheck(winograd.conv3x3, (x, weight.detach()))
 
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-IMAGES = ("x", "d", "r", "start", "out")
+IMAGES = ("x", "d", "r", "start", "out", "bias", "addend")
 TABLES = ("band_y", "band_x", "adjoint_y", "adjoint_x")
 
 

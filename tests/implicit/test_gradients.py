@@ -125,9 +125,10 @@ def test_a_module_that_uses_a_foreign_tensor_raises():
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_a_bad_sample_affects_no_other_sample(backend):
+@pytest.mark.parametrize("name", ["filtered", "injection"])
+def test_a_bad_sample_affects_no_other_sample(name, backend):
     torch.manual_seed(2)
-    model = networks()["filtered"].double()
+    model = networks()[name].double()
     d = torch.randn(3, 3, 9, 8, dtype=torch.float64)
     bad = d.clone()
     bad[1, 0, 4, 4] = torch.nan

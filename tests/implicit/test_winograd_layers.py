@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -97,10 +98,27 @@ def test_within_the_context_winograd_computes_torchs_convolutions(monkeypatch: p
         calls.clear()
         net.double()(x.double())
         net.float()
-        with torch.autocast("cpu", torch.bfloat16):
-            net(x)
     net(x)
     assert calls == []
+
+
+def test_autocast_to_bfloat16_uses_winograd_and_its_gradients_have_the_dtypes_of_torchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls, net = counted_calls(monkeypatch), Mixed().eval()
+    x = torch.randn(2, 3, 12, 10)
+
+    def outputs(context: AbstractContextManager[object]) -> list[Tensor]:
+        net.zero_grad()
+        with context, torch.autocast("cpu", torch.bfloat16):
+            out = net(x)
+        out.float().square().sum().backward()
+        return [out.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    expected, found = outputs(nullcontext()), outputs(Convolutions(1e-3))
+    assert calls == ["conv3x3"] * 2 + ["conv3x3_weight_gradient", "conv3x3"] * 2
+    for got, e in zip(found, expected, strict=True):
+        assert got.dtype == e.dtype and (got - e).float().norm() <= 0.05 * e.float().norm()
 
 
 def blurred_layer(depth: int) -> tuple[nn.Module, Tensor]:

@@ -125,3 +125,30 @@ def test_a_network_without_an_operator_says_what_to_call(make, use):
         model.averaging = torch.tensor(torch.nan)
     with pytest.raises(ValueError, match=r"operator is None; .*network\.with_operator"):
         calls[use]()
+
+
+class TwoStates(ImplicitNetwork):
+    """A network whose state is a pair of images."""
+
+    def __init__(self, blur, convolution):
+        super().__init__(blur)
+        self.convolution = convolution
+
+    def start(self, d, *injected):
+        return d, torch.zeros_like(d)
+
+    def step(self, x, d, *injected):
+        return 0.5 * x[0] + 0.1 * self.convolution(x[1]), 0.3 * x[1] + d
+
+    def layer(self, x, d, *injected):
+        return self.step(x, d)
+
+    def image(self, state, d, *injected):
+        return state[0]
+
+
+def test_a_network_may_have_a_state_of_two_tensors():
+    network, d = TwoStates(GaussianBlur(), NonexpansiveDenoiser(1, 2, 2)), torch.rand(2, 1, 6, 6)
+    assert network(d).shape == d.shape and len(network.solution.value) == 2
+    with pytest.raises(ValueError, match=r"d is torch.float64; it takes the dtype of the network's parameters"):
+        network(d.double())

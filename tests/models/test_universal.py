@@ -83,7 +83,7 @@ def test_the_layer_takes_the_injection_or_computes_it():
     model.set_measurement(blur, 0.02)
     x = torch.rand(2, 3, 16, 16)
     d = blur(x)
-    injected = model.regularizer.injected(blur, d)
+    injected = model.injected(d)
     torch.testing.assert_close(model.layer(x, d, *injected), model.layer(x, d))
     torch.testing.assert_close(model.start(d, *injected), model.start(d))
 

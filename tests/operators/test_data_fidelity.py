@@ -32,6 +32,11 @@ FIDELITIES = {
 }
 
 
+def test_a_fidelity_without_a_value_says_so():
+    with pytest.raises(NotImplementedError, match="DataFidelity has no value"):
+        DataFidelity().value(BLUR, images(), images())
+
+
 @pytest.mark.parametrize("name", FIDELITIES)
 def test_a_gradient_is_that_of_its_value(name):
     fidelity, d = FIDELITIES[name], images()

@@ -158,6 +158,8 @@ def test_the_derivatives_in_the_parameters_of_an_operator_pass_gradcheck():
         return torch.autograd.grad(out.square().sum(), b, create_graph=True)[0]
 
     assert gradcheck(directional, (b, *operator.parameters()), fast_mode=True)
+    with pytest.raises(RuntimeError, match="create_graph is True for a gradient in the parameters of A"):
+        iterative.solve(b, 0.3).sum().backward(create_graph=True)
     bad = b.detach().clone()
     bad[1] = torch.nan
     iterative.solve(bad, damping)[0].sum().backward()

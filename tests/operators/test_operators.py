@@ -84,6 +84,22 @@ def test_functions_of_the_normal_operator_against_dense_matrices(mode, shape):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 11])
+def test_the_factors_of_a_symmetric_filter_are_a_sorted_svd(mode, n):
+    taps = (0.25, 0.5, 0.25) if n >= 3 else (0.7,)
+    table = reference.band_table(taps, n, mode)
+    u, s, v = reference.svd(table, mode == "circular")
+    identity = torch.eye(n, dtype=torch.float64)
+    for product, expected in (
+        (u.T @ u, identity),
+        (v.T @ v, identity),
+        (u * s @ v.T, reference.band_matrix(table, mode == "circular")),
+    ):
+        torch.testing.assert_close(product, expected, rtol=0, atol=1e-14)
+    assert (s >= 0).all() and (s.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_conjugate_gradients_agree_with_the_svd(mode, monkeypatch):
     blur = jfbfast.GaussianBlur((5, 7), (1.0, 2.0), mode)
     b = torch.randn(2, 1, 40, 31, dtype=torch.float64)
@@ -157,6 +173,8 @@ def test_the_ops_pass_opcheck(backend, mode):
             (ops.tikhonov, (strided, damping, *filters)),
             (ops.gradient, (x, d, r, step, *filters)),
             (ops.tikhonov, (x, damping, *filters)),
+            (ops.change_basis, (strided, False, *filters)),
+            (ops.change_basis, (x, True, *filters)),
         ):
             torch.library.opcheck(op.default, arguments)
 
@@ -176,6 +194,8 @@ def test_vmap_agrees_with_a_loop(mode):
         (lambda a, b: blur.gradient_step(a, b, None, 0.3), (x, d), 0),
         (blur.solve, (x, damping), 0),
         (blur.solve, (x[0], damping), (None, 0)),
+        (blur.eigenbasis((6, 7)).coefficients, (x,), 0),
+        (blur.eigenbasis((6, 7)).image, (x,), 0),
     ):
         batched = torch.vmap(function, in_dims=dims)(*arguments)
         dims = dims if isinstance(dims, tuple) else (dims,) * len(arguments)

@@ -3,8 +3,8 @@
 //   driver DTYPE DIFFERENCES MEMORY SAMPLES SIZE TOL ATOL REGULARIZATION SEED
 //
 // reads x [samples, size]; then, for each byte 's', f [rows, size], and answers the next x; for the
-// byte 'r', a count and so many rows of x to go on with, once; at the byte 'e' it answers value, relative
-// residual, status, iterations. Each array on the heap has its exact size.
+// byte 'r', a count and so many rows of x to go on with, once; at the byte 'e' it answers value, following,
+// relative residual, status, iterations. Each array on the heap has its exact size.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -49,6 +49,8 @@ void solve(Anderson a) {
     }
     T* const value = array<T>(pixels, nan);
     a.value = value;
+    T* const following = array<T>(pixels, nan);
+    a.following = following;
     a.status = array<int>(a.samples, kRunning);
     a.action = array<int>(a.samples, kRest);
     a.iterations = array<int>(a.samples, 0);
@@ -90,6 +92,7 @@ void solve(Anderson a) {
     }
     finish(a, nullptr);
     send(value, pixels);
+    send(following, pixels);
     send(a.residual, a.samples);
     send(a.status, a.samples);
     send(a.iterations, a.samples);

@@ -1,0 +1,124 @@
+"""The modules of a Sequential as a solve evaluates them: batch norms folded, and ReLUs fused, into convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from jfbfast.implicit.frozen import NormalisedConv2d, grouped
+
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+
+
+class Step(NamedTuple):
+    """One module of a Sequential in a solve.
+
+    Attributes:
+        module: the module.
+        parameters: the weight and the bias to convolve with, of a convolution; None to call the module.
+        relu: whether a ReLU follows, which the convolution may apply.
+        plain: whether it is a convolution that does nothing else, and so may add a tensor.
+    """
+
+    module: Any
+    parameters: tuple[Tensor, Tensor | None] | None
+    relu: bool
+    plain: bool
+
+
+def steps(
+    sequential: nn.Sequential,
+    pairs: dict[nn.Conv2d, nn.BatchNorm2d],
+    parameters_of: dict[Pair, tuple[Tensor, Tensor]],
+) -> list[Step]:
+    """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
+    members = [m for m in sequential._modules.values() if m is not None]
+    found = []
+    while members:
+        module, *members = members
+        parameters: tuple[Tensor, Tensor | None] | None = None
+        plain, relu = isinstance(module, nn.Conv2d) and _plain_convolution(module), False
+        if plain:
+            if module in pairs and (module, pairs[module]) in parameters_of:
+                parameters, members = parameters_of[module, pairs[module]], members[1:]
+            elif isinstance(module, NormalisedConv2d):  # which another thread may release
+                parameters = weight_of(module), module.bias
+            relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
+            members = members[relu:]
+        found.append(Step(module, parameters, relu, plain))
+    return found
+
+
+def foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
+    """The convolutions of a Sequential that a batch norm in eval() follows, which can be folded into them.
+
+    A convolution that occurs twice stays as it is.
+    """
+    members = list(sequential._modules.values())
+    return {
+        conv: norm
+        for conv, norm in pairwise(members)
+        if type(norm) is nn.BatchNorm2d
+        and isinstance(conv, nn.Conv2d)
+        and norm.running_mean is not None
+        and _plain(norm)
+        and _plain_convolution(conv)
+        and members.count(conv) == 1
+    }
+
+
+def folded(pairs: list[Pair]) -> dict[Pair, tuple[Tensor, Tensor]]:
+    """The weight and the bias of each convolution with the batch norm behind it; pairs alike are folded together."""
+    weights = {conv: weight_of(conv) for conv, _ in pairs}
+    found: dict[Pair, tuple[Tensor, Tensor]] = {}
+
+    def kind(pair: Pair) -> tuple[Any, ...]:
+        conv, norm = pair
+        weight, none = weights[conv], [t is None for t in (conv.bias, norm.weight, norm.bias)]
+        return weight.shape, weight.dtype, weight.device, norm.eps, *none
+
+    for group in grouped(pairs, kind):
+        convolutions, norms = zip(*group, strict=True)
+        conv, norm = group[0]
+        scale = torch.rsqrt(_stacked(norms, "running_var") + norm.eps)
+        scale = scale if norm.weight is None else scale * _stacked(norms, "weight")
+        mean = _stacked(norms, "running_mean")
+        shift = -mean if conv.bias is None else _stacked(convolutions, "bias") - mean
+        shift = shift * scale if norm.bias is None else torch.addcmul(_stacked(norms, "bias"), shift, scale)
+        weight = torch.stack([weights[conv] for conv in convolutions]) * scale[:, :, None, None, None]
+        found.update(zip(group, zip(weight, shift, strict=True), strict=True))
+    return found
+
+
+def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
+    """The modules' tensors of one name, in one tensor (modules, …)."""
+    return torch.stack([getattr(module, name) for module in modules])
+
+
+def _plain_convolution(conv: nn.Conv2d) -> bool:
+    """Whether calling a convolution does nothing but convolve with its weight, which may be computed."""
+    return (
+        _plain(conv)
+        and type(conv)._conv_forward is nn.Conv2d._conv_forward
+        and type(conv).forward in (nn.Conv2d.forward, NormalisedConv2d.forward)
+    )
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def weight_of(conv: nn.Conv2d) -> Any:
+    """The weight that a convolution uses; None where a class of a user's has none."""
+    return conv.current_weight() if isinstance(conv, NormalisedConv2d) else getattr(conv, "weight", None)
+
+
+def initialised(weight: Any) -> bool:
+    """Whether it is a tensor that has its shape, unlike those of torch's lazy modules."""
+    return isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin)
