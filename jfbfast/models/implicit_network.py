@@ -286,8 +286,10 @@ class ImplicitNetwork(Shared, nn.Module):
         """
         if not torch.is_grad_enabled():
             return self.injected(d)
-        mark = (0 * d.detach()).flatten(1).sum(1).real  # NaN for such a sample, 0 for the others
-        injected = self.injected(d.nan_to_num(0.0, 0.0, 0.0))
+        fidelity = getattr(self, "data_fidelity", None)  # which knows values of d that were not measured
+        measured = d if fidelity is None else fidelity.measured(d, *fidelity.inputs(d))
+        mark = (0 * measured.detach()).flatten(1).sum(1).real  # NaN for such a sample, 0 for the others
+        injected = self.injected(torch.where(per_sample(mark.isnan(), d), 0, d))
         return tuple([each + per_sample(mark, each).to(each.dtype) for each in injected])
 
     def _check_arguments(self, d: Tensor, x0: Tensor | None) -> None:

@@ -75,7 +75,7 @@ def jacobian_penalty(
             )
         x, diverged = solution.value, solution.status == Status.DIVERGED
     if isinstance(layer, ImplicitNetwork):
-        inputs = (*inputs, *layer.injected(*inputs))
+        inputs = (*inputs, *layer._usable_injected(*inputs))
     for i, value in enumerate(inputs):
         if len(value) != len(x):
             raise ValueError(f"inputs[{i}] has shape {tuple(value.shape)}; it takes the batch size of x, {len(x)}")

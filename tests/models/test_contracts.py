@@ -127,6 +127,17 @@ def test_a_network_without_an_operator_says_what_to_call(make, use):
         calls[use]()
 
 
+@pytest.mark.parametrize("weights", [lambda d: d.isfinite().to(d.dtype), torch.tensor([1.0, 0.0])])
+def test_a_value_that_was_not_measured_may_be_nan_in_training(weights):
+    d = torch.rand(2, 1, 6, 6)
+    d[..., 1::2] = torch.nan
+    weights = weights if callable(weights) else weights.repeat(3)
+    model = DEGrad(GaussianBlur(3), red(), data_fidelity=WeightedLeastSquares(weights), step_size=0.5)
+    model(d).sum().backward()
+    assert (model.solution.status == 0).all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 class TwoStates(ImplicitNetwork):
     """A network whose state is a pair of images."""
 
