@@ -22,6 +22,7 @@ from jfbfast.backends import cuda, graphs, reference
 from .. import machine
 from ..problem import model, problem, untrained
 from .findings import CPU, DEVICE, OUT, attempt, relative, say, synchronize
+from .fused import fused_convolutions
 
 _TOOL_SECONDS = 150  # for each tool of compute-sanitizer
 _OURS = "gradient_kernel|blur_kernel|append_full|update_samples|mix_full"  # names of our kernels
@@ -109,6 +110,7 @@ def agreement() -> None:
         return {"ok": error <= 1e-6, "error": error}
 
     attempt("agreement", "another stream", other_stream)
+    attempt("agreement", "fused convolutions", partial(fused_convolutions, DEVICE))
 
 
 def sanitize() -> None:
