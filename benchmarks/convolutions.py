@@ -11,13 +11,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from jfbfast.backends import native, reference
 
 from . import machine
 from .report import markdown_table
-from .timing import Sampler, interleave, timed
+from .timing import interleave, timed
 
 CHANNELS, SIZES = (32, 64, 96, 128), (16, 32, 64, 128)
 KINDS = ("forward", "input gradient", "weight gradient")
@@ -29,10 +28,10 @@ def fastest_product(seconds: float = 0.2) -> float:
     best = 0.0
     for size in (256, 512, 1024):
         a, b = torch.randn(2, size, size)
-        sides: dict[str, Callable[[], Sampler]] = {"torch": partial(timed, partial(torch.matmul, a, b), _CPU)}
+        products: dict[str, Callable[[], object]] = {"torch": partial(torch.mm, a, b)}
         if torch.backends.mkldnn.is_available():  # on some CPUs far faster than torch's own
-            product = partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
-            sides["oneDNN"] = partial(timed, product, _CPU)
+            products["oneDNN"] = partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
+        sides = {name: partial(timed, call, _CPU) for name, call in products.items()}
         times = interleave(sides, seconds, print).values()
         best = max(best, *(2e-9 * size**3 / time.seconds.q1 for time in times))
     return best
@@ -47,7 +46,7 @@ def calls(channels: int, size: int, batch: int, dtype: torch.dtype) -> dict[str,
     transformed = native.winograd_weights(weight.float())
     theirs = weight.contiguous(memory_format=torch.channels_last)
 
-    def backward(to_x: bool) -> tuple[Tensor, ...]:
+    def backward(to_x: bool) -> object:
         window = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
         mask = to_x, not to_x, not to_x
         return torch.ops.aten.convolution_backward(gradient, x, theirs, [channels], *window, mask)

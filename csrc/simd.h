@@ -182,6 +182,46 @@ struct Part {
     int count;
 };
 
+#if defined(__AVX512F__)
+// The first lanes of 16 by a mask: a copy of a number of bytes that the compiler does not know is a call.
+inline __mmask16 mask_of(Part part) { return __mmask16((1u << part.count) - 1); }
+inline void load_lanes(VectorOf<float, 16>::type& raw, const float* p, Part part) {
+    raw = bits_as<VectorOf<float, 16>::type>(_mm512_maskz_loadu_ps(mask_of(part), p));
+}
+inline void load_lanes(VectorOf<std::uint16_t, 16>::type& raw, const bfloat16* p, Part part) {
+    raw = bits_as<VectorOf<std::uint16_t, 16>::type>(_mm256_maskz_loadu_epi16(mask_of(part), p));
+}
+inline void store_lanes(float* p, const VectorOf<float, 16>::type& raw, Part part) {
+    _mm512_mask_storeu_ps(p, mask_of(part), bits_as<__m512>(raw));
+}
+inline void store_lanes(bfloat16* p, const VectorOf<std::uint16_t, 16>::type& raw, Part part) {
+    _mm256_mask_storeu_epi16(p, mask_of(part), bits_as<__m256i>(raw));
+}
+#endif
+
+#if defined(__AVX2__)
+inline __m256i mask_of_8(Part part) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(part.count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline void load_lanes(VectorOf<float, 8>::type& raw, const float* p, Part part) {
+    raw = bits_as<VectorOf<float, 8>::type>(_mm256_maskload_ps(p, mask_of_8(part)));
+}
+inline void store_lanes(float* p, const VectorOf<float, 8>::type& raw, Part part) {
+    _mm256_maskstore_ps(p, mask_of_8(part), bits_as<__m256>(raw));
+}
+#endif
+
+template <class Raw, class S>
+inline void load_lanes(Raw& raw, const S* p, Part part) {
+    raw = Raw{};
+    std::memcpy(&raw, p, part.count * sizeof(S));
+}
+
+template <class Raw, class S>
+inline void store_lanes(S* p, const Raw& raw, Part part) {
+    std::memcpy(static_cast<void*>(p), &raw, part.count * sizeof(S));
+}
+
 constexpr std::size_t lane_count(Whole, int all) { return all; }
 inline std::size_t lane_count(Part part, int) { return part.count; }
 
@@ -194,8 +234,8 @@ inline typename VectorOf<W, N>::type load_as(const S* p, Whole) {
 
 template <class W, int N, class S>
 inline typename VectorOf<W, N>::type load_as(const S* p, Part part) {
-    typename Storage<S, W, N>::Raw raw = {};
-    std::memcpy(&raw, p, part.count * sizeof(S));
+    typename Storage<S, W, N>::Raw raw;
+    load_lanes(raw, p, part);
     return Storage<S, W, N>::widen(raw);
 }
 
@@ -208,7 +248,7 @@ inline void store_as(S* p, typename VectorOf<W, N>::type v, Whole) {
 template <class W, int N, class S>
 inline void store_as(S* p, typename VectorOf<W, N>::type v, Part part) {
     const typename Storage<S, W, N>::Raw raw = Storage<S, W, N>::narrow(v);
-    std::memcpy(static_cast<void*>(p), &raw, part.count * sizeof(S));
+    store_lanes(p, raw, part);
 }
 
 template <class S, class P = Whole>

@@ -10,20 +10,12 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "pool.h"
 
 namespace jfbfast {
 namespace JFBFAST_ISA {
 namespace {
 
 constexpr int kAhead = 4;  // how many tiles ahead their pixels are asked for
-
-inline void prefetch(const void* address) {
-#if defined(__GNUC__)
-    __builtin_prefetch(address, 0, 2);
-    asm volatile("");  // GCC removes calls of functions that only prefetch
-#endif
-}
 
 std::int64_t padded(std::int64_t channels) { return round_up(channels, kChannelBlock); }
 
@@ -204,22 +196,6 @@ JFBFAST_ONCE void transform_gradient(const S* gradient, const Tiles& tiles, std:
         }
     });
 }
-
-// Memory that a call works in, uninitialised, from the pool: to allocate and zero it anew takes longer than to
-// convolve a small image.
-template <class T>
-class Workspace {
-public:
-    explicit Workspace(std::int64_t count) : bytes_(count * sizeof(T)), memory_(take_memory(bytes_)) {}
-    ~Workspace() { give_memory(memory_, bytes_); }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
-    T* data() const { return static_cast<T*>(memory_); }
-
-private:
-    std::size_t bytes_;
-    void* memory_;
-};
 
 // Bytes of V and M together. They should stay in the second-level cache. For the gradient of a weight they may be as
 // large as dU, because every block reads and writes all of dU anyway.

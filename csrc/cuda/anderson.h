@@ -41,11 +41,11 @@ struct Anderson {
     double stall_floor;          // a stalled sample ends if its relative residual is at most this
     const std::int64_t* budget;  // [samples], the most steps of each sample, or null
 
-    void *residuals, *images;                                  // [ring, samples, size]
-    void *residual_differences, *image_differences;            // [memory - 1, samples, size] or null
-    void* value;                                               // [samples, size], the answer
-    void* following;  // [samples, size]: of a sample that has ended, the iterate after `value`, or `value`
-    int *status, *action;                                      // [samples] each, as are the next two lines
+    void *residuals, *images;                        // [ring, samples, size]
+    void *residual_differences, *image_differences;  // [memory - 1, samples, size] or null
+    void* value;                                     // [samples, size], the answer
+    void* following;       // [samples, size]: of a sample that has ended, the iterate after `value`, or `value`
+    int *status, *action;  // [samples] each, as are the next two lines
     int *iterations, *pairs, *best;                            // best: the step of the lowest residual, or -1
     double *residual, *lowest, *first_residual, *first_image;  // residual: relative, at `value`
     double* guarded;   // [samples]: the lowest |g| since the safeguard last acted

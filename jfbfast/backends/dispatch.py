@@ -32,8 +32,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Whether oneDNN computes bfloat16 convolutions on this CPU; torch's own are several times slower.
 ONEDNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 BACKENDS = ("auto", "reference", "native", "triton")
-# Winograd's convolution is faster than torch's if there are at least this many channels. If the weight has to be
-# transformed first, there must also be at most this many channels for each tile of 4 × 4 pixels.
+# Winograd's convolution is faster than torch's if there are at least this many input or output channels. If the weight
+# has to be transformed first, there must also be at most this many channels for each tile of 4 × 4 pixels.
 _LEAST_CHANNELS = 16
 _CHANNELS_PER_TILE = 12  # at most
 # In bfloat16, Winograd's convolution multiplies in float32. It does half of the direct convolution's work there, also
@@ -135,7 +135,7 @@ def kernels(
     if op == "conv3x3":
         chosen = _backend in ("auto", "native") and native.AVAILABLE and kind == "cpu"
         storage = dtype == torch.float32 or (dtype == torch.bfloat16 and not _AMX)
-        serves = chosen and storage and min(channels) >= _LEAST_CHANNELS
+        serves = chosen and storage and max(channels) >= _LEAST_CHANNELS
         return native if serves and _winograd_is_faster(max(channels), image_shape, uses) else reference
     if (
         op == "anderson_solve"

@@ -314,8 +314,9 @@ def fixed_point(
             state that is one real tensor.
         cuda_graph: on a CUDA device, replay the solve from CUDA graphs (implicit/graphs.py): for a module, or a method
             of one, that reads nothing but its inputs, its tensors and its own attributes, with `Anderson` and a state
-            that is one real tensor. It costs memory, and pays where the host is slower than the device. What cannot
-            be captured is evaluated eagerly; `show_config` tells why.
+            that is one real tensor. An attribute that is an object must be replaced, not changed. It costs memory, and
+            pays where the host is slower than the device. What cannot be captured is evaluated eagerly; `show_config`
+            tells why.
         has_aux: the layer returns (state, aux); aux is anything. Samples stay in the batch until the last is done, and
             those that diverged take part in the last application as zeros.
         callback: called as callback(evaluation, x, residual) after each evaluation of the layer, with its number from

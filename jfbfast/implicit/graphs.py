@@ -3,7 +3,8 @@
 A graph reads and writes fixed addresses. So it has its own x, inputs and copies of the module's parameters and buffers,
 which every solve writes anew. The first graph of a solve also prepares the weights (norms, folded batch norms, layouts)
 from those copies; the others evaluate with what it has prepared. Samples leave the batch by halves, each half with a
-graph of its own. All else that a layer reads, such as numbers and operators, is part of the key of its graphs.
+graph of its own. All else that a layer reads is part of the key of its graphs: numbers and strings by value, other
+objects by identity. Such an object must be replaced, and not changed.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ class SolveGraph:
                     n = len(level.x)
                     warm.evaluate(x[:n], tuple([i[:n] for i in inputs]))
             torch.cuda.current_stream().wait_stream(stream)
-            captured = replace(phase, layer=prepare())
+            start_images = x.view(phase.start.shape)
+            captured = replace(phase, layer=prepare(), start=start_images, inputs=(), budget=self.budget)
             with ExitStack() as stack:
                 with torch.cuda.graph(self.first, pool=pool, capture_error_mode="thread_local"):
                     stack.enter_context(materialised_weights(module))

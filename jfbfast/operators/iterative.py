@@ -86,8 +86,8 @@ def may_hold_sample_data(module: nn.Module | None) -> bool:
             of_class = _held_by_class(kind)
             if of_class == "data":
                 return True
-            # hasattr of a module would call its slow __getattr__
-            has_adjoint = of_class or not (_ADJOINTS.isdisjoint(attributes) and _ADJOINTS.isdisjoint(children))
+            # hasattr of a module would call its slow __getattr__, and the children of a TorchScript module are no dict.
+            has_adjoint = of_class or any([name in attributes or name in children for name in _ADJOINTS])
             if has_adjoint and not isinstance(value, (SeparableBlur, Blur, IterativeOperator)):
                 return True
         elif isinstance(value, (list, tuple)):
