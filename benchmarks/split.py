@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from jfbfast import RED, SeparableBlur
+from jfbfast.backends import native
+from jfbfast.operators.eigenbasis import SeparableBasis
+from jfbfast.solvers.anderson import _AndersonIteration
 
 from .problem import Problem, model
 from .step_sides import TOL, Counted
@@ -63,25 +64,17 @@ class Stopwatch:
         return timed
 
 
-@dataclass(frozen=True)
-class _Timed(Counted):
-    watch: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda part, function: function
-
-    def start(self, x: Tensor) -> Any:
-        iteration: Any = self.watch("anderson", super().start)(x)
-        for name in ("measure", "advance"):
-            setattr(iteration, name, self.watch("anderson", getattr(iteration, name)))
-        return iteration
-
-
 @contextmanager
 def _instrumented(watch: Stopwatch) -> Iterator[None]:
     """Time the classes' methods, since a solve evaluates a copy of the model.
 
     On CUDA the solver decides on the device, and its share counts as overhead.
     """
-    parts: list[tuple[type, str, str]] = [(RED, "forward", "denoiser")]
+    parts: list[tuple[type, str, str]] = [(RED, name, "denoiser") for name in ("forward", "denoised")]
     parts += [(SeparableBlur, name, "data_step") for name in _BLUR]
+    parts += [(SeparableBasis, name, "data_step") for name in ("coefficients", "image")]
+    parts += [(native.AndersonSolve, "step", "anderson")]
+    parts += [(_AndersonIteration, name, "anderson") for name in ("measure", "advance")]
     with ExitStack() as stack:
         for owner, name, part in parts:
             stack.enter_context(patch.object(owner, name, watch(part, getattr(owner, name))))
@@ -94,7 +87,7 @@ def split(given: Problem, evaluations: int) -> dict[str, float]:
     shares: list[dict[str, float]] = []
     for _ in range(_STEPS + 1):
         watch = Stopwatch(given.d.device)
-        net.solver = _Timed(tol=TOL, max_iter=evaluations, watch=watch)
+        net.solver = Counted(tol=TOL, max_iter=evaluations)
 
         def step(watch: Stopwatch = watch) -> None:
             net.zero_grad()
