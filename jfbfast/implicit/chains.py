@@ -1,4 +1,4 @@
-"""The modules of a Sequential as a solve evaluates them: batch norms folded, and ReLUs fused, into convolutions."""
+"""A Sequential as a solve and the application after it evaluate it: batch norms and ReLUs in the convolutions."""
 
 from __future__ import annotations
 
@@ -10,31 +10,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from jfbfast.implicit.frozen import NormalisedConv2d, grouped
+from jfbfast.implicit.frozen import NormalisedConv2d, grouped, parameters_of
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
 class Step(NamedTuple):
-    """One module of a Sequential in a solve.
+    """One module of a Sequential as it is evaluated.
 
     Attributes:
         module: the module.
+        norm: the batch norm that is folded into it, if any.
         parameters: the weight and the bias to convolve with, of a convolution; None to call the module.
+        sources: the `tensors` of both from which they were computed.
         relu: whether a ReLU follows, which the convolution may apply.
         plain: whether it is a convolution that does nothing else, and so may add a tensor.
     """
 
     module: Any
+    norm: nn.BatchNorm2d | None
     parameters: tuple[Tensor, Tensor | None] | None
+    sources: list[Any]
     relu: bool
     plain: bool
+
+    def apply(self, input: Any) -> Any:
+        """Evaluate the module and the norm, but not the ReLU."""
+        if self.parameters is None:
+            return self.module(input)
+        if any(a is not b for a, b in zip(self.sources, tensors(self.module, self.norm), strict=True)):
+            # The layer replaces them while it runs, by torch.func.functional_call for example.
+            out = self.module(input)
+            return out if self.norm is None else self.norm(out)
+        return self.module._conv_forward(input, *self.parameters)
 
 
 def steps(
     sequential: nn.Sequential,
     pairs: dict[nn.Conv2d, nn.BatchNorm2d],
-    parameters_of: dict[Pair, tuple[Tensor, Tensor]],
+    parameters_of_pairs: dict[Pair, tuple[Tensor, Tensor]],
 ) -> list[Step]:
     """The members of a Sequential with batch norms folded, and ReLUs fused, into the convolutions before."""
     members = [m for m in sequential._modules.values() if m is not None]
@@ -43,15 +57,24 @@ def steps(
         module, *members = members
         parameters: tuple[Tensor, Tensor | None] | None = None
         plain, relu = isinstance(module, nn.Conv2d) and _plain_convolution(module), False
+        norm: nn.BatchNorm2d | None = None
         if plain:
-            if module in pairs and (module, pairs[module]) in parameters_of:
-                parameters, members = parameters_of[module, pairs[module]], members[1:]
+            if module in pairs and (module, pairs[module]) in parameters_of_pairs:
+                norm, members = pairs[module], members[1:]
+                parameters = parameters_of_pairs[module, norm]
             elif isinstance(module, NormalisedConv2d):  # which another thread may release
                 parameters = weight_of(module), module.bias
             relu = bool(members) and type(members[0]) is nn.ReLU and _plain(members[0])
             members = members[relu:]
-        found.append(Step(module, parameters, relu, plain))
+        sources = tensors(module, norm) if parameters is not None and isinstance(module, nn.Conv2d) else []
+        found.append(Step(module, norm, parameters, sources, relu, plain))
     return found
+
+
+def tensors(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> list[Any]:
+    """The tensors of a convolution, and of the batch norm behind it."""
+    own = [conv._parameters.get("weight"), conv._parameters.get("bias")]
+    return own if norm is None else [*own, *norm._parameters.values(), *norm._buffers.values()]
 
 
 def foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]:
@@ -69,6 +92,7 @@ def foldable_pairs(sequential: nn.Sequential) -> dict[nn.Conv2d, nn.BatchNorm2d]
         and _plain(norm)
         and _plain_convolution(conv)
         and members.count(conv) == 1
+        and all(p.dtype == norm.running_mean.dtype for p in parameters_of(conv))
     }
 
 
@@ -111,7 +135,13 @@ def _plain_convolution(conv: nn.Conv2d) -> bool:
 
 def _plain(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return "forward" not in vars(module) and not hooked(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def weight_of(conv: nn.Conv2d) -> Any:

@@ -226,7 +226,7 @@ def _solved(
         solution = solution._replace(following=solution.value)
     # 2. Apply the layer once with its gradient, one step after the last iterate.
     ahead = solution.following is not None
-    points = solution.value if solution.following is None or not ahead else solution.following
+    points = solution.value if solution.following is None else solution.following
     out, rows, pair = _apply(implicit, solution, points, inputs)
     # 3. Verify. A sample that the step has led astray goes back to its value.
     contradicted = 0

@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 class NormalisedConv2d(nn.Conv2d):
-    """Conv2d whose weight is W divided by a norm of it; a solve computes the quotient once, by `materialise`.
+    """Conv2d whose weight is W divided by a norm of it; a forward computes the quotients once, by `normalised_weights`.
 
     Arguments as in torch.nn.Conv2d. Unlike torch's parametrisations it can be pickled.
 
@@ -44,7 +44,7 @@ class NormalisedConv2d(nn.Conv2d):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._materialised: Tensor | None = None
+        self._materialised: tuple[Tensor, Tensor] | None = None  # the weight, and the quotient that stands for it
 
     def normalised_weight(self) -> Tensor:
         """The weight divided by its norm, differentiable in W."""
@@ -67,16 +67,16 @@ class NormalisedConv2d(nn.Conv2d):
     @torch.no_grad()
     def materialise(self) -> None:
         """Fix the weight as it is now, without gradients, until `release`."""
-        self._materialised = self.normalised_weight()
+        self._materialised = self.weight, self.normalised_weight()
 
     def release(self) -> None:
         """Undo `materialise`."""
         self._materialised = None
 
     def current_weight(self) -> Tensor:
-        """The weight that `materialise` fixed, or else a newly computed one."""
-        weight = self._materialised  # read once: another thread may release it
-        return self.normalised_weight() if weight is None else weight
+        """The weight that is fixed, or else a newly computed one: also if W has been replaced since."""
+        fixed = self._materialised  # read once: another thread may release it
+        return fixed[1] if fixed is not None and fixed[0] is self.weight else self.normalised_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._materialised is None:
@@ -186,7 +186,7 @@ def fixed_weights(weights: Mapping[NormalisedConv2d, Tensor]) -> Iterator[None]:
     """Each convolution has its weight of ``weights`` within the context."""
     try:
         for conv, weight in weights.items():
-            conv._materialised = weight
+            conv._materialised = conv.weight, weight
         yield
     finally:
         for conv in weights:

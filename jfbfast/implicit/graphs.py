@@ -62,7 +62,7 @@ class CapturedLayer:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def solve(self, phase: Phase, solver: Any, start: Callable[[Tensor, Tensor], Any]) -> FixedPointSolution | None:
+    def replayed(self, phase: Phase, solver: Any, start: Callable[[Tensor, Tensor], Any]) -> FixedPointSolution | None:
         """Solve by graphs; None if the solve has to be eager, whose reason `graphs.describe` tells.
 
         Args:
@@ -110,7 +110,7 @@ class _Level:
 
 
 class SolveGraph:
-    """The graphs of one solve; the arguments are those of `CapturedLayer.solve`, and objects to keep alive."""
+    """The graphs of one solve; the arguments are those of `CapturedLayer.replayed`, and objects to keep alive."""
 
     def __init__(
         self,

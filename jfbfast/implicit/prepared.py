@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed, worth_transforming
-from jfbfast.implicit.chains import Step, foldable_pairs, folded, initialised, steps, weight_of
+from jfbfast.implicit.chains import Step, foldable_pairs, folded, hooked, initialised, steps, weight_of
 from jfbfast.implicit.frozen import grouped, owner, submodules
 from jfbfast.solvers import Layer
 
@@ -58,9 +59,10 @@ class _Weight:
         return transformed_weight(self.source.detach(), self.dtype)
 
     def taken(self) -> Tensor | None:
-        """The transformed weight if a solve has made it, for its last use: the memory is free after that."""
-        made: Tensor | None = vars(self).pop("transformed", None)
-        return made
+        """The transformed weight that a solve has left, or None, for its last use: what it left is free after that."""
+        vars(self).pop("value", None)
+        left: Tensor | None = vars(self).pop("transformed", None)
+        return left
 
 
 class Convolutions(TorchFunctionMode):
@@ -83,7 +85,8 @@ class Convolutions(TorchFunctionMode):
         super().__init__()
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
-        # What the next convolution with one of these weights is to do besides: apply a ReLU, or add a tensor.
+        # What the next convolution with one of these weights is to do besides: apply a ReLU, or add a tensor. (It is
+        # reached through the module's own call, which has no arguments for them.)
         self.relu = False
         self.addend: Tensor | None = None
         self.outer: Convolutions | None = None
@@ -93,10 +96,12 @@ class Convolutions(TorchFunctionMode):
         within = {inner for m in compiled for inner in submodules(m)}
         self.modules = [m for m in modules if m not in within]
         chains = [m for m in self.modules if isinstance(m, nn.Sequential) and _is_chain(m)]
+        if _has_any_global_hook():  # which is to see every call
+            chains = []
         pairs = {m: foldable_pairs(m) for m in chains}
         self.folded = fold or not any(pairs.values())
-        parameters = folded([pair for each in pairs.values() for pair in each.items()] if fold else [])
-        self.chains = {m: steps(m, pairs[m], parameters) for m in chains}
+        # One by one, so that a Sequential that the layer does not call gets no gradient.
+        self.chains = {m: steps(m, pairs[m], folded(list(pairs[m].items()) if fold else [])) for m in chains}
         self.forwards = {m: MethodType(forward, m) for m in chains}
         for _, weight in self._convolutions():
             self.weights[id(weight)] = _Weight(weight, weight.dtype, self.winograd)
@@ -104,7 +109,7 @@ class Convolutions(TorchFunctionMode):
     def _convolutions(self) -> list[tuple[nn.Conv2d, Tensor]]:
         """The convolutions of the chains, with the weights that they convolve with."""
         plain = [step for chain in self.chains.values() for step in chain if step.plain]
-        pairs = [(conv, weight_of(conv) if parameters is None else parameters[0]) for conv, parameters, *_ in plain]
+        pairs = [(s.module, weight_of(s.module) if s.parameters is None else s.parameters[0]) for s in plain]
         return [(conv, weight) for conv, weight in pairs if initialised(weight)]
 
     def __torch_function__(
@@ -137,9 +142,10 @@ class Convolutions(TorchFunctionMode):
         """Apply the steps of a Sequential, and add the addend to what the last one returns."""
         offered = None
         try:
-            for position, (module, parameters, self.relu, plain) in enumerate(steps, 1):
-                self.addend = offered = addend if position == len(steps) and plain and not self.relu else None
-                input = module(input) if parameters is None else module._conv_forward(input, *parameters)
+            for position, step in enumerate(steps, 1):
+                self.relu = step.relu
+                self.addend = offered = addend if position == len(steps) and step.plain and not step.relu else None
+                input = step.apply(input)
                 if self.relu:  # something else has computed the convolution: a mode of the layer's, or an inner solve
                     input = torch.relu(input)
             added = offered is not None and self.addend is None
@@ -230,23 +236,23 @@ _thread = _Thread()
 
 
 def forward(sequential: nn.Sequential, input: Any) -> Any:
-    """Evaluate a Sequential as this thread's solve has prepared it, or by its own forward in any other thread.
+    """Evaluate a Sequential as the `Convolutions` that this thread is in do, or by its own forward in another thread.
 
     It is a module-level function, and holds no solve. So a copy or a pickle of the module that is made during a solve
     works on its own afterwards, and torch.compile does not recompile for every solve.
     """
-    solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
-    steps = None if solve is None else solve.chains.get(sequential)
-    return nn.Sequential.forward(sequential, input) if steps is None else solve.run(steps, input)  # type: ignore
+    within = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
+    steps = None if within is None else within.chains.get(sequential)
+    return nn.Sequential.forward(sequential, input) if steps is None else within.run(steps, input)  # type: ignore
 
 
 def residual(sequential: nn.Sequential, x: Tensor) -> Tensor:
-    """x + sequential(x); in a solve the last convolution adds x."""
-    solve = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
-    steps = None if solve is None else solve.chains.get(sequential)
-    if solve is None or steps is None or sequential._forward_hooks or sequential._forward_pre_hooks:
+    """x + sequential(x); within `Convolutions` the last convolution adds x."""
+    within = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
+    steps = None if within is None else within.chains.get(sequential)
+    if within is None or steps is None or hooked(sequential):
         return x + sequential(x)
-    return solve.run(steps, x, x)
+    return within.run(steps, x, x)
 
 
 def _is_chain(sequential: nn.Sequential) -> bool:

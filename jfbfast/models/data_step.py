@@ -26,8 +26,9 @@ def basis_of_step(fidelity: DataFidelity, operator: Any, d: Tensor) -> Eigenbasi
 
 
 def factors_of_images(factors: Tensor, d: Tensor) -> Tensor:
-    """Factors (…, H, W) of coefficients, the same for all channels, as the input (B, 1, H, W) of a solve."""
-    return factors.expand(d.shape[0], 1, *factors.shape[-2:])
+    """Factors (…, H, W) of coefficients as the input of a solve, (B, 1, H, W), or (B, C, H, W) if channels differ."""
+    channels = factors.shape[-3] if factors.dim() > 2 else 1
+    return factors.expand(d.shape[0], channels, *factors.shape[-2:])
 
 
 def constants(

@@ -200,7 +200,7 @@ class DEGrad(ImplicitNetwork):
     def injected(self, d: Tensor) -> tuple[Tensor, ...]:
         """What the layer needs at every evaluation: the injection of a `RED`, if it has one, and then
 
-        - V* P Aᵀd, λ/(s + λ) and the factors of the filter, for a layer that `data_step` can compute in a basis V;
+        - V* P Aᵀd, λ/(s + λ) and the factors of the filter, for a layer that `diagonal_step` can compute in a basis V;
         - what the data fidelity keeps of d, for any other.
         """
         check_operator(self.blur)
@@ -217,7 +217,8 @@ class DEGrad(ImplicitNetwork):
 
     def _basis(self, d: Tensor) -> Eigenbasis | None:
         """The basis in which T is z + λP D(W x) for the measurements d; None for a layer without this form."""
-        if self.preconditioner is None or self.log_damping is not None:
+        red = self.regularizer
+        if self.preconditioner is None or self.log_damping is not None or not red.is_plain:
             return None
         return basis_of_step(self.data_fidelity, self.blur, d)
 

@@ -91,17 +91,19 @@ class _Quotients(torch.autograd.Function):
         norms = u @ quotients.flatten(2) @ v.mT  # (n, 1, 1)
         quotients /= norms[..., None, None]
         ctx.save_for_backward(u, v, norms, quotients)
+        ctx.set_materialize_grads(False)  # so that a weight that the layer does not use gets none
         return quotients.unbind()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """(G − ⟨G, W/σ⟩ u vᵀ)/σ for the gradient G of W/σ."""
         u, v, norms, quotients = ctx.saved_tensors
-        gradient = torch.stack(gradients)
+        gradient = torch.stack([torch.zeros_like(quotients[0]) if g is None else g for g in gradients])
         product = (gradient * quotients).flatten(2).sum((1, 2), keepdim=True)
         rank_one = (u * (product / norms)).mT @ v
-        return None, None, *(gradient / norms[..., None, None]).sub_(rank_one.view_as(gradient)).unbind()
+        found = (gradient / norms[..., None, None]).sub_(rank_one.view_as(gradient)).unbind()
+        return None, None, *(None if g is None else each for g, each in zip(gradients, found, strict=True))
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:

@@ -69,7 +69,7 @@ class Anderson(FixedPointSolver):
             x0.device, "anderson_solve", dtype=x0.dtype, memory=self.memory, estimate=phase.estimate
         )
         if hasattr(kernels, "AndersonSolve"):
-            by_graphs = getattr(phase.layer, "solve", None)
+            by_graphs = getattr(phase.layer, "replayed", None)
             if by_graphs is not None and hasattr(kernels.AndersonSolve, "restart"):
                 found = by_graphs(phase, self, partial(self._start, kernels.AndersonSolve, phase))
                 if found is not None:

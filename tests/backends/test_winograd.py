@@ -278,7 +278,7 @@ def test_bfloat16_images_in_any_layout_or_with_nan_are_not_misread() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
-def test_the_adjoint_of_a_weight_and_its_gradients_are_those_of_a_transposed_convolution() -> None:
+def test_the_adjoint_and_its_gradients_are_those_of_a_transposed_convolution() -> None:
     x, _, _ = problem(2, (17, 1), (9, 6))
     weight, bias = torch.randn(17, 16, 3, 3), torch.randn(16)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):

@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_its_own_photographs(folder, tmp_path):
         train(moved, out, resume=True, **values)
     (moved / "00.png").unlink()
     other = write_photographs(tmp_path / "other", 7)
-    with pytest.raises(ValueError, match=r"other; its photographs .*out: 2 differ, such as 4\.png"):
+    with pytest.raises(ValueError, match=r"other; its photographs .*out: 2 are new, such as 4\.png"):
         train(other, out, resume=True, **values)
     assert read_settings(out / "config.yaml")["data"] == str(moved)
     (out / "photographs.json").unlink()  # as in runs of before

@@ -368,5 +368,5 @@ def test_a_models_operations_are_counted():
         model(d)
     convolutions = 4 * 2 * 2 * 16 * 16 * 9 * (3 * 16 + 16 * 16 + 16 * 3)  # three evaluations, and the last application
     solves = (1 + 4) * 4 * d.numel() * (16 + 16)
-    blurs = (1 + 4 * 2) * 2 * d.numel() * sum(model.blur.kernel_size)
+    blurs = 2 * d.numel() * sum(model.blur.kernel_size)  # Aᵀd
     assert counter.get_total_flops() == convolutions + solves + blurs

@@ -106,7 +106,7 @@ def test_within_the_context_winograd_computes_torchs_convolutions(monkeypatch: p
     assert calls == []
 
 
-def test_autocast_to_bfloat16_uses_winograd_and_its_gradients_have_the_dtypes_of_torchs(
+def test_winograd_under_autocast_gives_gradients_in_the_dtypes_of_torchs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls, net = counted_calls(monkeypatch), Mixed().eval()
