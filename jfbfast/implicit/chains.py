@@ -73,7 +73,7 @@ def steps(
 
 def tensors(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> list[Any]:
     """The tensors of a convolution, and of the batch norm behind it."""
-    own = [conv._parameters.get("weight"), conv._parameters.get("bias")]
+    own = [held.get(name) for held in (conv._parameters, vars(conv)) for name in ("weight", "bias")]
     return own if norm is None else [*own, *norm._parameters.values(), *norm._buffers.values()]
 
 

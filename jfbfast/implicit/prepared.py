@@ -102,6 +102,7 @@ class Convolutions(TorchFunctionMode):
         self.folded = fold or not any(pairs.values())
         # One by one, so that a Sequential that the layer does not call gets no gradient.
         self.chains = {m: steps(m, pairs[m], folded(list(pairs[m].items()) if fold else [])) for m in chains}
+        self.members = {m: [*m._modules.values()] for m in chains}
         self.forwards = {m: MethodType(forward, m) for m in chains}
         for _, weight in self._convolutions():
             self.weights[id(weight)] = _Weight(weight, weight.dtype, self.winograd)
@@ -111,6 +112,13 @@ class Convolutions(TorchFunctionMode):
         plain = [step for chain in self.chains.values() for step in chain if step.plain]
         pairs = [(s.module, weight_of(s.module) if s.parameters is None else s.parameters[0]) for s in plain]
         return [(conv, weight) for conv, weight in pairs if initialised(weight)]
+
+    def steps_of(self, sequential: nn.Sequential) -> list[Step] | None:
+        """The steps of a Sequential; None for one that is called as it is, or whose members the layer has replaced."""
+        found = self.chains.get(sequential)
+        if found is None or self.members[sequential] != [*sequential._modules.values()]:
+            return None
+        return found
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -180,7 +188,8 @@ class _SolveConvolutions(Convolutions):
     def __init__(self, given: Convolutions, module: nn.Module, dtype: torch.dtype | None) -> None:
         TorchFunctionMode.__init__(self)
         self.dtype = dtype
-        self.winograd, self.modules, self.chains = given.winograd, given.modules, given.chains
+        self.winograd, self.modules = given.winograd, given.modules
+        self.chains, self.members = given.chains, given.members
         self.weights = given.weights if dtype is None else {}
         self.relu, self.addend, self.outer = False, None, None
         self.forwards = {m: MethodType(forward, m) for m in self.chains}
@@ -242,14 +251,14 @@ def forward(sequential: nn.Sequential, input: Any) -> Any:
     works on its own afterwards, and torch.compile does not recompile for every solve.
     """
     within = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
-    steps = None if within is None else within.chains.get(sequential)
+    steps = None if within is None else within.steps_of(sequential)
     return nn.Sequential.forward(sequential, input) if steps is None else within.run(steps, input)  # type: ignore
 
 
 def residual(sequential: nn.Sequential, x: Tensor) -> Tensor:
     """x + sequential(x); within `Convolutions` the last convolution adds x."""
     within = None if torch.compiler.is_dynamo_compiling() else _thread.innermost
-    steps = None if within is None else within.chains.get(sequential)
+    steps = None if within is None else within.steps_of(sequential)
     if within is None or steps is None or hooked(sequential):
         return x + sequential(x)
     return within.run(steps, x, x)

@@ -138,6 +138,8 @@ class PlugAndPlay(Shared, nn.Module):
         """The restored images, in the shape of Aᵀd, for the measurements d (B, C, H, W)."""
         y, x = self.blur.margin
         image, b = F.pad(d, (x, x, y, y), mode="replicate"), self.blur.adjoint(d)
+        if not len(d):
+            return b
         for level in self.levels():  # each step runs in the form that is prepared for solves, which is faster
             inputs = (image, b, image.new_full((len(d),), level))
             image = fixed_point(self._step, image, inputs=inputs, solver=_ONCE, gradient=Unrolled(1))

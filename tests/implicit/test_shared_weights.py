@@ -69,6 +69,38 @@ def test_a_layer_may_replace_the_statistics_of_a_norm_while_it_runs():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-8)
 
 
+def test_a_layer_may_set_a_weight_as_an_attribute_while_it_runs():
+    net, d = chain().eval(), torch.randn(2, 2, 6, 5, dtype=torch.float64)
+    base = nn.Parameter(net[0].weight.detach().clone())
+    del net[0]._parameters["weight"]
+
+    def call(net, x):
+        net[0].weight = 0.9 * base
+        return net(x)
+
+    layer = Layer(net, call)
+    call(net, d)
+    for _ in range(2):
+        out = fixed_point(layer, d, inputs=(d,), parameters=[base], solver=SOLVER)
+        value, (gradient,) = expected(layer, d, [base])
+        torch.testing.assert_close(out, value, rtol=1e-8, atol=1e-8)
+        base.grad = None
+        out.square().sum().backward()
+        torch.testing.assert_close(base.grad, gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_a_layer_may_replace_a_member_while_it_runs():
+    net, d = chain().eval(), torch.randn(2, 2, 6, 5, dtype=torch.float64)
+
+    def call(net, x):
+        net[2] = nn.Tanh()
+        return net(x)
+
+    layer = Layer(net, call)
+    out = fixed_point(layer, d, inputs=(d,), solver=SOLVER)
+    torch.testing.assert_close(out, expected(layer, d, list(net.parameters()))[0], rtol=1e-8, atol=1e-8)
+
+
 def test_a_convolution_in_bfloat16_may_have_a_norm_in_float32():
     net, d = chain().float().eval(), torch.randn(1, 2, 6, 5)
     net[0].bfloat16()

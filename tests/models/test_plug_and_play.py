@@ -83,3 +83,8 @@ def test_it_restores_better_than_tikhonov_by_the_shipped_denoiser(tmp_path):
         assert torch.equal(PlugAndPlay.from_pretrained(tmp_path)(d), found)
     report = jfbfast.restore(d[0], motion=(7, 40), noise=0.01, light="encoded", checkpoint="plug-and-play").report
     assert (report.method, report.evaluations) == ("plug-and-play", 8)
+
+
+def test_an_empty_batch_gives_an_empty_one():
+    model = PlugAndPlay(lambda x, level: x, GaussianBlur(5, 1.0, "valid"))
+    assert model(torch.empty(0, 3, 12, 15)).shape == (0, 3, 16, 19)
