@@ -242,10 +242,10 @@ PYBIND11_MODULE(_native, module) {
 
     module.def(
         "winograd_weights",
-        [](Address weight, Address out, std::int64_t in_channels, std::int64_t out_channels, bool adjoint,
-           int threads) {
-            kernels().winograd_weights(pointer<float>(weight), pointer<float>(out), in_channels, out_channels, adjoint,
-                                       threads);
+        [](Address weight, const std::array<std::int64_t, 3>& strides, Address out, std::int64_t in_channels,
+           std::int64_t out_channels, bool adjoint, int threads) {
+            kernels().winograd_weights(pointer<float>(weight), {strides[0], strides[1], strides[2]},
+                                       pointer<float>(out), in_channels, out_channels, adjoint, threads);
         },
         release);
 

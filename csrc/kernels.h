@@ -148,6 +148,11 @@ static inline std::int64_t winograd_plane(std::int64_t rows, std::int64_t column
     return rows * ((columns + kChannelBlock - 1) / kChannelBlock * kChannelBlock) + kChannelBlock;
 }
 
+// The distances in floats between the first, the second and the last indices of a weight.
+struct WeightStrides {
+    std::int64_t outer, inner, tap;
+};
+
 // A 3 x 3 convolution with zero padding 1, of images in float32 or bfloat16.
 struct Convolution {
     const void* x;
@@ -176,9 +181,9 @@ struct Kernels {
     // holds the iterates before x.
     void (*anderson_step)(const Anderson&, const void* x, const void* f, void* next, const std::int64_t* rows,
                           std::int64_t batch, int threads);
-    // weight is [out, in, 3, 3]; or, if adjoint, [in, out, 3, 3], of which the adjoint convolution's weight is made.
-    void (*winograd_weights)(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
-                             bool adjoint, int threads);
+    // weight is [out, in, 9]; or, if adjoint, [in, out, 9], of which the adjoint convolution's weight is made.
+    void (*winograd_weights)(const float* weight, const WeightStrides&, float* out, std::int64_t in_channels,
+                             std::int64_t out_channels, bool adjoint, int threads);
     void (*convolution)(DType, const Convolution&, const ImageShape&, int threads);
     void (*weight_gradient)(DType, const WeightGradient&, const ImageShape&, int threads);
 };

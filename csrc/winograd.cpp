@@ -237,8 +237,10 @@ JFBFAST_ONCE void finish_weight_gradient(const float* u, std::int64_t plane, std
 
 }  // namespace
 
-void winograd_weights(const float* weight, float* out, std::int64_t in_channels, std::int64_t out_channels,
-                      bool adjoint, int threads) {
+void winograd_weights(const float* weight, const WeightStrides& strides, float* out, std::int64_t in_channels,
+                      std::int64_t out_channels, bool adjoint, int threads) {
+    const std::int64_t by_in = adjoint ? strides.outer : strides.inner;
+    const std::int64_t by_out = adjoint ? strides.inner : strides.outer;
     const Panels panels(padded(out_channels));
     const std::int64_t plane = winograd_plane(in_channels, out_channels);
     threads = useful_threads(threads, plane);
@@ -252,8 +254,7 @@ void winograd_weights(const float* weight, float* out, std::int64_t in_channels,
             float taps[9][kFloats] = {};
             for (std::int64_t lane = 0; lane < count; ++lane)
                 for (int k = 0; k < 9; ++k)
-                    taps[k][lane] = adjoint ? weight[(c * out_channels + first + lane) * 9 + 8 - k]
-                                            : weight[((first + lane) * in_channels + c) * 9 + k];
+                    taps[k][lane] = weight[c * by_in + (first + lane) * by_out + (adjoint ? 8 - k : k) * strides.tap];
             Floats half[3][kSpan];  // transposed
             for (int j = 0; j < 3; ++j) {
                 const Floats g[3] = {load(taps[j]), load(taps[3 + j]), load(taps[6 + j])};

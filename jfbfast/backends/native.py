@@ -274,9 +274,12 @@ def winograd_weights(weight: Tensor, adjoint: bool = False) -> Tensor:
     """
     out_channels, in_channels = reversed(weight.shape[:2]) if adjoint else weight.shape[:2]
     _check(("weight", weight, (*weight.shape[:2], 3, 3), (torch.float32,)))
-    weight = weight.contiguous()
+    if weight.stride(2) != 3 * weight.stride(3):  # contiguous and channels-last ones are read as they are
+        weight = weight.contiguous()
     out = _empty((_native.winograd_size(in_channels, out_channels),), torch.float32)
-    _native.winograd_weights(weight.data_ptr(), out.data_ptr(), in_channels, out_channels, adjoint, _threads())
+    outer, inner, _, tap = weight.stride()
+    read = weight.data_ptr(), (outer, inner, tap)
+    _native.winograd_weights(*read, out.data_ptr(), in_channels, out_channels, adjoint, _threads())
     return out
 
 

@@ -230,7 +230,7 @@ void check_convolution(DType dtype, double tolerance, int height, int width, int
     const auto weight = image<float>(out * in * 9), bias = image<float>(out);
     std::vector<float> transformed(36 * winograd_plane(in, out));
     std::vector<S> convolved(2 * height * width * out);
-    isa::winograd_weights(weight.data(), transformed.data(), in, out, false, 1);
+    isa::winograd_weights(weight.data(), {9 * in, 9, 1}, transformed.data(), in, out, false, 1);
     isa::convolution(dtype, {x.data(), transformed.data(), bias.data(), convolved.data(), relu}, shape, 1);
     for (int pixel = 0; pixel < 2 * height * width; ++pixel)
         for (int o = 0; o < out; ++o) {

@@ -74,8 +74,10 @@ def test_strided_images_and_weights_are_not_misread(layout: str) -> None:
     x, weight, bias = problem(2, (16, 17), (9, 21))
     strided = LAYOUTS[layout](x)
     expected = native.conv3x3(strided.clone(memory_format=torch.channels_last), weight, bias, True)
+    back = native.conv3x3(expected, weight, None, False, None, True)
     for w in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
         assert torch.equal(native.conv3x3(strided, w, bias.repeat(2)[:17], True), expected)
+        assert torch.equal(native.conv3x3(expected, w, None, False, None, True), back)
 
 
 def test_a_transformed_weight_is_the_weight() -> None:
