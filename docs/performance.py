@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import jfbfast
 from jfbfast.benchmarks import machine, report, step, step_report
+from jfbfast.benchmarks.convolutions import fastest_product
 from jfbfast.benchmarks.kernels import Case
 from jfbfast.benchmarks.memory import peak_megabytes
 from jfbfast.benchmarks.problem import Problem, Weights, model, photographs, problem, trained, untrained
@@ -38,6 +39,7 @@ CPU = torch.device("cpu")
 MODEL = "gaussian5-sigma1"
 RIVALS = ("PyTorch", "published loop", "TorchDEQ", "deepinv")
 MEMORY = 5  # Anderson's
+MEMORY_CASES = ((2, 32), (8, 64))  # images and their size
 GPU = {"TF32": (400e12, 3.0e12), "bfloat16": (798e12, 3.0e12)}  # an H100: operations and bytes per second
 PLAN = replace(step.QUICK, batch=16, seconds=20.0, sizes=(16, 32, 64, 128), sizes_batch=16, memory=())
 QUICK = replace(PLAN, batch=2, seconds=1.0, sizes=(16, 32), sizes_batch=2, targets=(1e-2,))
@@ -99,10 +101,7 @@ def works(given: Problem, evaluations: int) -> dict[str, Work]:
 
 def peaks() -> tuple[float, float]:
     """Operations per second of a large matrix product, and bytes per second of the triad."""
-    a, b = torch.randn(2, 1024, 1024)
-    sampler = timed(lambda: a @ b, CPU)
-    product = median(sampler.sample() for _ in range(7))
-    return 2 * 1024**3 / product, median(machine.bandwidth_samples(3 << 27, CPU))
+    return 1e9 * fastest_product(), median(machine.bandwidth_samples(3 << 27, CPU))
 
 
 def parts_table(row: Row, given: Problem, peak: tuple[float, float]) -> list[list[str]]:
@@ -135,10 +134,11 @@ def steps_table(rows: Sequence[Row]) -> list[list[str]]:
     cases = dict.fromkeys((row["layer"], row["dtype"], row["target_error"]) for row in rows)
     for layer, dtype, target in cases:
         case = {row["side"]: row for row in where(rows, layer=layer, dtype=dtype, target_error=target)}
-        cells = [
-            f"{step_report.time_or_ratio(case[side])} ({case[side]['evaluations']})" if side in case else "–"
-            for side in (OURS, *RIVALS)
-        ]
+        cells = []
+        for side in (OURS, *RIVALS):
+            row = case.get(side)
+            mark = "" if row is None or row["reached"] else "†"
+            cells.append("–" if row is None else f"{step_report.time_or_ratio(row)} ({row['evaluations']}){mark}")
         lines.append([f"{layer}, {dtype}, to {target:g}", *cells])
     return lines
 
@@ -167,10 +167,11 @@ def sizes_table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def memory_table(weights: Weights, size: int, batch: int) -> list[list[str]]:
-    """The peak of a step, in megabytes."""
-    given = problem(weights, size, batch, CPU)
-    return [[side, f"{peak_megabytes(given, side, 5):.0f} MB"] for side in (OURS, *RIVALS)]
+def memory_table(weights: Weights) -> list[list[str]]:
+    """The peak of a step, in megabytes, for each of `MEMORY_CASES`."""
+    cases = [problem(weights, size, batch, CPU) for batch, size in MEMORY_CASES]
+    sides = (OURS, *RIVALS)
+    return [[side, *(f"{peak_megabytes(given, side, 5):.0f} MB" for given in cases)] for side in sides]
 
 
 @torch.no_grad()
@@ -259,7 +260,8 @@ def main() -> None:
         head = ["part", "10⁹ operations", "MB", "bound by", "bound", "measured", "share", "H100, TF32, ms", "bf16, ms"]
         page = fill(page, f"parts {layer}", head, parts_table(row, given, peak))
         page = fill(page, f"sizes {layer}", sides, sizes_table(where(rows, experiment="size", layer=layer)))
-    page = fill(page, "memory", ["", "peak"], memory_table(networks["preconditioned"], 32, 2))
+    heads = [f"{batch} × 3 × {size}²" for batch, size in MEMORY_CASES]
+    page = fill(page, "memory", ["", *heads], memory_table(networks["preconditioned"]))
     page = fill(page, "tolerance", ["tolerance", "evaluations", "PSNR", "an image"], tolerance_table(2))
     page = fill(page, "denoisers", ["", "weights", "10⁹ operations", "an evaluation"], denoisers_table())
     about = f"{machine.about(CPU)}; matrix products {peak[0] / 1e9:.0f} GFLOP/s, memory {peak[1] / 1e9:.0f} GB/s"
