@@ -135,8 +135,11 @@ class RED(Described, nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether R is what this class's methods say, so that a layer may call `denoised` alone: no class of a user's
-        has another ``forward``, or another ``seen`` without its ``seen_factors``; and no hook watches it."""
+        """Whether R is λ(x − `denoised`), so that a layer may call `denoised` alone.
+
+        It is not if a derived class has a ``forward`` of its own, or a ``seen`` without its ``seen_factors``; nor if a
+        hook is to see every call.
+        """
         classes = [next(c for c in type(self).__mro__ if name in vars(c)) for name in ("seen", "seen_factors")]
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
         return type(self).forward is RED.forward and classes[0] is classes[1] and not any(hooks)
