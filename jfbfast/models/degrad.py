@@ -137,7 +137,7 @@ class DEGrad(ImplicitNetwork):
     ) -> D:
         """Load a model by its name, or from a file, a directory or the Hugging Face hub, in eval().
 
-        The models with names (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
+        Those with names (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
         were blurred with zeros (mid-grey) beyond the edge. The model cards in ``weights/`` have the details.
 
         Args:

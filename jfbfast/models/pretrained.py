@@ -1,4 +1,4 @@
-"""Networks that have a name: in ``weights/NAME.safetensors`` or on the Hugging Face hub, with a card ``weights/NAME.md``.
+"""Networks that have a name: ``weights/NAME.safetensors``, or on the Hugging Face hub; ``weights/NAME.md`` is the card.
 
 Also: loading any trained network, and setting it for the measurements to restore.
 """

@@ -124,7 +124,8 @@ def test_shipped_models_load_by_name(shipped):
     expected = load_checkpoint(shipped / "b-filtered.safetensors")[0].state_dict()
     assert not model.training and model.state_dict().keys() == expected.keys()
     with pytest.raises(
-        CheckpointError, match=r"nothing: there is no such file; the published models are a-paper, b-filtered, c-denoiser"
+        CheckpointError,
+        match=r"no such file; the published models are a-paper, b-filtered, c-denoiser, d-seven",
     ):
         DEGrad.from_pretrained("nothing")
     with pytest.raises(ValueError, match="a denoiser network; it takes a DE-GRAD"):

@@ -1,4 +1,4 @@
-"""Published networks that are not in this installation: from the hub's cache, from the hub, or a sentence on what to do."""
+"""Published networks that are not in this installation: from the hub or its cache, or a sentence on what to do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from unittest import mock
 
 import huggingface_hub
 import pytest
+
 from jfbfast import DEGrad, pretrained_names
 from jfbfast.models import hub, pretrained
 from jfbfast.models.checkpoint import CheckpointError, save_checkpoint
@@ -16,7 +17,9 @@ from jfbfast.models.config import ModelConfig
 
 NAME = "small"
 CONFIG = ModelConfig("filtered", {"kind": "DnCNN", "channels": 1, "features": 4, "depth": 3, "residual": True})
-BY_HAND = r"download https://huggingface\.co/jfbfast/small/resolve/weights-1/model\.safetensors and pass the file's path"
+BY_HAND = (
+    r"download https://huggingface\.co/jfbfast/small/resolve/weights-1/model\.safetensors and pass the file's path"
+)
 
 
 @pytest.fixture

@@ -356,7 +356,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
     card.write_text(card.read_text() + "\nBy hand.\n")
     model.push_to_hub("somebody/blurs", license="apache-2.0")
     assert card.read_text().endswith("\nBy hand.\n") and "apache-2.0" in card.read_text()
-    with pytest.raises(CheckpointError, match=r"name is 'nobody/none'.*\(no such repository\); the published models are"):
+    with pytest.raises(CheckpointError, match=r"name is 'nobody/none'.*\(no such repository\); the published"):
         DEGrad.from_pretrained("nobody/none")
 
 
