@@ -87,6 +87,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_memory": False,
     "write_computation_times": False,
+    "reference_url": {"jfbfast": None},  # names in the code are links to the reference
     "first_notebook_cell": "%pip install -q 'jfbfast[train]'",
     "within_subsection_order": "FileNameSortKey",
 }
