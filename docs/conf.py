@@ -66,7 +66,7 @@ html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
 html_math_renderer = "mathml"
-html_theme_options = {"source_repository": f"{REPOSITORY}/", "source_branch": "main", "source_directory": "docs/"}
+html_theme_options = {"top_of_page_buttons": []}  # their sources are on GitHub, except for the tutorials
 templates_path = ["_templates"]
 html_sidebars = {
     "**": [
@@ -87,6 +87,8 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_memory": False,
     "write_computation_times": False,
+    "min_reported_time": float("inf"),  # times depend on the machine
+    "show_signature": False,
     "reference_url": {"jfbfast": None},  # names in the code are links to the reference
     "first_notebook_cell": "%pip install -q 'jfbfast[train]'",
     "within_subsection_order": "FileNameSortKey",
