@@ -48,6 +48,8 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # README.md is included from its second heading on
 
+autodoc_default_options = {"members": True}
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -169,6 +171,11 @@ def constructor(app: Sphinx, what: str, name: str, thing: Any, *rest: Any) -> tu
     return None
 
 
+def is_field(app: Sphinx, what: str, name: str, thing: Any, *rest: Any) -> bool | None:
+    """Leave out the fields of a named tuple, which its docstring explains."""
+    return True if inspect.ismemberdescriptor(thing) or type(thing).__name__ == "_tuplegetter" else None
+
+
 def by_last_name(app: Sphinx, env: BuildEnvironment, node: Any, content: nodes.Element) -> nodes.Element | None:
     """Resolve `LeastSquares` and jfbfast.solvers.solution.Status, if one documented name ends so."""
     domain, last = env.domains.python_domain, node.get("reftarget", "").rpartition(".")[2]
@@ -200,5 +207,6 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
     app.connect("autodoc-process-signature", constructor)
+    app.connect("autodoc-skip-member", is_field)
     app.connect("missing-reference", by_last_name)
     app.connect("build-finished", copy_notebooks)

@@ -145,7 +145,7 @@ def gradient_agreement(
         ValueError: a model without parameters that require a gradient; a ``value`` or ``cotangent`` of another shape.
 
     Returns:
-        The cosine to the exact gradient, and the ratio of the norms: dictionaries from the method's name to a tensor
+        The cosine to the exact gradient, and the ratio of the norms, as dictionaries from the method's name to a tensor
         (B,), which is NaN where a gradient is zero or not finite.
 
     Example:
