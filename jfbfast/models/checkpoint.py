@@ -81,9 +81,9 @@ def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, 
         >>> from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
         >>> from jfbfast.models.config import ModelConfig
         >>> config = ModelConfig(denoiser={"kind": "DnCNN", "features": 4, "depth": 3, "residual": True})
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     save_checkpoint(file.name, config.model(), config)
-        ...     model, found = load_checkpoint(file.name)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/model.safetensors", config.model(), config)
+        ...     model, found = load_checkpoint(f"{folder}/model.safetensors")
         >>> found == config, model.training
         (True, False)
     """

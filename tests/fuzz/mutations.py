@@ -8,6 +8,7 @@ import random
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import safetensors.torch
@@ -15,7 +16,7 @@ import safetensors.torch
 from jfbfast.models.checkpoint import digest
 
 _NUMBERS = (0, 1, -1, 2, 3, 7, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 10**12, 10**400)
-_VALUES = (*_NUMBERS, None, True, False, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), "", "x", "1", [], {}, [1])
+_VALUES = (*_NUMBERS, None, True, False, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), "", "1", [], {}, [1])
 _WORDS = (
     *("Anderson", "Broyden", "Picard", "Inertial", "JFB", "Neumann", "Implicit", "Unrolled", "Shine", "Phantom"),
     *("UNet", "DnCNN", "RED", "DEGrad", "DEProx", "DEADMM", "PlugAndPlay", "UniversalDEGrad", "FeedForward", "Poisson"),
@@ -95,7 +96,8 @@ def change_checkpoint(data: bytes, rng: random.Random) -> bytes:
     tensors = safetensors.torch.load(data)
     if rng.random() < 0.2:
         name = rng.choice(sorted(tensors))
-        tensors[name] = rng.choice((tensors[name].double(), tensors[name][None], tensors[name] / 0, tensors[name].int()))
+        value = tensors[name]
+        tensors[name] = rng.choice((value.double(), value[None], value / 0, value.int()))
     config = json.dumps(change_tree(json.loads(header["config"]), rng))
     return safetensors.torch.save(tensors, {**header, "config": config, "digest": digest(config, tensors)})
 
@@ -161,8 +163,6 @@ _STRUCTURES = {
 def change(name: str, data: bytes, rng: random.Random) -> bytes:
     """Change a file of the reader ``name``: its structure if it still has one, otherwise its bytes."""
     if rng.random() < 0.7:
-        try:
+        with suppress(Exception):  # the file is damaged already
             return _STRUCTURES[name](data, rng)
-        except Exception:  # noqa: BLE001, S110  # the file is damaged already
-            pass
     return change_bytes(data, rng)

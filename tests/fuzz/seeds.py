@@ -25,7 +25,7 @@ DNCNN = {"kind": "DnCNN", "features": 2, "depth": 2, "norm": None, "spectral_nor
 UNET = {"kind": "UNet", "features": [2, 4], "blocks": [1, 1]}
 CONFIGS = (
     ModelConfig(denoiser=DNCNN),
-    ModelConfig("paper", DNCNN | {"residual": False}, solver={"kind": "Picard", "tol": 1e-3}, gradient={"kind": "neumann", "terms": 3}),
+    ModelConfig("paper", DNCNN | {"residual": False}, solver={"kind": "Picard"}, gradient={"kind": "neumann"}),
     ModelConfig("denoiser", {"kind": "NonexpansiveDenoiser", "features": 2, "depth": 2}),
     ModelConfig("feed-forward", UNET, sigma=2.0, padding_mode="circular"),
 )
@@ -53,7 +53,7 @@ def images() -> list[bytes]:
     found += [photographs.tiff(of("uint8", 5), planarconfig="separate", photometric="minisblack")]
     found += [photographs.tiff(of("uint16", 3, (32, 48)), tile=(16, 16), byteorder=">"), photographs.lzw_tiff(colour)]
     found += [b"P5 # grey\n3 2 255\n" + bytes(6), b"P6\n3 2\n1000\n" + bytes(36)]
-    return found + [_saved_array(of("float32", 3)), _saved_array(of("uint16", 4).transpose(2, 0, 1))]
+    return [*found, _saved_array(of("float32", 3)), _saved_array(of("uint16", 4).transpose(2, 0, 1))]
 
 
 def point_spreads() -> list[bytes]:
@@ -129,4 +129,3 @@ def run_texts() -> list[bytes]:
     names = json.dumps({"training": ["a.png", "b/c.png"], "validation": []})
     row = ["training", "1", "0.5", "0.1"] + [""] * (len(METRICS) - 4)
     return [names.encode(), "\r\n".join((",".join(METRICS), ",".join(row), "")).encode()]
-
