@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {"gpu": "torch sees no CUDA device"} if not torch.cuda.is_available() else {}
     missing |= {"compiled": native.UNAVAILABLE_BECAUSE} if not native.AVAILABLE else {}
     for item in items:
-        for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
+        needs = {mark.name for mark in item.iter_markers()} | ({"compiled"} if "native" in item.name else set())
+        for marker in missing.keys() & needs:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
 
 

@@ -23,7 +23,8 @@ from jfbfast.files import write_whole
 from jfbfast.models.config import ModelConfig
 
 _FORMAT = "jfbfast/3"
-DAMAGE = (OSError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)  # what a damaged file raises
+# What a damaged file raises.
+DAMAGE = (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 
 
 class CheckpointError(ValueError):

@@ -23,8 +23,8 @@ from jfbfast import point_spread
 from jfbfast.experiments.callbacks import _read_rows
 from jfbfast.experiments.run_files import CheckpointFiles
 from jfbfast.experiments.settings import read_photographs, read_run_settings
-from jfbfast.imaging.formats import metadata
-from jfbfast.imaging.images import read_image
+from jfbfast.imaging import images
+from jfbfast.imaging.formats import eight_bit, metadata, netpbm, png, tiff
 from jfbfast.imaging.photographs import LEAST, MOST, ImageError, read_photograph, write_photograph
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint
 from jfbfast.models.directory import load_directory, read_settings
@@ -59,15 +59,15 @@ def _image(folder: Path, content: bytes) -> None:
     if content.startswith(b"\x93NUMPY") or content[:4] in (b"II*\0", b"MM\0*"):
         suffix = ".npy" if content.startswith(b"\x93NUMPY") else ".tif"
         try:
-            pixels = read_image(_file(folder, f"image{suffix}", content))
+            pixels = images.read_image(_file(folder, f"image{suffix}", content))
         except ImageError as error:
             _check_sentence(error)
         else:
             assert pixels.dim() == 3 and pixels.dtype in (torch.uint8, torch.float32), (pixels.shape, pixels.dtype)
-            assert pixels[0].numel() <= MOST_PIXELS and pixels.isfinite().all()
+            assert pixels.isfinite().all()
     found = read_photograph(_file(folder, "image", content))
     colours, height, width = found.pixels.shape
-    assert colours in (1, 3) and 0 < height * width <= MOST_PIXELS, found.pixels.shape
+    assert colours in (1, 3) and height * width > 0, found.pixels.shape
     assert found.alpha is None or found.alpha.shape == (1, height, width)
     assert LEAST <= float(found.pixels.min()) <= float(found.pixels.max()) <= MOST
     target = folder / ("written.tif" if found.dtype == np.float32 else "written.png")
@@ -152,37 +152,56 @@ def _check_sentence(error: Exception) -> None:
         raise Finding(f"the error is not one sentence: {told[:2000]!r}") from error
 
 
+_watched: list[Path] = []  # the folder of the reader that reads now
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: raise for a change outside of the reader's folder, a new process or a connection."""
+    if not _watched:
+        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if (writes or event in _CHANGES) and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        path = Path(os.fsdecode(arguments[0])).resolve()
+        if not path.is_relative_to(_watched[0]) and path != Path(os.devnull):
+            raise Finding(f"{event} of {path}")
+    if event in _FORBIDDEN:
+        raise Finding(f"{event} {arguments}")
+
+
+@functools.cache  # hooks stay until the process ends
+def _add_hook() -> None:
+    sys.addaudithook(_watch)
+
+
+def limit_pixels() -> None:
+    """From now on, in this process, images of more than `MOST_PIXELS` are refused."""
+
+    def limited(width: int, height: int, *most: int) -> None:
+        metadata.check_size(width, height)
+        if width * height > MOST_PIXELS:
+            raise ImageError(f"has {width} × {height} pixels")
+
+    for module in (eight_bit, images, netpbm, png, tiff):
+        module.check_size = limited  # type: ignore[attr-defined]
+
+
 class Harness:
-    """Feeds contents to one reader, in a folder of its own that is the current one."""
+    """Feeds contents to one reader, in a folder of its own."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.reader, self.folder = READERS[name], folder.resolve()
-        self.active = False
+        self.name, self.reader, self.folder = name, READERS[name], folder.resolve()
         _weights()  # in advance, outside of the folder
-        metadata.MOST_PIXELS = MOST_PIXELS
-        os.chdir(folder)
-        sys.addaudithook(self._watch)
-
-    def _watch(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.active:
-            return
-        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if (writes or event in _CHANGES) and isinstance(args[0], (str, bytes, os.PathLike)):
-            path = Path(os.fsdecode(args[0])).resolve()
-            if not path.is_relative_to(self.folder) and path != Path(os.devnull):
-                raise Finding(f"{event} of {path}")
-        if event in _FORBIDDEN:
-            raise Finding(f"{event} {args}")
+        _add_hook()
 
     def read(self, content: bytes) -> bool:
         """Whether the reader accepts the content; raises for a finding."""
         (self.folder / INPUT).write_bytes(content)
-        self.active = True
+        _watched.append(self.folder)
         try:
             self.reader.read(self.folder, content)
         except self.reader.error as error:
             _check_sentence(error)
             return False
         finally:
-            self.active = False
+            _watched.clear()
         return True

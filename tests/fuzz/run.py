@@ -31,13 +31,15 @@ def fuzz(name: str, folder: Path, options: list[str]) -> None:
     torch.set_num_threads(1)
     with atheris.instrument_imports(include=_INSTRUMENTED, enable_loader_override=False):
         from fuzz import mutations
-        from fuzz.readers import Harness
+        from fuzz.readers import Harness, limit_pixels
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         rng = random.Random(seed)
         changed = mutations.change(name, data, rng) if rng.random() < 0.7 else atheris.Mutate(data, len(data) + 16)
         return changed[:most]
 
+    limit_pixels()
+    os.chdir(folder)
     harness = Harness(name, folder)
     atheris.Setup([sys.argv[0], *options], lambda data: harness.read(data) and None, custom_mutator=mutate)
     atheris.Fuzz()
