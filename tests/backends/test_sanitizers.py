@@ -40,7 +40,7 @@ def test_baseline_kernels_are_sound(tmp_path: Path) -> None:
 
 def has_avx512() -> bool:
     info = Path("/proc/cpuinfo")
-    return platform.machine() == "x86_64" and info.exists() and "avx512vl" in info.read_text()
+    return platform.machine() == "x86_64" and info.exists() and "avx512vl" in info.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not has_avx512(), reason="needs a CPU with AVX-512")
