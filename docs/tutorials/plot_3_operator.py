@@ -235,7 +235,7 @@ assert torch.allclose(closed, iterated, atol=1e-4)
 # and ``DEGrad(None, …)`` is a model that has none of its own.
 
 model = jfbfast.DEGrad(None, regularizer(), preconditioner="exact", solver=jfbfast.Anderson(tol=1e-2))
-train(model, random_mask, steps=250)
+train(model, random_mask, steps=300)
 
 d = noisy(mask(unseen)) * mask.mask
 with torch.no_grad():
