@@ -81,7 +81,7 @@ class Run:
         self.out, self.resume, self.progress, self.dataset = out, resume, progress, dataset
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is the file {out}; it takes a directory")
-        check_launch()
+        check_launch("train")
         if dataset is not None:
             values = {**values, "data": dataset.data}
         if resume:
