@@ -199,33 +199,36 @@ def restore(
             return (jobs, restorations), [str(job.source) for job in jobs]
 
         check_launch("restore")
-        with team(_PATIENCE):
-            jobs, restorations = agreed(plan, "the processes find different photographs; they take the same folder")
-            if done := sum(job.done() for job in jobs) if skip_existing else 0:
-                say(f"{done} of {len(jobs)} photographs are restored already.")
-            console.quiet = quiet  # from here on, each process tells about its own photographs
-            failed = restore_files(
-                jobs,
-                restorations,
-                console=console,
-                say_error=say_error,
-                numbers=shared(len(jobs)),
-                report=report,
-                overwrite=overwrite,
-                skip_existing=skip_existing,
-                tile=tile,
-                overlap=overlap,
-                check_tiles=check_tiles,
-            )
-            failed = sum(gathered(failed))
+        try:
+            with team(_PATIENCE):
+                jobs, restorations = agreed(plan, "the processes find different photographs; they take the same folder")
+                if done := sum(job.done() for job in jobs) if skip_existing else 0:
+                    say(f"{done} of {len(jobs)} photographs are restored already.")
+                console.quiet = quiet  # from here on, each process tells about its own photographs
+                failed = restore_files(
+                    jobs,
+                    restorations,
+                    console=console,
+                    say_error=say_error,
+                    numbers=shared(len(jobs)),
+                    report=report,
+                    overwrite=overwrite,
+                    skip_existing=skip_existing,
+                    tile=tile,
+                    overlap=overlap,
+                    check_tiles=check_tiles,
+                )
+                failed = sum(gathered(failed))
 
-            def end() -> tuple[None, None]:
-                if report is not None and rank() == 0:
-                    write_report(report, jobs)
-                if failed and len(jobs) > 1 and rank() == 0:
-                    say_error(f"{failed} of {len(jobs)} photographs could not be restored")
-                return None, None
+                def end() -> tuple[None, None]:
+                    if report is not None and rank() == 0:
+                        write_report(report, jobs)
+                    if failed and len(jobs) > 1 and rank() == 0:
+                        say_error(f"{failed} of {len(jobs)} photographs could not be restored")
+                    return None, None
 
-            agreed(end)  # torchrun kills the first process when another one ends before it with an error
+                agreed(end)  # torchrun kills the first process when another one ends before it with an error
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; the same command with --skip-existing restores the rest") from error
         if failed:
             raise typer.Exit(1)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from jfbfast import checks
@@ -71,11 +70,12 @@ def _meeting(store: Any, world: int, patience: float) -> str:
 
 
 @contextmanager
-def team(patience: float) -> Iterator[None]:
+def team(patience: float, backend: str = "gloo") -> Iterator[None]:
     """Connect the processes of the team within this context.
 
     Args:
         patience: seconds to wait for another process before it counts as lost.
+        backend: what connects them, of torch.distributed; with gloo for the CPU.
 
     Raises:
         ConnectionError: a process of the team ended, or cannot be reached.
@@ -84,9 +84,6 @@ def team(patience: float) -> Iterator[None]:
         yield
         return
     with lost_process_is_named():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_device("cuda"))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         world, start = int(os.environ["WORLD_SIZE"]), min(patience, _START)
         store = _store(start)
         own = dist.PrefixStore(_meeting(store, world, start), store)  # type: ignore[attr-defined]
@@ -99,6 +96,11 @@ def team(patience: float) -> Iterator[None]:
 def local_device(device: str) -> str:
     """The device for this process: each of torchrun's processes on a machine takes a GPU of its own for "cuda"."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and distributed() else device
+
+
+def restarted() -> bool:
+    """Whether torchrun has started the processes again; its count of that can differ among machines."""
+    return any(gathered(distributed() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
 
 
 def gathered(value: T) -> list[T]:
