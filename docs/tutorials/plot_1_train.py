@@ -88,7 +88,8 @@ for x in batches(500):
 
 # %%
 # What happened in ``model(d)``: the layer was applied, without gradients, until another application would have changed
-# the image by less than a thousandth of its size. Then it was applied once more, and ``loss.backward()`` differentiated that one application only. This is
+# the image by less than a thousandth of its size. Then it was applied once more, and ``loss.backward()``
+# differentiated that one application only. This is
 # *Jacobian-free backpropagation* (JFB). So however often the layer was applied, a step takes the memory of one
 # application.
 #

@@ -51,7 +51,7 @@ def psnr(image, blur):
 def show(images, columns=4, part=slice(60, 220)):
     """Pictures side by side, with their titles: the same part of each, so that its pixels can be seen."""
     rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), layout="constrained", squeeze=False)
+    _, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, image) in zip(axes.flat, images.items(), strict=False):

@@ -6,7 +6,7 @@ Blur is one way to lose information. A small sensor, a mask, or a scanner are ot
 :math:`A` for which you can write two functions: :math:`A x`, and :math:`A^\top y`, the *adjoint*. This tutorial writes
 two of them, checks them, and trains a network for each:
 
-- **downsampling**, a camera with half as many pixels along each axis, where jfbfast needs nothing but the two functions;
+- **downsampling**, a camera with half as many pixels along each axis, which needs nothing but the two functions;
 - **missing pixels**, where a third piece of knowledge makes the layer faster.
 
 To run it yourself: ``pip install 'jfbfast[train]'``.
@@ -61,7 +61,7 @@ def psnr(image):
 
 
 def show(images):
-    fig, axes = plt.subplots(1, len(images), figsize=(3 * len(images), 3.3), layout="constrained")
+    _, axes = plt.subplots(1, len(images), figsize=(3 * len(images), 3.3), layout="constrained")
     for axis, (title, image) in zip(axes, images.items(), strict=True):
         axis.imshow(((image[0] + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title)

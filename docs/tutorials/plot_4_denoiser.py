@@ -6,15 +6,15 @@ The network inside of the layer need not be one of jfbfast. This tutorial trains
 says what jfbfast checks and does with it, and then takes operators, denoisers and the trainer of the library
 `deepinv <https://deepinv.github.io>`_.
 
-To run it yourself: ``pip install 'jfbfast[train]' deepinv``.
+To run it yourself: ``pip install 'jfbfast[train]'``, and ``pip install deepinv``.
 """
 
 # %%
 # Photographs
 # -----------
 #
-# They are those of the first tutorial, but with values in [0, 1], as deepinv has them. Nothing in jfbfast depends on the
-# range, except for the networks that were trained for one.
+# They are those of the first tutorial, but with values in [0, 1], as deepinv has them. Nothing in jfbfast depends on
+# the range, except for the networks that were trained for one.
 
 import deepinv
 import matplotlib.pyplot as plt
@@ -54,7 +54,7 @@ def psnr(image):
 
 
 def show(images):
-    fig, axes = plt.subplots(1, len(images), figsize=(3 * len(images), 3.3), layout="constrained")
+    _, axes = plt.subplots(1, len(images), figsize=(3 * len(images), 3.3), layout="constrained")
     for axis, (title, image) in zip(axes, images.items(), strict=True):
         axis.imshow(image[0].clamp(0, 1).permute(1, 2, 0).numpy())
         axis.set_title(title)
@@ -92,8 +92,8 @@ class Denoiser(nn.Module):
 
 
 # %%
-# ``RED`` makes the layer's :math:`R(x) = \lambda (x - D(W x))` of a denoiser :math:`D`, where :math:`W` removes what the
-# blur has destroyed. That is all that changes in the training loop:
+# ``RED`` makes the layer's :math:`R(x) = \lambda (x - D(W x))` of a denoiser :math:`D`, where :math:`W` removes what
+# the blur has destroyed. That is all that changes in the training loop:
 
 blur = jfbfast.GaussianBlur(kernel_size=9, sigma=1.5, padding_mode="reflect")
 model = jfbfast.DEGrad(blur, jfbfast.RED(Denoiser(), filter_damping="weight"), preconditioner="exact")
@@ -218,7 +218,7 @@ assert psnr(restored) > psnr(classical) + 0.3 > psnr(y) + 0.3
 # Where to go on
 # --------------
 #
-# - `Using jfbfast with deepinv <https://jfbfast.github.io/jfbfast/latest/deepinv.html>`_: which losses and operators work,
-#   what does not, and training without sharp images.
+# - `Using jfbfast with deepinv <https://jfbfast.github.io/jfbfast/latest/deepinv.html>`_: which losses and operators
+#   work, what does not, and training without sharp images.
 # - ``examples/any_network.py`` turns a layer that has nothing to do with images into an implicit network.
 # - The next tutorial measures whether a model is sound.

@@ -60,7 +60,8 @@ d = noisy(blur(unseen))
 #
 # All have the same small U-Net as denoiser :math:`D`, a network that returns a cleaner image.
 #
-# - *Paper's*: gradient descent, :math:`T(x) = x - \eta (A^\top (A x - d) + R(x))` with :math:`R(x) = \lambda (x - D(x))`.
+# - *Paper's*: gradient descent, :math:`T(x) = x - \eta (A^\top (A x - d) + R(x))` with :math:`R(x) = \lambda (x -
+#   D(x))`.
 # - *Preconditioned*: the same with a step size for each frequency.
 # - *Filtered*: also, :math:`D` sees only the parts of the image that the blur has left something of.
 # - *Filtered with injection*: :math:`D` also sees Tikhonov's restoration, which is the same at every evaluation.
@@ -177,8 +178,8 @@ assert reports["with injection"].contraction_factor.max() < 0.9
 assert reports["with injection"].cosine["jfb"].min() > 0.9
 
 # %%
-# And this is the report of the paper's form, which is not sound after so little training: it hardly contracts, and JFB's
-# gradient does not point where the exact one does. (`The paper's own layer
+# And this is the report of the paper's form, which is not sound after so little training: it hardly contracts, and
+# JFB's gradient does not point where the exact one does. (`The paper's own layer
 # <https://jfbfast.github.io/jfbfast/latest/training.html>`_ tells how it is trained well.)
 
 print(reports["paper's"])
@@ -188,10 +189,10 @@ assert reports["paper's"].contraction_factor.max() > 0.95 and reports["paper's"]
 # What to do about each figure
 # ----------------------------
 #
-# **Contraction factor γ.** The largest size of an eigenvalue of :math:`\partial T / \partial x` at the fixed point. Near
-# it, the plain iteration gains a factor γ with each evaluation: at 0.3 two evaluations make one digit, and at 0.9 it
-# takes 22. Above 1 the plain iteration leaves the fixed point; Anderson's method often converges still. *If it is above
-# 0.9:* take the filtered form, or train with ``jacobian_penalty``, as below.
+# **Contraction factor γ.** The largest size of an eigenvalue of :math:`\partial T / \partial x` at the fixed point.
+# Near it, the plain iteration gains a factor γ with each evaluation: at 0.3 two evaluations make one digit, and at 0.9
+# it takes 22. Above 1 the plain iteration leaves the fixed point; Anderson's method often converges still. *If it is
+# above 0.9:* take the filtered form, or train with ``jacobian_penalty``, as below.
 #
 # **Operator norm.** Below 1 every step brings all images closer together. Above 1 a step may lead away at first, and γ
 # decides.
@@ -204,17 +205,17 @@ assert reports["paper's"].contraction_factor.max() > 0.95 and reports["paper's"]
 # *Then* ``averaging="auto"`` takes shorter steps with the same fixed points. A highest one near 1 makes it creep, and
 # averaging cannot help; the penalty can.
 #
-# **κ(MᵀM) and 1/γ.** JFB's theorem needs the first to be below the second. It is far above it in all six models, and this
-# is no fault: the theorem says nothing then, and the cosine tells directly whether the gradient descends.
+# **κ(MᵀM) and 1/γ.** JFB's theorem needs the first to be below the second. It is far above it in all six models, and
+# this is no fault: the theorem says nothing then, and the cosine tells directly whether the gradient descends.
 #
-# **Evaluations.** What a solve takes to the model's own tolerance. *If they reach ``max_iter``:* first look at γ. Only if
-# that is sound, raise ``max_iter``.
+# **Evaluations.** What a solve takes to the model's own tolerance. *If they reach ``max_iter``:* first look at γ. Only
+# if that is sound, raise ``max_iter``.
 #
-# **Residual at 100.** With no tolerance the solve should settle far below the tolerance. *If it stays near it*, ask for no
-# smaller tolerance; *if it stays above*, the layer does not contract.
+# **Residual at 100.** With no tolerance the solve should settle far below the tolerance. *If it stays near it*, ask
+# for no smaller tolerance; *if it stays above*, the layer does not contract.
 #
-# **PSNR at 10, 30, 100.** *If it falls*, the best image is not the fixed point. The filtered form ends that, and until then
-# a larger ``tol`` stops earlier.
+# **PSNR at 10, 30, 100.** *If it falls*, the best image is not the fixed point. The filtered form ends that, and until
+# then a larger ``tol`` stops earlier.
 #
 # **Cosine of each gradient.** The angle between that gradient and the exact one. Above 0.9 JFB is as good as the exact
 # gradient, which costs a second solve. *If JFB's is below 0.5:* make the layer contract, or train with
@@ -249,8 +250,8 @@ assert after < before
 #    * - You have
 #      - Take
 #    * - a blur, and no photographs to train on
-#      - ``restore``: the network ``universal``, or ``checkpoint="plug-and-play"``, which is better where there is little
-#        noise and takes several times as long
+#      - ``restore``: the network ``universal``, or ``checkpoint="plug-and-play"``, which is better where there is
+#        little noise and takes several times as long
 #    * - one known blur, and photographs
 #      - the filtered form with injection; for one blur, a network that is applied once is as good
 #        (``jfbfast train --form feed-forward``)
@@ -281,6 +282,6 @@ assert after < before
 #
 # - `The method <https://jfbfast.github.io/jfbfast/latest/method.html>`_ explains the forms, why the filtered one
 #   converges, and has a comparison of all six after longer training.
-# - `Where the fixed point pays <https://jfbfast.github.io/jfbfast/latest/fixed_point.html>`_ compares it with networks that
-#   are applied once, and with unrolled ones.
+# - `Where the fixed point pays <https://jfbfast.github.io/jfbfast/latest/fixed_point.html>`_ compares it with networks
+#   that are applied once, and with unrolled ones.
 # - `Performance <https://jfbfast.github.io/jfbfast/latest/performance.html>`_ has what each choice costs.

@@ -13,9 +13,9 @@ To run it yourself: ``pip install 'jfbfast[train]'``.
 # A GPU
 # -----
 #
-# ``model.to("cuda")`` is all. A model, its operator and its measurements have to be on the same device. The device of the
-# tensors decides at each call which kernels compute: C++ on a CPU, Triton on a GPU. ``show_config`` tells what this
-# machine has, and why something is missing.
+# ``model.to("cuda")`` is all. A model, its operator and its measurements have to be on the same device. The device of
+# the tensors decides at each call which kernels compute: C++ on a CPU, Triton on a GPU. ``show_config`` tells what
+# this machine has, and why something is missing.
 
 import os
 import subprocess
@@ -57,9 +57,9 @@ with torch.no_grad():
 # - PyTorch's autocast around the training step, as for any network. The layer that is differentiated then runs in
 #   bfloat16, too, and keeps half of the memory.
 #
-# Which is faster depends on the machine: on a GPU, bfloat16; on a CPU mostly float32. On a GPU, float32 convolutions use
-# TF32 by PyTorch's default. That suits the default tolerance of 1e-3; for a smaller one, a solve leaves TF32 out by
-# itself.
+# Which is faster depends on the machine: on a GPU, bfloat16; on a CPU mostly float32. On a GPU, float32 convolutions
+# use TF32 by PyTorch's default. That suits the default tolerance of 1e-3; for a smaller one, a solve leaves TF32 out
+# by itself.
 
 model.solve_dtype = torch.bfloat16
 with torch.no_grad():
@@ -79,24 +79,25 @@ loss.backward()  # outside of autocast, as PyTorch advises
 # CUDA graphs
 # -----------
 #
-# On a GPU, small images take less time to compute than Python takes to start each kernel. ``cuda_graph=True`` records an
-# evaluation of the layer once and replays it with a single launch:
+# On a GPU, small images take less time to compute than Python takes to start each kernel. ``cuda_graph=True`` records
+# an evaluation of the layer once and replays it with a single launch:
 #
 # .. code-block:: python
 #
 #    model = jfbfast.DEGrad(blur, regularizer, preconditioner="exact", cuda_graph=True).to("cuda")
 #
 # Keep the size of the batches the same, since each size is recorded anew. It takes ``Anderson`` and an operator of
-# jfbfast. On a CPU, and where something cannot be recorded, the layer is evaluated as usual, and ``show_config`` tells why.
+# jfbfast. On a CPU, and where something cannot be recorded, the layer is evaluated as usual, and ``show_config`` tells
+# why.
 #
 # A loop of your own in several processes
 # ---------------------------------------
 #
 # PyTorch's ``DistributedDataParallel`` takes a model of jfbfast as it takes any other. Each process has a part of
-# the batch, and the gradients are averaged in ``backward``. This is a whole program; ``torchrun`` starts it once for each
-# process and tells each its rank:
+# the batch, and the gradients are averaged in ``backward``. This is a whole program; ``torchrun`` starts it once for
+# each process and tells each its rank:
 
-LOOP = '''
+LOOP = """
 import os
 import skimage.data
 import torch
@@ -134,7 +135,7 @@ assert torch.allclose(weights, mean / processes, atol=1e-6)  # every process has
 if rank == 0:
     print(f"{processes} processes, {step + 1} steps, the same {len(weights)} weights")
 torch.distributed.destroy_process_group()
-'''
+"""
 
 
 def torchrun(*words):
@@ -174,8 +175,8 @@ assert printed.startswith("2 processes, 20 steps")
 # -----
 #
 # Under SLURM, start one torchrun on each machine, and let it start a process for each GPU. This script is
-# ``docs/training/several_machines.sh`` in the repository, without its comments. ``--signal`` asks for two minutes' notice
-# before the time is over, in which ``train`` saves its state. Submitted again, the job goes on.
+# ``docs/training/several_machines.sh`` in the repository, without its comments. ``--signal`` asks for two minutes'
+# notice before the time is over, in which ``train`` saves its state. Submitted again, the job goes on.
 #
 # .. code-block:: bash
 #
@@ -207,7 +208,8 @@ assert printed.startswith("2 processes, 20 steps")
 # -----------------------
 #
 # Restoring needs no connection between the photographs, so each goes to the next process that is free. With
-# ``--skip-existing``, the same command goes on with a folder that was interrupted. A file appears only when it is whole.
+# ``--skip-existing``, the same command goes on with a folder that was interrupted. A file appears only when it is
+# whole.
 
 with tempfile.TemporaryDirectory() as directory:
     folder, results = Path(directory, "holiday"), Path(directory, "restored")
@@ -239,8 +241,8 @@ assert min(gains) > 0  # each has more contrast than its blurred photograph
 # Where to go on
 # --------------
 #
-# - `Training <https://jfbfast.github.io/jfbfast/latest/training.html>`_ has the settings, and what happens when a process
-#   or a machine dies.
-# - `Performance <https://jfbfast.github.io/jfbfast/latest/performance.html>`_ tells what bounds a training step, and how
-#   much memory it takes.
+# - `Training <https://jfbfast.github.io/jfbfast/latest/training.html>`_ has the settings, and what happens when a
+#   process or a machine dies.
+# - `Performance <https://jfbfast.github.io/jfbfast/latest/performance.html>`_ tells what bounds a training step, and
+#   how much memory it takes.
 # - ``jfbfast bench gpu`` checks and measures everything on your GPU.
