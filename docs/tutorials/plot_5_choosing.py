@@ -218,8 +218,8 @@ assert reports["paper's"].contraction_factor.max() > 0.95 and reports["paper's"]
 # **PSNR at 10, 30, 100.** *If it falls*, the best image is not the fixed point. The filtered form ends that, and until
 # then a larger ``tol`` stops earlier.
 #
-# **Cosine of each gradient.** The angle between that gradient and the exact one. Above 0.9 JFB is as good as the exact
-# gradient, which costs a second solve. *If JFB's is below 0.5:* make the layer contract, or train with
+# **Cosine of each gradient.** The angle between that gradient and the exact one. Above 0.9 they point nearly the same
+# way, and the exact one costs a second solve. *If JFB's is below 0.5:* make the layer contract, or train with
 # ``gradient="neumann"``, and last ``gradient="implicit"``.
 #
 # The penalty
