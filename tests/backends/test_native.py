@@ -18,6 +18,8 @@ from jfbfast.backends import native, reference
 from jfbfast.backends.reference import PADDING_MODES, Bands
 from jfbfast.backends.tensors import compute_dtype, padded
 
+pytestmark = pytest.mark.compiled
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((1, 1), (1, 37), (7, 13), (33, 65), (40, 3))
 RADII = ((0, 0), (1, 2), (2, 2), (3, 1), (5, 4), (6, 31))

@@ -32,7 +32,7 @@ def run(folder: Path, flags: tuple[str, ...], patch: Patch | None = None) -> sub
 
 def has_avx512() -> bool:
     info = Path("/proc/cpuinfo")
-    return platform.machine() == "x86_64" and info.exists() and "avx512vl" in info.read_text()
+    return platform.machine() == "x86_64" and info.exists() and "avx512vl" in info.read_text(encoding="utf-8")
 
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with its sanitizers")

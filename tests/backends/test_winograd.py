@@ -13,6 +13,8 @@ from jfbfast import backend
 from jfbfast.backends import conv3x3 as winograd
 from jfbfast.backends import native, reference
 
+pytestmark = pytest.mark.compiled
+
 SIZES = ((1, 1), (3, 5), (4, 4), (13, 21), (64, 64))
 CHANNELS = ((3, 17), (17, 3), (64, 96), (96, 64), (16, 80))
 FURTHER = 8  # a 4 × 4 tile's output is at most so many times further from float64 than the direct convolution's
