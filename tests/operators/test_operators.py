@@ -184,6 +184,7 @@ def test_vmap_agrees_with_a_loop(mode):
         (lambda a, b: blur.gradient_step(a, b, None, 0.3), (x, d), 0),
         (blur.solve, (x, damping), 0),
         (blur.solve, (x[0], damping), (None, 0)),
+        (blur.solve, (x, damping[0]), (0, None)),
         (blur.eigenbasis((6, 7)).coefficients, (x,), 0),
         (blur.eigenbasis((6, 7)).image, (x,), 0),
     ):
