@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from jfbfast.files import check_writable, write_whole
 from jfbfast.imaging.photographs import (
+    MOST_PIXELS,
     ImageError,
     check_place,
     check_target,
@@ -27,6 +28,7 @@ from jfbfast.imaging.photographs import (
 from jfbfast.imaging.restoration import Restoration
 
 RESTORED, COMPARISON, TRIALS = "-restored", "-compared", "-trials"  # endings of the names of what is written
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # of one photograph; torch lacks memory: RuntimeError
 TRIAL_SIDE = 640  # pixels of the middle of a photograph, on which several blurs are tried
 
 
@@ -116,7 +118,13 @@ def plan_jobs(
 
 
 def restore_file(
-    job: Job, restoration: Restoration, *, compare: bool = False, overwrite: bool = False, **options: Any
+    job: Job,
+    restoration: Restoration,
+    *,
+    compare: bool = False,
+    overwrite: bool = False,
+    most_pixels: int = MOST_PIXELS,
+    **options: Any,
 ) -> tuple[str, dict[str, Any]]:
     """Restore a photograph into another file; its depth, alpha, colour profile, EXIF and resolution are kept.
 
@@ -125,6 +133,7 @@ def restore_file(
         restoration: what restores it.
         compare: also write a picture of the photograph and its restoration.
         overwrite: replace existing files.
+        most_pixels: a larger photograph is refused before it is decoded.
         options: of `Restoration.__call__`.
 
     Returns:
@@ -134,7 +143,7 @@ def restore_file(
         ImageError: a file that cannot be read or written, or that exists already.
         ValueError: as `restore_tiled`.
     """
-    photograph = read_photograph(job.source)
+    photograph = read_photograph(job.source, most_pixels=most_pixels)
     for path in (job.target, job.picture) if compare else (job.target,):
         check_unused(path, [job.source], overwrite)
     check_target(job.target, photograph)
@@ -176,6 +185,11 @@ def _write_picture(job: Job, images: dict[str, torch.Tensor], overwrite: bool) -
     detail = ((height - side) // 2, (width - side) // 2, side)
     title = job.source.name
     write_whole(job.picture, lambda partial: side_by_side(images, partial, detail, title), overwrite=overwrite)
+
+
+def failure(job: Job, error: Exception) -> str:
+    """Say in one sentence why a photograph could not be restored."""
+    return str(error) if isinstance(error, ImageError) else f"{job.source}: {error}"
 
 
 def restore_files(
@@ -221,8 +235,8 @@ def restore_files(
         try:
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 how, values = restore(job, bar)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # torch lacks memory: RuntimeError
-            row["error"] = str(error) if isinstance(error, ImageError) else f"{job.source}: {error}"
+        except FAILURES as error:
+            row["error"] = failure(job, error)
             say_error(row["error"])
         else:
             row |= values

@@ -13,7 +13,16 @@ import numpy as np
 import tifffile
 from PIL.ExifTags import Base as Tag
 
-from jfbfast.imaging.formats.metadata import RESOLUTION, Decoded, ImageError, Metadata, check_size, put_dpi, read_exif
+from jfbfast.imaging.formats.metadata import (
+    MOST_PIXELS,
+    RESOLUTION,
+    Decoded,
+    ImageError,
+    Metadata,
+    check_size,
+    put_dpi,
+    read_exif,
+)
 from jfbfast.imaging.formats.tags import UNDEFINED, Directory, Value, codes, read_directory
 
 _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6  # photometric interpretations
@@ -61,9 +70,9 @@ def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
         raise ImageError("its palette has 8 bits, where TIFF has 16, or more than 256 colours")
 
 
-def _only_page(file: tifffile.TiffFile, content: bytes) -> tifffile.TiffPage:
+def _only_page(file: tifffile.TiffFile, content: bytes, most: int = MOST_PIXELS) -> tifffile.TiffPage:
     page = file.pages.first
-    check_size(page.imagewidth, page.imagelength)
+    check_size(page.imagewidth, page.imagelength, most)
     if len(file.pages) > 1:
         raise ImageError(f"has {len(file.pages)} pages; it takes one image a file")
     damaged = _STORAGE.intersection(codes(content)).difference(tag.code for tag in page.tags)
@@ -93,11 +102,11 @@ def decode_channels(content: bytes) -> np.ndarray | None:
     return array.transpose(1, 2, 0) if page.planarconfig == _PLANES else array
 
 
-def decode(content: bytes) -> Decoded:
+def decode(content: bytes, most: int = MOST_PIXELS) -> Decoded:
     """Decode a TIFF of one page."""
     tags = read_directory(content)
     with tifffile.TiffFile(BytesIO(content)) as file:
-        page = _only_page(file, content)
+        page = _only_page(file, content, most)
         _check_layout(page, tags)
         array = page.asarray()
     white = array.dtype.type(1 if array.dtype == np.float32 else np.iinfo(array.dtype).max)
