@@ -41,6 +41,7 @@ _TICK = 0.25  # seconds between two looks at a restoration
 CSS = """
 #title h1 { font-size: var(--text-xxl); font-weight: 600; margin: 0 0 0.3em; }
 .gradio-container { max-width: 1200px !important; }
+#share .min_value, #share .max_value { color: var(--body-text-color); }
 #status p { margin: 0; font-size: var(--text-lg); overflow-wrap: anywhere; }
 .error { color: #b91c1c; font-weight: 600; }
 .warning { border-left: 4px solid #b45309; padding-left: 0.6em; margin: 0.4em 0; overflow-wrap: anywhere; }
@@ -50,7 +51,7 @@ CSS = """
 .dark #findings dt { color: #d4d4d8; }
 #findings dd { margin: 0; overflow-wrap: anywhere; }
 #findings pre { overflow-x: auto; padding: 0.5em; background: var(--background-fill-secondary); }
-#plot svg { width: 100%; height: auto; color: var(--body-text-color); font-size: 12px; }
+#plot svg { width: 100%; max-width: 560px; height: auto; color: var(--body-text-color); font-size: 14px; }
 #plot text { fill: currentColor; }
 #plot .grid { stroke: currentColor; opacity: 0.2; }
 #plot .tolerance { stroke: currentColor; stroke-dasharray: 5 4; }
@@ -184,6 +185,7 @@ class Page:
                 slider,
                 queue=False,
                 show_progress="hidden",
+                trigger_mode="always_last",
                 api_visibility="private",
             )
             blocks.unload(self.leave)

@@ -63,8 +63,8 @@ def serve(port: int, megabytes: float, megapixels: float, *, browser: bool, say:
         ModuleNotFoundError: Gradio is not installed.
         OSError: the port cannot be had.
     """
+    import gradio as gr  # isort: skip  # the first, because the others come with it
     import fastapi
-    import gradio as gr
     import uvicorn
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -90,6 +90,12 @@ def serve(port: int, megabytes: float, megapixels: float, *, browser: bool, say:
             show_error=False,
             max_file_size=limits.bytes,
             css=CSS,
+            theme=gr.themes.Default(primary_hue="blue").set(  # white on Gradio's own orange has too little contrast
+                button_primary_background_fill="*primary_700",
+                button_primary_background_fill_hover="*primary_800",
+                button_primary_background_fill_dark="*primary_700",
+                button_primary_background_fill_hover_dark="*primary_800",
+            ),
         )
         guarded = Guarded(TrustedHostMiddleware(app, allowed_hosts=[_HOST, "localhost"]))
         config = uvicorn.Config(guarded, log_level="error", timeout_graceful_shutdown=2)

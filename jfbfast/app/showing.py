@@ -11,7 +11,7 @@ from jfbfast.app.restoring import Outcome, Work
 from jfbfast.imaging.networks import SOLVE_TOL
 
 # Sizes of the plot, in units of its own; gradio's LinePlot has no logarithmic axis.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 230, 46, 10, 12, 38
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 240, 54, 10, 12, 44
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -92,7 +92,7 @@ def residuals(solves: Sequence[Sequence[float]]) -> str:
     step = max(1, round(count / 6))
     for evaluation in range(step, count + 1, step):
         x = across(evaluation)
-        drawn.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{evaluation}</text>')
+        drawn.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{evaluation}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     drawn.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">evaluation of the network</text>')
     y = down(SOLVE_TOL)

@@ -7,6 +7,7 @@ the middle. Lengths are in pixels. Angles are in degrees, counter-clockwise from
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -221,12 +222,25 @@ def _file_values(path: Path) -> np.ndarray:
         else:
             import imagecodecs
 
+            width, height = _file_size(suffix, content)
+            if max(width, height) > _LARGEST:  # before it is decoded
+                raise ValueError(f"it has {width} × {height} pixels; it takes at most {_LARGEST} a side")
             values = (imagecodecs.png_decode if suffix == ".png" else imagecodecs.tiff_decode)(content)
         return np.asarray(values).astype(np.float64)
     except ImportError:
         raise
     except Exception as error:  # a broken file makes a decoder raise nearly anything
         raise ValueError(f"{path} cannot be read ({checks.one_line(error)})") from error
+
+
+def _file_size(suffix: str, content: bytes) -> tuple[int, int]:
+    if suffix == ".png":
+        return struct.unpack_from(">2I", content, 16)  # in the first chunk
+    import tifffile
+
+    with tifffile.TiffFile(BytesIO(content)) as file:
+        page = file.pages.first
+        return page.imagewidth, page.imagelength
 
 
 def _centred(weights: np.ndarray, axis: int) -> np.ndarray:
