@@ -22,8 +22,9 @@ import gradio as gr
 
 from jfbfast.app import showing
 from jfbfast.app.restoring import Choices, Limits, Outcome, Stopped, Work, checkpoints, without_folders, write_picture
+from jfbfast.imaging.batch import FAILURES
 from jfbfast.imaging.blurs import AUTO
-from jfbfast.imaging.photographs import IMAGE_SUFFIXES, ImageError, read_photograph
+from jfbfast.imaging.photographs import IMAGE_SUFFIXES, read_photograph
 
 _BLURS = [
     ("Estimate it (a Gaussian)", AUTO),
@@ -204,7 +205,7 @@ class Page:
             try:
                 found = read_photograph(source, most_pixels=self.limits.pixels)
                 write_picture(found, picture)
-            except (ImageError, MemoryError) as error:
+            except FAILURES as error:
                 yield [showing.paragraph(without_folders(str(error), source, picture), "error"), *_NOTHING]
                 return
             height, width = found.pixels.shape[-2:]

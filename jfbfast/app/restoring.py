@@ -240,5 +240,6 @@ class Work:
             write_picture(read_photograph(job.target), after)
         except FAILURES as error:
             raise ValueError(self.shown(str(error) if job is None else failure(job, error))) from error
+        report["blur"] = self.shown(report["blur"])
         command = choices.command(self.source.name)
         return Outcome(job.target, before, after, report, self.sentences, self.warnings, command)

@@ -63,22 +63,22 @@ def serve(port: int, megabytes: float, megapixels: float, *, browser: bool, say:
         ModuleNotFoundError: Gradio is not installed.
         OSError: the port cannot be had.
     """
-    import gradio as gr  # isort: skip  # the first, because the others come with it
-    import fastapi
-    import uvicorn
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    from jfbfast.app.page import CSS, Page
-    from jfbfast.app.restoring import Limits
-
-    limits = Limits(megabytes, megapixels)
     try:
         listening = socket.create_server((_HOST, port))
     except OSError as error:
         raise OSError(f"--port is {port}; it takes one that is free ({error.strerror})") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the files are deleted
     with listening, tempfile.TemporaryDirectory(prefix="jfbfast-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")  # Gradio reads it when it is imported
+        import gradio as gr  # isort: skip  # the first, because the others come with it
+        import fastapi
+        import uvicorn
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        from jfbfast.app.page import CSS, Page
+        from jfbfast.app.restoring import Limits
+
+        limits = Limits(megabytes, megapixels)
         page = Page(limits, Path(folder))
         app = gr.mount_gradio_app(
             fastapi.FastAPI(openapi_url=None),
