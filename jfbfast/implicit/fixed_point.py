@@ -297,7 +297,7 @@ def fixed_point(
     and ∂T/∂x is that of the real and imaginary parts, so that gradients are PyTorch's own for complex tensors.
 
     Args:
-        layer: T(x, *inputs), from (B, …) to the same shape, sample by sample, which does not write over its
+        layer: ``T(x, *inputs)``, from (B, …) to the same shape, sample by sample, which does not write over its
             arguments: a module, a module's method or any callable. "Its module" is that of the first two; modules
             that a lambda calls stay in the mode they are in.
         x0: the start, (B, …), real or complex, or a structure of such tensors, which the layer takes and returns; it

@@ -101,7 +101,7 @@ class RED(Described, nn.Module):
 
     @property
     def noise(self) -> float | Tensor | None:
-        """σ that D is told: a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
+        """The σ that D is told, a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
         return self._noise if self.log_noise is None else self.log_noise.exp()
 
     @property
