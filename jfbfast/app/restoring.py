@@ -16,7 +16,7 @@ from jfbfast.imaging.batch import FAILURES, Job, failure, plan_jobs, restore_fil
 from jfbfast.imaging.blurs import AUTO, SIGMAS, BlurChoice, numbers
 from jfbfast.imaging.photographs import Metadata, Photograph, read_photograph, write_photograph
 from jfbfast.imaging.restoration import Restoration
-from jfbfast.models.pretrained import UNIVERSAL, pretrained_names
+from jfbfast.models.pretrained import UNIVERSAL, installed_names
 
 TIKHONOV = "tikhonov"
 _SHOWN = 6000  # pixels of the longer side of a picture on the page
@@ -125,8 +125,8 @@ def _typed(value: float | None) -> str:
 
 
 def checkpoints() -> list[str]:
-    """What can restore: the shipped networks, universal first, and Tikhonov regularisation."""
-    return [*sorted(pretrained_names(), key=lambda name: name != UNIVERSAL), TIKHONOV]
+    """What can restore: the installed networks, universal first, and Tikhonov regularisation."""
+    return [*sorted(installed_names(), key=lambda name: name != UNIVERSAL), TIKHONOV]
 
 
 class Outcome(NamedTuple):

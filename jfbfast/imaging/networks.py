@@ -71,8 +71,6 @@ class ChannelWise:
         self.model, self.channels, self._watch = model, channels, watch
         self.solves: list[Solve] = []
         self._residuals: list[float] = []
-        if isinstance(model, ImplicitNetwork):
-            model.solver = Watched(model.solver, self._evaluated)  # type: ignore[assignment]  # it is used as one
 
     def _evaluated(self, residual: float) -> None:
         self._residuals.append(residual)
@@ -85,7 +83,12 @@ class ChannelWise:
         if not isinstance(self.model, ImplicitNetwork):
             return self.model(d)
         self._residuals.clear()
-        x, found = self.model(d, x0=start), self.model.solution
+        solver = self.model.solver
+        self.model.solver = Watched(solver, self._evaluated)  # type: ignore[assignment]  # it is used as one
+        try:
+            x, found = self.model(d, x0=start), self.model.solution
+        finally:
+            self.model.solver = solver
         assert found is not None
         residuals = *self._residuals, float(found.residual)
         self.solves.append(Solve(int(found.iterations), Status(int(found.status)).name, residuals))

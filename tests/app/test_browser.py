@@ -60,7 +60,7 @@ class Person:
 
     def reads(self, text):
         """Wait until the status has this text or tells of an error, and return all of it."""
-        shown = "document.getElementById('status').innerText"
+        shown = "(document.getElementById('status')?.innerText ?? '')"
         test = f"text => ({shown}.includes(text) || {shown}.includes('Error:')) && {shown}"
         told = self.page.wait_for_function(test, arg=text).json_value()
         assert text in told, told
