@@ -71,9 +71,9 @@ def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
         raise ImageError("its palette has 8 bits, where TIFF has 16, or more than 256 colours")
 
 
-def _only_page(file: tifffile.TiffFile, content: bytes) -> tifffile.TiffPage:
+def _only_page(file: tifffile.TiffFile, content: bytes, most: int = MOST_PIXELS) -> tifffile.TiffPage:
     page = file.pages.first
-    check_size(page.imagewidth, page.imagelength)
+    check_size(page.imagewidth, page.imagelength, most)
     samples = page.imagewidth * page.imagelength * page.samplesperpixel
     if samples > _MOST_SAMPLES:  # a small file may say that it has thousands of channels
         raise ImageError(f"has {samples} samples in its {page.samplesperpixel} channels; it takes {_MOST_SAMPLES}")
@@ -106,11 +106,11 @@ def decode_channels(content: bytes) -> np.ndarray | None:
     return array.transpose(1, 2, 0) if page.planarconfig == _PLANES else array
 
 
-def decode(content: bytes) -> Decoded:
+def decode(content: bytes, most: int = MOST_PIXELS) -> Decoded:
     """Decode a TIFF of one page."""
     tags = read_directory(content)
     with tifffile.TiffFile(BytesIO(content)) as file:
-        page = _only_page(file, content)
+        page = _only_page(file, content, most)
         _check_layout(page, tags)
         array = page.asarray()
     white = array.dtype.type(1 if array.dtype == np.float32 else np.iinfo(array.dtype).max)
