@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C, a closed terminal, and what schedulers send before they kill.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# Ctrl-C (and Ctrl-Break), a closed terminal, and what schedulers send before they kill. Windows has the first three.
+_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))
 
 
 def distributed() -> bool:
@@ -23,13 +24,13 @@ def rank() -> int:
     return int(os.environ["RANK"]) if distributed() else 0
 
 
-def check_launch() -> None:
-    """Raise ValueError if srun started several processes, because each would train by itself."""
+def check_launch(command: str) -> None:
+    """Raise ValueError if srun started several processes, because each would do all the work of ``command``."""
     tasks, place = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "PROCID"))
     if not distributed() and (tasks not in ("", "1") or place not in ("", "0")):
         raise ValueError(
-            f"srun started {tasks or 'several'} processes, each of which would train by itself; "
-            "start one for each machine: srun --ntasks-per-node=1 torchrun … -m jfbfast train …"
+            f"srun started {tasks or 'several'} processes, each of which would {command} by itself; "
+            f"start one for each machine: srun --ntasks-per-node=1 torchrun … -m jfbfast {command} …"
         )
 
 

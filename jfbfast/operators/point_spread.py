@@ -222,9 +222,7 @@ def _file_values(path: Path) -> np.ndarray:
         else:
             import imagecodecs
 
-            width, height = _file_size(suffix, content)
-            if max(width, height) > _LARGEST:  # before it is decoded
-                raise ValueError(f"it has {width} × {height} pixels; it takes at most {_LARGEST} a side")
+            _check_picture(suffix, content)
             values = (imagecodecs.png_decode if suffix == ".png" else imagecodecs.tiff_decode)(content)
         return np.asarray(values).astype(np.float64)
     except ImportError:
@@ -233,14 +231,18 @@ def _file_values(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read ({checks.one_line(error)})") from error
 
 
-def _file_size(suffix: str, content: bytes) -> tuple[int, int]:
-    if suffix == ".png":
-        return struct.unpack_from(">2I", content, 16)  # in the first chunk
+def _check_picture(suffix: str, content: bytes) -> None:
+    """Raise ValueError for a picture that is too large, before it is decoded: a small file may hold gigabytes."""
     import tifffile
 
-    with tifffile.TiffFile(BytesIO(content)) as file:
-        page = file.pages.first
-        return page.imagewidth, page.imagelength
+    if suffix == ".png":
+        width, height, samples = (*struct.unpack_from(">2I", content, 16), 1)
+    else:
+        with tifffile.TiffFile(BytesIO(content)) as file:
+            page = file.pages.first
+            width, height, samples = page.imagewidth, page.imagelength, page.samplesperpixel
+    if max(width, height) > _LARGEST or samples > 4:
+        raise ValueError(f"it has {width} × {height} pixels; it takes grey or RGB, with at most {_LARGEST} a side")
 
 
 def _centred(weights: np.ndarray, axis: int) -> np.ndarray:
