@@ -380,3 +380,16 @@ def test_table_cache_keeps_kinds_apart():
     cpu = torch.device("cpu")
     assert tables.bands(taps, (4, 4), torch.bfloat16, cpu, False).y.dtype == torch.float32
     assert tables.bands(taps, (4, 4), torch.float64, cpu, False).y.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("mode", "least"), [("zeros", 1), ("replicate", 1), ("circular", 3), ("reflect", 4), ("valid", 7)]
+)
+def test_each_padding_mode_has_its_smallest_image(mode, least):
+    blur = jfbfast.GaussianBlur(7, 1.5, mode)
+    x = torch.randn(1, 1, least, least + 1, dtype=torch.float64)
+    torch.testing.assert_close((blur(x) * blur(x)).sum(), (x * blur.normal(x)).sum())
+    if least > 1:
+        for small in (x[:, :, 1:], x.mT[..., 1:]):
+            with pytest.raises(ValueError, match=f"a side of {least - 1} pixels; 7 taps .* take at least {least}"):
+                blur(small)
