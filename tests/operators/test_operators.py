@@ -354,6 +354,14 @@ def test_flops_in_valid_mode_are_those_of_images_of_the_larger_shape():
         assert counter.get_total_flops() == times * 2 * x.numel() * (3 + 5)
 
 
+def test_the_flops_of_a_change_of_basis_and_of_a_solve():
+    blur, x = jfbfast.GaussianBlur(3, 1.0), torch.randn(2, 3, 6, 7)
+    for function, products in ((blur.eigenbasis((6, 7)).coefficients, 1), (lambda x: blur.solve(x, 0.1), 2)):
+        with FlopCounterMode(display=False) as counter:
+            function(x)
+        assert counter.get_total_flops() == products * 2 * x.numel() * (6 + 7)
+
+
 def test_backend_that_cannot_serve_raises():
     with (
         jfbfast.backend("triton"),
