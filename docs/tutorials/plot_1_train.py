@@ -176,9 +176,9 @@ with torch.no_grad():
 # Where to go on
 # --------------
 #
-# - Half a minute is little. ``python examples/train.py 2000`` goes on with a larger network, and
-#   ``jfbfast train PHOTOGRAPHS --out DIR`` trains on a directory of photographs, with validation, checkpoints and
-#   resuming.
+# - Half a minute is little. ``python examples/train.py 2000``, in a clone of the repository, trains a larger network,
+#   and ``jfbfast train PHOTOGRAPHS --out DIR`` trains on a directory of photographs, with validation, checkpoints and
+#   resuming: `Training <https://jfbfast.github.io/jfbfast/latest/training.html>`_.
 # - The next tutorial restores photographs from files, with a network that ships with jfbfast.
 # - Tutorial 3 puts another operator in the place of the blur, tutorial 4 another network in the place of ``UNet``, and
 #   tutorial 5 tells how to see whether a model is sound.

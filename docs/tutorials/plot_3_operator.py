@@ -144,7 +144,8 @@ classical = max((accurate.solve(accurate.adjoint(d), damping) for damping in (0.
 #
 # This is the loop of the first tutorial with another operator. As each application of the layer solves equations, a
 # step takes longer than with a blur. ``tol=1e-2`` saves most of that time. The layer without a filter and an injection
-# would have the same fixed points for every ``tol``. With both, as here, the error is at most 1% of the image's size.
+# would have the same fixed points for every ``tol``. With both, as here, what the denoiser sees is wrong by at most 1%
+# of the image's size.
 
 
 def train(model, operators, steps):

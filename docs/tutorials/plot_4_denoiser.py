@@ -70,8 +70,8 @@ def show(images):
 #
 # PyTorch's ``spectral_norm`` divides each weight by its largest singular value, as a matrix. A map whose parts do not
 # enlarge differences much makes a layer that converges faster. In a solve the layer has to be one fixed map, so jfbfast
-# holds it still: a spectral norm takes one power iteration for each ``model(d)`` and none within it, a batch norm uses
-# its running statistics, and dropout is off. You need not change your network for this.
+# holds it still: in training a spectral norm takes one power iteration for each ``model(d)`` and none within it, a
+# batch norm uses its running statistics, and dropout is off. You need not change your network for this.
 
 
 class Denoiser(nn.Module):

@@ -57,9 +57,9 @@ with torch.no_grad():
 # - PyTorch's autocast around the training step, as for any network. The layer that is differentiated then runs in
 #   bfloat16, too, and keeps half of the memory.
 #
-# Which is faster depends on the machine: on a GPU, bfloat16; on a CPU mostly float32. On a GPU, float32 convolutions
-# use TF32 by PyTorch's default. That suits the default tolerance of 1e-3; for a smaller one, a solve leaves TF32 out
-# by itself.
+# Which is faster depends on the machine. On a CPU it is mostly float32. On a GPU nobody has measured it yet;
+# ``jfbfast bench gpu`` does. There, float32 convolutions use TF32 by PyTorch's default. That suits the default
+# tolerance of 1e-3; for a smaller one, a solve leaves TF32 out by itself.
 
 model.solve_dtype = torch.bfloat16
 with torch.no_grad():
@@ -86,9 +86,9 @@ loss.backward()  # outside of autocast, as PyTorch advises
 #
 #    model = jfbfast.DEGrad(blur, regularizer, preconditioner="exact", cuda_graph=True).to("cuda")
 #
-# Keep the size of the batches the same, since each size is recorded anew. It takes ``Anderson`` and an operator of
-# jfbfast. On a CPU, and where something cannot be recorded, the layer is evaluated as usual, and ``show_config`` tells
-# why.
+# Keep the size of the batches the same, since each size is recorded anew. It takes ``Anderson`` and a blur of jfbfast.
+# Where something cannot be recorded, and on a CPU, the layer is evaluated as usual. This too is to be measured on your
+# GPU first.
 #
 # A loop of your own in several processes
 # ---------------------------------------

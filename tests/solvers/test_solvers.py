@@ -209,13 +209,15 @@ def test_a_contraction_whose_first_image_is_zero_converges():
         torch.testing.assert_close(solution.value, torch.full_like(solution.value, 2 / 3), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_layer_that_reuses_its_output_buffer_converges_too(solver):
+def test_a_layer_that_reuses_its_output_buffer_converges_too(solver, backend):
     layer, fixed_point, *_ = linear_map(30, 0.9)
     buffer = torch.empty(2, 30, dtype=torch.float64)
     x0 = torch.zeros(2, 30, dtype=torch.float64)
-    solution = solver(tol=1e-9, max_iter=300).solve(lambda x: buffer.copy_(layer(x)), x0)
-    fresh = solver(tol=1e-9, max_iter=300).solve(layer, x0)
+    with jfbfast.backend(backend):
+        solution = solver(tol=1e-9, max_iter=300).solve(lambda x: buffer.copy_(layer(x)), x0)
+        fresh = solver(tol=1e-9, max_iter=300).solve(layer, x0)
     assert (solution.status == Status.CONVERGED).all()
     assert solution.iterations.max() <= 1.5 * fresh.iterations.max()
     torch.testing.assert_close(solution.value[0], fixed_point, rtol=0, atol=1e-6)
