@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tomllib
 import typer
 from docutils import nodes
 from math_core import LatexToMathML
@@ -26,7 +27,7 @@ from jfbfast.cli import app as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = os.environ.get("JFBFAST_DOCS_VERSION", "latest")  # of this build on the site: latest, or a tag such as v0.1.0
-REPOSITORY = "https://github.com/jfbfast/jfbfast"
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Source"]
 COLAB = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
 REVISION = "main" if FOLDER == "latest" else FOLDER
 
@@ -92,7 +93,7 @@ sphinx_gallery_conf = {
     "min_reported_time": float("inf"),  # times depend on the machine
     "show_signature": False,
     "reference_url": {"jfbfast": None},  # names in the code are links to the reference
-    "first_notebook_cell": "%pip install -q 'jfbfast[train]'",
+    "first_notebook_cell": "%pip install -q 'jfbfast[train]' deepinv",
     "within_subsection_order": "FileNameSortKey",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `jfbfast info | demo | restore | train | evaluate | diagnose | bench`."""
+"""The command line: `jfbfast info | demo | restore | app | train | evaluate | diagnose | bench`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 import jfbfast
+from jfbfast.commands.app import app as app_page
 from jfbfast.commands.common import console
 from jfbfast.commands.common import one_sentence as _one_sentence
 from jfbfast.commands.restore import restore
@@ -70,6 +71,7 @@ def demo(
 
 
 app.command()(restore)
+app.command("app")(app_page)
 
 
 def train(out: Path, config: Path | None, resume: bool, **flags: object) -> None:

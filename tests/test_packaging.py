@@ -68,7 +68,7 @@ while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2";; esac; shift; done
 def stub(program: Path, fails: str = "") -> Path:
     """A fake compiler that writes empty files, or runs ``fails``; it logs its calls in ``program`` + .log."""
     program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(STUB.format(log=program.with_suffix(".log"), fails=fails))
+    program.write_text(STUB.format(log=program.with_suffix(".log"), fails=fails), encoding="utf-8")
     program.chmod(0o755)
     return program
 

@@ -10,21 +10,10 @@ import typer
 
 from jfbfast.commands.common import make_console, one_sentence, say_error
 from jfbfast.experiments.processes import check_launch, rank
-from jfbfast.imaging.blurs import AUTO, BlurChoice
+from jfbfast.imaging.blurs import AUTO, SIGMAS, BlurChoice, numbers
 from jfbfast.imaging.plausibility import TOLERANCE
 
 _PATIENCE = 7200.0  # seconds that a process waits for the others' last photographs
-
-
-def _numbers(option: str, text: str, counts: tuple[int, ...], takes: str) -> list[float]:
-    """Read numbers with commas between; ValueError, with the text ``takes``, unless there is one of these counts."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in counts:
-        raise ValueError(f"{option} is {text}; it takes {takes}")
-    return values
 
 
 def _blurs(
@@ -33,13 +22,13 @@ def _blurs(
     """The blur that the options give; several for several --sigma; None if none is, and the network knows its own."""
     if known and not sigmas and (psf, motion, defocus, kernel_size) == (None,) * 4:
         return [None]
-    moved = None if motion is None else _numbers("--motion", motion, (2,), "a length in pixels and an angle in degrees")
+    moved = None if motion is None else numbers("--motion", motion, (2,), "a length in pixels and an angle in degrees")
     found: list[BlurChoice | None] = []
     for text in sigmas:
         if text == AUTO:
             found.append(BlurChoice(AUTO, psf, moved, defocus, kernel_size))
             continue
-        values = _numbers("--sigma", text, (1, 2), "a number of pixels, two of them, down and across, or auto")
+        values = numbers("--sigma", text, (1, 2), SIGMAS)
         found.append(BlurChoice(values[0] if len(values) == 1 else values, psf, moved, defocus, kernel_size))
     return found or [BlurChoice(None, psf, moved, defocus, kernel_size)]
 
@@ -173,7 +162,7 @@ def restore(
                 raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
             if report is not None and report.suffix != ".json":
                 raise ValueError(f"--report is {report}; it takes a name that ends in .json")
-            level = noise if noise in (None, AUTO) else _numbers("--noise", noise, (1,), "a number, or auto")[0]
+            level = noise if noise in (None, AUTO) else numbers("--noise", noise, (1,), "a number, or auto")[0]
             choices = _blurs(sigma or [], psf, motion, defocus, kernel_size, checkpoint not in (None, "tikhonov"))
             trials = len(choices) > 1
             if trials and compare:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C, a closed terminal, and what schedulers send before they kill.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# Ctrl-C (and Ctrl-Break), a closed terminal, and what schedulers send before they kill. Windows has the first three.
+_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))
 
 
 def distributed() -> bool:
@@ -21,6 +22,11 @@ def distributed() -> bool:
 def rank() -> int:
     """The rank of this process under torchrun; 0 for a process on its own, whatever a scheduler has set."""
     return int(os.environ["RANK"]) if distributed() else 0
+
+
+def world() -> int:
+    """How many processes torchrun started on all machines; 1 for a process on its own."""
+    return int(os.environ["WORLD_SIZE"]) if distributed() else 1
 
 
 def check_launch(command: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from jfbfast import checks
-from jfbfast.experiments.processes import distributed, rank
+from jfbfast.experiments.processes import distributed, rank, world
 
 T = TypeVar("T")
 
@@ -43,14 +43,14 @@ def lost_process_is_named() -> Iterator[None]:
 
 def _store() -> Any:
     """The key-value store of torchrun's processes."""
-    address, port, world = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     hosts = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=_START)
     kind: Any = dist.TCPStore  # type: ignore[attr-defined]
-    return kind(address, int(port), int(world), hosts, timeout, wait_for_workers=False, multi_tenant=True)
+    return kind(address, int(port), world(), hosts, timeout, wait_for_workers=False, multi_tenant=True)
 
 
-def _meeting(store: Any, world: int) -> str:
+def _meeting(store: Any) -> str:
     """Wait until all processes are there; return a name that belongs to them alone.
 
     When torchrun restarts its processes, it can keep the store, with the addresses of those that were killed
@@ -60,13 +60,13 @@ def _meeting(store: Any, world: int) -> str:
     store.set(f"jfbfast/{rank()}", secrets.token_hex(8))
     seen, end = "", time.monotonic() + _START
     while time.monotonic() < end:
-        words = ",".join(store.get(f"jfbfast/{each}").decode() for each in range(world))
+        words = ",".join(store.get(f"jfbfast/{each}").decode() for each in range(world()))
         arrived = store.add(words, int(words != seen))
-        if arrived == world:
+        if arrived == world():
             return words
         seen = words
         time.sleep(0.05)
-    raise ConnectionError(f"{world} processes should have started, and {arrived} have within {_START:g} seconds")
+    raise ConnectionError(f"{world()} processes should have started, and {arrived} have within {_START:g} seconds")
 
 
 @contextmanager
@@ -84,10 +84,10 @@ def team(patience: float, backend: str = "gloo") -> Iterator[None]:
         yield
         return
     with lost_process_is_named():
-        world, store = int(os.environ["WORLD_SIZE"]), _store()
-        own = dist.PrefixStore(_meeting(store, world), store)  # type: ignore[attr-defined]
+        store = _store()
+        own = dist.PrefixStore(_meeting(store), store)  # type: ignore[attr-defined]
         timeout = timedelta(seconds=patience)
-        dist.init_process_group(backend, store=own, rank=rank(), world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=own, rank=rank(), world_size=world(), timeout=timeout)
         yield
         dist.destroy_process_group()
 

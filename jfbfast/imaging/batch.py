@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from jfbfast.files import write_whole
 from jfbfast.imaging.photographs import (
+    MOST_PIXELS,
     ImageError,
     check_place,
     check_target,
@@ -29,6 +30,7 @@ from jfbfast.imaging.photographs import (
 from jfbfast.imaging.restoration import Restoration
 
 RESTORED, COMPARISON, TRIALS = "-restored", "-compared", "-trials"  # endings of the names of what is written
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # of one photograph; torch lacks memory: RuntimeError
 TRIAL_SIDE = 640  # pixels of the middle of a photograph, on which several blurs are tried
 
 
@@ -144,7 +146,13 @@ def plan_jobs(
 
 
 def restore_file(
-    job: Job, restoration: Restoration, *, overwrite: bool = False, skip_existing: bool = False, **options: Any
+    job: Job,
+    restoration: Restoration,
+    *,
+    overwrite: bool = False,
+    skip_existing: bool = False,
+    most_pixels: int = MOST_PIXELS,
+    **options: Any,
 ) -> tuple[str, dict[str, Any]]:
     """Restore a photograph into another file; its depth, alpha, colour profile, EXIF and resolution are kept.
 
@@ -153,6 +161,7 @@ def restore_file(
         restoration: what restores it.
         overwrite: replace existing files.
         skip_existing: keep existing files, and write the others.
+        most_pixels: a larger photograph is refused before it is decoded.
         options: of `Restoration.__call__`.
 
     Returns:
@@ -162,7 +171,7 @@ def restore_file(
         ImageError: a file that cannot be read or written, or that exists already.
         ValueError: as `restore_tiled`.
     """
-    photograph = read_photograph(job.source)
+    photograph = read_photograph(job.source, most_pixels=most_pixels)
     missing = [path for path in job.written if not (skip_existing and path.is_file())]
     for path in missing:
         check_unused(path, [job.source], overwrite)
@@ -206,6 +215,11 @@ def _write_picture(path: Path, title: str, images: dict[str, torch.Tensor], over
     side = max(1, min(height, width, max(96, min(height, width) // 4), 256))
     detail = ((height - side) // 2, (width - side) // 2, side)
     write_whole(path, lambda partial: side_by_side(images, partial, detail, title), overwrite=overwrite)
+
+
+def failure(job: Job, error: Exception) -> str:
+    """Say in one sentence why a photograph could not be restored."""
+    return str(error) if isinstance(error, ImageError) else f"{job.source}: {error}"
 
 
 def restore_files(
@@ -255,8 +269,8 @@ def restore_files(
         try:
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 how, values = restore(job, bar)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # torch lacks memory: RuntimeError
-            row["error"] = str(error) if isinstance(error, ImageError) else f"{job.source}: {error}"
+        except FAILURES as error:
+            row["error"] = failure(job, error)
             say_error(row["error"])
             failed += 1
         else:

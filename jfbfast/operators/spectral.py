@@ -94,14 +94,15 @@ def _fold(x: Tensor, radius: int, padding_mode: str, dim: int) -> Tensor:
 @lru_cache(maxsize=1024)
 def fast_size(least: int) -> int:
     """The smallest even number from ``least`` on without a prime factor over 7; FFTs of other sizes can be slow."""
-    for n in range(least + least % 2, 2 * least + 2, 2):
+    n = least + least % 2
+    while True:
         rest = n
         for factor in (2, 3, 5, 7):
             while rest % factor == 0:
                 rest //= factor
         if rest == 1:
             return n
-    raise AssertionError("a power of two lies between any number and its double")
+        n += 2
 
 
 def torus_of(kernel: Kernel, shape: Size) -> Size:

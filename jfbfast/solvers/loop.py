@@ -225,7 +225,7 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
     stall = None if floor is None else Stall(len(x), device)
     inverse = InverseEstimate(phase.start.shape) if phase.estimate else None
     solution = tuple(torch.empty_like(field) for field in samples.found())
-    buffers = [torch.empty_like(x) for _ in range(4)]
+    buffers = [torch.empty_like(x) for _ in range(3)]
 
     for evaluation in range(1, phase.longest + 1):
         f = phase.evaluate(x, inputs)
@@ -240,8 +240,8 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
         if inverse is not None and ended.any():
             inverse.put(samples.rows[ended], iteration.inverse(ended.nonzero()[:, 0], f))
 
-        used = {id(x), id(samples.value), id(samples.following)}
-        free = next(buffer for buffer in buffers if id(buffer) not in used)
+        # The following iterates fill a buffer only when all samples have ended.
+        free = next(buffer for buffer in buffers if buffer is not x and buffer is not samples.value)
         following = iteration.advance(x, f, samples.grown(residual), out=free)
         x = samples.step(following, before, improved)
         remaining = int(samples.active.sum())
@@ -256,7 +256,7 @@ def iterate(phase: Phase, start: Callable[[Tensor], Iteration], tol: float, atol
             if stall is not None:
                 stall.select(running)
             samples.select(running)
-            buffers = [torch.empty_like(x) for _ in range(4)]
+            buffers = [torch.empty_like(x) for _ in range(3)]
 
     if len(x) == len(phase.start):
         solution = samples.found()

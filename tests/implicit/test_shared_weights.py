@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from jfbfast import RED, Anderson, DEGrad, GaussianBlur, fixed_point, freeze_statistics
+from jfbfast import RED, Anderson, DEGrad, GaussianBlur, Implicit, fixed_point, freeze_statistics
+from jfbfast.implicit.frozen import NormalisedConv2d
 from jfbfast.models.lipschitz import SpectralNormConv2d
 
 SOLVER = Anderson(tol=1e-10, max_iter=100)
@@ -148,3 +149,42 @@ def test_a_class_derived_from_red_is_the_regulariser(kind):
     x = model(d := torch.randn(1, 2, 8, 7, dtype=torch.float64)).detach()
     stationary = model.blur.adjoint(model.blur(x) - d) + red(x, model.blur, d)
     assert stationary.norm() <= 1e-7 * d.norm()
+
+
+class Halved(NormalisedConv2d):
+    """A norm that is iterated, with the two methods of one convolution alone."""
+
+    iterated = ("scale",)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scale", torch.tensor(8.0, dtype=torch.float64))
+
+    def normalised_weight(self):
+        return self.weight / self.scale
+
+    def power_iteration(self):
+        self.scale = self.scale / 2
+
+
+def test_a_norm_of_ones_own_steps_once_a_forward():
+    net, d = chain(Halved).train(), torch.randn(2, 2, 6, 5, dtype=torch.float64)
+    layer = Layer(net)
+    out = fixed_point(layer, d, inputs=(d,), solver=SOLVER)
+    assert net[0].scale == 4
+    torch.testing.assert_close(out, expected(layer.eval(), d, list(net.parameters()))[0], rtol=1e-8, atol=1e-8)
+
+
+def test_parameters_that_require_no_gradient_may_be_named():
+    net, d = chain().eval(), torch.randn(2, 2, 6, 5, dtype=torch.float64)
+    net[0].bias.requires_grad_(False)
+    fixed_point(Layer(net), d, inputs=(d,), parameters=net.parameters(), solver=SOLVER).sum().backward()
+    assert net[0].bias.grad is None and net[0].weight.grad is not None
+
+
+def test_a_layer_without_x_has_the_gradient_of_the_layer_alone():
+    """∂T/∂x = 0, also where a gradient needs its products with vectors."""
+    weight, d = nn.Parameter(torch.tensor(2.0)), torch.randn(2, 3)
+    for gradient in ("jfb", Implicit(), Implicit(solver="gmres")):
+        out = fixed_point(lambda x, d: weight * d, d, inputs=(d,), parameters=[weight], gradient=gradient)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), weight)[0], d.sum())

@@ -363,7 +363,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
 def test_the_config_is_plain_json_that_can_be_edited(tmp_path):
     filtered(GaussianBlur(5)).save_pretrained(tmp_path)
     file = Path(tmp_path / "config.json")
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["solver"] = {"kind": "Picard", "tol": 0.01}
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config), encoding="utf-8")
     assert DEGrad.from_pretrained(tmp_path).solver == jfbfast.Picard(tol=0.01)

@@ -37,6 +37,9 @@ def test_the_linear_physics_of_deepinv_pass():
     mask = (torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     assert check_adjoint(physics.MRI(mask=mask, img_size=(2, 8, 8)), (2, 2, 8, 8)) < 1e-4
     assert check_adjoint(physics.Blur(filter=torch.rand(1, 1, 5, 5), padding="circular"), (2, 3, 16, 16)) < 1e-4
+    blur = physics.Blur(filter=torch.rand(1, 1, 3, 3), padding="circular")
+    with pytest.raises(ValueError, match="adjoint is 2 times the adjoint of A"):
+        check_adjoint(blur, (2, 3, 16, 16), adjoint=lambda y: 2 * blur.A_adjoint(y))
     wrong = physics.Inpainting((1, 8, 8), mask=0.5)
     wrong.A_adjoint = lambda y, **options: -y
     with pytest.raises(ValueError, match=r"adjoint is not that of A|adjoint is -1 times"):

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from jfbfast import GaussianBlur, IterativeOperator
-from jfbfast.operators.data_fidelity import DataFidelity, LeastSquares, Poisson, WeightedLeastSquares, as_data_fidelity
+from jfbfast.operators.data_fidelity import (
+    DataFidelity,
+    LeastSquares,
+    Poisson,
+    WeightedLeastSquares,
+    as_data_fidelity,
+    check_quadratic,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -122,6 +129,11 @@ def test_the_data_fidelities_of_deepinv_agree_with_ours(theirs, ours):
         torch.testing.assert_close(theirs.value(BLUR, x, d), ours.value(BLUR, x, d, *ours.inputs(d)))
 
 
+def test_what_is_a_data_fidelity_already_is_taken_as_it_is():
+    poisson = Poisson()
+    assert as_data_fidelity(poisson) is poisson and type(as_data_fidelity(None)) is LeastSquares
+
+
 class Nothing(DataFidelity):
     pass
 
@@ -143,6 +155,7 @@ class Nothing(DataFidelity):
         (lambda d: Poisson(background=-1.0), ValueError, "background is -1.0"),
         (lambda d: Poisson(floor=0.0), ValueError, "floor is 0.0"),
         (lambda d: Poisson(background=1.0).inputs(-2 * d), ValueError, "d has values down to -2.0; the Poisson"),
+        (lambda d: check_quadratic("DEProx", Poisson()), ValueError, "data_fidelity is Poisson; DEProx takes LeastSq"),
         (lambda d: Nothing().gradient(BLUR, d, d), NotImplementedError, "Nothing has no gradient"),
     ],
 )

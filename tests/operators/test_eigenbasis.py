@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import jfbfast
+from helpers.operators import Bare
 from jfbfast.backends import onednn, reference
+from jfbfast.operators.eigenbasis import eigenbasis
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,3 +37,10 @@ def test_the_factors_of_a_symmetric_filter_are_a_sorted_svd(mode, n):
     ):
         torch.testing.assert_close(product, expected, rtol=0, atol=1e-14)
     assert (s >= 0).all() and (s.diff() <= 0).all()
+
+
+def test_operators_that_iterate_have_no_eigenbasis():
+    blur, d = jfbfast.GaussianBlur(3, 1.0, "valid"), torch.randn(1, 2, 5, 6)
+    found = eigenbasis(blur, d)
+    assert found is not None and found.image(found.coefficients(torch.ones(1, 2, 7, 8))).shape == (1, 2, 7, 8)
+    assert eigenbasis(Bare(blur), d) is None and eigenbasis(blur, d[0, 0, 0]) is None

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from jfbfast import (
     IterativeOperator,
     NonexpansiveDenoiser,
 )
+from jfbfast.operators.data_fidelity import DataFidelity, WeightedLeastSquares
+from jfbfast.operators.iterative import linear_operator, may_hold_sample_data, with_solve
 
 SHAPE = (1, 5, 6)
 
@@ -309,3 +312,52 @@ def test_an_unsolved_system_warns():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def holder(**attributes):
+    module = nn.Sequential(nn.Conv2d(1, 1, 3))
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+BLUR, CONVOLUTION = GaussianBlur(), nn.Conv2d(1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "holds"),
+    [
+        (None, False),
+        (nn.Sequential(CONVOLUTION, CONVOLUTION), False),  # the same one twice
+        (holder(blur=BLUR, fidelity=WeightedLeastSquares(2.0)), False),
+        (holder(operators={"a": BLUR, "b": IterativeOperator(BLUR)}), False),
+        (holder(operators={"a": BLUR, "b": Bare(BLUR)}), True),
+        (holder(operators=[(BLUR, Bare(BLUR))]), True),
+        (holder(operator=SimpleNamespace(adjoint=BLUR.adjoint)), True),
+        (holder(operator=SimpleNamespace(A_adjoint=BLUR.adjoint)), True),
+        (holder(adjoint=BLUR.adjoint), True),
+        (holder(image=torch.ones(1, 1, 2, 2, dtype=torch.complex64)), False),  # a tensor has an attribute `adjoint`
+        (nn.Sequential(CONVOLUTION, IterativeOperator(Bare(BLUR))), True),
+        (DataFidelity(), True),
+    ],
+)
+def test_a_module_may_hold_something_of_each_sample(module, holds):
+    assert may_hold_sample_data(module) is holds
+
+
+def test_an_operator_gets_a_solve_with_the_settings_of_another():
+    assert with_solve(BLUR, IterativeOperator(BLUR)) is BLUR
+    like = IterativeOperator(Bare(BLUR), tol=0.01, max_iter=7)
+    found = with_solve(Bare(BLUR), like)
+    assert (found.tol, found.max_iter) == (0.01, 7)
+    assert with_solve(Bare(BLUR)).tol == IterativeOperator(Bare(BLUR)).tol
+
+
+def test_what_is_no_operator_is_named():
+    for given, message in (
+        (GaussianBlur, "blur is the class GaussianBlur; it takes an instance"),
+        (SimpleNamespace(adjoint=BLUR.adjoint), "blur is SimpleNamespace, which cannot be called"),
+        (nn.Identity(), "blur is Identity, which has no adjoint"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            linear_operator("blur", given)
