@@ -47,6 +47,7 @@ class Person:
         page.set_default_timeout(WAIT)
         host = urlsplit(address).netloc
         page.on("request", lambda request: self._saw(request.url, host))
+        page.on("filechooser", lambda _: None)  # else Chromium may open one before Playwright listens
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def _saw(self, url, host):

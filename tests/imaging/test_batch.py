@@ -286,10 +286,10 @@ def test_an_interrupted_call_leaves_its_part_of_the_report(tmp_path, photograph,
     (tmp_path / "y.png").write_bytes((tmp_path / photograph).read_bytes())
     genuine = batch.read_photograph
 
-    def interrupted(path):
+    def interrupted(path, **limits):
         if path.name == "y.png":
             raise KeyboardInterrupt
-        return genuine(path)
+        return genuine(path, **limits)
 
     monkeypatch.setattr(batch, "read_photograph", interrupted)
     options = ("x.png", "y.png", "--compare", "--report", "r.json", "--skip-existing")
