@@ -98,7 +98,8 @@ def submodules(module: nn.Module | None) -> list[nn.Module]:
         each = left.pop()
         if each is not None and each not in found:
             found[each] = None
-            left.extend([*each._modules.values()][::-1])
+            if each._modules:
+                left.extend([*each._modules.values()][::-1])
     return list(found)
 
 
@@ -155,11 +156,20 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
         yield
         return
     instance_norms = [m for m in training if isinstance(m, _InstanceNorm) and m.track_running_stats]
+    # Assigned to their dictionaries, since torch's own __setattr__ costs more than the rest of a solve.
+    plain = [vars(m) for m in training if type(m).__setattr__ is _SETATTR]
+    others = [m for m in training if type(m).__setattr__ is not _SETATTR]
     with ExitStack() as stack:
         for name, value in (("track_running_stats", False), ("running_mean", None), ("running_var", None)):
             stack.enter_context(assigned(instance_norms, name, value))
-        stack.enter_context(assigned(training, "training", False))
-        yield
+        stack.enter_context(assigned(others, "training", False))
+        try:
+            for attributes in plain:
+                attributes["training"] = False
+            yield
+        finally:
+            for attributes in plain:
+                attributes["training"] = True
 
 
 @contextmanager
