@@ -138,7 +138,8 @@ def _adjoint_of(y: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
     if observed(y, weight):
         out: Tensor = conv3x3(*arguments)
         return out
-    return _kernels(y, weight.shape[0 if adjoint else 1]).conv3x3(*arguments)  # type: ignore[no-any-return]
+    computed: Tensor = _kernels(y, weight.shape[0 if adjoint else 1]).conv3x3(*arguments)
+    return computed
 
 
 def _weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +208,7 @@ def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, tra
     """`conv3x3` on the CPU, by as few calls as possible."""
     if not observed(x, weight, bias):
         return native.conv3x3(x, weight, bias, relu, transformed)
-    compute: Callable[..., Tensor] = conv3x3 if traced(x, weight) else _Conv3x3.apply  # type: ignore[assignment]
+    compute: Callable[..., Tensor] = conv3x3 if traced(x, weight) else _Conv3x3.apply
     return compute(x, weight, bias, relu, transformed)
 
 

@@ -6,14 +6,15 @@ norms. What a training forward changes happens here, once: one power iteration b
 running statistics at the fixed point. Buffers are replaced and never written over, because the graph of an earlier
 forward may still need the old ones.
 
-Threads: in eval() nothing of a module is changed, so that threads may solve with it at the same time. A module in
-train() belongs to one thread at a time.
+Threads: in eval() nothing of a module is changed but what each thread fixes for itself, so that threads may solve with
+it, and one may differentiate it, at the same time. A module in train() belongs to one thread at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -44,7 +45,8 @@ class NormalisedConv2d(nn.Conv2d):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._materialised: tuple[Tensor, Tensor] | None = None  # the weight, and the quotient that stands for it
+        # The weight, the quotient that stands for it, and the thread for which it does.
+        self._materialised: tuple[Tensor, Tensor, int] | None = None
 
     def normalised_weight(self) -> Tensor:
         """The weight divided by its norm, differentiable in W."""
@@ -64,19 +66,13 @@ class NormalisedConv2d(nn.Conv2d):
         for conv in convolutions:
             conv.power_iteration()
 
-    @torch.no_grad()
-    def materialise(self) -> None:
-        """Fix the weight as it is now, without gradients, until `release`."""
-        self._materialised = self.weight, self.normalised_weight()
-
-    def release(self) -> None:
-        """Undo `materialise`."""
-        self._materialised = None
-
     def current_weight(self) -> Tensor:
-        """The weight that is fixed, or else a newly computed one: also if W has been replaced since."""
-        fixed = self._materialised  # read once: another thread may release it
-        return fixed[1] if fixed is not None and fixed[0] is self.weight else self.normalised_weight()
+        """The weight that this thread has fixed, or else a newly computed one: also if W has been replaced since."""
+        fixed = self._materialised  # read once: another thread may fix its own, which may have no gradient
+        if fixed is None or fixed[0] is not self.weight:
+            return self.normalised_weight()
+        own = torch.compiler.is_compiling() or fixed[2] == get_ident()
+        return fixed[1] if own else self.normalised_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._materialised is None:
@@ -193,14 +189,14 @@ def normalised_weights(module: nn.Module | None) -> dict[NormalisedConv2d, Tenso
 
 @contextmanager
 def fixed_weights(weights: Mapping[NormalisedConv2d, Tensor]) -> Iterator[None]:
-    """Each convolution has its weight of ``weights`` within the context."""
+    """Each convolution has its weight of ``weights`` within the context, in this thread."""
     try:
         for conv, weight in weights.items():
-            conv._materialised = conv.weight, weight
+            conv._materialised = conv.weight, weight, get_ident()
         yield
     finally:
         for conv in weights:
-            conv.release()
+            conv._materialised = None
 
 
 @contextmanager

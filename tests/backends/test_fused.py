@@ -152,6 +152,16 @@ def test_a_solve_uses_it_for_relus_and_residual_blocks(cudnn: CuDNN, monkeypatch
     assert cudnn.calls == 11  # two kinds compared; each block's first convolution
 
 
+def test_the_reference_backend_fuses_nothing(cudnn: CuDNN) -> None:
+    x, weight, bias = made()
+    expected = torch.conv2d(x, weight, bias, padding=1).relu()
+    with jfbfast.backend("reference"):
+        assert not conv3x3._onednn_fuses_relu(x, weight, bias, PADDED)
+        torch.testing.assert_close(conv3x3.convolution(x, weight, bias, PADDED, relu=True), expected)
+    assert cudnn.calls == 0
+    assert fused.serves(x, weight, bias, PADDED) and conv3x3._onednn_fuses_relu(x, weight, bias, PADDED)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
