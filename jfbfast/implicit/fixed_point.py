@@ -215,7 +215,7 @@ def _solved(
             raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
     if cuda_graph:
         check_capturable(implicit, solver, compile_solve)
-    step_spectral_norms(implicit.module)
+    step_spectral_norms(implicit.modules)
     implicit.prepare()
     if isinstance(method, Unrolled):
         out, solution = unroll(implicit, method, x0, inputs, solver)
@@ -292,7 +292,8 @@ def fixed_point(
 
     If the layer's module has a linear operator other than a `SeparableBlur` or a `Blur` (a deepinv physics, or anything
     with an ``adjoint``), which may hold data of each sample, the whole batch is evaluated until its last sample is
-    done. Several threads may evaluate a module in eval() without gradients; training is for one thread at a time.
+    done. Several threads may evaluate a module in eval() at the same time, and one of them may differentiate it; a module
+    in train() is for one thread at a time.
 
     A sample whose solve diverged is returned as its best finite iterate (NaN if it had none) and gets no gradient.
 

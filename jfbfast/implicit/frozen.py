@@ -27,6 +27,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from jfbfast import buffers
 
 Item = TypeVar("Item")
+Modules = nn.Module | list[nn.Module] | None  # a module, or all modules in it
 
 
 class NormalisedConv2d(nn.Conv2d):
@@ -86,8 +87,13 @@ def owner(layer: Callable[..., Tensor]) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def submodules(module: nn.Module | None) -> list[nn.Module]:
-    """`module.modules()` as a list, and empty for None; without torch's generators, which cost more than a solver."""
+def submodules(module: Modules) -> list[nn.Module]:
+    """`module.modules()` as a list, and empty for None; without torch's generators, which cost more than a solver.
+
+    Such a list is returned as it is: one forward makes it once.
+    """
+    if isinstance(module, list):
+        return module
     found: dict[nn.Module, None] = {}
     left = [module]
     while left:
@@ -99,7 +105,7 @@ def submodules(module: nn.Module | None) -> list[nn.Module]:
     return list(found)
 
 
-def parameters_of(module: nn.Module | None) -> list[nn.Parameter]:
+def parameters_of(module: Modules) -> list[nn.Parameter]:
     """The parameters of a module and its submodules, in the order of `module.parameters()`; empty for None."""
     return [p for m in submodules(module) for p in m._parameters.values() if p is not None]
 
@@ -112,7 +118,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list
     return list(groups.values())
 
 
-def _in_training(module: nn.Module | None) -> list[nn.Module]:
+def _in_training(module: Modules) -> list[nn.Module]:
     return [m for m in submodules(module) if getattr(m, "training", False)]  # torch.jit.freeze takes it away
 
 
@@ -142,7 +148,7 @@ def assigned(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(module: nn.Module | None) -> Iterator[None]:
+def frozen(module: Modules) -> Iterator[None]:
     """``module`` in eval() within the context; the modes come back after it.
 
     An instance norm in train() continues to normalise by each sample's own statistics, which couples no samples.
@@ -153,7 +159,7 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
         return
     instance_norms = [m for m in training if isinstance(m, _InstanceNorm) and m.track_running_stats]
     # Assigned to their dictionaries, since torch's own __setattr__ costs more than the rest of a solve.
-    plain = [vars(m) for m in training if type(m).__setattr__ is _SETATTR]
+    plain = [m.__dict__ for m in training if type(m).__setattr__ is _SETATTR]
     others = [m for m in training if type(m).__setattr__ is not _SETATTR]
     with ExitStack() as stack:
         for name, value in (("track_running_stats", False), ("running_mean", None), ("running_var", None)):
@@ -179,7 +185,7 @@ def _own_parametrization_cache() -> Iterator[None]:
         parametrize._cache = callers if parametrize._cache_enabled else {}
 
 
-def normalised_weights(module: nn.Module | None) -> dict[NormalisedConv2d, Tensor]:
+def normalised_weights(module: Modules) -> dict[NormalisedConv2d, Tensor]:
     """Every normalised weight of a module, differentiable in the weights; those of one class are computed together."""
     found: dict[NormalisedConv2d, Tensor] = {}
     for group in grouped([m for m in submodules(module) if isinstance(m, NormalisedConv2d)], type):
@@ -200,9 +206,7 @@ def fixed_weights(weights: Mapping[NormalisedConv2d, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def materialised_weights(
-    module: nn.Module | None, weights: Mapping[NormalisedConv2d, Tensor] | None = None
-) -> Iterator[None]:
+def materialised_weights(module: Modules, weights: Mapping[NormalisedConv2d, Tensor] | None = None) -> Iterator[None]:
     """Compute every normalised and every parametrised weight once within the context, without gradients.
 
     ``weights`` are the `normalised_weights` of the module, if they have been computed.
@@ -216,7 +220,7 @@ def materialised_weights(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def step_spectral_norms(module: nn.Module | None) -> None:
+def step_spectral_norms(module: Modules) -> None:
     """One power iteration of every spectral norm in train(): ours, torch's hook and torch's parametrisation."""
     training = [m for m in _in_training(module) if m._buffers]
     for group in grouped([m for m in training if isinstance(m, NormalisedConv2d)], type):
@@ -273,7 +277,7 @@ class TrainingState:
         ValueError: a SyncBatchNorm in train() in a group of several processes.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: Modules) -> None:
         training = [m for m in _in_training(module) if m._buffers]
         self.norms = [m for m in training if has_running_statistics(m)]
         self.moving = [m for m in self.norms if not (type(m) is nn.BatchNorm2d and m.momentum == 0)]

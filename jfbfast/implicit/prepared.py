@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed, worth_transforming
 from jfbfast.backends.fused import Geometry
 from jfbfast.implicit.chains import Step, foldable_pairs, folded, hooked, initialised, steps, weight_of
-from jfbfast.implicit.frozen import grouped, owner, submodules
+from jfbfast.implicit.frozen import Modules, grouped, owner, submodules
 from jfbfast.solvers import Layer
 
 _Arguments = tuple[Tensor, Tensor, Tensor | None, Geometry]  # of conv2d
@@ -86,7 +86,7 @@ class Convolutions(TorchFunctionMode):
         folded: whether all batch norms are folded that can be.
     """
 
-    def __init__(self, tol: float, module: nn.Module | None = None, fold: bool = True) -> None:
+    def __init__(self, tol: float, module: Modules = None, fold: bool = True) -> None:
         super().__init__()
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
