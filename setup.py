@@ -1,8 +1,9 @@
-"""Builds the compiled modules; everything else about the package is in pyproject.toml.
+"""Builds the compiled modules, and chooses the weights; everything else about the package is in pyproject.toml.
 
 Environment variables: ``JFBFAST_PURE_PYTHON=1`` installs without compiled modules, and ``CXX`` names the C++ compiler.
 The CUDA module is built if nvcc is found and can build it; ``JFBFAST_CUDA=0`` skips it, ``JFBFAST_CUDA=1`` makes a
-failure an error.
+failure an error. ``JFBFAST_WEIGHTS`` says which networks are installed: ``all`` that the source has (a clone has four,
+a source distribution one), the ``default`` one, as in a release's wheels, or ``none``.
 
 After a change in csrc/, ``python setup.py build_ext --inplace`` compiles the changed files only.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,8 @@ if X86:
     INSTRUCTION_SETS["avx512"] = ["-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
 
 GPU_ARCHITECTURES = ("80", "90", "100")
+
+NETWORKS = {"all": ["*.safetensors"], "default": ["universal.safetensors"], "none": []}  # by JFBFAST_WEIGHTS
 
 
 class Compilation(NamedTuple):
@@ -73,7 +77,7 @@ def cpu_compilations(openmp: list[str]) -> Iterator[Compilation]:
             )
     x86 = ["-DJFBFAST_X86"] if X86 else []
     for name in SHARED:
-        binding = ["-O1", *binding_includes()] if name == "bindings" else []  # no loops there, and -O3 is slow
+        binding = ["-Os", *binding_includes()] if name == "bindings" else []  # no loops there, and -O3 takes long
         yield Compilation(ROOT / "csrc" / f"{name}.cpp", name, [*flags, *x86, *binding])
 
 
@@ -244,10 +248,34 @@ def packages() -> dict[str, str]:
     return found
 
 
+def weights() -> list[str]:
+    """The files of weights/ to install: the estimator, every network's card, and the networks that are wanted."""
+    wanted = os.environ.get("JFBFAST_WEIGHTS") or "all"
+    if wanted not in NETWORKS:
+        sys.exit(f"jfbfast: JFBFAST_WEIGHTS is {wanted!r}; it takes one of {', '.join(map(repr, NETWORKS))}")
+    return ["estimator.npz", "*.md", *NETWORKS[wanted]]
+
+
+def long_description() -> str:
+    """README for PyPI, where links and pictures have to be absolute: those of the release's tag."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    source, version = (re.search(rf'^{name} = "(.+)"', project, re.MULTILINE)[1] for name in ("Source", "version"))
+
+    def absolute(match: re.Match[str]) -> str:
+        kind = "raw" if match["text"].startswith("!") else "blob"
+        return f"{match['text']}({source}/{kind}/v{version}/{match['path']})"
+
+    relative = r"(?P<text>!?\[[^]]*\])\((?P<path>(?![a-z]+:|#)[^)\s]+)\)"
+    return re.sub(relative, absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"jfbfast": ["py.typed"], "jfbfast.weights": ["*.npz", "*.safetensors", "*.md"]},
+    package_data={"jfbfast": ["py.typed"], "jfbfast.weights": weights()},
+    include_package_data=False,  # or MANIFEST.in would choose the weights
     ext_modules=extensions(),
     cmdclass={"build": CleanBuild, "build_ext": BuildWithNinja},
 )

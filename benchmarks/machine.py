@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         name, instruction_sets, kernels = torch.cuda.get_device_name(device), f"sm_{major}{minor}", "Triton"
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
         fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         flags = fields.get("flags", fields.get("Features", "")).split()
         known = " ".join(name for name in _INSTRUCTION_SETS if name in flags)

@@ -5,7 +5,6 @@ Run as a program, it takes the file that `peak_megabytes` writes, takes one step
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import warnings
@@ -42,8 +41,12 @@ def _peak(cuda: bool) -> float:
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20
     if _STATUS.exists():  # on Linux, where ru_maxrss includes the parent's peak
-        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        (line,) = (line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
         return float(line.split()[1]) / 1024
+    if sys.platform == "win32":
+        raise RuntimeError("Windows does not tell how much memory this process has taken")
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
@@ -58,7 +61,7 @@ def main() -> None:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR.exists():
-        _CLEAR.write_text("5")  # resets the peak of the resident memory
+        _CLEAR.write_text("5", encoding="ascii")  # resets the peak of the resident memory
     before = _peak(cuda)
     side.step(given.x, evaluations)
     print(_peak(cuda) - before)

@@ -108,7 +108,7 @@ def ritz_values(layer: Callable[..., Any], x: Any, inputs: Sequence[Any] = (), s
     eigenvalue problems, 2011). They are the eigenvalues themselves once ``steps`` reaches N, the size of a sample.
 
     Args:
-        layer: T(x, *inputs), (B, …) to the same shape, sample by sample: a module, a module's method
+        layer: ``T(x, *inputs)``, (B, …) to the same shape, sample by sample: a module, a module's method
             or any callable. Its module is evaluated as in eval(), as during a solve.
         x: the point, (B, …), or a state of any structure that `fixed_point` takes; of complex numbers the real and
             imaginary parts count.
@@ -187,7 +187,7 @@ def operator_norm(layer: Callable[..., Any], x: Any, inputs: Sequence[Any] = (),
 def optimal_averaging(eigenvalues: Tensor) -> float:
     """The averaging factor α that makes T_α(x) = (1 − α)x + αT(x) contract best, to three digits.
 
-    T_α has the contraction factor max |1 − α(1 − μ)| over the eigenvalues μ of ∂T/∂x; α in (0, 1] minimises it. For
+    T_α has the contraction factor max abs(1 − α(1 − μ)) over the eigenvalues μ of ∂T/∂x; α in (0, 1] minimises it. For
     real μ that fill [a, b] with b < 1, α is the smaller of 2/(2 − a − b) and 1. Eigenvalues that are not finite are
     left out, and so are those with a real part of 1 or more, since no α contracts them.
 

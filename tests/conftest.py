@@ -1,5 +1,10 @@
-"""The tests run against the installed package, and only where its compiled module loaded."""
+"""The tests run against the installed package.
 
+They need its compiled module, unless JFBFAST_PURE_PYTHON=1 says that it was installed without one: tests that are
+marked ``compiled`` are skipped then.
+"""
+
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,15 +25,17 @@ from jfbfast.backends import native  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not native.AVAILABLE:
+    if not native.AVAILABLE and os.environ.get("JFBFAST_PURE_PYTHON") != "1":
         pytest.exit(f"jfbfast is installed without its C++ kernels: {native.UNAVAILABLE_BECAUSE}", returncode=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+    missing = {"gpu": "torch sees no CUDA device"} if not torch.cuda.is_available() else {}
+    missing |= {"compiled": native.UNAVAILABLE_BECAUSE} if not native.AVAILABLE else {}
+    for item in items:
+        needs = {mark.name for mark in item.iter_markers()} | ({"compiled"} if "native" in item.name else set())
+        for marker in missing.keys() & needs:
+            item.add_marker(pytest.mark.skip(reason=missing[marker]))
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,7 @@ def blurred(tmp_path):
     return torch.from_numpy(truth).permute(2, 0, 1), path
 
 
+@pytest.mark.compiled
 def test_info_names_the_backends(tmp_path):
     out = subprocess.run(
         [sys.executable, "-m", "jfbfast", "info"], capture_output=True, text=True, check=True, cwd=tmp_path

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+from email import message_from_bytes
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -66,7 +68,7 @@ while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2";; esac; shift; done
 def stub(program: Path, fails: str = "") -> Path:
     """A fake compiler that writes empty files, or runs ``fails``; it logs its calls in ``program`` + .log."""
     program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(STUB.format(log=program.with_suffix(".log"), fails=fails))
+    program.write_text(STUB.format(log=program.with_suffix(".log"), fails=fails), encoding="utf-8")
     program.chmod(0o755)
     return program
 
@@ -257,8 +259,58 @@ def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
             if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed"):
                 assert members.count(str(file.relative_to(source))) == 1
     assert not [name for name in members if name.startswith(("jfbfast/kernels", "jfbfast/benchmarks"))]
+    assert [name for name in members if name.endswith(".safetensors")] == ["jfbfast/weights/universal.safetensors"]
+    assert {"jfbfast/weights/estimator.npz", "tests/check_wheel.py", "README.md"} <= set(members)
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     done = install(unpacked, tmp_path / "target")
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "target" / "jfbfast").glob("_native*"))
     assert (tmp_path / "target" / "jfbfast" / "kernels").is_dir()
+
+
+def test_an_unknown_choice_of_weights_is_one_sentence(source: Path, tmp_path: Path) -> None:
+    done = install(source, tmp_path / "target", JFBFAST_WEIGHTS="few")
+    message = "jfbfast: JFBFAST_WEIGHTS is 'few'; it takes one of 'all', 'default', 'none'"
+    assert done.returncode != 0 and done.stderr.strip() == message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["all", "default", "none"])
+def test_a_wheel_holds_the_networks_that_are_wanted_and_complete_metadata(
+    source: Path, tmp_path: Path, weights: str
+) -> None:
+    environment = {**os.environ, "JFBFAST_PURE_PYTHON": "1", "JFBFAST_WEIGHTS": weights}
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=source, env=environment, check=True)
+    (path,) = tmp_path.glob("jfbfast-*-py3-none-any.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+        (metadata,) = (message_from_bytes(wheel.read(name)) for name in names if name.endswith(".dist-info/METADATA"))
+    every = sorted(file.name for file in (ROOT / "jfbfast" / "weights").glob("*.safetensors"))
+    wanted = {"all": every, "default": ["universal.safetensors"], "none": []}[weights]
+    assert sorted(Path(name).name for name in names if name.endswith(".safetensors")) == wanted
+    assert len(every) == 4 and "jfbfast/weights/estimator.npz" in names
+    assert not [name for name in names if name.startswith("tests") or Path(name).suffix in (".cpp", ".h", ".cu", ".so")]
+    if not wanted:
+        assert path.stat().st_size < 800_000
+    assert metadata["License-Expression"] == "MIT"
+    assert set(metadata.get_all("License-File")) == {
+        "LICENSE",
+        "jfbfast/weights/estimator.md",
+        "jfbfast/weights/universal.md",
+    }
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL"))
+    assert urls.keys() == {"Homepage", "Documentation", "Source", "Issues", "Changelog"}
+    text = str(metadata.get_payload(decode=True), "utf-8")
+    assert "![A blurred photograph" in text and f"({urls['Source']}/raw/v{metadata['Version']}/docs/demo.jpg)" in text
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 20 and not [link for link in links if not link.startswith(("https://", "#"))]
+
+
+@pytest.mark.slow
+def test_the_check_of_wheels_passes_on_this_installation(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "check_wheel.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([*command, "--pure"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "not the kernels that this wheel is for" in done.stderr

@@ -62,8 +62,10 @@ def run(out: Path, quick: bool, console: Console, names: Sequence[str] = ()) -> 
     and GPU_CHECK_CPU=1 tries the parts on the CPU at tiny sizes.
 
     Raises:
-        ValueError: there is no GPU; a name is unknown; a check failed.
+        ValueError: this is Windows, or there is no GPU; a name is unknown; a check failed.
     """
+    if sys.platform == "win32":
+        raise ValueError("this benchmark does not run on Windows, which has no groups of processes")
     on_cpu = os.environ.get("GPU_CHECK_CPU") == "1"
     if not on_cpu and not torch.cuda.is_available():
         raise ValueError("torch finds no GPU here; GPU_CHECK_CPU=1 tries this benchmark on the CPU at tiny sizes")
@@ -130,6 +132,8 @@ def _run_part(name: str, seconds: float, out: Path, quick: bool) -> int:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the process and all that it started, whether or not it has ended by itself."""
+    if sys.platform == "win32":
+        return
     for sent in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, sent)

@@ -77,7 +77,7 @@ def jfb_condition(
     eigenvalues. So the ratio of the largest to the smallest (plus its rounding error) is at most κ.
 
     Args:
-        model: a DE-GRAD, or the layer T(x, *inputs) of any implicit network: a module or a module's method.
+        model: a DE-GRAD, or the layer ``T(x, *inputs)`` of any implicit network: a module or a module's method.
         x: the point, (B, …), or a state of any structure that `fixed_point` takes.
         d: the measurements, (B, C, H, W); for a layer the tuple of its inputs.
         steps: number of Lanczos steps; each takes two products.
@@ -145,7 +145,7 @@ def gradient_agreement(
         ValueError: a model without parameters that require a gradient; a ``value`` or ``cotangent`` of another shape.
 
     Returns:
-        The cosine to the exact gradient, and the ratio of the norms: dictionaries from the method's name to a tensor
+        The cosine to the exact gradient, and the ratio of the norms, as dictionaries from the method's name to a tensor
         (B,), which is NaN where a gradient is zero or not finite.
 
     Example:

@@ -37,7 +37,7 @@ class History(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The fixed point x = layer(x, *inputs), and how to solve for it; the fields are as in `fixed_point`.
+    """The fixed point ``x = layer(x, *inputs)``, and how to solve for it; the fields are as in `fixed_point`.
 
     ``packed`` has the first three, and leads back to the user's states. The ``image`` of a state is compared with the
     truth, or the state itself without one; only what lies within a ``margin`` of (y, x) pixels counts.
@@ -117,8 +117,8 @@ def convergence_history(
     diverges keeps its last values.
 
     Args:
-        model: a DE-GRAD or another `ImplicitNetwork`, or the layer T(x, *inputs) of any implicit network, with a state
-            of any structure, as in `fixed_point`.
+        model: a DE-GRAD or another `ImplicitNetwork`, or the layer ``T(x, *inputs)`` of any implicit network, with a
+            state of any structure, as in `fixed_point`.
         d: for a DE-GRAD, the measurements, (B, C, H, W). For a layer with inputs, the start, in place of x0.
         x: the true images in [−1, 1], with the shape of the fixed points. With the padding mode "valid", the part of
             them within the frame of d counts. None for a state that is not one real tensor.

@@ -24,7 +24,7 @@ from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, load_netwo
 from jfbfast.imaging.plausibility import LEAST_NOISE, TOLERANCE, PowerSpectrum
 from jfbfast.imaging.report import MeanSquare, Report, Restored
 from jfbfast.imaging.tiling import TILE, TileRestorer, restore_tiled, seamless_overlap, tiling_error
-from jfbfast.models.pretrained import UNIVERSAL, matching_name, pretrained_names
+from jfbfast.models.pretrained import UNIVERSAL, installed_names, matching_name
 from jfbfast.operators.frame import cut
 from jfbfast.solvers import ConvergenceWarning
 
@@ -131,10 +131,12 @@ class Restoration:
         if blur.kernel_size is not None and isinstance(blur.sigma, (int, float)) and noise != AUTO:
             level = NOISE if noise is None else float(noise)
             name = matching_name(blur.kernel_size, blur.sigma, level, "zeros" if zeros else None)
-        if name is None and UNIVERSAL in pretrained_names():
+        if name is None and UNIVERSAL in installed_names():
             name = UNIVERSAL
-        how = "Tikhonov regularisation, λ by the discrepancy principle"
-        self.say(f"Restoring {blur} by {how if name is None else f'the shipped model {name}'}.")
+        how = f"the shipped model {name}"
+        if name is None:
+            how = "Tikhonov regularisation, λ by the discrepancy principle, since this installation has no model for it"
+        self.say(f"Restoring {blur} by {how}.")
         return name
 
     def _noise(

@@ -292,8 +292,8 @@ def fixed_point(
 
     If the layer's module has a linear operator other than a `SeparableBlur` or a `Blur` (a deepinv physics, or anything
     with an ``adjoint``), which may hold data of each sample, the whole batch is evaluated until its last sample is
-    done. Several threads may evaluate a module in eval() at the same time, and one of them may differentiate it; a module
-    in train() is for one thread at a time.
+    done. Several threads may evaluate a module in eval() at the same time, and one of them may differentiate it; a
+    module in train() is for one thread at a time.
 
     A sample whose solve diverged is returned as its best finite iterate (NaN if it had none) and gets no gradient.
 
@@ -302,7 +302,7 @@ def fixed_point(
     and ∂T/∂x is that of the real and imaginary parts, so that gradients are PyTorch's own for complex tensors.
 
     Args:
-        layer: T(x, *inputs), from (B, …) to the same shape, sample by sample, which does not write over its
+        layer: ``T(x, *inputs)``, from (B, …) to the same shape, sample by sample, which does not write over its
             arguments: a module, a module's method or any callable. "Its module" is that of the first two; modules
             that a lambda calls stay in the mode they are in.
         x0: the start, (B, …), real or complex, or a structure of such tensors, which the layer takes and returns; it

@@ -23,7 +23,8 @@ from jfbfast.files import write_whole
 from jfbfast.models.config import ModelConfig
 
 _FORMAT = "jfbfast/3"
-DAMAGE = (OSError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)  # what a damaged file raises
+# What a damaged file raises.
+DAMAGE = (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 
 
 class CheckpointError(ValueError):
@@ -81,9 +82,9 @@ def save_checkpoint(path: str | Path, model: nn.Module, config: ModelConfig, *, 
         >>> from jfbfast.models.checkpoint import load_checkpoint, save_checkpoint
         >>> from jfbfast.models.config import ModelConfig
         >>> config = ModelConfig(denoiser={"kind": "DnCNN", "features": 4, "depth": 3, "residual": True})
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     save_checkpoint(file.name, config.model(), config)
-        ...     model, found = load_checkpoint(file.name)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/model.safetensors", config.model(), config)
+        ...     model, found = load_checkpoint(f"{folder}/model.safetensors")
         >>> found == config, model.training
         (True, False)
     """

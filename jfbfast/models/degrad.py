@@ -135,15 +135,16 @@ class DEGrad(ImplicitNetwork):
         local_files_only: bool = False,
         **objects: Any,
     ) -> D:
-        """Load a model that ships with the package, from a file, a directory or the Hugging Face hub, in eval().
+        """Load a model by its name, or from a file, a directory or the Hugging Face hub, in eval().
 
-        The shipped models (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
+        Those with names (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
         were blurred with zeros (mid-grey) beyond the edge. The model cards in ``weights/`` have the details.
 
         Args:
-            name: of a shipped model; a file that `jfbfast train` wrote, or its directory; a directory that
-                ``save_pretrained`` wrote; or "user/model" on the hub, which takes ``pip install 'jfbfast[hub]'``. What
-                lies on this machine goes before the hub.
+            name: one of `jfbfast.pretrained_names`; a file that `jfbfast train` wrote, or its directory; a directory
+                that ``save_pretrained`` wrote; or "user/model" on the hub. The hub, which also has the named models
+                that are not in this installation, takes ``pip install 'jfbfast[hub]'``. What lies on this machine
+                goes before the hub.
             sigma, noise: the blur's σ in pixels and the noise's standard deviation on [−1, 1]; None takes the model's
                 own. They set a `UniversalDEGrad` for a whole Gaussian and unknown surroundings; its
                 ``set_measurement`` takes every other blur. A model for a single setting takes its own values only.
@@ -152,7 +153,7 @@ class DEGrad(ImplicitNetwork):
             objects: what the model has of other libraries, such as ``denoiser=my_network``; its weights are loaded.
 
         Raises:
-            ValueError: none of these (the message lists the shipped models); a damaged model; a network that is not a
+            ValueError: none of these (the message lists the names); a damaged model; a network that is not a
                 DE-GRAD; σ or noise other than the only ones that the model is for, or a noise level out of its range;
                 objects missing, or that it does not take.
 

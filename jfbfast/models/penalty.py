@@ -38,8 +38,8 @@ def jacobian_penalty(
     differentiation of one vector-Jacobian product. A layer that does not depend on x has the penalty 0.
 
     Args:
-        layer: a `DEGrad` or another `ImplicitNetwork`, or a layer T(x, *inputs) as for `fixed_point`. It is evaluated
-            in eval(), as in the gradient of a solve.
+        layer: a `DEGrad` or another `ImplicitNetwork`, or a layer ``T(x, *inputs)`` as for `fixed_point`. It is
+            evaluated in eval(), as in the gradient of a solve.
         inputs: of the layer, (B, …); for an `ImplicitNetwork` the measurements d.
         x: the point, (B, …). None takes the fixed points of an `ImplicitNetwork`'s last forward, which must have been
             on these inputs, and leaves out the samples that diverged in it. Samples with a value that is not finite,

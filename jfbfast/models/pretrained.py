@@ -1,4 +1,4 @@
-"""Networks that ship with the package: ``weights/NAME.safetensors``, each with a model card ``weights/NAME.md``.
+"""Networks that have a name: ``weights/NAME.safetensors``, or on the Hugging Face hub; ``weights/NAME.md`` is the card.
 
 Also: loading any trained network, and setting it for the measurements to restore.
 """
@@ -11,42 +11,53 @@ from typing import Any
 
 from torch import nn
 
+from jfbfast.models import hub
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, read_config
 from jfbfast.models.config import ANY_BLUR, DEGRAD_FORMS, SETTING, ModelConfig
 from jfbfast.models.directory import CONFIG_FILE, WEIGHTS_FILE, load_directory, read_settings
 from jfbfast.operators.blur import GaussianBlur
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-UNIVERSAL = "universal"  # the shipped network for any blur
+UNIVERSAL = "universal"  # the network for any blur
 
 
 def pretrained_names() -> list[str]:
-    """The names of the networks that ship with the package, for the ``from_pretrained`` of their class.
+    """The names of the published networks, for the ``from_pretrained`` of their class.
+
+    Those that are not in this installation are fetched from the Hugging Face hub when they are first loaded.
 
     Example:
         >>> import jfbfast
         >>> jfbfast.pretrained_names()
         ['gaussian5-sigma1', 'gaussian5-sigma5', 'plug-and-play', 'universal']
     """
+    return sorted({*installed_names(), *hub.SHA256})
+
+
+def installed_names() -> list[str]:
+    """The names of the networks that this installation holds."""
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
-def pretrained_file(name: str) -> Path:
-    """The file of the shipped network of that name."""
-    return WEIGHTS / f"{name}.safetensors"
+def pretrained_file(name: str, options: Mapping[str, Any] | None = None) -> Path:
+    """The file of the network of that name: in this installation, or as `hub.fetched` with these options."""
+    file = WEIGHTS / f"{name}.safetensors"
+    return file if file.is_file() or name not in hub.SHA256 else hub.fetched(name, options or {})
 
 
-def load_model(name_or_file: str | Path) -> tuple[Any, ModelConfig]:
-    """Load a network, in eval(), and its settings: a shipped one by name, or any other by its file or directory.
+def load_model(name_or_file: str | Path, options: Mapping[str, Any] | None = None) -> tuple[Any, ModelConfig]:
+    """Load a network, in eval(), and its settings: a published one by name, or any other by its file or directory.
 
-    The directory is one that `save_pretrained` wrote, or that of a run of `jfbfast train`.
+    The directory is one that `save_pretrained` wrote, or that of a run of `jfbfast train`. ``options`` are those of
+    `hub.fetched`.
 
     Raises:
-        CheckpointError: neither a name nor a file or directory (the message lists the names), or a damaged network.
+        CheckpointError: neither a name nor a file or directory (the message lists the names); a damaged network; one
+            that is not in this installation and cannot be fetched.
     """
     names = pretrained_names()
     if str(name_or_file) in names:
-        return load_checkpoint(pretrained_file(str(name_or_file)))
+        return load_checkpoint(pretrained_file(str(name_or_file), options))
     path = Path(name_or_file)
     if (path / CONFIG_FILE).is_file():
         config = read_settings(path)
@@ -59,8 +70,7 @@ def load_model(name_or_file: str | Path) -> tuple[Any, ModelConfig]:
             raise CheckpointError(f"{path}: not the directory of a network ({told})") from error
         if path.exists():
             raise
-        shipped = ", ".join(names) or "none in this installation"
-        raise CheckpointError(f"{error}; the shipped models are {shipped}") from error
+        raise CheckpointError(f"{error}; the published models are {', '.join(names)}") from error
 
 
 def network_name(name_or_file: str | Path) -> str:
@@ -126,12 +136,12 @@ def set_gaussian(name: str, model: Any, config: ModelConfig | None, sigma: float
 
 
 def matching_name(kernel_size: int, sigma: float, noise: float, padding_mode: str | None) -> str | None:
-    """The name of the shipped DE-GRAD that was trained for this blur and noise alone, or None.
+    """The name of the installed DE-GRAD that was trained for this blur and noise alone, or None.
 
     A filtered model is preferred to one of another form. With ``padding_mode=None``, any padding mode matches.
     """
     found = []
-    for name in pretrained_names():
+    for name in installed_names():
         config = read_config(pretrained_file(name))
         own = (config.kernel_size, config.sigma, config.noise) == (kernel_size, sigma, noise)
         one_setting = config.form in DEGRAD_FORMS and config.form not in ANY_BLUR

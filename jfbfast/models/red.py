@@ -40,7 +40,7 @@ class ToldNoise(nn.Module):
 
     @property
     def noise(self) -> float | Tensor | None:
-        """σ that D is told: a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
+        """The σ that D is told, a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
         learnt = getattr(self, "log_noise", None)
         return self._noise if learnt is None else learnt.exp()
 

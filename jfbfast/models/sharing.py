@@ -26,6 +26,7 @@ from jfbfast.models.checkpoint import CheckpointError, check_finite, digest
 from jfbfast.models.config import ModelConfig
 from jfbfast.models.description import Described, describe, external_objects
 from jfbfast.models.directory import CONFIG_FILE, FORMAT, WEIGHTS_FILE, check_class, load_directory
+from jfbfast.models.hub import client
 from jfbfast.models.pretrained import load_model, pretrained_names
 
 M = TypeVar("M", bound="Shared")
@@ -114,18 +115,19 @@ class Shared(Described):
         local_files_only: bool = False,
         **objects: Any,
     ) -> M:
-        """Load a model, in eval(): from a directory, a file, the hub, or one that ships with the package.
+        """Load a model, in eval(): from a directory, a file, the hub, or a published one by its name.
 
         Args:
-            name: a directory that `save_pretrained` wrote; a file that `jfbfast train` wrote, or its directory; the
-                name of a shipped model; or "user/model" on the Hugging Face hub, which takes
-                ``pip install 'jfbfast[hub]'``. What lies on this machine goes before the hub.
+            name: a directory that `save_pretrained` wrote; a file that `jfbfast train` wrote, or its directory; one of
+                `jfbfast.pretrained_names`; or "user/model" on the Hugging Face hub. The hub, which also has the
+                named models that are not in this installation, takes ``pip install 'jfbfast[hub]'``. What lies on
+                this machine goes before the hub.
             revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub's snapshot_download.
                 With local_files_only, or the variable HF_HUB_OFFLINE=1, only what was downloaded before is used.
             objects: what the model has of other libraries, such as ``denoiser=my_network``; its weights are loaded.
 
         Raises:
-            CheckpointError: none of these (the message lists the shipped models); a damaged model, or one with another
+            CheckpointError: none of these (the message lists the names); a damaged model, or one with another
                 class; objects missing, or that it does not take.
             ModuleNotFoundError: the hub without huggingface_hub.
         """
@@ -165,51 +167,41 @@ class Shared(Described):
             ValueError: as in `save_pretrained`.
             ModuleNotFoundError: huggingface_hub is not installed.
         """
-        hub = _hub().HfApi(token=token)
+        api = client().HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if hub.file_exists(repo_id, CARD):
-                shutil.copyfile(hub.hf_hub_download(repo_id, CARD), Path(folder) / CARD)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if api.file_exists(repo_id, CARD):
+                shutil.copyfile(api.hf_hub_download(repo_id, CARD), Path(folder) / CARD)
             self.save_pretrained(folder, license=license, datasets=datasets, metrics=metrics, description=description)
-            done = hub.upload_folder(
+            done = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=branch, create_pr=create_pr, commit_message=commit_message
             )
         return str(done)
 
 
-def _hub() -> Any:
-    """Import huggingface_hub, which only the hub needs."""
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        told = f"{error.name} is not installed, and the Hugging Face hub needs it: pip install 'jfbfast[hub]'"
-        raise ModuleNotFoundError(told, name=error.name) from error
-    return huggingface_hub
-
-
 def load_shared(
-    cls: type[M], name: str | Path, objects: Mapping[str, Any], hub: Mapping[str, Any]
+    cls: type[M], name: str | Path, objects: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[M, ModelConfig | None]:
     """`Shared.from_pretrained`, and the settings of a model that ships or that `jfbfast train` wrote."""
     path, config = Path(name), None
     on_hub = str(name) not in pretrained_names() and not path.exists() and _HUB_ID.fullmatch(str(name))
     if on_hub and path.suffix != ".safetensors":
-        path = _downloaded(str(name), hub)
+        path = _downloaded(str(name), options)
     if (path / CONFIG_FILE).is_file():
         return load_directory(path, cls, objects), None
-    model, config = load_model(name if path == Path(name) else path)
+    model, config = load_model(name if path == Path(name) else path, options)
     if objects:
         raise CheckpointError(f"{name}: it takes no {', '.join(objects)}; it has all that its settings name")
     check_class(str(name), model, cls, f"{config.form} network")
     return model, config
 
 
-def _downloaded(repo_id: str, hub: Mapping[str, Any]) -> Path:
+def _downloaded(repo_id: str, options: Mapping[str, Any]) -> Path:
     """The directory of a model of the hub on this machine."""
-    module = _hub()
+    hub = client()
     try:
-        return Path(module.snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))
+        return Path(hub.snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **options))
     except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
-        shipped = ", ".join(pretrained_names())
+        names = ", ".join(pretrained_names())
         told = f"name is {repo_id!r}, which is no file here, and the hub does not give it ({checks.one_line(error)})"
-        raise CheckpointError(f"{told}; the shipped models are {shipped}") from error
+        raise CheckpointError(f"{told}; the published models are {names}") from error

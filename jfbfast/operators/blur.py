@@ -94,7 +94,7 @@ class SeparableBlur(nn.Module):
 
     @property
     def margin(self) -> tuple[int, int]:
-        """How many pixels x has beyond d = A x on each side, (y, x): (r_y, r_x) in "valid", otherwise (0, 0)."""
+        """How many pixels x has beyond d = A x on each side, (y, x), which is (r_y, r_x) in "valid", else (0, 0)."""
         return self.taps.margin
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class SeparableBlur(nn.Module):
         return ops.tikhonov(b, damping, *self.taps)
 
     def eigenbasis(self, shape: Sequence[int]) -> SeparableBasis | None:
-        """The basis in which AᵀA is diagonal for images x (…, *shape); None for sides over 1024 pixels."""
+        """The basis in which AᵀA is diagonal for images x ``(…, *shape)``; None for sides over 1024 pixels."""
         height, width = shape
         return SeparableBasis(self.taps, (height, width)) if max(shape) <= inverse.SVD_LIMIT else None
 

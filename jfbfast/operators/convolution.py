@@ -100,7 +100,7 @@ class Blur(nn.Module):
 
     @property
     def margin(self) -> tuple[int, int]:
-        """How many pixels x has beyond A x on each side, (y, x): the radius in "valid", else 0."""
+        """How many pixels x has beyond A x on each side, (y, x), which is the radius in "valid", else 0."""
         return self._kernel.margin
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Blur(nn.Module):
         return _tikhonov(b, damping, self._kernel, self.tol, self.max_iter)
 
     def eigenbasis(self, shape: Sequence[int]) -> Eigenbasis | None:
-        """The basis in which AᵀA is diagonal for images x (…, *shape); None where ``solve`` iterates."""
+        """The basis in which AᵀA is diagonal for images x ``(…, *shape)``; None where ``solve`` iterates."""
         if self._separable:
             return self._separable[0].eigenbasis(shape)
         height, width = shape

@@ -128,7 +128,7 @@ class WeightedLeastSquares(DataFidelity):
 
     Raises:
         TypeError: weights that are none of these.
-        ValueError (at the forward): weights that are negative, not finite, or do not broadcast to d; zeros among
+        ValueError: at the forward, weights that are negative, not finite, or do not broadcast to d; zeros among
             weights that require a gradient.
 
     Example:

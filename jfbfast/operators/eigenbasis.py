@@ -85,7 +85,7 @@ class DiagonalOperator:
     """
 
     def eigenbasis(self, shape: Sequence[int]) -> Any:
-        """The basis for images (…, *shape)."""
+        """The basis for images ``(…, *shape)``."""
         return self
 
     def solve(self: Any, b: Tensor, damping: float | Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class FixedPointSolver(ABC):
         verify: bool = True,
         estimate: bool = False,
     ) -> FixedPointSolution:
-        """Solve x = layer(x, *inputs) for each sample of the batch.
+        """Solve ``x = layer(x, *inputs)`` for each sample of the batch.
 
         With ``coarse`` the solve has two phases. It iterates with ``coarse`` until each sample has converged,
         diverged or stalled. Then it iterates with ``layer``, with a new history, from the iterate after each sample's

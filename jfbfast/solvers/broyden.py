@@ -29,7 +29,7 @@ class Broyden(FixedPointSolver):
         H = −I + (S + Y) (L + SᵀY)⁻¹ Sᵀ        (Byrd, Nocedal and Schnabel, 1994, theorem 6.2)
 
     When the memory is full, the oldest pair is dropped, and H is exactly that of the others, as in L-BFGS. An update
-    is skipped if |sᵀH y| ≤ √ε ‖s‖², ε the machine epsilon of the iterates. Safeguard: if a sample's residual grows
+    is skipped if abs(sᵀH y) ≤ √ε ‖s‖², ε the machine epsilon of the iterates. Safeguard: if a sample's residual grows
     to four times its lowest, its history is dropped and it takes the damped step x + ½(T(x) − x).
 
     Args:

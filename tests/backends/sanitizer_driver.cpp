@@ -304,6 +304,7 @@ int main() {
     for (const auto& size : sizes)
         for (const auto& c : channels) {
             const int height = size[0], width = size[1];
+            if (c[1] == 80 && height * width > 100) continue;  // a second for each, in unoptimised code
             check_convolution<float>(DType::kFloat32, 1e-4, height, width, c[0], c[1], c[0] > 3);
             check_convolution<bfloat16>(DType::kBFloat16, 1e-2, height, width, c[0], c[1], c[0] > 3);
             check_weight_gradient<float>(DType::kFloat32, height, width, c[0], c[1]);

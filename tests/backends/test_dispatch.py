@@ -10,6 +10,8 @@ from jfbfast import kernels as triton
 from jfbfast.backends import cuda, native, reference
 from jfbfast.backends.dispatch import kernels
 
+pytestmark = pytest.mark.compiled
+
 CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from helpers.bands import cast, operator
 from jfbfast.backends import native, reference
 from jfbfast.backends.reference import PADDING_MODES, Bands
 from jfbfast.backends.tensors import compute_dtype, padded
+
+pytestmark = pytest.mark.compiled
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((1, 1), (1, 37), (7, 13), (33, 65), (40, 3))
@@ -240,15 +242,26 @@ def test_every_instruction_set_agrees_with_the_definition(isa: str) -> None:
     processes.run_tests_with_isa(isa, __file__, names)
 
 
-def test_the_name_of_an_instruction_set_is_known_or_empty() -> None:
-    def in_use(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from jfbfast.backends import native; print(native._native.isa)"]
-        return subprocess.run(command, env={**os.environ, "JFBFAST_ISA": name}, capture_output=True, text=True)
+WITHOUT_TORCH = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("_native", sys.argv[1])
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.isa)
+"""
 
-    widest = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    assert in_use("").stdout.strip() == widest
-    unknown = in_use("avx")
-    assert unknown.returncode and "JFBFAST_ISA is 'avx'; it takes one of 'avx512', 'avx2'" in unknown.stderr
+
+def test_the_name_of_an_instruction_set_is_known_or_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JFBFAST_ISA", "")
+    command = [sys.executable, "-c", WITHOUT_TORCH, native._native.__file__]
+    in_use = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert in_use == {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    monkeypatch.setenv("JFBFAST_ISA", "avx")
+    spec = spec_from_file_location("jfbfast.backends.anew", native.__file__)
+    assert spec and spec.loader
+    with pytest.raises(ValueError, match="JFBFAST_ISA is 'avx'; it takes one of 'avx512', 'avx2'"):
+        spec.loader.exec_module(module_from_spec(spec))
 
 
 @pytest.mark.parametrize("size", (1, 7, 2048, 10_001))

@@ -13,6 +13,8 @@ from jfbfast import Anderson, ConvergenceWarning, DnCNN, GradientMethod, Implici
 from jfbfast.backends import native
 from jfbfast.implicit.prepared import Convolutions, prepared
 
+pytestmark = pytest.mark.compiled
+
 
 class Mixed(nn.Module):
     """Convolutions that Winograd's can replace, and others."""

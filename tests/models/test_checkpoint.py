@@ -124,7 +124,8 @@ def test_shipped_models_load_by_name(shipped):
     expected = load_checkpoint(shipped / "b-filtered.safetensors")[0].state_dict()
     assert not model.training and model.state_dict().keys() == expected.keys()
     with pytest.raises(
-        CheckpointError, match=r"nothing: there is no such file; the shipped models are a-paper, b-filtered, c-denoiser"
+        CheckpointError,
+        match=r"no such file; the published models are a-paper, b-filtered, c-denoiser, d-seven",
     ):
         DEGrad.from_pretrained("nothing")
     with pytest.raises(ValueError, match="a denoiser network; it takes a DE-GRAD"):
@@ -155,7 +156,8 @@ def test_a_shipped_model_is_chosen_by_blur_and_noise(shipped, setting, name):
 
 def test_every_shipped_model_has_a_card_and_loads():
     for name in pretrained.pretrained_names():
-        assert pretrained.pretrained_file(name).with_suffix(".md").read_text(encoding="utf-8").strip()
+        assert (pretrained.WEIGHTS / f"{name}.md").read_text(encoding="utf-8").strip()
+    for name in pretrained.installed_names():
         load_checkpoint(pretrained.pretrained_file(name))
 
 

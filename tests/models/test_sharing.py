@@ -283,7 +283,7 @@ def test_directories_and_files_of_training_load_as_before(tmp_path):
         DEGrad.from_pretrained(tmp_path, denoiser=Theirs())
     with pytest.raises(CheckpointError, match="a filtered network; it takes a UNet"):
         UNet.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="there is no such file; the shipped models are gaussian5-sigma1"):
+    with pytest.raises(CheckpointError, match="there is no such file; the published models are gaussian5-sigma1"):
         DEGrad.from_pretrained("no-such-name")
 
 
@@ -356,14 +356,14 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
     card.write_text(card.read_text() + "\nBy hand.\n")
     model.push_to_hub("somebody/blurs", license="apache-2.0")
     assert card.read_text().endswith("\nBy hand.\n") and "apache-2.0" in card.read_text()
-    with pytest.raises(CheckpointError, match=r"name is 'nobody/none'.*\(no such repository\); the shipped models are"):
+    with pytest.raises(CheckpointError, match=r"name is 'nobody/none'.*\(no such repository\); the published"):
         DEGrad.from_pretrained("nobody/none")
 
 
 def test_the_config_is_plain_json_that_can_be_edited(tmp_path):
     filtered(GaussianBlur(5)).save_pretrained(tmp_path)
     file = Path(tmp_path / "config.json")
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["solver"] = {"kind": "Picard", "tol": 0.01}
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config), encoding="utf-8")
     assert DEGrad.from_pretrained(tmp_path).solver == jfbfast.Picard(tol=0.01)

@@ -117,9 +117,10 @@ def test_solve_takes_one_damping_a_sample():
         torch.testing.assert_close(found[i], blur.solve(b[i], float(damping[i])))
 
 
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])  # one random direction, or all
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_derivatives_pass_gradcheck_once_and_twice(backend, mode):
+def test_the_derivatives_pass_gradcheck_once_and_twice(backend, mode, fast):
     blur = random_blur(1, 2, mode)
     x, r = torch.randn(2, 1, 2, 4, 6, dtype=torch.float64, requires_grad=True).unbind()
     d = torch.randn(blur(x).shape, dtype=torch.float64, requires_grad=True)
@@ -134,13 +135,18 @@ def test_the_derivatives_pass_gradcheck_once_and_twice(backend, mode):
             (blur.solve, (x, damping)),
             (blur.filter, (x, damping)),
         ):
-            assert gradcheck(function, arguments)
-            assert gradgradcheck(function, arguments)
+            assert gradcheck(function, arguments, fast_mode=fast)
+            assert gradgradcheck(function, arguments, fast_mode=fast)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", ["reflect", "valid"])
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [
+        *(("native", "valid"), ("reference", "reflect")),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("native", "reflect"), ("reference", "valid"))),
+    ],
+)
 def test_the_ops_pass_opcheck(backend, mode):
     filters = ([0.2, 0.5, 0.3], [0.1, 0.2, 0.4, 0.2, 0.1], mode)
     x, r = (torch.randn(2, 3, 6, 7, requires_grad=True) for _ in range(2))

@@ -10,6 +10,7 @@ from jfbfast.backends import native
 from jfbfast.solvers import loop
 from jfbfast.solvers.loop import Phase, iterate
 
+pytestmark = pytest.mark.compiled
 FIELDS = ("value", "residual", "iterations", "status", "following")
 
 

@@ -182,3 +182,22 @@ def test_an_impossible_estimate_is_refused():
         solution.inverse.transpose(torch.zeros(2, 4))
     empty = torch.zeros(0, 3)
     assert Broyden().solve(lambda x: x, empty, estimate=True).inverse.transpose(empty).shape == (0, 3)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(memory=2), Broyden(), Broyden(memory=2)])
+def test_pairs_that_the_safeguard_dropped_have_no_part_in_the_estimate(solver):
+    """It acts in the second of five evaluations, for the first sample alone."""
+    x, f = torch.randn(2, 5, 2, 9, dtype=torch.float64)
+    out = torch.empty_like(x[0])
+
+    def estimate(first):
+        iteration = solver.start(x[first])
+        for k in range(first, 5):
+            iteration.measure(x[k], f[k])
+            iteration.advance(x[k], f[k], torch.tensor([k == 1, False]), out)
+        return iteration.inverse(torch.arange(2), f[4])
+
+    w = torch.randn(2, 9, dtype=torch.float64)
+    found, without = estimate(0).transpose(w), estimate(1).transpose(w)
+    torch.testing.assert_close(found[0], without[0])
+    assert solver.memory == 2 or not torch.allclose(found[1], without[1])

@@ -12,6 +12,7 @@ from helpers.models import Cell
 from jfbfast import Anderson, Broyden, ConvergenceWarning, Inertial, Picard, Status, solve_fixed_point
 from jfbfast.backends import native, reference
 from jfbfast.solvers import loop
+from jfbfast.solvers.base import checked_solver
 
 SOLVERS = (Anderson, Broyden, Inertial, Picard)
 
@@ -277,6 +278,7 @@ def test_weights_minimise_the_mixed_residual(kernels):
         (lambda: Picard(atol=float("inf")), "atol is inf"),
         (lambda: Anderson().solve(lambda x: x, torch.zeros(3, dtype=torch.long)), "x0 is torch.int64"),
         (lambda: Anderson().solve(lambda x: x[:, :1], torch.zeros(3, 2)), "layer maps shape"),
+        (lambda: Anderson().solve(lambda x: x.repeat(1, 2), torch.zeros(3, 2)), r"\(3, 2\) to \(3, 4\)"),
         (
             lambda: Anderson().solve(lambda x: x, torch.zeros(3, 2), coarse=lambda x: x[:, :1]),
             "coarse maps shape",
@@ -289,6 +291,22 @@ def test_weights_minimise_the_mixed_residual(kernels):
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Anderson().solve(lambda x: x, [0.0]), "x0 is a list; it takes a tensor"),
+        (lambda: Anderson().solve(lambda x, d: x, torch.zeros(3, 2), torch.zeros(3, 2)), "inputs is a tensor"),
+        (lambda: Anderson().solve(lambda x, d: x, torch.zeros(3, 2), (2.0,)), r"inputs\[0\] is a float"),
+        (lambda: Anderson().solve(lambda x: (x,), torch.zeros(3, 2)), "layer returns a tuple"),
+        (lambda: checked_solver(Anderson), "solver is <class .*; it takes an instance"),
+        (lambda: checked_solver("anderson"), "solver is 'anderson'; it takes an instance"),
+    ],
+)
+def test_input_of_another_type_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
         call()
 
 
@@ -321,9 +339,10 @@ def test_leaving_the_batch_changes_no_bit(solver, monkeypatch):
 
 def test_a_solution_prints_how_its_samples_ended_without_their_images():
     layer = torch.tensor([0.2, 0.5, 2.0])[:, None]
-    solution = Picard(tol=1e-2, max_iter=9).solve(lambda x, a: a * x + 1, torch.zeros(3, 40), (layer,))
-    told = repr(solution)
-    assert told.startswith("FixedPointSolution(2 of 3 converged") and "residual" in told and len(told) < 120
+    for most, ended in ((9, "2 of 3 converged, largest"), (30, "2 of 3 converged, 1 diverged, largest")):
+        solution = Picard(tol=1e-2, max_iter=most).solve(lambda x, a: a * x + 1, torch.zeros(3, 40), (layer,))
+        told = repr(solution)
+        assert told.startswith(f"FixedPointSolution({ended} residual") and len(told) < 120
     assert "tensor" not in repr(Picard().solve(lambda x: x, torch.zeros(0, 4)))
 
 

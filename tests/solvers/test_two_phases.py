@@ -58,6 +58,25 @@ def test_one_fine_evaluation_is_enough_if_the_coarse_layer_meets_the_tolerance(s
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_only_samples_that_fail_coarsely_need_the_layer_without_verification(solver):
+    """The coarse layer is exact for samples 0 and 3, and stalls at 1e-4 for the others."""
+
+    def rough(x, rate, offset):
+        return layer(x, rate, offset) + torch.where(rate < 0.4, 0, 1e-4) * torch.sin(1e6 * x)
+
+    fine = Counted(layer)
+    solution = solver(1e-8, 200).solve(fine, start(), (RATES, OFFSETS), coarse=rough, verify=False)
+    assert (solution.status == Status.CONVERGED).all() and set(fine.batches) <= {1, 2}
+    finely = solution.iterations - solution.coarse_iterations
+    assert (finely == 0).tolist() == [True, False, False, True] and int(finely.max()) == fine.calls
+    torch.testing.assert_close(solution.residual, residual(solution.value), rtol=1e-6, atol=0)
+    assert (residual(solution.following) <= 1e-7).all()
+    unused = Counted(lambda x: x)
+    solution = solver(1e-8, 200).solve(unused, start(), coarse=lambda x: layer(x, RATES, OFFSETS), verify=False)
+    assert (solution.status == Status.CONVERGED).all() and unused.calls == 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_each_sample_takes_its_two_phases_independently_of_the_others(solver):
     solve = solver(1e-8, 200).solve
     together = solve(layer, start(), (RATES, OFFSETS), coarse=coarse)
