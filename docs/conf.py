@@ -94,6 +94,7 @@ sphinx_gallery_conf = {
     "min_reported_time": float("inf"),  # times depend on the machine
     "show_signature": False,
     "reference_url": {"jfbfast": None},  # names in the code are links to the reference
+    "remove_config_comments": True,
     "first_notebook_cell": "%pip install -q 'jfbfast[train]' deepinv",
     "within_subsection_order": "FileNameSortKey",
 }

@@ -31,6 +31,8 @@ import torch.nn.functional as F
 
 import jfbfast
 
+# sphinx_gallery_thumbnail_number = 2
+
 jfbfast.keep_freed_memory()  # Linux: spares the system from clearing the same memory again in each step
 torch.manual_seed(0)
 
