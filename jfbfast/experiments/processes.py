@@ -24,6 +24,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if distributed() else 0
 
 
+def world() -> int:
+    """How many processes torchrun started on all machines; 1 for a process on its own."""
+    return int(os.environ["WORLD_SIZE"]) if distributed() else 1
+
+
 def check_launch(command: str) -> None:
     """Raise ValueError if srun started several processes, because each would do all the work of ``command``."""
     tasks, place = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "PROCID"))

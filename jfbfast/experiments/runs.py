@@ -26,7 +26,7 @@ from jfbfast.backends.dispatch import ONEDNN_HAS_BFLOAT16
 from jfbfast.experiments.callbacks import Checkpoints, Metrics
 from jfbfast.experiments.initial_weights import denoiser_of, start_from
 from jfbfast.experiments.loggers import check_logger, run_logger
-from jfbfast.experiments.processes import Interrupted, check_launch, rank
+from jfbfast.experiments.processes import Interrupted, check_launch, rank, world
 from jfbfast.experiments.run_data import Directory, GivenDataset, check_same, is_dataset
 from jfbfast.experiments.run_files import CheckpointFiles, locked
 from jfbfast.experiments.settings import (
@@ -74,6 +74,10 @@ def start_run(
 
         def prepare() -> tuple[Run, Any]:
             run = Run(values, out, resume=resume or again, progress=progress, dataset=dataset)
+            size, parts = run.settings.batch_size, run.settings.measurements if run.settings.form == "universal" else 1
+            if size % (world() * parts):
+                takes = f"the {world()} processes" + (f", times {parts} measurements in each" if parts > 1 else "")
+                raise ValueError(f"batch_size is {size}; it takes a multiple of {takes}")
             return run, (run.settings, run.resume, run.files() if run.resume else [])
 
         differing = f"the processes find different files in {out}; to go on, all machines must share it, or have copies"

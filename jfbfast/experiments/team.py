@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from jfbfast import checks
-from jfbfast.experiments.processes import distributed, rank
+from jfbfast.experiments.processes import distributed, rank, world
 
 T = TypeVar("T")
 
-_START = 600.0  # seconds, at most, to wait until all processes have started
+_START = 600.0  # seconds to wait until all processes have started
 
 
 def _connected() -> bool:
@@ -41,16 +41,16 @@ def lost_process_is_named() -> Iterator[None]:
         raise ConnectionError(told) from error
 
 
-def _store(patience: float) -> Any:
+def _store() -> Any:
     """The key-value store of torchrun's processes."""
-    address, port, world = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     hosts = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    timeout = timedelta(seconds=patience)
+    timeout = timedelta(seconds=_START)
     kind: Any = dist.TCPStore  # type: ignore[attr-defined]
-    return kind(address, int(port), int(world), hosts, timeout, wait_for_workers=False, multi_tenant=True)
+    return kind(address, int(port), world(), hosts, timeout, wait_for_workers=False, multi_tenant=True)
 
 
-def _meeting(store: Any, world: int, patience: float) -> str:
+def _meeting(store: Any) -> str:
     """Wait until all processes are there; return a name that belongs to them alone.
 
     When torchrun restarts its processes, it can keep the store, with the addresses of those that were killed
@@ -58,15 +58,15 @@ def _meeting(store: Any, world: int, patience: float) -> str:
     So each process writes a random word, and waits until all have seen the same words.
     """
     store.set(f"jfbfast/{rank()}", secrets.token_hex(8))
-    seen, end = "", time.monotonic() + patience
+    seen, end = "", time.monotonic() + _START
     while time.monotonic() < end:
-        words = ",".join(store.get(f"jfbfast/{each}").decode() for each in range(world))
+        words = ",".join(store.get(f"jfbfast/{each}").decode() for each in range(world()))
         arrived = store.add(words, int(words != seen))
-        if arrived == world:
+        if arrived == world():
             return words
         seen = words
         time.sleep(0.05)
-    raise ConnectionError(f"{world} processes should have started, and {arrived} have within {patience:g} seconds")
+    raise ConnectionError(f"{world()} processes should have started, and {arrived} have within {_START:g} seconds")
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def team(patience: float, backend: str = "gloo") -> Iterator[None]:
     """Connect the processes of the team within this context.
 
     Args:
-        patience: seconds to wait for another process before it counts as lost.
+        patience: seconds to wait for another process, once all have started, before it counts as lost.
         backend: what connects them, of torch.distributed; with gloo for the CPU.
 
     Raises:
@@ -84,11 +84,10 @@ def team(patience: float, backend: str = "gloo") -> Iterator[None]:
         yield
         return
     with lost_process_is_named():
-        world, start = int(os.environ["WORLD_SIZE"]), min(patience, _START)
-        store = _store(start)
-        own = dist.PrefixStore(_meeting(store, world, start), store)  # type: ignore[attr-defined]
+        store = _store()
+        own = dist.PrefixStore(_meeting(store), store)  # type: ignore[attr-defined]
         timeout = timedelta(seconds=patience)
-        dist.init_process_group(backend, store=own, rank=rank(), world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=own, rank=rank(), world_size=world(), timeout=timeout)
         yield
         dist.destroy_process_group()
 
@@ -148,7 +147,7 @@ def shared(count: int) -> Iterator[int]:
     if not _connected():
         yield from range(count)
         return
-    store, key = _store(_START), [secrets.token_hex(8)]
+    store, key = _store(), [secrets.token_hex(8)]
     dist.broadcast_object_list(key)
     while (number := store.add(key[0], 1) - 1) < count:
         yield number

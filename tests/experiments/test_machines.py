@@ -96,7 +96,7 @@ class Together:
 
     def end(self, number):
         """The exit status of a host's torchrun, and what was printed there."""
-        status = self.processes[number].wait(timeout=100)
+        status = self.processes[number].wait(timeout=300)
         return status, self.told()[number]
 
 
@@ -136,7 +136,7 @@ def alone(program, *arguments, restarts=1, **environment):
     options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     command = [*TORCHRUN, *options, program, *map(str, arguments)]
     own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -32,6 +32,12 @@ def test_complex_operators_pass_and_so_do_complex_images_of_real_ones():
     assert check_adjoint(lambda x: 0 * x, X, adjoint=lambda y: 0 * y) == 0
 
 
+def test_half_precision_holds_the_images_of_a_large_operator():
+    """AᵀA x would be beyond its largest number."""
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.float16)
+    assert check_adjoint(lambda x: 300 * x, x, adjoint=lambda y: 300 * y) < 0.01
+
+
 def test_the_linear_physics_of_deepinv_pass():
     physics = pytest.importorskip("deepinv").physics
     mask = (torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()

@@ -354,6 +354,14 @@ def test_flops_in_valid_mode_are_those_of_images_of_the_larger_shape():
         assert counter.get_total_flops() == times * 2 * x.numel() * (3 + 5)
 
 
+def test_the_flops_of_a_change_of_basis_and_of_a_solve():
+    blur, x = jfbfast.GaussianBlur(3, 1.0), torch.randn(2, 3, 6, 7)
+    for function, products in ((blur.eigenbasis((6, 7)).coefficients, 1), (lambda x: blur.solve(x, 0.1), 2)):
+        with FlopCounterMode(display=False) as counter:
+            function(x)
+        assert counter.get_total_flops() == products * 2 * x.numel() * (6 + 7)
+
+
 def test_backend_that_cannot_serve_raises():
     with (
         jfbfast.backend("triton"),
@@ -380,3 +388,16 @@ def test_table_cache_keeps_kinds_apart():
     cpu = torch.device("cpu")
     assert tables.bands(taps, (4, 4), torch.bfloat16, cpu, False).y.dtype == torch.float32
     assert tables.bands(taps, (4, 4), torch.float64, cpu, False).y.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("mode", "least"), [("zeros", 1), ("replicate", 1), ("circular", 3), ("reflect", 4), ("valid", 7)]
+)
+def test_each_padding_mode_has_its_smallest_image(mode, least):
+    blur = jfbfast.GaussianBlur(7, 1.5, mode)
+    x = torch.randn(1, 1, least, least + 1, dtype=torch.float64)
+    torch.testing.assert_close((blur(x) * blur(x)).sum(), (x * blur.normal(x)).sum())
+    if least > 1:
+        for small in (x[:, :, 1:], x.mT[..., 1:]):
+            with pytest.raises(ValueError, match=f"a side of {least - 1} pixels; 7 taps .* take at least {least}"):
+                blur(small)
