@@ -77,7 +77,7 @@ def cpu_compilations(openmp: list[str]) -> Iterator[Compilation]:
             )
     x86 = ["-DJFBFAST_X86"] if X86 else []
     for name in SHARED:
-        binding = ["-Os", *binding_includes()] if name == "bindings" else []  # no loops there, and -O3 takes long
+        binding = ["-O1", *binding_includes()] if name == "bindings" else []  # no loops there, and -O3 is slow
         yield Compilation(ROOT / "csrc" / f"{name}.cpp", name, [*flags, *x86, *binding])
 
 

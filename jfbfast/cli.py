@@ -1,4 +1,4 @@
-"""The command line: `jfbfast info | demo | restore | train | evaluate | diagnose | bench`."""
+"""The command line: `jfbfast info | demo | restore | app | train | evaluate | diagnose | bench`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 import jfbfast
+from jfbfast.commands.app import app as app_page
 from jfbfast.commands.common import console
 from jfbfast.commands.common import one_sentence as _one_sentence
 from jfbfast.commands.restore import restore
@@ -70,6 +71,7 @@ def demo(
 
 
 app.command()(restore)
+app.command("app")(app_page)
 
 
 def train(out: Path, config: Path | None, resume: bool, **flags: object) -> None:
@@ -81,12 +83,12 @@ def train(out: Path, config: Path | None, resume: bool, **flags: object) -> None
     Ctrl-C, or a scheduler's signal, saves the current step for --resume; the exit status is 128 + the signal's number.
     """
     with _one_sentence(), signals_interrupt():
-        from jfbfast.experiments.runs import Run
+        from jfbfast.experiments.runs import start_run
         from jfbfast.experiments.settings import read_settings
 
         values = {} if config is None else read_settings(config)
         values |= {name: value for name, value in flags.items() if value is not None}
-        quality = Run(values, out, resume=resume).train(console)
+        quality = start_run(values, out, console, resume=resume)
         reached = "" if quality is None else f"; validation PSNR {quality:.2f} dB at the true range"
         console.print(f"Trained: {out / 'model.safetensors'}{reached}", highlight=False)
 

@@ -11,8 +11,6 @@ from rich.console import Console
 
 from jfbfast.experiments.processes import Interrupted, rank
 
-EXTRAS = "this command needs more packages: pip install 'jfbfast[train]'"
-
 _PIPE_WIDTH = 1000  # columns: a pipe has none, and lines must not be wrapped in it
 
 
@@ -31,12 +29,17 @@ def say_error(error: BaseException | str, kind: str = "error") -> None:
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """End the program with one sentence, and not with a traceback, if the user made a mistake."""
+def one_sentence(extra: str = "train") -> Iterator[None]:
+    """End the program with one sentence, and not with a traceback, if the user made a mistake.
+
+    Args:
+        extra: what to install if a package is missing.
+    """
     try:
         yield
     except (ModuleNotFoundError, ValueError, OSError) as error:
-        say_error(f"{error.name} is not installed; {EXTRAS}" if isinstance(error, ModuleNotFoundError) else error)
+        told = f"this command needs more packages: pip install 'jfbfast[{extra}]'"
+        say_error(f"{error.name} is not installed; {told}" if isinstance(error, ModuleNotFoundError) else error)
         raise typer.Exit(1) from error
     except Interrupted as stop:
         if rank() == 0:

@@ -9,19 +9,11 @@ from typing import Annotated
 import typer
 
 from jfbfast.commands.common import make_console, one_sentence, say_error
-from jfbfast.imaging.blurs import AUTO, BlurChoice
+from jfbfast.experiments.processes import check_launch, rank
+from jfbfast.imaging.blurs import AUTO, SIGMAS, BlurChoice, numbers
 from jfbfast.imaging.plausibility import TOLERANCE
 
-
-def _numbers(option: str, text: str, counts: tuple[int, ...], takes: str) -> list[float]:
-    """Read numbers with commas between; ValueError, with the text ``takes``, unless there is one of these counts."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in counts:
-        raise ValueError(f"{option} is {text}; it takes {takes}")
-    return values
+_PATIENCE = 7200.0  # seconds that a process waits for the others' last photographs
 
 
 def _blurs(
@@ -30,13 +22,13 @@ def _blurs(
     """The blur that the options give; several for several --sigma; None if none is, and the network knows its own."""
     if known and not sigmas and (psf, motion, defocus, kernel_size) == (None,) * 4:
         return [None]
-    moved = None if motion is None else _numbers("--motion", motion, (2,), "a length in pixels and an angle in degrees")
+    moved = None if motion is None else numbers("--motion", motion, (2,), "a length in pixels and an angle in degrees")
     found: list[BlurChoice | None] = []
     for text in sigmas:
         if text == AUTO:
             found.append(BlurChoice(AUTO, psf, moved, defocus, kernel_size))
             continue
-        values = _numbers("--sigma", text, (1, 2), "a number of pixels, two of them, down and across, or auto")
+        values = numbers("--sigma", text, (1, 2), SIGMAS)
         found.append(BlurChoice(values[0] if len(values) == 1 else values, psf, moved, defocus, kernel_size))
     return found or [BlurChoice(None, psf, moved, defocus, kernel_size)]
 
@@ -118,12 +110,23 @@ def restore(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Leave out photographs whose output files are there, and so go on with a call that was interrupted.",
+        ),
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also write NAME-compared.png, with the photograph before and after.")
     ] = False,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Write how each photograph was restored; it replaces an older report."),
+        typer.Option(
+            metavar="FILE.json",
+            help="Write how each photograph was restored; it replaces an older report, but with --skip-existing keeps "
+            "what that says of photographs that are left out.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to restore: cpu or cuda.")] = "cpu",
     tile: Annotated[int, typer.Option(help="Side of the tiles in pixels, which are restored one by one.")] = 768,
@@ -137,54 +140,84 @@ def restore(
 
     The restored files keep depth, alpha, colour profile, EXIF and resolution. Nothing is restored if an IMAGE is
     missing, or if an output file exists or cannot be written. If one IMAGE cannot be restored, the others still are.
-    In a directory, names that end in -restored, -compared or -trials are left out.
+    In a directory, and for a pattern, names that end in -restored, -compared or -trials are left out.
+
+    For several GPUs or machines use torchrun --nproc-per-node N -m jfbfast restore … --out DIR --skip-existing. The
+    processes share the photographs, and each takes a GPU of its own with --device cuda.
     """
     with one_sentence():
         from jfbfast.backends.tensors import usable_device
-        from jfbfast.imaging.batch import COMPARISON, TRIALS, plan_jobs, restore_files
+        from jfbfast.experiments.team import agreed, gathered, local_device, shared, team
+        from jfbfast.files import check_writable
+        from jfbfast.imaging.batch import COMPARISON, TRIALS, Job, plan_jobs, restore_files, write_report
         from jfbfast.imaging.restoration import Restoration
         from jfbfast.imaging.tiling import LEAST_TILE
 
-        if tile < LEAST_TILE:
-            raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
-        if report is not None and report.suffix != ".json":
-            raise ValueError(f"--report is {report}; it takes a name that ends in .json")
-        level = noise if noise in (None, AUTO) else _numbers("--noise", noise, (1,), "a number, or auto")[0]
-        choices = _blurs(sigma or [], psf, motion, defocus, kernel_size, checkpoint not in (None, "tikhonov"))
-        trials = len(choices) > 1
-        if trials and compare:
-            raise ValueError("--compare is given; it takes one --sigma, since several are compared anyway")
-        console = make_console(quiet=quiet)
+        console = make_console(quiet=quiet or rank() > 0)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        restorations = [
-            Restoration(
-                choice,
-                noise=level,
-                light=light,
-                padding_mode=padding_mode,
-                checkpoint=checkpoint,
-                tolerance=tolerance,
-                device=usable_device(device),
-                say=say,
-                warn=partial(say_error, kind="warning"),
-            )
-            for choice in choices
-        ]
-        picture = TRIALS if trials else COMPARISON if compare else ""
-        jobs = plan_jobs(images, out, overwrite, restores=not trials, picture=picture)
-        failed = restore_files(
-            jobs,
-            restorations,
-            console=console,
-            say_error=say_error,
-            report=report,
-            compare=compare,
-            tile=tile,
-            overlap=overlap,
-            check_tiles=check_tiles,
-            overwrite=overwrite,
-        )
-        if failed and len(jobs) > 1:
-            say_error(f"{failed} of {len(jobs)} photographs could not be restored")
+
+        def plan() -> tuple[tuple[list[Job], list[Restoration]], list[str]]:
+            """The photographs and what restores them; and their names, which must be those of every process."""
+            if tile < LEAST_TILE:
+                raise ValueError(f"--tile is {tile}; it takes an integer of at least {LEAST_TILE}")
+            if report is not None and report.suffix != ".json":
+                raise ValueError(f"--report is {report}; it takes a name that ends in .json")
+            level = noise if noise in (None, AUTO) else numbers("--noise", noise, (1,), "a number, or auto")[0]
+            choices = _blurs(sigma or [], psf, motion, defocus, kernel_size, checkpoint not in (None, "tikhonov"))
+            trials = len(choices) > 1
+            if trials and compare:
+                raise ValueError("--compare is given; it takes one --sigma, since several are compared anyway")
+            restorations = [
+                Restoration(
+                    choice,
+                    noise=level,
+                    light=light,
+                    padding_mode=padding_mode,
+                    checkpoint=checkpoint,
+                    tolerance=tolerance,
+                    device=usable_device(local_device(device)),
+                    say=say,
+                    warn=partial(say_error, kind="warning"),
+                )
+                for choice in choices
+            ]
+            picture = TRIALS if trials else COMPARISON if compare else ""
+            jobs = plan_jobs(images, out, overwrite, not trials, picture, skip_existing)
+            if report is not None:
+                check_writable(report)
+            return (jobs, restorations), [str(job.source) for job in jobs]
+
+        check_launch("restore")
+        try:
+            with team(_PATIENCE):
+                jobs, restorations = agreed(plan, "the processes find different photographs; they take the same folder")
+                if done := sum(job.done() for job in jobs) if skip_existing else 0:
+                    say(f"{done} of {len(jobs)} photographs are restored already.")
+                console.quiet = quiet  # from here on, each process tells about its own photographs
+                failed = restore_files(
+                    jobs,
+                    restorations,
+                    console=console,
+                    say_error=say_error,
+                    numbers=shared(len(jobs)),
+                    report=report,
+                    overwrite=overwrite,
+                    skip_existing=skip_existing,
+                    tile=tile,
+                    overlap=overlap,
+                    check_tiles=check_tiles,
+                )
+                failed = sum(gathered(failed))
+
+                def end() -> tuple[None, None]:
+                    if report is not None and rank() == 0:
+                        write_report(report, jobs)
+                    if failed and len(jobs) > 1 and rank() == 0:
+                        say_error(f"{failed} of {len(jobs)} photographs could not be restored")
+                    return None, None
+
+                agreed(end)  # torchrun kills the first process when another one ends before it with an error
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; the same command with --skip-existing restores the rest") from error
         if failed:
             raise typer.Exit(1)

@@ -24,13 +24,18 @@ def rank() -> int:
     return int(os.environ["RANK"]) if distributed() else 0
 
 
-def check_launch() -> None:
-    """Raise ValueError if srun started several processes, because each would train by itself."""
+def world() -> int:
+    """How many processes torchrun started on all machines; 1 for a process on its own."""
+    return int(os.environ["WORLD_SIZE"]) if distributed() else 1
+
+
+def check_launch(command: str) -> None:
+    """Raise ValueError if srun started several processes, because each would do all the work of ``command``."""
     tasks, place = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "PROCID"))
     if not distributed() and (tasks not in ("", "1") or place not in ("", "0")):
         raise ValueError(
-            f"srun started {tasks or 'several'} processes, each of which would train by itself; "
-            "start one for each machine: srun --ntasks-per-node=1 torchrun … -m jfbfast train …"
+            f"srun started {tasks or 'several'} processes, each of which would {command} by itself; "
+            f"start one for each machine: srun --ntasks-per-node=1 torchrun … -m jfbfast {command} …"
         )
 
 

@@ -61,6 +61,8 @@ class CheckpointFiles(TorchCheckpointIO):
             if not Path(path).is_file():  # reading a pipe would never end
                 raise ValueError("it is no file")
             with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type for part in archive.infolist()):  # a small file could hold any amount
+                    raise ValueError("its parts are compressed; torch stores them as they are")
                 if damaged := archive.testzip():  # compares the checksums, as torch.load does not
                     raise ValueError(f"its part {damaged} is damaged")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -26,7 +26,7 @@ from jfbfast.backends.dispatch import ONEDNN_HAS_BFLOAT16
 from jfbfast.experiments.callbacks import Checkpoints, Metrics
 from jfbfast.experiments.initial_weights import denoiser_of, start_from
 from jfbfast.experiments.loggers import check_logger, run_logger
-from jfbfast.experiments.processes import Interrupted, check_launch, rank
+from jfbfast.experiments.processes import Interrupted, check_launch, rank, world
 from jfbfast.experiments.run_data import Directory, GivenDataset, check_same, is_dataset
 from jfbfast.experiments.run_files import CheckpointFiles, locked
 from jfbfast.experiments.settings import (
@@ -45,12 +45,43 @@ from jfbfast.experiments.tasks import (
     Optimization,
     UniversalTask,
 )
+from jfbfast.experiments.team import agreed, gathered, lost_process_is_named, restarted, team
 from jfbfast.experiments.trainer import MovingAverage, TrainingError, fit
 from jfbfast.imaging.datasets import Images, RandomCrops
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import freeze_statistics
 from jfbfast.models.universal import UniversalDEGrad
+
+PATIENCE = 600.0  # seconds that one of torchrun's processes waits for the others, before it ends
+
+
+def start_run(
+    values: Mapping[str, Any],
+    out: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    dataset: GivenDataset | None = None,
+) -> float | None:
+    """Train in a directory, in this process or in all of torchrun's, which go on with the run if they are restarted.
+
+    Args and raises as `Run`, and its method `train`, whose value it returns.
+    """
+    with team(PATIENCE, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"):
+        again = restarted() and (out / "config.yaml").exists()
+
+        def prepare() -> tuple[Run, Any]:
+            run = Run(values, out, resume=resume or again, progress=progress, dataset=dataset)
+            size, parts = run.settings.batch_size, run.settings.measurements if run.settings.form == "universal" else 1
+            if size % (world() * parts):
+                takes = f"the {world()} processes" + (f", times {parts} measurements in each" if parts > 1 else "")
+                raise ValueError(f"batch_size is {size}; it takes a multiple of {takes}")
+            return run, (run.settings, run.resume, run.files() if run.resume else [])
+
+        differing = f"the processes find different files in {out}; to go on, all machines must share it, or have copies"
+        return agreed(prepare, differing).train(console)
 
 
 class Run:
@@ -81,7 +112,7 @@ class Run:
         self.out, self.resume, self.progress, self.dataset = out, resume, progress, dataset
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is the file {out}; it takes a directory")
-        check_launch()
+        check_launch("train")
         if dataset is not None:
             values = {**values, "data": dataset.data}
         if resume:
@@ -110,6 +141,11 @@ class Run:
         self.config = self.settings.model_config()
         self.photographs: dict[str, list[str]] = {}
         self.saved: tuple[str, int] | None = None  # the phase and the step that the directory holds
+
+    def files(self) -> list[tuple[str, int]]:
+        """The names and sizes of what a resumed run reads."""
+        names = ("config.yaml", "photographs.json", "pretraining.ckpt", "training.ckpt", "pretrained.safetensors")
+        return [(name, (self.out / name).stat().st_size) for name in names if (self.out / name).exists()]
 
     def _check_new(self) -> None:
         if not self.resume and rank() == 0 and (self.out / "config.yaml").exists():
@@ -160,22 +196,23 @@ class Run:
             callbacks.append(MovingAverage(settings.ema))
         with run_logger(settings.logger, self.out, phase, vars(settings)) as logger:
             try:
-                return fit(
-                    task,
-                    train,
-                    steps=steps,
-                    batch_size=settings.batch_size,
-                    val=val,
-                    interval=settings.interval,
-                    precision=settings.precision,
-                    clip=settings.clip,
-                    workers=settings.workers,
-                    progress=self.progress,
-                    resume=str(file) if resuming else None,
-                    callbacks=[*callbacks, checkpoints],
-                    logger=logger or False,
-                    plugins=[files],
-                )
+                with lost_process_is_named():
+                    return fit(
+                        task,
+                        train,
+                        steps=steps,
+                        batch_size=settings.batch_size,
+                        val=val,
+                        interval=settings.interval,
+                        precision=settings.precision,
+                        clip=settings.clip,
+                        workers=settings.workers,
+                        progress=self.progress,
+                        resume=str(file) if resuming else None,
+                        callbacks=[*callbacks, checkpoints],
+                        logger=logger or False,
+                        plugins=[files],
+                    )
             except TrainingError as error:
                 raise TrainingError(f"{error}; {self._advice(phase)}") from error
             except OSError:
@@ -263,6 +300,7 @@ class Run:
             console.print(f"Training the {config.form} network: {settings.steps} steps.", highlight=False)
             runner = self._fit(self._deblurring(model, optimization), crops, val, settings.steps)
         self._save(self.out / "model.safetensors", model, settings.half)
+        gathered(None)  # until the first process has written the file
         quality = None if runner is None else runner.callback_metrics.get("val_psnr")
         return None if quality is None else float(quality)
 

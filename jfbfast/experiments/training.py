@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -64,7 +63,7 @@ def train(
 
         from jfbfast.experiments.processes import Interrupted, signals_interrupt
         from jfbfast.experiments.run_data import GivenDataset
-        from jfbfast.experiments.runs import Run
+        from jfbfast.experiments.runs import start_run
         from jfbfast.imaging.images import check_dataset
         from jfbfast.models.checkpoint import load_checkpoint
     except ModuleNotFoundError as error:
@@ -89,11 +88,10 @@ def train(
         raise ValueError("validation is a dataset; with a directory of photographs it takes a share or a count")
     try:
         with signals_interrupt():
-            Run(settings, out, resume=resume, progress=progress, dataset=dataset).train(Console(quiet=not progress))
+            console = Console(quiet=not progress)
+            start_run(settings, out, console, resume=resume, progress=progress, dataset=dataset)
     except Interrupted as stop:
         if stop.signal == signal.SIGINT:
             raise KeyboardInterrupt(str(stop)) from stop
         raise
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # until the first process has written the file
     return load_checkpoint(out / "model.safetensors")[0]

@@ -17,6 +17,33 @@ AnyBlur = SeparableBlur | Blur  # A; both have the same methods
 SOLVE_TOL = 1e-5  # of conjugate gradients; 1e-4 takes 10% less, and left errors of 90 grey levels in corners
 AUTO = "auto"  # stands for a σ or a noise level that is to be estimated
 KINDS = ("sigma", "psf", "motion", "defocus")
+SIGMAS = "a number of pixels, two of them, down and across, or auto"  # what a σ that someone types takes
+
+
+def numbers(name: str, text: str, counts: tuple[int, ...], takes: str) -> list[float]:
+    """Read what someone has typed: numbers with commas between.
+
+    Args:
+        name: of the value, for the message.
+        text: as typed.
+        counts: how many numbers it may have.
+        takes: what it takes, in words, for the message.
+
+    Raises:
+        ValueError: something else.
+
+    Example:
+        >>> from jfbfast.imaging.blurs import numbers
+        >>> numbers("--motion", "9,30", (2,), "a length and an angle")
+        [9.0, 30.0]
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        raise ValueError(f"{name} is {text}; it takes {takes}")
+    return values
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ for a Gaussian of one kernel size were trained on images with known surroundings
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,38 +15,83 @@ import torch
 from torch import Tensor, nn
 
 from jfbfast.imaging.blurs import AUTO, AnyBlur, BlurChoice
-from jfbfast.imaging.camera import Solve
+from jfbfast.imaging.camera import Solve as RestoreTile
+from jfbfast.imaging.report import Solve
 from jfbfast.models.config import ANY_BLUR, ModelConfig
 from jfbfast.models.implicit_network import ImplicitNetwork
 from jfbfast.models.plug_and_play import PlugAndPlay
 from jfbfast.models.pretrained import load_model, measurement_setting, set_network
+from jfbfast.solvers import FixedPointSolution, FixedPointSolver, Status
+from jfbfast.solvers.loop import TINY, Layer, norms
+
+Watch = Callable[[int, float | None], object]
 
 SOLVE_TOL = 3e-2  # of a network: 1e-3 takes half as many evaluations more, and changes the restorations by 0.00 dB
 
 
-class ChannelWise:
-    """A network's restoration, for images with any number of channels.
+class Watched:
+    """A solver that tells of each evaluation, and otherwise is the solver that it is made of.
 
     Args:
-        model: maps measurements (B, C, h, w) to images; an `ImplicitNetwork` starts from the image that it is given.
-        channels: the model's number; other images are restored channel by channel, as grey ones.
-
-    Attributes:
-        evaluations: of the network's layer or denoiser, the number for each solve.
+        solver: solves.
+        evaluated: called with ‖T(x) − x‖ / ‖T(x)‖ after each evaluation of T, for a batch of one.
     """
 
-    def __init__(self, model: nn.Module, channels: int) -> None:
-        self.model, self.channels = model, channels
-        self.evaluations: list[int] = []
+    def __init__(self, solver: FixedPointSolver, evaluated: Callable[[float], object]) -> None:
+        self.solver, self.evaluated = solver, evaluated
+        self.tol, self.atol, self.max_iter = solver.tol, solver.atol, solver.max_iter
+
+    def solve(self, layer: Layer, x0: Tensor, inputs: Sequence[Tensor] = (), **options: Any) -> FixedPointSolution:
+        def watched(x: Tensor, *inputs: Tensor) -> Tensor:
+            f = layer(x, *inputs)
+            residual, size = norms(x, f)
+            self.evaluated(float(residual / size.clamp_min(TINY)))
+            return f
+
+        return self.solver.solve(watched, x0, inputs, **options)
+
+
+def unwatched(evaluation: int, residual: float | None) -> None:
+    """Do nothing after an evaluation."""
+
+
+class ChannelWise:
+    """A network's restoration of one image at a time, with any number of channels.
+
+    Args:
+        model: maps measurements (1, C, h, w) to images; an `ImplicitNetwork` starts from the image that it is given.
+        channels: the model's number; other images are restored channel by channel, as grey ones.
+        watch: of `Restoration`.
+
+    Attributes:
+        solves: of the network.
+    """
+
+    def __init__(self, model: nn.Module, channels: int, watch: Watch) -> None:
+        self.model, self.channels, self._watch = model, channels, watch
+        self.solves: list[Solve] = []
+        self._residuals: list[float] = []
+
+    def _evaluated(self, residual: float) -> None:
+        self._residuals.append(residual)
+        self._watch(len(self._residuals), residual)
 
     def _solve(self, d: Tensor, start: Tensor | None) -> Tensor:
         if isinstance(self.model, PlugAndPlay):
-            self.evaluations += [self.model.steps] * len(d)
+            self.solves.append(Solve(self.model.steps))
+            return self.model(d, callback=lambda step, _: self._watch(step, None))
         if not isinstance(self.model, ImplicitNetwork):
             return self.model(d)
-        x = self.model(d, x0=start)
-        assert self.model.solution is not None
-        self.evaluations += self.model.solution.iterations.tolist()
+        self._residuals.clear()
+        solver = self.model.solver
+        self.model.solver = Watched(solver, self._evaluated)  # type: ignore[assignment]  # it is used as one
+        try:
+            x, found = self.model(d, x0=start), self.model.solution
+        finally:
+            self.model.solver = solver
+        assert found is not None
+        residuals = *self._residuals, float(found.residual)
+        self.solves.append(Solve(int(found.iterations), Status(int(found.status)).name, residuals))
         return x
 
     @torch.inference_mode()
@@ -74,6 +119,7 @@ class AnyBlurNetwork:
     Args:
         name: of the network, for messages.
         model, config: as loaded. An `ImplicitNetwork` solves to a tolerance of `SOLVE_TOL`.
+        watch: of `Restoration`.
 
     Attributes:
         extends: whether the photograph has to be extended beyond its edges.
@@ -81,18 +127,18 @@ class AnyBlurNetwork:
 
     extends = False
 
-    def __init__(self, name: str, model: nn.Module, config: ModelConfig) -> None:
+    def __init__(self, name: str, model: nn.Module, config: ModelConfig, watch: Watch = unwatched) -> None:
         self.name, self.model, self.config = name, model, config
         if isinstance(model, ImplicitNetwork):
             model.solver = replace(model.solver, tol=max(model.solver.tol, SOLVE_TOL))
-        self._restore = ChannelWise(model, config.channels)
+        self._restore = ChannelWise(model, config.channels, watch)
 
     @property
-    def evaluations(self) -> list[int]:
-        """Of the network's layer, the number for each solve since `prepare`."""
-        return self._restore.evaluations
+    def solves(self) -> list[Solve]:
+        """The solves since `prepare`."""
+        return self._restore.solves
 
-    def prepare(self, noise: float, blur: AnyBlur, warn: Callable[[str], object]) -> Solve:
+    def prepare(self, noise: float, blur: AnyBlur, warn: Callable[[str], object]) -> RestoreTile:
         """Set the network for this blur and noise level, and return its restoration of tiles.
 
         It warns of noise beyond the range of the network, and sets it for the most that it takes.
@@ -101,7 +147,7 @@ class AnyBlurNetwork:
         if noise > high:
             warn(f"noise of {noise:.2g} is more than {self.name} was trained for; it restores for {high:g}")
         self.model.set_measurement(blur, min(max(noise, low), high))  # type: ignore[operator]  # a method
-        self._restore.evaluations.clear()
+        self._restore.solves.clear()
         return self._restore
 
 
@@ -117,13 +163,20 @@ class GaussianNetwork:
         given: kernel_size, sigma and noise, where None stands for the network's own value; and whether there are zeros
             beyond the edges: padding_mode "zeros", or any other one.
         say: called with a sentence if the network was trained for other measurements.
+        watch: of `Restoration`.
 
     Raises:
         ValueError: a noise level other than the network's own.
     """
 
     def __init__(
-        self, name: str, model: Any, config: ModelConfig, given: Mapping[str, Any], say: Callable[[str], object]
+        self,
+        name: str,
+        model: Any,
+        config: ModelConfig,
+        given: Mapping[str, Any],
+        say: Callable[[str], object],
+        watch: Watch = unwatched,
     ) -> None:
         if given["noise"] not in (None, config.noise):
             raise ValueError(
@@ -137,16 +190,16 @@ class GaussianNetwork:
         self._dims = setting.blur() if self.extends else None
         self.choice = BlurChoice(sigma=setting.sigma, kernel_size=setting.kernel_size)
         self.blur = self.choice.operator("reflect" if self.extends else setting.padding_mode)
-        self._restore = ChannelWise(model, config.channels)
+        self._restore = ChannelWise(model, config.channels, watch)
 
     @property
-    def evaluations(self) -> list[int]:
-        """Of the network's layer, the number for each solve since `prepare`."""
-        return self._restore.evaluations
+    def solves(self) -> list[Solve]:
+        """The solves since `prepare`."""
+        return self._restore.solves
 
-    def prepare(self, noise: float, blur: AnyBlur, warn: Callable[[str], object]) -> Solve:
+    def prepare(self, noise: float, blur: AnyBlur, warn: Callable[[str], object]) -> RestoreTile:
         """Return the network's restoration of tiles; it is the same for every noise level."""
-        self._restore.evaluations.clear()
+        self._restore.solves.clear()
 
         def solve(d: Tensor, start: Tensor | None) -> Tensor:
             if self._dims is not None:
@@ -163,6 +216,7 @@ def load_network(
     padding_mode: str,
     device: torch.device,
     say: Callable[[str], object],
+    watch: Watch = unwatched,
 ) -> AnyBlurNetwork | GaussianNetwork:
     """Load the network that a name or a file stands for, and set it for this blur and noise level.
 
@@ -173,6 +227,7 @@ def load_network(
         padding_mode: "zeros", or any other one.
         device: where it is to restore.
         say: called with a sentence if the network was trained for other measurements.
+        watch: of `Restoration`.
 
     Raises:
         CheckpointError: no such checkpoint.
@@ -185,11 +240,11 @@ def load_network(
     if config.form in ANY_BLUR:
         if blur is None:
             raise ValueError(f"the blur is not given; {name} takes one of sigma, psf, motion, defocus")
-        return AnyBlurNetwork(name, model, config)
+        return AnyBlurNetwork(name, model, config, watch)
     sigma = None if blur is None else blur.sigma
     if noise == AUTO:
         raise ValueError(f"noise is 'auto'; {name} takes a number, or none")
     if blur is not None and not isinstance(sigma, (int, float)):
         raise ValueError(f"the blur is {blur}; {name} is for Gaussian blurs with one σ")
     given = {"kernel_size": None if blur is None else blur.kernel_size, "sigma": sigma, "noise": noise}
-    return GaussianNetwork(name, model, config, {**given, "padding_mode": padding_mode}, say)
+    return GaussianNetwork(name, model, config, {**given, "padding_mode": padding_mode}, say, watch)

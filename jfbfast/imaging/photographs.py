@@ -15,12 +15,13 @@ from torch import Tensor
 from jfbfast import checks
 from jfbfast.files import check_writable, write_whole
 from jfbfast.imaging.formats import eight_bit, netpbm, png, tiff
+from jfbfast.imaging.formats.metadata import MOST_PIXELS as MOST_PIXELS  # exported from here
 from jfbfast.imaging.formats.metadata import Decoded, kept_dpi, kept_exif, orientation
 from jfbfast.imaging.formats.metadata import ImageError as ImageError  # exported from here
 from jfbfast.imaging.formats.metadata import Metadata as Metadata
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_DECODERS: dict[bytes, Callable[[bytes], Decoded]] = {  # by the first bytes of a file
+_DECODERS: dict[bytes, Callable[[bytes, int], Decoded]] = {  # by the first bytes of a file
     png.SIGNATURE: png.decode,
     b"\xff\xd8\xff": eight_bit.decode_jpeg,
     b"II*\0": tiff.decode,
@@ -57,13 +58,13 @@ class Photograph(NamedTuple):
     metadata: Metadata = Metadata()
 
 
-def _decode(content: bytes) -> Decoded:
+def _decode(content: bytes, most_pixels: int) -> Decoded:
     if not content:
         raise ImageError("the file is empty")
     decoder = next((decoder for start, decoder in _DECODERS.items() if content.startswith(start)), None)
     if decoder is None:
         raise ImageError(f"begins with {content[:12]!r}; it takes JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM")
-    return decoder(content)
+    return decoder(content, most_pixels)
 
 
 def _photograph(decoded: Decoded) -> Photograph:
@@ -91,14 +92,18 @@ def _photograph(decoded: Decoded) -> Photograph:
     )
 
 
-def read_photograph(path: str | Path) -> Photograph:
+def read_photograph(path: str | Path, *, most_pixels: int = MOST_PIXELS) -> Photograph:
     """Read an image file: 8-bit, 16-bit or float32, grey or colour, with or without alpha; turned upright.
 
     It reads JPEG, PNG, TIFF, WebP, BMP, and binary PGM and PPM, whatever the file's name. It refuses files that it
     would misread, such as CMYK or several images in one file.
 
+    Args:
+        path: of the file.
+        most_pixels: a larger image is refused before it is decoded.
+
     Raises:
-        ImageError: not such an image, a damaged one, one of more than 250 megapixels, a pixel that is not finite, or
+        ImageError: not such an image, a damaged one, one of more than ``most_pixels``, a pixel that is not finite, or
             float32 samples far from [0, 1].
 
     Example:
@@ -116,7 +121,7 @@ def read_photograph(path: str | Path) -> Photograph:
             raise ImageError("there is no such file")
         if not path.is_file():
             raise ImageError("is a directory" if path.is_dir() else "is no regular file")
-        return _photograph(_decode(path.read_bytes()))
+        return _photograph(_decode(path.read_bytes(), most_pixels))
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
     except struct.error as error:

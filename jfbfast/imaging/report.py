@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from jfbfast.imaging.estimation import Estimate
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One solve of a network for a tile; in linear light, a tile takes three, each for a corrected measurement.
+
+    Attributes:
+        evaluations: of the network's layer.
+        status: the name of its `Status`; "" for a network with a fixed number of steps.
+        residuals: ‖T(x) − x‖ / ‖T(x)‖ at each evaluation, and last that of the result; none for fixed steps.
+    """
+
+    evaluations: int
+    status: str = ""
+    residuals: tuple[float, ...] = ()
 
 
 @dataclass
@@ -26,6 +41,7 @@ class Report:
         clipped: the share of its values that may be clipped.
         evaluations: of the network's layer, the mean number in a tile; None for Tikhonov regularisation.
         unconverged: the number of solves that did not converge.
+        solves: of the network, in turn; none for Tikhonov regularisation.
         residual: root mean square of d − F(x), with what the camera makes of the restored scene, on [−1, 1].
         tiles: their number.
         tiling_error: with ``check_tiles``, the largest difference from the restoration in one piece, on [−1, 1].
@@ -42,6 +58,7 @@ class Report:
     estimated: Estimate | None = None
     evaluations: float | None = None
     unconverged: int = 0
+    solves: list[Solve] = field(default_factory=list)
     residual: float = math.nan
     tiles: int = 1
     tiling_error: float | None = None

@@ -20,7 +20,7 @@ from jfbfast.imaging.blurs import AUTO, BlurChoice
 from jfbfast.imaging.camera import CLIPPED_SHARE, Camera, clipped
 from jfbfast.imaging.light import LIGHTS, linear_noise, to_encoded, to_linear
 from jfbfast.imaging.methods import Tikhonov, extend, extension_width
-from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, load_network
+from jfbfast.imaging.networks import AnyBlurNetwork, GaussianNetwork, Watch, load_network, unwatched
 from jfbfast.imaging.plausibility import LEAST_NOISE, TOLERANCE, PowerSpectrum
 from jfbfast.imaging.report import MeanSquare, Report, Restored
 from jfbfast.imaging.tiling import TILE, TileRestorer, restore_tiled, seamless_overlap, tiling_error
@@ -63,6 +63,8 @@ class Restoration:
         say: called with sentences on the choice of the method, and on an estimated σ.
         warn: called with a sentence for a photograph that contradicts the blur and the noise. Tikhonov regularisation
             restores it, at the noise that it shows, unless a network can be set for that noise.
+        watch: called after each evaluation of a network's layer, with its number in the solve, from 1, and its relative
+            residual; or after each of a fixed number of steps, with None. What it raises ends the restoration.
 
     Raises:
         CheckpointError: no such checkpoint.
@@ -91,6 +93,7 @@ class Restoration:
         device: str | torch.device = "cpu",
         say: Callable[[str], object] = lambda _: None,
         warn: Callable[[str], object] = lambda _: None,
+        watch: Watch = unwatched,
     ) -> None:
         for name, value, taken in (("light", light, LIGHTS), ("padding_mode", padding_mode, PADDING_MODES)):
             if value not in taken:
@@ -108,7 +111,7 @@ class Restoration:
             checkpoint = self._shipped(blur, noise)
         self.network: AnyBlurNetwork | GaussianNetwork | None = None
         if checkpoint is not None and checkpoint != "tikhonov":
-            self.network = load_network(str(checkpoint), blur, noise, padding_mode, self.device, say)
+            self.network = load_network(str(checkpoint), blur, noise, padding_mode, self.device, say, watch)
         if isinstance(self.network, GaussianNetwork):
             blur, noise = self.network.choice, self.network.setting.noise
         if blur is None:
@@ -246,7 +249,7 @@ class Restoration:
             caught.clear()  # only the restoration itself is reported, not the measurement of the overlap
             residual.clear()
             if network is not None:
-                network.evaluations.clear()
+                network.solves.clear()
 
             def count(done: int, total: int) -> None:
                 report.tiles = total
@@ -257,7 +260,8 @@ class Restoration:
             report.unconverged = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
             report.residual = residual.root()
             if network is not None:
-                report.evaluations = sum(network.evaluations) / report.tiles
+                report.solves = list(network.solves)
+                report.evaluations = sum(solve.evaluations for solve in report.solves) / report.tiles
             if check_tiles:
                 report.tiling_error = tiling_error(restore, measured, restored)
         report.seconds = time.perf_counter() - started

@@ -134,15 +134,22 @@ class PlugAndPlay(Shared, nn.Module):
         damping = _DATA_WEIGHT * (max(self.noise, _LEAST_NOISE) / noise) ** 2
         return self.denoiser(self.blur.solve(b + damping * x, damping), noise).clamp(-1, 1)
 
-    def forward(self, d: Tensor) -> Tensor:
-        """The restored images, in the shape of Aᵀd, for the measurements d (B, C, H, W)."""
+    def forward(self, d: Tensor, *, callback: Callable[[int, Tensor], object] | None = None) -> Tensor:
+        """The restored images, in the shape of Aᵀd, for the measurements d (B, C, H, W).
+
+        ``callback`` is called after each step with its number, from 1, and the image.
+        """
         y, x = self.blur.margin
         image, b = F.pad(d, (x, x, y, y), mode="replicate"), self.blur.adjoint(d)
         if not len(d):
             return b
-        for level in self.levels():  # each step runs in the form that is prepared for solves, which is faster
+        for step, level in enumerate(
+            self.levels(), 1
+        ):  # each step runs in the form that is prepared for solves, which is faster
             inputs = (image, b, image.new_full((len(d),), level))
             image = fixed_point(self._step, image, inputs=inputs, solver=_ONCE, gradient=Unrolled(1))
+            if callback is not None:
+                callback(step, image)
         return image
 
     def extra_repr(self) -> str:

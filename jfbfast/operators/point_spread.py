@@ -7,6 +7,7 @@ the middle. Lengths are in pixels. Angles are in degrees, counter-clockwise from
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -221,12 +222,27 @@ def _file_values(path: Path) -> np.ndarray:
         else:
             import imagecodecs
 
+            _check_picture(suffix, content)
             values = (imagecodecs.png_decode if suffix == ".png" else imagecodecs.tiff_decode)(content)
         return np.asarray(values).astype(np.float64)
     except ImportError:
         raise
     except Exception as error:  # a broken file makes a decoder raise nearly anything
         raise ValueError(f"{path} cannot be read ({checks.one_line(error)})") from error
+
+
+def _check_picture(suffix: str, content: bytes) -> None:
+    """Raise ValueError for a picture that is too large, before it is decoded: a small file may hold gigabytes."""
+    import tifffile
+
+    if suffix == ".png":
+        width, height, samples = (*struct.unpack_from(">2I", content, 16), 1)
+    else:
+        with tifffile.TiffFile(BytesIO(content)) as file:
+            page = file.pages.first
+            width, height, samples = page.imagewidth, page.imagelength, page.samplesperpixel
+    if max(width, height) > _LARGEST or samples > 4:
+        raise ValueError(f"it has {width} × {height} pixels; it takes grey or RGB, with at most {_LARGEST} a side")
 
 
 def _centred(weights: np.ndarray, axis: int) -> np.ndarray:

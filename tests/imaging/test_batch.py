@@ -18,6 +18,7 @@ from helpers.photographs import PROFILE, samples, tagged
 from helpers.small_runs import write_photographs
 from jfbfast.cli import app
 from jfbfast.files import write_whole
+from jfbfast.imaging import batch
 from jfbfast.imaging.photographs import ImageError, Metadata, Photograph, image_files, read_photograph, write_photograph
 
 SMALL = Photograph(torch.rand(3, 40, 30), None, np.dtype("uint16"))
@@ -243,3 +244,70 @@ def test_a_blur_is_given_in_one_way(tmp_path, photograph):
     ):
         result = CliRunner().invoke(app, ["restore", photograph, *given])
         assert result.exit_code == 1 and message in result.stderr, result.output
+
+
+def test_an_interrupted_folder_is_gone_on_with(tmp_path, photograph):
+    """What is there stays as it is, also in the report; what is missing, or failed, is restored."""
+    (tmp_path / "trip").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "trip" / f"{name}.png").write_bytes((tmp_path / photograph).read_bytes())
+    (tmp_path / "trip" / "d.png").write_bytes(b"")
+    options = ("trip", "--out", "out", "--report", "r.json", "--skip-existing")
+    assert restore("trip/a.png", "--out", "out").exit_code == 0
+    result = restore(*options)
+    assert result.exit_code == 1 and "1 of 4 photographs are restored already." in result.stdout
+    before = contents(tmp_path / "out")
+    first = json.loads((tmp_path / "r.json").read_text())
+    assert first[0] == {"photograph": "trip/a.png", "kept": ["out/a-restored.png"]} and "error" in first[3]
+    os.unlink("out/b-restored.png")
+    (tmp_path / "trip" / "d.png").write_bytes((tmp_path / photograph).read_bytes())
+    old = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    result = restore(*options)
+    assert result.exit_code == 0 and "2 of 4 photographs are restored already." in result.stdout
+    after = contents(tmp_path / "out")
+    assert after == before | {"b-restored.png": before["a-restored.png"], "d-restored.png": before["a-restored.png"]}
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in old.items())
+    second = json.loads((tmp_path / "r.json").read_text())
+    assert [row["photograph"] for row in second] == [f"trip/{name}.png" for name in "abcd"]
+    assert second[0] == first[0] and second[2] == first[2] and second[3]["restored"] == "out/d-restored.png"
+    assert not (tmp_path / "r.json.parts").exists()
+    refused(tmp_path, "--overwrite and --skip-existing are given; restore takes one", *options, "--overwrite")
+
+
+def test_files_of_an_interrupted_call_are_no_photographs(tmp_path, photograph):
+    assert restore(photograph).exit_code == 0
+    (tmp_path / "y.png").write_bytes((tmp_path / photograph).read_bytes())
+    assert restore("x-restored.png", photograph, "y.png", "--skip-existing").exit_code == 0
+    assert sorted(contents(tmp_path)) == ["x-restored.png", "x.png", "y-restored.png", "y.png"]
+    refused(tmp_path, "x.png: is the photograph itself", photograph, "--out", "x.png", "--skip-existing")
+
+
+def test_an_interrupted_call_leaves_its_part_of_the_report(tmp_path, photograph, monkeypatch):
+    (tmp_path / "y.png").write_bytes((tmp_path / photograph).read_bytes())
+    genuine = batch.read_photograph
+
+    def interrupted(path, **limits):
+        if path.name == "y.png":
+            raise KeyboardInterrupt
+        return genuine(path, **limits)
+
+    monkeypatch.setattr(batch, "read_photograph", interrupted)
+    options = ("x.png", "y.png", "--compare", "--report", "r.json", "--skip-existing")
+    assert restore(*options).exit_code == 130
+    assert not (tmp_path / "r.json").exists() and (tmp_path / "r.json.parts").is_dir()
+    monkeypatch.setattr(batch, "read_photograph", genuine)
+    (tmp_path / "x-compared.png").unlink()
+    made = (tmp_path / "x-restored.png").stat().st_mtime_ns
+    assert restore(*options).exit_code == 0
+    assert (tmp_path / "x-restored.png").stat().st_mtime_ns == made  # only its picture was missing
+    assert (tmp_path / "x-compared.png").exists() and not (tmp_path / "r.json.parts").exists()
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["photograph"], row["compared"]) for row in rows] == [
+        ("x.png", "x-compared.png"),
+        ("y.png", "y-compared.png"),
+    ]
+
+
+def test_srun_without_torchrun_is_refused(tmp_path, photograph, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    refused(tmp_path, "would restore by itself; start one for each machine: srun", photograph)

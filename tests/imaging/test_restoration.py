@@ -289,7 +289,8 @@ class _AnyBlur(DEGrad):
     def forward(self, d, x0=None):
         x = Tikhonov(self.blur, self.blur, 0.01)(d)
         assert x0 is None or x0.shape == x.shape
-        self.solution = SimpleNamespace(iterations=torch.tensor([3] * len(d)))
+        solved = torch.zeros(len(d))
+        self.solution = SimpleNamespace(iterations=torch.tensor([3] * len(d)), residual=solved, status=solved)
         return x
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import huggingface_hub
@@ -15,6 +17,8 @@ from jfbfast.models import hub, pretrained
 from jfbfast.models.checkpoint import CheckpointError, save_checkpoint
 from jfbfast.models.config import ModelConfig
 
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ("model.safetensors", "README.md")
 NAME = "small"
 CONFIG = ModelConfig("filtered", {"kind": "DnCNN", "channels": 1, "features": 4, "depth": 3, "residual": True})
 BY_HAND = (
@@ -103,3 +107,25 @@ def test_another_file_under_the_networks_name_is_refused(published, download):
 def test_the_table_has_the_files_of_this_version():
     for name in pretrained.installed_names():
         assert hashlib.sha256(pretrained.pretrained_file(name).read_bytes()).hexdigest() == hub.SHA256[name]
+
+
+def test_each_network_is_published_once_with_its_card_and_its_licence(tmp_path):
+    spec = importlib.util.spec_from_file_location("publish_networks", ROOT / ".github" / "publish_networks.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, licence in (("plug-and-play", "mit"), ("gaussian5-sigma1", "other")):
+        api = mock.create_autospec(huggingface_hub.HfApi, instance=True)
+        api.list_repo_refs.return_value = SimpleNamespace(tags=[SimpleNamespace(name="weights-0")])
+        script.publish(api, pretrained.WEIGHTS, name)
+        (repository, files), _ = api.create_commit.call_args
+        weights, card = ({file.path_in_repo: file.path_or_fileobj for file in files}[each] for each in PUBLISHED)
+        assert repository == f"jfbfast/{name}" and hashlib.sha256(weights).hexdigest() == hub.SHA256[name]
+        told = huggingface_hub.ModelCard(card.decode())
+        assert told.data.license == licence and told.data.library_name == "jfbfast" and f"# {name}" in told.text
+        assert api.create_tag.call_args.kwargs["tag"] == hub.REVISION
+        api.list_repo_refs.return_value.tags.append(SimpleNamespace(name=hub.REVISION))
+        script.publish(api, pretrained.WEIGHTS, name)
+        api.create_commit.assert_called_once()
+    (tmp_path / "universal.safetensors").write_bytes(b"another")
+    with pytest.raises(SystemExit, match=r"universal\.safetensors is not the file"):
+        script.publish(api, tmp_path, "universal")

@@ -128,10 +128,21 @@ def test_files_of_other_kinds_or_broken_ones_are_refused(tmp_path):
     (tmp_path / "psf.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"psf\.png cannot be read"):
         point_spread.read(tmp_path / "psf.png")
+    wide = imagecodecs.png_encode(np.zeros((1, 1002), np.uint8))
+    tall = imagecodecs.tiff_encode(np.zeros((1002, 1), np.float32))
+    for name, content in (("wide.png", wide), ("tall.tif", tall)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"1002 .*pixels; it takes grey or RGB, with at most 1001 a side"):
+            point_spread.read(tmp_path / name)
     with pytest.raises(ValueError, match=r"ends in '\.jpg'; it takes \.npy"):
         point_spread.read(tmp_path / "psf.jpg")
     with pytest.raises(FileNotFoundError):
         point_spread.read(tmp_path / "none.npy")
+    (tmp_path / "bomb.png").write_bytes(imagecodecs.png_encode(np.zeros((1, 1002), np.uint8))[:33])
+    (tmp_path / "bomb.tif").write_bytes(imagecodecs.tiff_encode(np.zeros((1002, 1), np.uint8)))
+    for name, size in (("bomb.png", "1002 × 1"), ("bomb.tif", "1 × 1002")):  # before they are decoded
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(it has {size} pixels; it takes at most 1001"):
+            point_spread.read(tmp_path / name)
 
 
 @pytest.mark.parametrize(

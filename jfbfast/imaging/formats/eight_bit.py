@@ -24,9 +24,9 @@ _BMP_COLOUR_SPACE, _BMP_PROFILE = 70, 126  # byte offsets in a header of version
 _BMP_HEADER = 14
 
 
-def _from_pillow(image: Image.Image) -> Decoded:
+def _from_pillow(image: Image.Image, most: int) -> Decoded:
     """Decode an image that Pillow has opened; palettes become colours."""
-    check_size(*image.size)
+    check_size(*image.size, most)
     if (frames := getattr(image, "n_frames", 1)) > 1:
         raise ImageError(f"is an animation of {frames} frames; it takes one image a file")
     if image.mode not in _MODES:
@@ -37,20 +37,20 @@ def _from_pillow(image: Image.Image) -> Decoded:
     return Decoded(array.reshape(*array.shape[:2], -1), 255, info.get("icc_profile") or b"", exif, info.get("dpi"))
 
 
-def decode_jpeg(content: bytes) -> Decoded:
+def decode_jpeg(content: bytes, most: int = MOST_PIXELS) -> Decoded:
     """Decode a JPEG; of several pictures in one file, as phones write them, the first is taken."""
-    decoded = _from_pillow(image := JpegImageFile(BytesIO(content)))
+    decoded = _from_pillow(image := JpegImageFile(BytesIO(content)), most)
     return decoded if image.info.get("jfif_unit") else decoded._replace(dpi=None)  # Pillow makes up a resolution
 
 
-def decode_webp(content: bytes) -> Decoded:
+def decode_webp(content: bytes, most: int = MOST_PIXELS) -> Decoded:
     """Decode a WebP of one frame."""
-    return _from_pillow(WebPImageFile(BytesIO(content)))
+    return _from_pillow(WebPImageFile(BytesIO(content)), most)
 
 
-def decode_bmp(content: bytes) -> Decoded:
+def decode_bmp(content: bytes, most: int = MOST_PIXELS) -> Decoded:
     """Decode a BMP, with the profile that version 5 can hold."""
-    decoded = _from_pillow(BmpImageFile(BytesIO(content)))
+    decoded = _from_pillow(BmpImageFile(BytesIO(content)), most)
     if content[_BMP_COLOUR_SPACE : _BMP_COLOUR_SPACE + 4] == b"DEBM" and content[_BMP_HEADER] == 124:  # embedded
         start, size = struct.unpack_from("<2I", content, _BMP_PROFILE)
         decoded = decoded._replace(icc=content[_BMP_HEADER + start : _BMP_HEADER + start + size])

@@ -65,10 +65,10 @@ class Decoded(NamedTuple):
     colour: Mapping[bytes, bytes] = {}
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise ImageError for an image that is too large for memory, before it is decoded."""
-    if width < 1 or height < 1 or width * height > MOST_PIXELS:
-        raise ImageError(f"has {width} × {height} pixels; it takes up to {MOST_PIXELS // 10**6} million")
+def check_size(width: int, height: int, most: int = MOST_PIXELS) -> None:
+    """Raise ImageError for an image of more than ``most`` pixels, before it is decoded."""
+    if width < 1 or height < 1 or width * height > most:
+        raise ImageError(f"has {width} × {height} pixels; it takes up to {most / 10**6:g} million")
 
 
 def read_exif(content: bytes) -> Directory:

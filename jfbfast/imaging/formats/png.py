@@ -12,7 +12,7 @@ import imagecodecs
 import numpy as np
 from PIL.PngImagePlugin import PngImageFile
 
-from jfbfast.imaging.formats.metadata import Decoded, ImageError, Metadata, check_size, read_exif
+from jfbfast.imaging.formats.metadata import MOST_PIXELS, Decoded, ImageError, Metadata, check_size, read_exif
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PALETTE = 3  # a colour type
@@ -37,11 +37,11 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = end
 
 
-def decode(content: bytes) -> Decoded:
+def decode(content: bytes, most: int = MOST_PIXELS) -> Decoded:
     """Decode a PNG; palettes become colours, and transparent colours an alpha channel."""
     chunks = dict(_chunks(content))
     width, height, depth, colour_type = struct.unpack_from(">2I2B", chunks.get(b"IHDR", bytes(10)))
-    check_size(width, height)
+    check_size(width, height, most)
     if b"acTL" in chunks:
         raise ImageError("is an animation; it takes one image a file")
     if b"tRNS" in chunks and depth != 8 and colour_type != _PALETTE:

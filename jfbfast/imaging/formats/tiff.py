@@ -13,13 +13,23 @@ import numpy as np
 import tifffile
 from PIL.ExifTags import Base as Tag
 
-from jfbfast.imaging.formats.metadata import RESOLUTION, Decoded, ImageError, Metadata, check_size, put_dpi, read_exif
+from jfbfast.imaging.formats.metadata import (
+    MOST_PIXELS,
+    RESOLUTION,
+    Decoded,
+    ImageError,
+    Metadata,
+    check_size,
+    put_dpi,
+    read_exif,
+)
 from jfbfast.imaging.formats.tags import UNDEFINED, Directory, Value, codes, read_directory
 
 _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6  # photometric interpretations
 _CHANNELS: dict[float, int] = {_WHITE_IS_ZERO: 1, _GREY: 1, _RGB: 3, _PALETTE: 1, _YCBCR: 3}
 _JPEG = 7  # the compression that turns YCbCr into RGB when it decodes
 _UNSPECIFIED, _STRAIGHT_ALPHA = 0, 2  # kinds of extra samples
+_MOST_SAMPLES = 4 * MOST_PIXELS  # in an image
 _PLANES = 2  # the planar configuration of channels that are stored one after the other
 # The tags that say how samples are stored: tifffile leaves out one that is damaged, and takes its default.
 _STORAGE = frozenset((*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347))
@@ -61,9 +71,12 @@ def _check_layout(page: tifffile.TiffPage, tags: Directory) -> None:
         raise ImageError("its palette has 8 bits, where TIFF has 16, or more than 256 colours")
 
 
-def _only_page(file: tifffile.TiffFile, content: bytes) -> tifffile.TiffPage:
+def _only_page(file: tifffile.TiffFile, content: bytes, most: int = MOST_PIXELS) -> tifffile.TiffPage:
     page = file.pages.first
-    check_size(page.imagewidth, page.imagelength)
+    check_size(page.imagewidth, page.imagelength, most)
+    samples = page.imagewidth * page.imagelength * page.samplesperpixel
+    if samples > _MOST_SAMPLES:  # a small file may say that it has thousands of channels
+        raise ImageError(f"has {samples} samples in its {page.samplesperpixel} channels; it takes {_MOST_SAMPLES}")
     if len(file.pages) > 1:
         raise ImageError(f"has {len(file.pages)} pages; it takes one image a file")
     damaged = _STORAGE.intersection(codes(content)).difference(tag.code for tag in page.tags)
@@ -93,11 +106,11 @@ def decode_channels(content: bytes) -> np.ndarray | None:
     return array.transpose(1, 2, 0) if page.planarconfig == _PLANES else array
 
 
-def decode(content: bytes) -> Decoded:
+def decode(content: bytes, most: int = MOST_PIXELS) -> Decoded:
     """Decode a TIFF of one page."""
     tags = read_directory(content)
     with tifffile.TiffFile(BytesIO(content)) as file:
-        page = _only_page(file, content)
+        page = _only_page(file, content, most)
         _check_layout(page, tags)
         array = page.asarray()
     white = array.dtype.type(1 if array.dtype == np.float32 else np.iinfo(array.dtype).max)

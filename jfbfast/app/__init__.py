@@ -1,0 +1,1 @@
+"""The web page of `jfbfast app`; it takes the extra ``app``."""
