@@ -183,6 +183,15 @@ def test_empty_batch(shape):
     x = torch.empty(shape, dtype=torch.float64)
     assert kernels.blur(x, bands).shape == shape
     assert kernels.gradient(x, x, None, bands, adjoint).shape == shape
+    images = x.contiguous(memory_format=torch.channels_last)
+    assert kernels.add_relu(images, torch.zeros(shape[1]).double(), images, True) is images
+
+
+def test_the_tile_is_the_first_that_gives_enough_programs_or_the_last():
+    bands = cast(operator((512, 512), (2, 2), "circular")[0], torch.float32)
+    plans = [launch.plan(torch.Size((n, 512, 512)), bands, adjoint=True) for n in (1, 40, 60)]
+    assert [(plan.constants["TX"], plan.strip + 8) for plan in plans] == [(64, 32), (128, 64), (128, 128)]
+    assert [plan.programs >= launch.ENOUGH_PROGRAMS for plan in plans] == [False, True, True]
 
 
 @pytest.mark.parametrize("radius", [2, 8])

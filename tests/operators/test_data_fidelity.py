@@ -131,6 +131,7 @@ def test_the_data_fidelities_of_deepinv_agree_with_ours(theirs, ours):
 
 def test_what_is_a_data_fidelity_already_is_taken_as_it_is():
     poisson = Poisson()
+    assert (poisson.gain, poisson.background, poisson.floor) == (1.0, 0.0, 1e-3)
     assert as_data_fidelity(poisson) is poisson and type(as_data_fidelity(None)) is LeastSquares
 
 

@@ -22,7 +22,7 @@ from jfbfast import (
     NonexpansiveDenoiser,
 )
 from jfbfast.operators.data_fidelity import DataFidelity, WeightedLeastSquares
-from jfbfast.operators.iterative import linear_operator, may_hold_sample_data, with_solve
+from jfbfast.operators.iterative import gradient_step, linear_operator, may_hold_sample_data, with_solve
 
 SHAPE = (1, 5, 6)
 
@@ -336,6 +336,7 @@ BLUR, CONVOLUTION = GaussianBlur(), nn.Conv2d(1, 1, 3)
         (holder(operator=SimpleNamespace(adjoint=BLUR.adjoint)), True),
         (holder(operator=SimpleNamespace(A_adjoint=BLUR.adjoint)), True),
         (holder(adjoint=BLUR.adjoint), True),
+        (holder(other=SimpleNamespace()), False),
         (holder(image=torch.ones(1, 1, 2, 2, dtype=torch.complex64)), False),  # a tensor has an attribute `adjoint`
         (nn.Sequential(CONVOLUTION, IterativeOperator(Bare(BLUR))), True),
         (DataFidelity(), True),
@@ -343,6 +344,13 @@ BLUR, CONVOLUTION = GaussianBlur(), nn.Conv2d(1, 1, 3)
 )
 def test_a_module_may_hold_something_of_each_sample(module, holds):
     assert may_hold_sample_data(module) is holds
+
+
+def test_a_gradient_step_of_any_operator_is_that_of_the_blur():
+    x, d, r = torch.randn(3, 2, 1, 7, 8, dtype=torch.float64).unbind()
+    for added in (r, None):
+        found = gradient_step(Bare(BLUR), x, d, added, torch.tensor(0.3))
+        torch.testing.assert_close(found, BLUR.gradient_step(x, d, added, 0.3))
 
 
 def test_an_operator_gets_a_solve_with_the_settings_of_another():
