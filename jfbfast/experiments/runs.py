@@ -53,7 +53,7 @@ from jfbfast.models.degrad import DEGrad
 from jfbfast.models.denoisers import freeze_statistics
 from jfbfast.models.universal import UniversalDEGrad
 
-PATIENCE = 600.0  # seconds that one of torchrun's processes waits for the others, before it ends
+PATIENCE = 1800.0  # seconds that one of torchrun's processes waits for the others, as they load photographs too
 
 
 def start_run(

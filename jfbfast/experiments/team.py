@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +38,8 @@ def lost_process_is_named() -> Iterator[None]:
     except RuntimeError as error:
         if not _lost(error):
             raise
-        told = f"another of torchrun's processes has ended or cannot be reached ({checks.one_line(error)})"
-        raise ConnectionError(told) from error
+        why = re.sub(r"^\[[^]]*\] *", "", checks.one_line(error)).partition(". ")[0]  # without gloo's line and advice
+        raise ConnectionError(f"another of torchrun's processes has ended or cannot be reached ({why})") from error
 
 
 def _store() -> Any:
