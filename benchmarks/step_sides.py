@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jfbfast import Anderson, GaussianBlur, Implicit, backend, fixed_point
 from jfbfast.backends import reference
-from jfbfast.implicit.frozen import NormalisedConv2d
+from jfbfast.implicit.frozen import NormalisedConv2d, materialised_weights
 from jfbfast.models.red import log_parameter
 from jfbfast.operators import inverse
 
@@ -91,7 +91,8 @@ class UsersLayer(nn.Module):
         self.log_weight = log_parameter("weight", weights.weight)
         if given.layer == "paper":
             self.log_step_size = log_parameter("step_size", 1.0)
-        self.norms = [] if published else [m for m in self.modules() if isinstance(m, NormalisedConv2d)]
+        self.normalised = not published and any(isinstance(m, NormalisedConv2d) for m in self.modules())
+        self.fixed = ExitStack()  # holds the normalised weights during a solve
         self.injection = bool(getattr(self.denoiser, "injection", False))
         self.z: tuple[Tensor, ...] | None = None  # kept during a solve
         self.blur = rivals.conv2d(weights.kernel_size, weights.sigma, d.contiguous(memory_format=self.format))
@@ -108,15 +109,14 @@ class UsersLayer(nn.Module):
         d = self.given.d
         adjoint = self.blur(d.contiguous(memory_format=self.format))
         x0, beside = (adjoint, d) if self.given.layer == "paper" else (self.solve(adjoint), adjoint)
-        for conv in self.norms:
-            conv.materialise()
+        if self.normalised:
+            self.fixed.enter_context(materialised_weights(self))
         self.z = self.restored(beside)
         return x0, beside
 
     def release(self) -> None:
         """Compute spectral norms and z at each evaluation again."""
-        for conv in self.norms:
-            conv.release()
+        self.fixed.close()
         self.z = None
 
     def evaluate(self, x: Tensor, beside: Tensor) -> Tensor:

@@ -249,15 +249,16 @@ void winograd_weights(const float* weight, const WeightStrides& strides, float* 
         while (panels.begin(panel + 1) <= vector) ++panel;
         const std::int64_t width = panels.width(panel) * kFloats;
         float* const to = out + panels.begin(panel) * kFloats * in_channels + (vector - panels.begin(panel)) * kFloats;
-        const std::int64_t first = vector * kFloats, count = smaller(kFloats, out_channels - first);
+        const std::int64_t first = vector * kFloats;
+        const int count = int(larger(0, smaller(kFloats, out_channels - first)));
         for (std::int64_t c = 0; c < in_channels; ++c) {
-            float taps[9][kFloats] = {};
-            for (std::int64_t lane = 0; lane < count; ++lane)
-                for (int k = 0; k < 9; ++k)
-                    taps[k][lane] = weight[c * by_in + (first + lane) * by_out + (adjoint ? 8 - k : k) * strides.tap];
+            const auto tap = [&](int k) {
+                const float* const lane = weight + c * by_in + first * by_out + (adjoint ? 8 - k : k) * strides.tap;
+                return by_out == 1 && count == kFloats ? load(lane) : gather(lane, by_out, count);
+            };
             Floats half[3][kSpan];  // transposed
             for (int j = 0; j < 3; ++j) {
-                const Floats g[3] = {load(taps[j]), load(taps[3 + j]), load(taps[6 + j])};
+                const Floats g[3] = {tap(j), tap(3 + j), tap(6 + j)};
                 weight_transform(g, half[j]);
             }
             for (int i = 0; i < kSpan; ++i) {

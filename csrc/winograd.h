@@ -88,6 +88,19 @@ inline void gradient_transform(const V* y, V* m) {  // A y
     m[5] = y[3];
 }
 
+// The `count` floats at first, first + stride, ..., and zeros in the lanes beyond.
+inline Floats gather(const float* first, std::int64_t stride, int count) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(stride)));
+    return bits_as<Floats>(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask_of(Part{count}), places, first, 4));
+#else
+    float found[kFloats] = {};
+    for (int lane = 0; lane < count; ++lane) found[lane] = first[lane * stride];
+    return load(found);
+#endif
+}
+
 // The larger of the two; y if it is NaN.
 inline Floats at_least(Floats least, Floats y) {
 #if defined(__AVX512F__)

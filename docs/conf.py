@@ -27,7 +27,8 @@ from jfbfast.cli import app as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = os.environ.get("JFBFAST_DOCS_VERSION", "latest")  # of this build on the site: latest, or a tag such as v0.1.0
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Source"]
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
+REPOSITORY = URLS["Source"]
 COLAB = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
 REVISION = "main" if FOLDER == "latest" else FOLDER
 
@@ -104,7 +105,7 @@ linkcheck_allowed_redirects = {r".*": r".*"}
 linkcheck_ignore = [
     rf"{REPOSITORY}.*",  # of the commit that is built: `relinked` has found the file
     rf"{COLAB}.*",  # the notebooks of this build
-    r"https://jfbfast\.github\.io/.*",
+    rf"{URLS['Documentation']}.*",
 ]
 
 PAGES = {"README.md": "/index.md", "CONTRIBUTING.md": "/contributing.md", "CHANGELOG.md": "/changelog.md"}
@@ -156,6 +157,7 @@ def read_page(app: Sphinx, page: str, content: list[str]) -> None:
         content[0] = relinked(content[0], path.parent)
     elif page.startswith("gallery/plot_"):
         notebook = f"{COLAB}/blob/gh-pages/{FOLDER}/{page}.ipynb"
+        content[0] = content[0].replace(f"{URLS['Documentation']}/latest/", "../")
         content[0] = content[0].replace(
             "to download the full example code.", f"to download this tutorial, or `run it in Colab <{notebook}>`__.", 1
         )

@@ -135,7 +135,7 @@ def sanitize() -> None:
         q, b = torch.rand(3, size, device=DEVICE) * 1.5 - 0.6, torch.randn(3, size, device=DEVICE)
         if not CPU:
             x = torch.zeros_like(b)
-            state = cuda.AndersonCuda(x, tol=1e-4, memory=memory, history_dtype=history)
+            state = cuda.AndersonSolve(x, tol=1e-4, memory=memory, history_dtype=history)
             for _ in range(14):
                 state.step(x, q * x + b)
             residual = state.finish()[1]

@@ -160,7 +160,7 @@ def graph() -> None:
         net = model(given).eval()
         evaluate, d = prepared(net.layer, dtype, tol=1e-3), given.d
         x = net.start(d).flatten(1).clone()
-        state = None if CPU else cuda.AndersonCuda(x, tol=0.0)
+        state = None if CPU else cuda.AndersonSolve(x, tol=0.0)
 
         def layer() -> None:
             evaluate(x.view_as(d), d)

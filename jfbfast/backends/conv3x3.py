@@ -10,7 +10,7 @@ Winograd's convolution or torch's computes it. `convolution` computes torch's co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from jfbfast.backends import dispatch, fused, native
 from jfbfast.backends.dispatch import DTYPES, ONEDNN_HAS_BFLOAT16, check_reverse_mode
+from jfbfast.backends.fused import Geometry
+from jfbfast.backends.tracing import observed, traced, transformed_by_functorch
 
 _LEAST_TOL = 1e-4  # far above the rounding of Winograd's convolution, about 1e-6
 
@@ -84,7 +86,6 @@ def _check(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
         )
 
 
-@torch.library.impl("jfbfast::conv3x3", "default")
 def _conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -114,12 +115,15 @@ def _conv3x3_like(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.impl("jfbfast::conv3x3_weight_gradient", "default")
 def _conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     check_reverse_mode()
     _check("gradient", gradient, (x.shape[0], gradient.shape[1], *x.shape[2:]), x)
     weight, bias = _kernels(x, gradient.shape[1]).conv3x3_weight_gradient(x, gradient)
     return weight.contiguous(), bias
+
+
+torch.library.impl("jfbfast::conv3x3", "default", _conv3x3)
+torch.library.impl("jfbfast::conv3x3_weight_gradient", "default", _conv3x3_weight_gradient)
 
 
 @torch.library.register_fake("jfbfast::conv3x3_weight_gradient")
@@ -130,8 +134,20 @@ def _conv3x3_weight_gradient_like(x: Tensor, gradient: Tensor) -> tuple[Tensor, 
 
 def _adjoint_of(y: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
     """The adjoint of x ↦ conv3x3(x, weight, adjoint=adjoint), applied to y."""
-    out: Tensor = conv3x3(y, weight, None, False, None, not adjoint)
-    return out
+    arguments = y, weight, None, False, None, not adjoint
+    if observed(y, weight):
+        out: Tensor = conv3x3(*arguments)
+        return out
+    computed: Tensor = _kernels(y, weight.shape[0 if adjoint else 1]).conv3x3(*arguments)
+    return computed
+
+
+def _weight_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    compute = (
+        conv3x3_weight_gradient if observed(x, gradient) else _kernels(x, gradient.shape[1]).conv3x3_weight_gradient
+    )
+    found: tuple[Tensor, Tensor] = compute(x, gradient)
+    return found
 
 
 def _keep_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,10 +162,10 @@ def _conv3x3_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     to_x, to_weight, to_bias = (*ctx.needs_input_grad, False)[:3]  # arguments left out at the end are missing
     by_weight, by_bias = None, None
     if ctx.adjoint:
-        by_weight = conv3x3_weight_gradient(g, x)[0] if to_weight else None
+        by_weight = _weight_gradient(g, x)[0] if to_weight else None
         by_bias = g.sum((0, 2, 3)) if to_bias else None
     elif to_weight or to_bias:
-        by_weight, by_bias = conv3x3_weight_gradient(x, g)
+        by_weight, by_bias = _weight_gradient(x, g)
     return (
         _adjoint_of(g, weight, ctx.adjoint) if to_x else None,
         by_weight if to_weight else None,
@@ -174,6 +190,28 @@ torch.library.register_autograd(
 )
 
 
+class _Conv3x3(torch.autograd.Function):
+    """Winograd's `conv3x3` with its gradient, where only autograd observes it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out = native.conv3x3(*inputs)
+        _keep_conv3x3(ctx, (*inputs, False), out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _conv3x3_backward(ctx, g)[:5]
+
+
+def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, transformed: Tensor | None) -> Tensor:
+    """`conv3x3` on the CPU, by as few calls as possible."""
+    if not observed(x, weight, bias):
+        return native.conv3x3(x, weight, bias, relu, transformed)
+    compute: Callable[..., Tensor] = conv3x3 if traced(x, weight) else _Conv3x3.apply
+    return compute(x, weight, bias, relu, transformed)
+
+
 @register_flop_formula(conv3x3)
 def _conv3x3_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     """The direct convolution, as torch counts its own."""
@@ -185,9 +223,10 @@ def _conv3x3_weight_gradient_flops(x: Sequence[int], gradient: Sequence[int], *_
     return 2 * 9 * math.prod(x) * gradient[1]
 
 
-def is_conv3x3(kernel_size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether a zero-padded convolution with these arguments of torch's conv2d is `conv3x3`."""
+def is_conv3x3(kernel_size: tuple[int, ...], geometry: Geometry) -> bool:
+    """Whether torch's zero-padded conv2d with this kernel is `conv3x3`."""
     one = (1, (1, 1), [1, 1])
+    stride, padding, dilation, groups = geometry
     return kernel_size == (3, 3) and stride in one and dilation in one and groups == 1 and padding in (*one, "same")
 
 
@@ -195,10 +234,8 @@ def convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
+    geometry: Geometry,
+    *,
     relu: bool = False,
     winograd: bool = True,
     transformed: Tensor | None = None,
@@ -207,7 +244,7 @@ def convolution(
     """torch's conv2d, and a ReLU or an addend if asked for, by the fastest implementation.
 
     Args:
-        input, weight, bias, stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
+        input, weight, bias, geometry: as in torch.nn.functional.conv2d.
         relu: whether to apply a ReLU.
         winograd: whether Winograd's convolution may be used.
         transformed: `transformed_weight` of the weight, if that was made.
@@ -218,21 +255,22 @@ def convolution(
     if (
         winograd
         and input.dim() == 4
-        and is_conv3x3(weight.shape[2:], stride, padding, dilation, groups)
+        and is_conv3x3(weight.shape[2:], geometry)
         and dtype is not None
         and _kernels(input, len(weight), _uses(transformed), dtype) is native
-        and not _differentiated_by_functorch()
+        and not transformed_by_functorch()
     ):
         bias = None if bias is None else bias.to(dtype)
-        out = conv3x3(input.to(dtype), weight.to(dtype), bias, relu, transformed)
+        out = _by_winograd(input.to(dtype), weight.to(dtype), bias, relu, transformed)
         return out if addend is None else addend + out
     needed = relu or addend is not None
-    if needed and fused.serves(input, weight, bias, padding, addend) and not _differentiated_by_functorch():
-        return fused.convolution(input, weight, bias, stride, padding, dilation, groups, relu, addend)
-    if relu and _onednn_fuses_relu(input, weight, bias, padding):
+    if needed and fused.serves(input, weight, bias, geometry, addend) and not transformed_by_functorch():
+        return fused.convolution(input, weight, bias, geometry, relu, addend)
+    if relu and _onednn_fuses_relu(input, weight, bias, geometry):
+        stride, padding, dilation, groups = geometry
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")
-    out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    out = torch.conv2d(input, weight, bias, *geometry)
     if addend is not None:
         return addend + out
     return torch.relu_(out) if relu else out
@@ -246,20 +284,15 @@ def _computed_in(input: Tensor, weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(input.device.type) if casts else None
 
 
-def _differentiated_by_functorch() -> bool:
-    """Whether torch.func's transforms or forward-mode differentiation are active; the ops have no rules for them."""
-    functorch, forward = torch._C._functorch.peek_interpreter_stack(), torch.autograd.forward_ad._current_level
-    return functorch is not None or forward >= 0
-
-
-def _onednn_fuses_relu(input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> bool:
+def _onednn_fuses_relu(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
     given = [input, weight] if bias is None else [input, weight, bias]
     return (
         input.device.type == "cpu"
+        and dispatch.selected_backend() != "reference"
         and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and ONEDNN_HAS_BFLOAT16))
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
-        and not isinstance(padding, str)
+        and not isinstance(geometry.padding, str)
         and input.dim() == 4
         and input.numel() > 0
         and all(each.dtype == input.dtype for each in given)

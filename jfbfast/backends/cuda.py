@@ -51,7 +51,7 @@ def describe() -> str:
     return f"CUDA ({torch.cuda.get_device_name()}, sm_{major}{minor})"
 
 
-class AndersonCuda:
+class AndersonSolve:
     """The device memory of one Anderson solve of a batch, and its step.
 
     A step is three launches on the current stream. It neither waits for the device nor allocates memory,
@@ -237,6 +237,3 @@ def _parts(told: Tensor) -> tuple[Tensor, Tensor]:
     """The residuals, float64, and the statuses, int32, in the bytes that the host is told, (12 B,)."""
     samples = len(told) // 12
     return told[: 8 * samples].view(torch.float64), told[8 * samples :].view(torch.int32)
-
-
-AndersonSolve = AndersonCuda  # the name that `native` has for its own

@@ -7,7 +7,7 @@ with that of the separate operations, and what fails is computed by these: the c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +19,30 @@ _MOST_KINDS = 4096  # of convolutions that are remembered
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TOLERANCE_TF32 = 1e-2
 
+
+class Geometry(NamedTuple):
+    """What torch's conv2d takes besides the tensors, in its order."""
+
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+
 _why_not: dict[tuple[Any, ...], str] = {}  # by kind: why the fused call is not used; an empty string if it is
 
 
-def serves(input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, addend: Tensor | None = None) -> bool:
+def serves(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, addend: Tensor | None = None
+) -> bool:
     """Whether `convolution` may compute this convolution: images on a CUDA device with cuDNN, without gradients."""
     tensors = [t for t in (input, weight, bias, addend) if t is not None]
     return (
         input.is_cuda
+        and dispatch.selected_backend() != "reference"
         and input.dim() == 4
         and input.numel() > 0
-        and not isinstance(padding, str)
+        and not isinstance(geometry.padding, str)
         and all(t.dtype == input.dtype for t in tensors)
         and torch.backends.cudnn.is_acceptable(input)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -40,22 +53,19 @@ def convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
+    geometry: Geometry,
     relu: bool = False,
     addend: Tensor | None = None,
 ) -> Tensor:
     """weight ∗ input + bias + addend, and a ReLU if asked for; the addend is like the output."""
-    separate = (input, weight, bias, stride, padding, dilation, groups, relu, addend)
+    separate = (input, weight, bias, geometry, relu, addend)
     if not relu or bias is None or addend is not None:
         return _separately(*separate)
-    pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)]
+    pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in geometry[:3]]
     precision = _float32_precision()
     layout = input.is_contiguous(memory_format=torch.channels_last)
-    kind = (input.device, input.dtype, input.shape, weight.shape, layout, *pairs, groups, precision)
-    arguments = (input, weight, bias, *pairs, groups)
+    kind = (input.device, input.dtype, input.shape, weight.shape, layout, *pairs, geometry.groups, precision)
+    arguments = (input, weight, bias, *pairs, geometry.groups)
     if kind not in _why_not:
         if torch.cuda.is_current_stream_capturing():  # the comparison would wait for the device
             return _separately(*separate)
@@ -66,19 +76,11 @@ def convolution(
 
 
 def _separately(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-    addend: Tensor | None,
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool, addend: Tensor | None
 ) -> Tensor:
     if not relu and addend is None:  # torch adds a bias in one pass too
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    out = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
+        return torch.conv2d(input, weight, bias, *geometry)
+    out = torch.conv2d(input, weight, None, *geometry)
     if addend is not None and addend.shape != out.shape:
         raise ValueError(f"addend has shape {tuple(addend.shape)}; it takes that of the output, {tuple(out.shape)}")
     return dispatch.kernels(out.device, "add_relu").add_relu(out, bias, addend, relu)

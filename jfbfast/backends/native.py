@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -77,8 +78,13 @@ def _empty(
     """
     if math.prod(shape) * dtype.itemsize < _POOLED_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
-    strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
-    return torch.utils.dlpack.from_dlpack(_native.empty(list(shape), list(strides), _DTYPES[dtype]))
+    strides = _strides(tuple(shape), memory_format)
+    return torch.utils.dlpack.from_dlpack(_native.empty(list(shape), strides, _DTYPES[dtype]))
+
+
+@lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...], memory_format: torch.memory_format) -> list[int]:
+    return list(torch.empty(shape, device="meta", memory_format=memory_format).stride())
 
 
 def _tables(bands: Bands) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -300,6 +306,8 @@ def conv3x3(
     transformed = winograd_weights(weight.to(torch.float32), adjoint) if transformed is None else transformed
     size = _native.winograd_size(channels, out_channels)
     _check(("x", x, x.shape, _WINOGRAD_DTYPES), ("transformed", transformed, (size,), (torch.float32,)))
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it takes {(out_channels,)}")
     x, transformed = x.contiguous(memory_format=torch.channels_last), transformed.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     out = _empty((batch, out_channels, height, width), x.dtype, torch.channels_last)

@@ -1,4 +1,4 @@
-"""Functions that torch.compile is to leave as they are."""
+"""Functions that torch.compile is to leave as they are, and calls of ops that only their implementation needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -29,3 +31,29 @@ def untraced(function: F) -> F:
         return disabled[0](*args, **kwargs)
 
     return cast(F, call)
+
+
+def transformed_by_functorch() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation are active."""
+    functorch, forward = torch._C._functorch.peek_interpreter_stack(), torch.autograd.forward_ad._current_level
+    return functorch is not None or forward >= 0
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Whether an op called with these tensors has more to do than to compute: for autograd, tracing or a transform.
+
+    Otherwise its implementation may be called itself: the calls in between cost more than a small image does.
+    """
+    given = [t for t in tensors if t is not None]
+    return traced(*given) or (torch.is_grad_enabled() and any([t.requires_grad for t in given]))
+
+
+def traced(*tensors: Tensor) -> bool:
+    """The same, but for autograd."""
+    return (
+        torch.compiler.is_compiling()
+        or any([type(t) not in _PLAIN for t in tensors])  # a subclass may have its own dispatch
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or transformed_by_functorch()
+    )

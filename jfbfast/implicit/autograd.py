@@ -19,6 +19,7 @@ from jfbfast.implicit.frozen import (
     normalised_weights,
     owner,
     parameters_of,
+    submodules,
 )
 from jfbfast.implicit.methods import GradientMethod, Jacobian, Unrolled
 from jfbfast.implicit.prepared import Convolutions
@@ -40,7 +41,7 @@ class ImplicitLayer:
         tol: the relative residual of the solve.
 
     Attributes:
-        module: the module that the layer is or is a method of; None for another callable.
+        module, modules: what the layer is or is a method of, None for another callable; and all modules in it.
         state, weights, convolutions: of the module during this forward, by `prepare`: its training state before, its
             normalised weights, and how it convolves, with gradients.
         since: the `_sequence_number` before them.
@@ -57,10 +58,11 @@ class ImplicitLayer:
         if isinstance(parameters, Tensor):
             raise TypeError("parameters is a tensor; it takes an iterable of tensors")
         self.layer, self.module, self.method = layer, owner(layer), method
+        self.modules = submodules(self.module)
         self.tol = min(tol, getattr(method, "tol", tol))  # a method that solves has its own
         self.named = parameters is not None
         if parameters is None:
-            parameters = parameters_of(self.module)
+            parameters = parameters_of(self.modules)
         self.parameters = []
         for parameter in {id(p): p for p in parameters}.values():  # one named twice has one gradient
             if not isinstance(parameter, Tensor):
@@ -73,11 +75,11 @@ class ImplicitLayer:
     def prepare(self) -> None:
         """Compute what the solve and the applications share, once the module has taken its power iteration."""
         self.since = _sequence_number() if torch.is_grad_enabled() else 0
-        self.state = TrainingState(self.module)
-        self.weights = normalised_weights(self.module)
-        with frozen(self.module), fixed_weights(self.weights):
+        self.state = TrainingState(self.modules)
+        self.weights = normalised_weights(self.modules)
+        with frozen(self.modules), fixed_weights(self.weights):
             # Norms whose statistics move stay as they are, since an update takes their inputs.
-            self.convolutions = Convolutions(self.tol, self.module, fold=not self.state.moving)
+            self.convolutions = Convolutions(self.tol, self.modules, fold=not self.state.moving)
 
     def apply(
         self, x: Tensor, inputs: tuple[Tensor, ...], inverse: Callable[[Tensor], Tensor] | None = None

@@ -96,6 +96,12 @@ def _inverse(solution: FixedPointSolution, rows: Tensor) -> Callable[[Tensor], T
     return of_rows
 
 
+def _measured(pair: Pair, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """‖f − x‖ and ‖f‖ of a pair (x, f), and their quotient in ``dtype``, (B,) each."""
+    residual, size = norms(*pair)
+    return residual, size, (residual / size.clamp_min(TINY)).to(dtype)
+
+
 def _advance(
     solution: FixedPointSolution, rows: Tensor, pair: Pair, solver: FixedPointSolver
 ) -> tuple[FixedPointSolution, Tensor]:
@@ -104,8 +110,7 @@ def _advance(
     A sample is rejected if the solve called it converged and it is above the tolerance at x, or if its residual has
     grown there.
     """
-    residual, size = norms(*pair)
-    relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
+    residual, size, relative = _measured(pair, solution.residual.dtype)
     value, known, status = solution.of(rows, "value", "residual", "status")
     within = residual <= solver.tol * size + solver.atol
     sound = torch.where(status == Status.CONVERGED, within, relative <= SAFEGUARD_GROWTH * known)
@@ -130,8 +135,7 @@ def _check_claims(
     Samples that fail end as MAX_ITER with the residual found here. Twice the claim and some rounding are allowed,
     because the solve evaluates a prepared form of the layer.
     """
-    residual, size = norms(*pair)
-    relative = (residual / size.clamp_min(TINY)).to(solution.residual.dtype)
+    _, size, relative = _measured(pair, solution.residual.dtype)
     claimed, status = solution.of(rows, "residual", "status")
     rounding = 4 * torch.finfo(autocast_dtype(pair[0]) or pair[0].dtype).eps
     allowed = 2 * claimed.clamp_min(solver.tol) + rounding + (2 * solver.atol / size.clamp_min(TINY)).to(relative.dtype)
@@ -211,7 +215,7 @@ def _solved(
             raise RuntimeError("a fixed point is solved within torch.func's grad or vmap, which it does not support")
     if cuda_graph:
         check_capturable(implicit, solver, compile_solve)
-    step_spectral_norms(implicit.module)
+    step_spectral_norms(implicit.modules)
     implicit.prepare()
     if isinstance(method, Unrolled):
         out, solution = unroll(implicit, method, x0, inputs, solver)
@@ -288,7 +292,8 @@ def fixed_point(
 
     If the layer's module has a linear operator other than a `SeparableBlur` or a `Blur` (a deepinv physics, or anything
     with an ``adjoint``), which may hold data of each sample, the whole batch is evaluated until its last sample is
-    done. Several threads may evaluate a module in eval() without gradients; training is for one thread at a time.
+    done. Several threads may evaluate a module in eval() at the same time, and one of them may differentiate it; a
+    module in train() is for one thread at a time.
 
     A sample whose solve diverged is returned as its best finite iterate (NaN if it had none) and gets no gradient.
 

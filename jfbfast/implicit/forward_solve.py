@@ -98,9 +98,8 @@ class ForwardSolve(NamedTuple):
 
     @contextmanager
     def _held_still(self, device: torch.device) -> Iterator[None]:
-        module = self.implicit.module
-        weights = self.implicit.weights
-        with frozen(module), precision_for(self.solver.tol, device), materialised_weights(module, weights):
+        modules, weights = self.implicit.modules, self.implicit.weights
+        with frozen(modules), precision_for(self.solver.tol, device), materialised_weights(modules, weights):
             yield
         torch.clear_autocast_cache()  # else torch up to 2.12 reuses the solve's casts, which have no gradient
 

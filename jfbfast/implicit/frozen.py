@@ -6,14 +6,15 @@ norms. What a training forward changes happens here, once: one power iteration b
 running statistics at the fixed point. Buffers are replaced and never written over, because the graph of an earlier
 forward may still need the old ones.
 
-Threads: in eval() nothing of a module is changed, so that threads may solve with it at the same time. A module in
-train() belongs to one thread at a time.
+Threads: in eval() nothing of a module is changed but what each thread fixes for itself, so that threads may solve with
+it, and one may differentiate it, at the same time. A module in train() belongs to one thread at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from jfbfast import buffers
 
 Item = TypeVar("Item")
+Modules = nn.Module | list[nn.Module] | None  # a module, or all modules in it
 
 
 class NormalisedConv2d(nn.Conv2d):
@@ -44,7 +46,8 @@ class NormalisedConv2d(nn.Conv2d):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._materialised: tuple[Tensor, Tensor] | None = None  # the weight, and the quotient that stands for it
+        # The weight, the quotient that stands for it, and the thread for which it does.
+        self._materialised: tuple[Tensor, Tensor, int] | None = None
 
     def normalised_weight(self) -> Tensor:
         """The weight divided by its norm, differentiable in W."""
@@ -64,19 +67,13 @@ class NormalisedConv2d(nn.Conv2d):
         for conv in convolutions:
             conv.power_iteration()
 
-    @torch.no_grad()
-    def materialise(self) -> None:
-        """Fix the weight as it is now, without gradients, until `release`."""
-        self._materialised = self.weight, self.normalised_weight()
-
-    def release(self) -> None:
-        """Undo `materialise`."""
-        self._materialised = None
-
     def current_weight(self) -> Tensor:
-        """The weight that is fixed, or else a newly computed one: also if W has been replaced since."""
-        fixed = self._materialised  # read once: another thread may release it
-        return fixed[1] if fixed is not None and fixed[0] is self.weight else self.normalised_weight()
+        """The weight that this thread has fixed, or else a newly computed one: also if W has been replaced since."""
+        fixed = self._materialised  # read once: another thread may fix its own, which may have no gradient
+        if fixed is None or fixed[0] is not self.weight:
+            return self.normalised_weight()
+        own = torch.compiler.is_compiling() or fixed[2] == get_ident()
+        return fixed[1] if own else self.normalised_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._materialised is None:
@@ -90,19 +87,25 @@ def owner(layer: Callable[..., Tensor]) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def submodules(module: nn.Module | None) -> list[nn.Module]:
-    """`module.modules()` as a list, and empty for None; without torch's generators, which cost more than a solver."""
+def submodules(module: Modules) -> list[nn.Module]:
+    """`module.modules()` as a list, and empty for None; without torch's generators, which cost more than a solver.
+
+    Such a list is returned as it is: one forward makes it once.
+    """
+    if isinstance(module, list):
+        return module
     found: dict[nn.Module, None] = {}
     left = [module]
     while left:
         each = left.pop()
         if each is not None and each not in found:
             found[each] = None
-            left.extend([*each._modules.values()][::-1])
+            if each._modules:
+                left.extend([*each._modules.values()][::-1])
     return list(found)
 
 
-def parameters_of(module: nn.Module | None) -> list[nn.Parameter]:
+def parameters_of(module: Modules) -> list[nn.Parameter]:
     """The parameters of a module and its submodules, in the order of `module.parameters()`; empty for None."""
     return [p for m in submodules(module) for p in m._parameters.values() if p is not None]
 
@@ -115,7 +118,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list
     return list(groups.values())
 
 
-def _in_training(module: nn.Module | None) -> list[nn.Module]:
+def _in_training(module: Modules) -> list[nn.Module]:
     return [m for m in submodules(module) if getattr(m, "training", False)]  # torch.jit.freeze takes it away
 
 
@@ -145,7 +148,7 @@ def assigned(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(module: nn.Module | None) -> Iterator[None]:
+def frozen(module: Modules) -> Iterator[None]:
     """``module`` in eval() within the context; the modes come back after it.
 
     An instance norm in train() continues to normalise by each sample's own statistics, which couples no samples.
@@ -155,11 +158,20 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
         yield
         return
     instance_norms = [m for m in training if isinstance(m, _InstanceNorm) and m.track_running_stats]
+    # Assigned to their dictionaries, since torch's own __setattr__ costs more than the rest of a solve.
+    plain = [m.__dict__ for m in training if type(m).__setattr__ is _SETATTR]
+    others = [m for m in training if type(m).__setattr__ is not _SETATTR]
     with ExitStack() as stack:
         for name, value in (("track_running_stats", False), ("running_mean", None), ("running_var", None)):
             stack.enter_context(assigned(instance_norms, name, value))
-        stack.enter_context(assigned(training, "training", False))
-        yield
+        stack.enter_context(assigned(others, "training", False))
+        try:
+            for attributes in plain:
+                attributes["training"] = False
+            yield
+        finally:
+            for attributes in plain:
+                attributes["training"] = True
 
 
 @contextmanager
@@ -173,7 +185,7 @@ def _own_parametrization_cache() -> Iterator[None]:
         parametrize._cache = callers if parametrize._cache_enabled else {}
 
 
-def normalised_weights(module: nn.Module | None) -> dict[NormalisedConv2d, Tensor]:
+def normalised_weights(module: Modules) -> dict[NormalisedConv2d, Tensor]:
     """Every normalised weight of a module, differentiable in the weights; those of one class are computed together."""
     found: dict[NormalisedConv2d, Tensor] = {}
     for group in grouped([m for m in submodules(module) if isinstance(m, NormalisedConv2d)], type):
@@ -183,20 +195,18 @@ def normalised_weights(module: nn.Module | None) -> dict[NormalisedConv2d, Tenso
 
 @contextmanager
 def fixed_weights(weights: Mapping[NormalisedConv2d, Tensor]) -> Iterator[None]:
-    """Each convolution has its weight of ``weights`` within the context."""
+    """Each convolution has its weight of ``weights`` within the context, in this thread."""
     try:
         for conv, weight in weights.items():
-            conv._materialised = conv.weight, weight
+            conv._materialised = conv.weight, weight, get_ident()
         yield
     finally:
         for conv in weights:
-            conv.release()
+            conv._materialised = None
 
 
 @contextmanager
-def materialised_weights(
-    module: nn.Module | None, weights: Mapping[NormalisedConv2d, Tensor] | None = None
-) -> Iterator[None]:
+def materialised_weights(module: Modules, weights: Mapping[NormalisedConv2d, Tensor] | None = None) -> Iterator[None]:
     """Compute every normalised and every parametrised weight once within the context, without gradients.
 
     ``weights`` are the `normalised_weights` of the module, if they have been computed.
@@ -210,7 +220,7 @@ def materialised_weights(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def step_spectral_norms(module: nn.Module | None) -> None:
+def step_spectral_norms(module: Modules) -> None:
     """One power iteration of every spectral norm in train(): ours, torch's hook and torch's parametrisation."""
     training = [m for m in _in_training(module) if m._buffers]
     for group in grouped([m for m in training if isinstance(m, NormalisedConv2d)], type):
@@ -267,7 +277,7 @@ class TrainingState:
         ValueError: a SyncBatchNorm in train() in a group of several processes.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: Modules) -> None:
         training = [m for m in _in_training(module) if m._buffers]
         self.norms = [m for m in training if has_running_statistics(m)]
         self.moving = [m for m in self.norms if not (type(m) is nn.BatchNorm2d and m.momentum == 0)]

@@ -3,8 +3,9 @@
 A graph reads and writes fixed addresses. So it has its own x, inputs and copies of the module's parameters and buffers,
 which every solve writes anew. The first graph of a solve also prepares the weights (norms, folded batch norms, layouts)
 from those copies; the others evaluate with what it has prepared. Samples leave the batch by halves, each half with a
-graph of its own. All else that a layer reads is part of the key of its graphs: numbers and strings by value, other
-objects by identity. Such an object must be replaced, and not changed.
+graph of its own. All else that a layer's attributes hold is part of the key of its graphs: numbers, strings, arrays,
+collections and the attributes of objects by value; functions, and what has no attributes, by identity. What a layer
+reads elsewhere, such as a global variable, must not change.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +31,7 @@ from jfbfast.solvers.loop import Phase, few_remain
 _MOST_GRAPHS = 4  # of one module; each holds the memory of an evaluation and of the history
 _MOST_CAPTURES = 16  # of one module; more of them, and its attributes change all the time
 _NAME = "_solve_graphs"
-_NOT_IN_KEY = {"_parameters", "_buffers", "_modules", "_materialised", "solution", "training", _NAME}
+_NOT_IN_KEY = {*vars(nn.Module()), "_materialised", "solution", _NAME}  # tensors and children are looked at apart
 
 
 class Graphs(OrderedDict[Any, Any]):
@@ -68,7 +71,7 @@ class CapturedLayer:
         Args:
             phase: a phase with this layer.
             solver: the solver, as part of the key.
-            start: makes the state of a solve from the start and the budget (`AndersonCuda`).
+            start: makes the state of a solve from the start and the budget (`AndersonSolve`).
         """
         if len(phase.start) != self.batch or not phase.start.numel():
             return None
@@ -249,12 +252,29 @@ def _fingerprint(module: nn.Module) -> tuple[list[Any], list[Any]]:
         for name, value in vars(m).items():
             if name in _NOT_IN_KEY:
                 continue
-            plain = value is None or isinstance(value, (bool, int, float, str))
-            version = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
-            facts.append((name, type(value), value) if plain else (name, id(value), version))
-            if not plain:
-                objects.append(value)
+            facts.append((name, _fact(value, objects, set())))
     return facts, objects
+
+
+def _fact(value: Any, objects: list[Any], seen: set[int]) -> Any:
+    """A value as part of a key; adds those objects to ``objects`` whose identity it has."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return type(value), value
+    objects.append(value)
+    if id(value) in seen or isinstance(value, (type, ModuleType, FunctionType, nn.Module)):
+        return id(value)
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes()
+    if isinstance(value, dict):
+        held = [(_fact(k, objects, seen), _fact(v, objects, seen)) for k, v in value.items()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        held = [_fact(v, objects, seen) for v in value]
+    else:
+        held = [(k, _fact(v, objects, seen)) for k, v in getattr(value, "__dict__", {}).items()]
+    return id(value), *held
 
 
 def _precision(device: str) -> tuple[Any, ...]:

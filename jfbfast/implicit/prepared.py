@@ -20,11 +20,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from jfbfast.backends.conv3x3 import convolution, transformed_weight, winograd_allowed, worth_transforming
+from jfbfast.backends.fused import Geometry
 from jfbfast.implicit.chains import Step, foldable_pairs, folded, hooked, initialised, steps, weight_of
-from jfbfast.implicit.frozen import grouped, owner, submodules
+from jfbfast.implicit.frozen import Modules, grouped, owner, submodules
 from jfbfast.solvers import Layer
 
-_Arguments = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]  # of conv2d
+_Arguments = tuple[Tensor, Tensor, Tensor | None, Geometry]  # of conv2d
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _EVALUATIONS = 5  # that a solve is expected to take, at least
 
@@ -40,11 +41,15 @@ class _Weight:
 
     def __init__(self, source: Tensor, dtype: torch.dtype, winograd: bool) -> None:
         self.source, self.dtype = source, dtype
+        self.worth: dict[torch.Size, bool] = {}  # transforming the weight, by the images' shape
         self.winograd = winograd and source.shape[2:] == (3, 3) and not source.is_cuda
 
     def for_images(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight for images x, and the same as Winograd's convolution takes it where that is faster in a solve."""
-        if self.winograd and worth_transforming(self.source, x, self.dtype, _EVALUATIONS):
+        worth = self.winograd and self.worth.get(x.shape)
+        if worth is None:
+            worth = self.worth[x.shape] = worth_transforming(self.source, x, self.dtype, _EVALUATIONS)
+        if worth:
             return self.source if self.dtype == self.source.dtype else self.value, self.transformed
         return self.value, None
 
@@ -81,7 +86,7 @@ class Convolutions(TorchFunctionMode):
         folded: whether all batch norms are folded that can be.
     """
 
-    def __init__(self, tol: float, module: nn.Module | None = None, fold: bool = True) -> None:
+    def __init__(self, tol: float, module: Modules = None, fold: bool = True) -> None:
         super().__init__()
         self.winograd = winograd_allowed(tol)
         self.weights: dict[int, _Weight] = {}  # by the id of their source tensor
@@ -140,11 +145,11 @@ class Convolutions(TorchFunctionMode):
         known, relu, addend = self.weights.get(id(weight)), False, None
         if known:
             relu, self.relu, addend, self.addend = self.relu, False, self.addend, None
-        return self._convolve(known, (input, weight, bias, stride, padding, dilation, groups), relu, addend)
+        return self._convolve(known, (input, weight, bias, Geometry(stride, padding, dilation, groups)), relu, addend)
 
     def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
         transformed = known.taken() if known else None
-        return convolution(*given, relu, self.winograd, transformed, addend)
+        return convolution(*given, relu=relu, winograd=self.winograd, transformed=transformed, addend=addend)
 
     def run(self, steps: list[Step], input: Any, addend: Tensor | None = None) -> Any:
         """Apply the steps of a Sequential, and add the addend to what the last one returns."""
@@ -224,15 +229,15 @@ class _SolveConvolutions(Convolutions):
     def _convolve(self, known: _Weight | None, given: _Arguments, relu: bool, addend: Tensor | None) -> Tensor:
         if known is None:
             return super()._convolve(known, given, relu, addend)
-        input, _, bias, stride, padding, dilation, groups = given
+        input, _, bias, geometry = given
         weight, transformed = known.for_images(input)
         layout = torch.channels_last if input.dim() == 4 else torch.preserve_format
         input = input.to(weight.dtype, memory_format=layout)
         bias = None if bias is None else bias.to(weight.dtype)
         changed = self.dtype not in (None, weight.dtype)  # by the autocast
         with torch.autocast(input.device.type, enabled=False) if changed else _NOTHING:
-            given = input, weight, bias, stride, padding, dilation, groups
-            return convolution(*given, relu, transformed is not None, transformed, addend)
+            plan: Any = {"winograd": transformed is not None, "transformed": transformed}
+            return convolution(input, weight, bias, geometry, relu=relu, addend=addend, **plan)
 
 
 class _Thread(local):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from jfbfast.models.data_step import data_step, inputs_of_step, tikhonov_start
 from jfbfast.models.deprox import check_denoiser, denoised, solvable
 from jfbfast.models.implicit_network import ImplicitNetwork
-from jfbfast.models.red import log_parameter
+from jfbfast.models.red import ToldNoise, log_parameter
 from jfbfast.operators.data_fidelity import as_data_fidelity, check_quadratic
 from jfbfast.operators.iterative import LinearOperator
 
 
-class DEADMM(ImplicitNetwork):
+class DEADMM(ToldNoise, ImplicitNetwork):
     """The fixed point of ADMM with a trained network D (Gilton, Ongie, Willett, 2021, DE-ADMM).
 
     ADMM alternates z = P(Aᵀd + λ(x − u)), x = D(z + u) and u ← u + z − x, with P = (AᵀA + λI)⁻¹. The single state
@@ -30,6 +30,8 @@ class DEADMM(ImplicitNetwork):
         denoiser: D, a map of images to images of the same shape, without an injection.
         data_fidelity: f, as in `DEGrad`: None for `LeastSquares`, or `WeightedLeastSquares`.
         weight: λ > 0, the start of a learnable parameter.
+        noise, learn_noise: σ > 0 that D(x, σ) is told, in the units of the images, as in `RED`; None for a D that takes
+            images only.
         options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
@@ -53,13 +55,16 @@ class DEADMM(ImplicitNetwork):
         *,
         data_fidelity: Any = None,
         weight: float = 0.05,
+        noise: float | None = None,
+        learn_noise: bool = False,
         **options: Any,
     ) -> None:
         check_denoiser(denoiser)
         fidelity = as_data_fidelity(data_fidelity)
         check_quadratic("DE-ADMM", fidelity)
         super().__init__(solvable("blur", blur), **options)
-        self.denoiser: Any = denoiser
+        self.denoiser = denoiser
+        self.set_noise(noise, learn_noise)
         self.data_fidelity = fidelity
         self.log_weight = log_parameter("weight", weight)
 
@@ -75,7 +80,7 @@ class DEADMM(ImplicitNetwork):
     def step(self, x: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """T(v; d) for the states v and the measurements d of one batch; ``injected`` is what `injected` returned."""
         z = self.image(x, d, *injected)
-        return x + denoised(self.denoiser, 2 * z - x) - z
+        return x + denoised(self, 2 * z - x) - z
 
     def image(self, state: Tensor, d: Tensor, *injected: Tensor) -> Tensor:
         """z = P(Aᵀd + λv), the image of the state v."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from jfbfast.models.data_step import data_step, inputs_of_step, tikhonov_start
 from jfbfast.models.implicit_network import ImplicitNetwork, check_operator
-from jfbfast.models.red import log_parameter
+from jfbfast.models.red import ToldNoise, log_parameter
 from jfbfast.operators.data_fidelity import as_data_fidelity, check_quadratic
 from jfbfast.operators.iterative import LinearOperator, linear_operator, with_solve
 
 
-class DEProx(ImplicitNetwork):
+class DEProx(ToldNoise, ImplicitNetwork):
     """The fixed point of T(x) = D(x − ηAᵀ(A x − d)), with a trained network D (Gilton, Ongie, Willett, 2021, DE-PROX).
 
     With ``preconditioner="exact"`` the step on the data is its proximal operator, T(x) = D(P(Aᵀd + λx)) with
@@ -27,6 +27,8 @@ class DEProx(ImplicitNetwork):
         step_size: η > 0, the start of a learnable parameter; the preconditioned layer has none.
         preconditioner: None, or "exact".
         weight: λ > 0 of the preconditioned layer, the start of a learnable parameter; None for 0.05.
+        noise, learn_noise: σ > 0 that D(x, σ) is told, in the units of the images, as in `RED`; None for a D that takes
+            images only.
         options: averaging, solver, gradient, solve_dtype, compile_solve and cuda_graph of `DEGrad`.
 
     Raises:
@@ -52,6 +54,8 @@ class DEProx(ImplicitNetwork):
         step_size: float = 1.0,
         preconditioner: Literal["exact"] | None = None,
         weight: float | None = None,
+        noise: float | None = None,
+        learn_noise: bool = False,
         **options: Any,
     ) -> None:
         if preconditioner not in (None, "exact"):
@@ -65,7 +69,8 @@ class DEProx(ImplicitNetwork):
         if preconditioner:
             check_quadratic("the preconditioned layer", fidelity)
         super().__init__(solvable("blur", blur) if preconditioner else blur, **options)
-        self.denoiser: Any = denoiser
+        self.denoiser = denoiser
+        self.set_noise(noise, learn_noise)
         self.data_fidelity = fidelity
         self.preconditioner = preconditioner
         self.log_step_size = None if preconditioner else log_parameter("step_size", step_size)
@@ -89,8 +94,8 @@ class DEProx(ImplicitNetwork):
         """T(x; d) for the images x and the measurements d of one batch; ``injected`` is what `injected` returned."""
         own = injected or self.injected(d)
         if self.step_size is None:
-            return denoised(self.denoiser, data_step(self, x, d, own))
-        return denoised(self.denoiser, self.data_fidelity.descend(self.blur, x, d, None, self.step_size, *own))
+            return denoised(self, data_step(self, x, d, own))
+        return denoised(self, self.data_fidelity.descend(self.blur, x, d, None, self.step_size, *own))
 
     @torch.no_grad()
     def start(self, d: Tensor, *injected: Tensor) -> Tensor:
@@ -113,9 +118,9 @@ def check_denoiser(denoiser: Any) -> None:
         raise ValueError(f"denoiser is a {kind} with injection, which takes two images; this layer gives it one")
 
 
-def denoised(denoiser: Any, x: Tensor) -> Tensor:
-    """D(x), in the shape and dtype of x; raises ValueError for a denoiser that changes the shape."""
-    out = denoiser(x)
+def denoised(network: ToldNoise, x: Tensor) -> Tensor:
+    """D(x), or D(x, σ), in the shape and dtype of x; raises ValueError for a denoiser that changes the shape."""
+    out: Tensor = network.denoiser(x, *network.told(x))
     if out.shape != x.shape:
         raise ValueError(
             f"denoiser maps shape {tuple(x.shape)} to {tuple(out.shape)}; it takes one that keeps the shape"

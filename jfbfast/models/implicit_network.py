@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from jfbfast import checks
 from jfbfast.backends.tensors import per_sample
@@ -23,7 +23,7 @@ from jfbfast.models.sharing import Shared
 from jfbfast.operators.blur import SeparableBlur
 from jfbfast.operators.convolution import Blur
 from jfbfast.operators.iterative import linear_operator, with_solve
-from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver
+from jfbfast.solvers import Anderson, FixedPointSolution, FixedPointSolver, Status
 from jfbfast.solvers.base import checked_solver
 from jfbfast.spectrum import optimal_averaging, ritz_values
 
@@ -79,28 +79,11 @@ class ImplicitNetwork(Shared, nn.Module):
     later_options = _OPTIONS
     card_tags = ("deblurring", "deep-equilibrium")
 
-    def __init__(
-        self,
-        blur: Any,
-        *,
-        averaging: float | Literal["auto"] = 1.0,
-        solver: FixedPointSolver | None = None,
-        gradient: str | GradientMethod = "jfb",
-        solve_dtype: torch.dtype | None = None,
-        compile_solve: bool = False,
-        cuda_graph: bool = False,
-    ) -> None:
+    def __init__(self, blur: Any, **options: Any) -> None:
         super().__init__()
         self.blur: Any = None if blur is None else linear_operator("blur", blur)
         self.averaging: float | Tensor
-        self.set_options(
-            averaging=averaging,
-            solver=solver,
-            gradient=gradient,
-            solve_dtype=solve_dtype,
-            compile_solve=compile_solve,
-            cuda_graph=cuda_graph,
-        )
+        self.set_options(**options)
         self.solution = None
         self.register_state_dict_post_hook(record_operator)
         self.register_load_state_dict_pre_hook(keep_operator)
@@ -277,7 +260,18 @@ class ImplicitNetwork(Shared, nn.Module):
             compile_solve=self.compile_solve,
             cuda_graph=self.cuda_graph,
         )
-        return self.image(state, d, *injected), solution
+        return self._image(state, d, injected, solution), solution
+
+    def _image(self, state: Tensor, d: Tensor, injected: tuple[Tensor, ...], solution: FixedPointSolution) -> Tensor:
+        """`image`; diverged samples get no gradient, which 0 times what was computed of NaN would make NaN."""
+        diverged = solution.status == Status.DIVERGED
+        own = type(self).image is not ImplicitNetwork.image
+        if not (own and torch.is_grad_enabled() and bool(diverged.any())):
+            return self.image(state, d, *injected)
+        with torch.no_grad():
+            whole = self.image(state, d, *injected)
+        arguments = tree_map(lambda t: torch.where(per_sample(diverged, t), 0, t), (state, d, *injected))
+        return torch.where(per_sample(diverged, whole), whole, self.image(*arguments))
 
     def _usable_injected(self, d: Tensor) -> tuple[Tensor, ...]:
         """`injected`; a sample of d that is not finite injects NaN without a gradient.

@@ -18,7 +18,41 @@ def log_parameter(name: str, value: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(math.log(value)))
 
 
-class RED(Described, nn.Module):
+class ToldNoise(nn.Module):
+    """A module with a denoiser D that may be told a noise level σ, as D(x, σ)."""
+
+    denoiser: Any
+    _noise: float | None = None  # of modules pickled before there was this option
+    log_noise: nn.Parameter | None
+
+    def set_noise(self, noise: float | None, learn_noise: bool) -> None:
+        """Tell D the noise level σ > 0, the start of a learnable parameter or as it is; None for a D that takes none.
+
+        Raises:
+            ValueError: σ not positive and finite, or ``learn_noise`` without a noise level.
+        """
+        if noise is None and learn_noise:
+            raise ValueError("noise is None; learn_noise takes a positive number to start from")
+        if noise is not None:
+            checks.positive("noise", noise)
+        self._noise = noise
+        self.log_noise = log_parameter("noise", noise) if noise and learn_noise else None
+
+    @property
+    def noise(self) -> float | Tensor | None:
+        """The σ that D is told, a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
+        learnt = getattr(self, "log_noise", None)
+        return self._noise if learnt is None else learnt.exp()
+
+    def told(self, x: Tensor) -> tuple[Any, ...]:
+        """What D takes besides the images x (B, …): (σ,), or ()."""
+        noise = self.noise
+        if isinstance(noise, Tensor):
+            return (noise.to(x.dtype).expand(x.shape[0]),)  # deepinv takes (B,)
+        return () if noise is None else (noise,)
+
+
+class RED(Described, ToldNoise):
     """Regularisation by denoising (Romano, Elad, Milanfar, 2017): R(x) = λ(x − D(W x)), or R(x; d) = λ(x − D(W x, z)).
 
     W is the identity, or with ``filter_damping`` the Tikhonov filter AᵀA(AᵀA + δI)⁻¹ of the operator A, so
@@ -74,12 +108,7 @@ class RED(Described, nn.Module):
         self.injection = bool(own)
         if noise is not None and self.injection:
             raise ValueError(f"noise is {noise}; a denoiser with injection takes None")
-        if noise is None and learn_noise:
-            raise ValueError("noise is None; learn_noise takes a positive number to start from")
-        if noise is not None:
-            checks.positive("noise", noise)
-        self._noise = noise
-        self.log_noise: nn.Parameter | None = log_parameter("noise", noise) if noise and learn_noise else None
+        self.set_noise(noise, learn_noise)
         self.log_filter_damping: nn.Parameter | None = None
         if isinstance(filter_damping, str):
             if filter_damping != "weight":
@@ -98,11 +127,6 @@ class RED(Described, nn.Module):
         if not self.filtered:
             return None
         return self.weight if self.log_filter_damping is None else self.log_filter_damping.exp()
-
-    @property
-    def noise(self) -> float | Tensor | None:
-        """The σ that D is told, a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
-        return self._noise if self.log_noise is None else self.log_noise.exp()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -178,8 +202,4 @@ class RED(Described, nn.Module):
 
     def denoise(self, seen: Tensor, x: Tensor, *injected: Tensor) -> Tensor:
         """Apply D to W x, and to z with an injection or to σ with a noise level; subclasses may use x as well."""
-        noise = self.noise
-        if noise is not None:
-            each = noise.to(x.dtype).expand(x.shape[0]) if isinstance(noise, Tensor) else noise  # deepinv takes (B,)
-            return self.denoiser(seen, each)
-        return self.denoiser(seen, *injected)
+        return self.denoiser(seen, *injected, *self.told(x))  # it takes one of both at most

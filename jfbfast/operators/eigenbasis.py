@@ -44,10 +44,10 @@ class SeparableBasis(NamedTuple):
         return inverse.eigenvalues(self.taps, self.shape, compute_dtype(like.dtype), like.device)
 
     def coefficients(self, x: Tensor) -> Tensor:
-        return ops.change_basis(x, False, *self.taps)
+        return ops.changed_basis(x, False, self.taps)
 
     def image(self, coefficients: Tensor) -> Tensor:
-        return ops.change_basis(coefficients, True, *self.taps)
+        return ops.changed_basis(coefficients, True, self.taps)
 
 
 class FourierBasis(NamedTuple):

@@ -70,7 +70,7 @@ class Anderson(FixedPointSolver):
         )
         if hasattr(kernels, "AndersonSolve"):
             by_graphs = getattr(phase.layer, "replayed", None)
-            if by_graphs is not None and hasattr(kernels.AndersonSolve, "restart"):
+            if by_graphs is not None:
                 found = by_graphs(phase, self, partial(self._start, kernels.AndersonSolve, phase))
                 if found is not None:
                     return found

@@ -131,8 +131,8 @@ class FixedPointSolver(ABC):
         rows = (~accepted).nonzero()[:, 0]
         if len(rows) == 0:
             return found
-        coarsely = found.value if found.following is None else found.following
-        start, spent, *inputs_left = (v[rows] for v in (coarsely, found.iterations, *inputs))
+        assert found.following is not None
+        start, spent, *inputs_left = (v[rows] for v in (found.following, found.iterations, *inputs))
         budget = self.max_iter - spent
         shortest, longest = int(budget.min()), int(budget.max())
         phase = Phase(layer, start, tuple(inputs_left), budget, shortest, longest, estimate=estimate, floor=floor)
@@ -140,9 +140,7 @@ class FixedPointSolver(ABC):
         fine = fine._replace(iterations=fine.iterations + spent, coarse_iterations=spent)
         if len(rows) == batch:
             return fine
-        names = ["value", "residual", "iterations", "status"]
-        if found.following is not None:
-            names.append("following")
+        names = ("value", "residual", "iterations", "status", "following")
         return found.replaced(rows, **{name: getattr(fine, name) for name in names})
 
     def _run(self, phase: Phase) -> FixedPointSolution:

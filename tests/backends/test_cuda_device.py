@@ -12,7 +12,7 @@ from torch import Tensor
 
 import jfbfast
 from jfbfast.backends import cuda, dispatch
-from jfbfast.backends.cuda import AndersonCuda
+from jfbfast.backends.cuda import AndersonSolve
 from jfbfast.solvers import loop
 from jfbfast.solvers.loop import Phase
 
@@ -29,7 +29,7 @@ def test_it_says_why_it_is_not_available() -> None:
 
 def test_a_tensor_on_the_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(2, 8\) .* on cpu"):
-        AndersonCuda(torch.zeros(2, 8), tol=1e-3)
+        AndersonSolve(torch.zeros(2, 8), tol=1e-3)
 
 
 def test_the_constants_of_the_kernels_are_those_of_python(emulated_module: ModuleType) -> None:
@@ -84,7 +84,7 @@ class Contraction:
 
 def solve(problem: Contraction, history: torch.dtype | None = None, tol: float = 1e-5) -> tuple[Tensor, ...]:
     x = problem.start.clone()
-    state = AndersonCuda(x, tol=tol, history_dtype=history)
+    state = AndersonSolve(x, tol=tol, history_dtype=history)
     for _ in range(STEPS):
         state.step(x, problem(x))
     return state.finish()
@@ -133,7 +133,7 @@ def test_a_captured_step_replays(dtype: torch.dtype, history: torch.dtype | None
     problem = Contraction(4, 3000, dtype, "cuda")
     expected = solve(problem, history)
     x = problem.start.clone()
-    state = AndersonCuda(x, tol=1e-5, history_dtype=history)
+    state = AndersonSolve(x, tol=1e-5, history_dtype=history)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -152,7 +152,7 @@ def test_samples_can_leave_the_batch(device: str) -> None:
     problem.q[::2] *= 0.1  # these are done sooner
     expected = solve(problem)
     x, rows = problem.start.clone(), torch.arange(6, device=device)
-    state = AndersonCuda(x, tol=1e-5)
+    state = AndersonSolve(x, tol=1e-5)
     batches = []
     for _ in range(STEPS):
         running = state.running()
@@ -179,7 +179,7 @@ def test_a_nan_stays_in_its_sample(device: str) -> None:
 def test_a_sample_that_has_spent_its_budget_keeps_its_best_iterate(device: str) -> None:
     problem = Contraction(3, 50, torch.float32, device)
     x, few = problem.start.clone(), 6
-    state = AndersonCuda(x, tol=0, budget=torch.tensor([50, few, 50], device=device))
+    state = AndersonSolve(x, tol=0, budget=torch.tensor([50, few, 50], device=device))
     for _ in range(few):
         state.step(x, problem(x))
     stopped = x[1].clone()
@@ -302,7 +302,7 @@ def test_an_estimate_takes_the_shared_loop(device: str) -> None:
 def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
     for shape in ((0, 5), (2, 0)):
         x = torch.zeros(shape, device=device)
-        state = AndersonCuda(x, tol=1e-3, history_dtype=history)
+        state = AndersonSolve(x, tol=1e-3, history_dtype=history)
         state.step(x, x)
         value, *_ = state.finish()
         assert value.shape == shape
@@ -310,7 +310,7 @@ def test_an_empty_batch(device: str, history: torch.dtype | None) -> None:
 
 def test_a_pair_of_another_shape_or_layout_is_refused(device: str) -> None:
     x = torch.zeros(2, 3, device=device)
-    state = AndersonCuda(x, tol=1e-3)
+    state = AndersonSolve(x, tol=1e-3)
     with pytest.raises(ValueError, match=r"f has \(shape, dtype, device\) \(\(2, 4\)"):
         state.step(x, torch.zeros(2, 4, device=device))
     with pytest.raises(ValueError, match="x has strides"):

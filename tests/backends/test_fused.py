@@ -11,6 +11,9 @@ from torch import Tensor
 
 import jfbfast
 from jfbfast.backends import conv3x3, fused
+from jfbfast.backends.fused import Geometry
+
+PADDED = Geometry(padding=1)
 
 
 class CuDNN:
@@ -55,21 +58,21 @@ def test_it_is_the_convolution_and_what_follows(
 ) -> None:
     x, weight, bias = made(dtype, groups)
     given = bias if with_bias else None
-    geometry = (stride, padding, dilation, groups)
+    geometry = Geometry(stride, padding, dilation, groups)
     plain = torch.conv2d(x, weight, given, *geometry)
     tolerance = 4 * torch.finfo(dtype).eps
     for relu, addend in ((True, None), (False, plain.cos()), (False, None)):
         expected = plain if addend is None else plain + addend
         expected = expected.relu() if relu else expected
         for _ in range(2):
-            found = fused.convolution(x, weight, given, *geometry, relu, addend)
+            found = fused.convolution(x, weight, given, geometry, relu, addend)
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * 8)
     assert cudnn.calls == (3 if with_bias else 0)  # the comparison, and two results
 
 
 def test_cudnn_gets_pairs(cudnn: CuDNN) -> None:
     x, weight, bias = made()
-    fused.convolution(x, weight, bias, 1, [1, 1], 1, 1, True)
+    fused.convolution(x, weight, bias, Geometry(1, [1, 1]), True)
     assert cudnn.arguments[-1][3:] == ((1, 1), (1, 1), (1, 1), 1)
 
 
@@ -91,7 +94,7 @@ def test_what_fails_is_computed_separately_and_told(cudnn: CuDNN, reason: str) -
     x, weight, bias = made()
     expected = torch.conv2d(x, weight, bias, padding=1).relu()
     for _ in range(3):
-        found = fused.convolution(x, weight, bias, 1, 1, 1, 1, True)
+        found = fused.convolution(x, weight, bias, PADDED, True)
         torch.testing.assert_close(found, expected)
     assert cudnn.calls == 1
     assert f"used for 0 kinds of convolutions so far; not for others: {reason}" in fused.describe()
@@ -101,31 +104,31 @@ def test_each_kind_is_compared_once_and_none_during_a_capture(cudnn: CuDNN, monk
     x, weight, bias = made()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        fused.convolution(x, weight, bias, 1, 1, 1, 1, True)
+        fused.convolution(x, weight, bias, PADDED, True)
     assert cudnn.calls == 0
     for image in (x, x[:1], x.contiguous(), x):
-        fused.convolution(image, weight, bias, 1, 1, 1, 1, True)
+        fused.convolution(image, weight, bias, PADDED, True)
     assert cudnn.calls == 7
     assert "used for 3 kinds" in fused.describe()
 
 
 def test_it_serves_no_gradients_and_no_mixed_dtypes(cudnn: CuDNN) -> None:
     x, weight, bias = made()
-    assert fused.serves(x, weight, bias, 1)
-    assert not fused.serves(x, weight.bfloat16(), bias, 1)
-    assert not fused.serves(x, weight, bias, 1, x.double())
-    assert not fused.serves(x, weight, bias, "same")
-    assert not fused.serves(x[:0], weight, bias, 1)
+    assert fused.serves(x, weight, bias, PADDED)
+    assert not fused.serves(x, weight.bfloat16(), bias, PADDED)
+    assert not fused.serves(x, weight, bias, PADDED, x.double())
+    assert not fused.serves(x, weight, bias, Geometry(padding="same"))
+    assert not fused.serves(x[:0], weight, bias, PADDED)
     weight.requires_grad_()
-    assert not fused.serves(x, weight, bias, 1)
+    assert not fused.serves(x, weight, bias, PADDED)
     with torch.no_grad():
-        assert fused.serves(x, weight, bias, 1)
+        assert fused.serves(x, weight, bias, PADDED)
 
 
 def test_an_addend_of_another_shape_is_refused(cudnn: CuDNN) -> None:
     x, weight, bias = made()
     with pytest.raises(ValueError, match=r"addend has shape \(1, 6, 1, 1\)"):
-        fused.convolution(x, weight, bias, 1, 1, 1, 1, False, torch.zeros(1, 6, 1, 1))
+        fused.convolution(x, weight, bias, PADDED, False, torch.zeros(1, 6, 1, 1))
 
 
 def test_a_solve_uses_it_for_relus_and_residual_blocks(cudnn: CuDNN, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +152,16 @@ def test_a_solve_uses_it_for_relus_and_residual_blocks(cudnn: CuDNN, monkeypatch
     assert cudnn.calls == 11  # two kinds compared; each block's first convolution
 
 
+def test_the_reference_backend_fuses_nothing(cudnn: CuDNN) -> None:
+    x, weight, bias = made()
+    expected = torch.conv2d(x, weight, bias, padding=1).relu()
+    with jfbfast.backend("reference"):
+        assert not conv3x3._onednn_fuses_relu(x, weight, bias, PADDED)
+        torch.testing.assert_close(conv3x3.convolution(x, weight, bias, PADDED, relu=True), expected)
+    assert cudnn.calls == 0
+    assert fused.serves(x, weight, bias, PADDED) and conv3x3._onednn_fuses_relu(x, weight, bias, PADDED)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -169,5 +182,5 @@ def test_on_a_gpu_what_is_used_is_right(
         expected = exact.relu() if addend is None else exact + addend.double().cpu()
         for _ in range(3):
             torch.full(exact.shape, torch.nan, device="cuda", dtype=dtype)
-            found = fused.convolution(x, weight, bias, 1, 1, 1, 1, relu, addend)
+            found = fused.convolution(x, weight, bias, PADDED, relu, addend)
             torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=tolerance)

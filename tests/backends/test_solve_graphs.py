@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def made(monkeypatch: pytest.MonkeyPatch, emulated_module: ModuleType) -> Iterat
     """The graphs that were made, where the CPU takes itself for a GPU."""
     recording: list[Recorded] = []
     found: list[Recorded] = []
-    empty, rule, step = torch.empty, dispatch.kernels, cuda.AndersonCuda.step
+    empty, rule, step = torch.empty, dispatch.kernels, cuda.AndersonSolve.step
 
     def new_graph() -> Recorded:
         found.append(Recorded())
@@ -83,7 +84,7 @@ def made(monkeypatch: pytest.MonkeyPatch, emulated_module: ModuleType) -> Iterat
         finally:
             recording.pop()
 
-    def recorded_step(self: cuda.AndersonCuda, x: Tensor, f: Tensor) -> Tensor:
+    def recorded_step(self: cuda.AndersonSolve, x: Tensor, f: Tensor) -> Tensor:
         assert f.is_contiguous()
         if recording:
             rows = self._rows
@@ -107,7 +108,6 @@ def made(monkeypatch: pytest.MonkeyPatch, emulated_module: ModuleType) -> Iterat
     patch(torch.cuda, "CUDAGraph", new_graph)
     patch(torch.cuda, "graph", capture)
     patch(torch.cuda, "graph_pool_handle", lambda: None)
-    patch(cuda.AndersonCuda, "step", recorded_step)
     patch(cuda.AndersonSolve, "step", recorded_step)
     gpu = torch.device("cuda", 0)
     patch(dispatch, "kernels", lambda device, op, **facts: rule(gpu if "solve" in op else device, op, **facts))
@@ -271,6 +271,31 @@ def test_a_layer_whose_attributes_always_change_is_captured_sixteen_times(made: 
         torch.testing.assert_close(solved(layer, d), 2 * d, rtol=1e-2, atol=1e-2)
     assert len(made) == 32
     assert "captured 16 times" in graphs.describe()
+
+
+class Scales(nn.Module):
+    """A layer with a number in a list, in an array and in an object, any of which may be changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+        self.listed, self.array, self.held = {"scales": [0.5]}, np.ones(1), SimpleNamespace(scale=1.0)
+
+    def forward(self, x: Tensor, d: Tensor) -> Tensor:
+        return x * self.weight * self.listed["scales"][0] * float(self.array[0]) * self.held.scale + d
+
+
+def test_an_attribute_that_is_changed_in_place_is_seen(made: list[Recorded]) -> None:
+    layer, d = Scales(), torch.ones(1, 3)
+    solved(layer, d)
+    torch.testing.assert_close(solved(layer, d), 2 * d, rtol=1e-2, atol=1e-2)
+    assert len(made) == 2  # the first evaluation, and the others
+    layer.listed["scales"][0] = 0.25
+    torch.testing.assert_close(solved(layer, d), d / 0.75, rtol=1e-2, atol=1e-2)
+    layer.array[0] = 2
+    torch.testing.assert_close(solved(layer, d), 2 * d, rtol=1e-2, atol=1e-2)
+    layer.held.scale = -1.0
+    torch.testing.assert_close(solved(layer, d), d / 1.5, rtol=1e-2, atol=1e-2)
 
 
 def test_what_cannot_be_captured_is_refused() -> None:

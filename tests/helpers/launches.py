@@ -142,7 +142,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[Launches]
             return reference
         return rule(torch.device("cuda", 0) if "solve" in op else device, op, **facts)
 
-    class Anderson(cuda.AndersonCuda):
+    class Anderson(cuda.AndersonSolve):
         def step(self, x: Tensor, f: Tensor) -> Tensor:
             with counter.within("Anderson"):
                 counter.add("step", 3)

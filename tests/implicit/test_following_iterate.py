@@ -1,6 +1,7 @@
 """The application that carries the gradient is taken one step beyond the solve, and measures the solution there."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,43 @@ def test_a_wrong_result_of_low_precision_is_continued_in_full_precision(monkeypa
     torch.testing.assert_close(solution.residual, (out - solution.value).norm(dim=1) / out.norm(dim=1))
     if converged:
         torch.testing.assert_close(out, 2 * d, rtol=2e-4, atol=0)
+
+
+class Whole(nn.Module):
+    """½x + d, with an operator that may hold something of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.operator = SimpleNamespace(adjoint=None)
+
+    def forward(self, x, d):
+        return 0.5 * x + d
+
+
+class Other:
+    """A solver of another library, which gives no following iterates."""
+
+    tol, atol, max_iter = 1e-4, 0.0, 60
+
+    def solve(self, layer, x0, inputs=(), **options):
+        return Picard(self.tol, self.max_iter).solve(layer, x0, inputs, **options)._replace(following=None)
+
+
+def test_a_wrong_result_of_another_solver_is_continued_with_the_whole_batch(monkeypatch):
+    """The coarse layer is right for the first of three samples."""
+    d = torch.rand(3, 4, dtype=torch.float64) + 1
+    rates = torch.tensor([[0.5], [0.2], [0.2]], dtype=torch.float64)
+    fine, coarse = Counted(lambda x, d: 0.5 * x + d), Counted(lambda x, d: rates * x + d)
+    monkeypatch.setattr(
+        "jfbfast.implicit.forward_solve.prepared",
+        lambda layer, dtype=None, **_: fine if dtype is None else coarse,
+    )
+    out, solution = solve_fixed_point(
+        Whole(), torch.zeros_like(d), inputs=(d,), solver=Other(), solve_dtype=torch.bfloat16
+    )
+    assert (solution.status == Status.CONVERGED).all() and fine.calls and set(fine.batches) == {3}
+    assert (solution.iterations > solution.coarse_iterations).tolist() == [False, True, True]
+    torch.testing.assert_close(out, 2 * d, rtol=2e-4, atol=0)
 
 
 class Scaled(nn.Module):

@@ -14,6 +14,7 @@ import jfbfast
 from helpers.models import networks
 from jfbfast import DnCNN, UNet
 from jfbfast.backends.conv3x3 import _onednn_fuses_relu
+from jfbfast.backends.fused import Geometry
 from jfbfast.implicit.prepared import _solve_convolutions, prepared
 from jfbfast.models.denoisers import SpectralNormConv2d
 
@@ -117,7 +118,7 @@ def test_no_relu_is_fused_in_bfloat16_where_onednn_has_none(monkeypatch):
     x = torch.randn(1, 2, 8, 8)
     with torch.no_grad():
         low = x.bfloat16()
-        assert _onednn_fuses_relu(x, x, None, 0) and not _onednn_fuses_relu(low, low, None, 0)
+        assert _onednn_fuses_relu(x, x, None, Geometry()) and not _onednn_fuses_relu(low, low, None, Geometry())
 
 
 def test_low_precision_keeps_the_first_and_the_last_convolution_in_float32():

@@ -203,3 +203,20 @@ def test_torch_computes_the_convolutions_within_transforms_of_torch_func() -> No
         cotangent = torch.func.grad(lambda t: convolved(t).square().sum())(x)
     torch.testing.assert_close(tangent, convolved(x))
     torch.testing.assert_close(cotangent, torch.func.grad(lambda t: convolved(t).square().sum())(x))
+
+
+def test_winograd_within_the_context_can_be_differentiated_twice() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Softplus(), nn.Conv2d(16, 3, 3, padding=1)).eval()
+
+    def penalty(context: AbstractContextManager[object]) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8).requires_grad_()
+        net.zero_grad()
+        with context:
+            (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return [gradient.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+    expected, found = penalty(nullcontext()), penalty(Convolutions(1e-3))
+    assert len(found) == 5
+    for got, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()))

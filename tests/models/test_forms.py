@@ -209,3 +209,51 @@ def test_a_form_takes_the_physics_of_each_call_and_weights_of_each_sample(form):
         model.data_fidelity.weights = weights[i]
         alone = model(physics(x)[i : i + 1], dinv.physics.Inpainting((1, 8, 8), mask=masks[i : i + 1]))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("gradient", ["jfb", "implicit"])
+@pytest.mark.parametrize("make", [DEProx, DEADMM])
+def test_a_sample_that_is_not_finite_gives_a_form_no_gradient(make, gradient):
+    options = {"preconditioner": "exact"} if make is DEProx else {}
+    model, d = make(GaussianBlur(), NonexpansiveDenoiser(1, 4, 2), gradient=gradient, **options), torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        expected = model(d[:2])
+    model(d[:2]).square().sum().backward()
+    alone = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    d[2, 0, 0, 0] = torch.nan
+    with pytest.warns(jfbfast.ConvergenceWarning):
+        restored = model(d)
+    restored.square().sum().backward()
+    assert model.solution.status[2] == jfbfast.Status.DIVERGED and restored[2].isnan().any()
+    torch.testing.assert_close(restored[:2].detach(), expected, rtol=1e-4, atol=1e-5)
+    for parameter, grad in zip(model.parameters(), alone, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-4)
+
+
+class Shrinks(nn.Module):
+    """D(x, σ) = x/(1 + σ)."""
+
+    def forward(self, x, noise):
+        noise = torch.as_tensor(noise, dtype=x.dtype)
+        return x / (1 + noise.view(-1, *[1] * (x.dim() - 1)))
+
+
+@pytest.mark.parametrize("make", [DEProx, DEADMM])
+def test_a_form_tells_its_denoiser_a_noise_level(make):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x / 1.2
+
+    d = torch.rand(2, 1, 8, 8)
+    expected = make(GaussianBlur(), Fixed())(d)
+    told, learning = (make(GaussianBlur(), Shrinks(), noise=0.2, learn_noise=learn) for learn in (False, True))
+    torch.testing.assert_close(told(d), expected)
+    torch.testing.assert_close(learning(d), expected)
+    learning(d).sum().backward()
+    assert learning.log_noise.grad.isfinite() and learning.log_noise.grad != 0
+    assert told.noise == 0.2 and "log_noise" not in told.state_dict()
+    with pytest.raises(ValueError, match="noise is -1"):
+        make(GaussianBlur(), Shrinks(), noise=-1.0)
+    with pytest.raises(ValueError, match="noise is None; learn_noise"):
+        make(GaussianBlur(), Shrinks(), learn_noise=True)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
 
-from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, NonexpansiveDenoiser, Status
+from jfbfast import RED, Anderson, DEGrad, DnCNN, GaussianBlur, NonexpansiveDenoiser, Status, fixed_point
 from jfbfast.implicit.frozen import fixed_weights, materialised_weights, normalised_weights, step_spectral_norms
 from jfbfast.models.lipschitz import MaxMin, NonexpansiveConv2d, SpectralNormConv2d, convolution_norm_bound
 
@@ -168,8 +169,6 @@ def trained(averaging):
 @pytest.mark.parametrize("averaging", [0.5, 1.0])
 def test_the_denoiser_is_nonexpansive_at_every_size(averaging):
     denoiser = trained(averaging)
-    for module in denoiser.layers[::2]:
-        module.materialise()
     norms = []
     for size in ((1, 4), (5, 7), (12, 12), (20, 17)):
         x, y = torch.randn(2, 16, 2, *size, dtype=torch.float64)
@@ -235,3 +234,37 @@ def test_the_filtered_network_contracts_by_construction():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_solve_in_another_thread_takes_no_gradient_away():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = SpectralNormConv2d(1, 1, 3, padding=1)
+
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                applying.set()
+                assert solved.wait(60)
+            return 0.5 * self.conv(x) + 1
+
+    applying, solved, trained = Event(), Event(), Event()
+    layer, x = Layer().eval(), torch.zeros(1, 1, 4, 4)
+
+    def solve():
+        assert applying.wait(60)
+        with torch.no_grad(), materialised_weights(layer):  # as in a solve, whose weights have no gradient
+            solved.set()
+            assert trained.wait(60)
+
+    other = Thread(target=solve)
+    other.start()
+    try:
+        fixed_point(layer, x).sum().backward()
+    finally:
+        trained.set()
+        other.join()
+    found, layer.conv.weight.grad = layer.conv.weight.grad, None
+    fixed_point(layer, x).sum().backward()
+    torch.testing.assert_close(found, layer.conv.weight.grad)
+    assert found.abs().max() > 0
