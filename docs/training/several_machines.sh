@@ -12,7 +12,7 @@ set -euo pipefail
 
 photographs=$1
 run=$2
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 resume=()
 if [ -e "$run/config.yaml" ]; then
     resume=(--resume)

@@ -191,7 +191,7 @@ assert printed.startswith("2 processes, 20 steps")
 #
 #    photographs=$1
 #    run=$2
-#    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+#    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 #    resume=()
 #    if [ -e "$run/config.yaml" ]; then
 #        resume=(--resume)
