@@ -26,7 +26,7 @@ from jfbfast.solvers.loop import TINY, Layer, norms
 
 Watch = Callable[[int, float | None], object]
 
-SOLVE_TOL = 3e-2  # of a network: 1e-3 takes half as many evaluations more, and changes the restorations by at most 0.02 dB
+SOLVE_TOL = 3e-2  # of a network: 1e-3 takes half as many evaluations more, and changes the results by at most 0.02 dB
 
 
 class Watched:

@@ -138,8 +138,8 @@ class DEGrad(ImplicitNetwork):
         """Load a model by its name, or from a file, a directory or the Hugging Face hub, in eval().
 
         Those with names (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size.
-        Beyond the edge, "universal" takes what is there for unknown, and the others for zeros (mid-grey). The model cards
-        in ``weights/`` have the details.
+        "universal" takes what lies beyond the edge for unknown, and the others for zeros (mid-grey). The model cards in
+        ``weights/`` have the details.
 
         Args:
             name: one of `jfbfast.pretrained_names`; a file that `jfbfast train` wrote, or its directory; a directory
