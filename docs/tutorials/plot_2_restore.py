@@ -208,9 +208,9 @@ assert chosen == 9
 assert psnr(trials[9].image, shaken) > psnr(photo, shaken) + 5
 
 # %%
-# Where there is little noise, plug-and-play is better for such blurs, in several times the time:
-# ``checkpoint="plug-and-play"`` (``--checkpoint plug-and-play``). This network is not in the package. It is fetched
-# once, which takes ``pip install 'jfbfast[hub]'``.
+# Where there is little noise, plug-and-play is better for such blurs, in one and a half times the time:
+# ``checkpoint="plug-and-play"`` (``--checkpoint plug-and-play``). A clone has this network. The wheels of a release do
+# not: there it is fetched once, which takes ``pip install 'jfbfast[hub]'``.
 #
 # What to do about rings, grain and softness
 # ------------------------------------------

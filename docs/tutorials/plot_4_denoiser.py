@@ -152,7 +152,7 @@ else:
 # --------------------
 #
 # Denoisers of deepinv are told the noise level: D(x, σ). ``RED(denoiser, noise=σ)`` calls them so, and with
-# ``learn_noise=True`` σ is trained, too. The model below has untrained weights, because this page needs no network;
+# ``learn_noise=True`` σ is trained, too. The model below has untrained weights, because this page downloads nothing;
 # ``pretrained="download"`` is deepinv's way to get trained ones.
 
 denoiser = deepinv.models.DnCNN(in_channels=3, out_channels=3, depth=4, nf=16, pretrained=None)

@@ -245,7 +245,7 @@ assert after < before
 # -------------
 #
 # - **No photographs to train on**: ``restore`` with the network ``universal``, or with ``checkpoint="plug-and-play"``,
-#   which is better where there is little noise and takes several times as long.
+#   which is better where there is little noise and takes half as long again.
 # - **One known blur**: the filtered form with injection. A network that is applied once, without a fixed point, is as
 #   good for one blur, and trains faster: ``jfbfast train --form feed-forward``.
 # - **Many Gaussian blurs and noise levels**: ``jfbfast train --form universal``.

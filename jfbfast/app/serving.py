@@ -50,6 +50,15 @@ class Guarded:
         await self.app(scope, receive, guarded)
 
 
+async def _fetch_nothing(url: str, cache_dir: str) -> str:
+    raise ValueError(f"an upload is {url}; it takes a file, since this server fetches nothing from elsewhere")
+
+
+def forbid_fetching(gradio: Any) -> None:
+    """Refuse a request whose upload is the address of a file elsewhere, which Gradio would download."""
+    gradio.processing_utils.async_ssrf_protected_download = _fetch_nothing
+
+
 def serve(port: int, megabytes: float, megapixels: float, *, browser: bool, say: Callable[[str], object]) -> None:
     """Serve the page until Ctrl-C, and delete all files that it has made.
 
@@ -78,6 +87,7 @@ def serve(port: int, megabytes: float, megapixels: float, *, browser: bool, say:
         from jfbfast.app.page import CSS, Page
         from jfbfast.app.restoring import Limits
 
+        forbid_fetching(gr)
         limits = Limits(megabytes, megapixels)
         page = Page(limits, Path(folder))
         app = gr.mount_gradio_app(

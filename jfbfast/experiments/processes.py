@@ -29,6 +29,11 @@ def world() -> int:
     return int(os.environ["WORLD_SIZE"]) if distributed() else 1
 
 
+def launch() -> str:
+    """The name of torchrun's call, the same when it starts its processes again; "" for a process on its own."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def check_launch(command: str) -> None:
     """Raise ValueError if srun started several processes, because each would do all the work of ``command``."""
     tasks, place = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "PROCID"))

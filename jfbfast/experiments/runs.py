@@ -3,7 +3,8 @@
 The directory holds ``config.yaml`` (the resolved settings), ``photographs.json`` (the names of the photographs it
 trains and validates on), ``metrics.csv`` (a row every few steps), ``pretraining.ckpt`` and ``training.ckpt`` (the state
 of each phase after its last interval, or where a signal ended it), ``pretrained.safetensors`` and
-``model.safetensors`` (the networks), and ``train.lock`` (locked by the process that trains there).
+``model.safetensors`` (the networks), ``train.lock`` (locked by the process that trains there), and under torchrun
+``torchrun.txt`` (the name of its last call that trained there).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jfbfast.backends.dispatch import ONEDNN_HAS_BFLOAT16
 from jfbfast.experiments.callbacks import Checkpoints, Metrics
 from jfbfast.experiments.initial_weights import denoiser_of, start_from
 from jfbfast.experiments.loggers import check_logger, run_logger
-from jfbfast.experiments.processes import Interrupted, check_launch, rank, world
+from jfbfast.experiments.processes import Interrupted, check_launch, launch, rank, world
 from jfbfast.experiments.run_data import Directory, GivenDataset, check_same, is_dataset
 from jfbfast.experiments.run_files import CheckpointFiles, locked
 from jfbfast.experiments.settings import (
@@ -70,7 +71,7 @@ def start_run(
     Args and raises as `Run`, and its method `train`, whose value it returns.
     """
     with team(PATIENCE, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"):
-        again = restarted() and (out / "config.yaml").exists()
+        again = restarted() and _belongs_to_this_launch(out)
 
         def prepare() -> tuple[Run, Any]:
             run = Run(values, out, resume=resume or again, progress=progress, dataset=dataset)
@@ -82,6 +83,12 @@ def start_run(
 
         differing = f"the processes find different files in {out}; to go on, all machines must share it, or have copies"
         return agreed(prepare, differing).train(console)
+
+
+def _belongs_to_this_launch(out: Path) -> bool:
+    """Whether the run in the directory is one that the same call of torchrun has trained, and not an older one."""
+    file = out / "torchrun.txt"
+    return (out / "config.yaml").exists() and file.is_file() and file.read_text(encoding="utf-8") == launch()
 
 
 class Run:
@@ -333,6 +340,8 @@ class Run:
                 self.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.out))
                 self._check_new()  # again, because another run may have started since
+                if launch():
+                    (self.out / "torchrun.txt").write_text(launch(), encoding="utf-8")
                 write_settings(self.out / "config.yaml", self.settings)
                 write_photographs(self.out / "photographs.json", self.photographs)
             try:

@@ -78,7 +78,11 @@ class CapturedLayer:
         if any(m._forward_hooks or m._forward_pre_hooks for m in submodules(self.module)):
             graphs.note("the layer has a forward hook, which would run at the capture only")
             return None
-        facts, objects = _fingerprint(self.module)
+        try:
+            facts, objects = _fingerprint(self.module)
+        except RecursionError:
+            graphs.note("an attribute of the layer is nested too deeply to be compared")
+            return None
         shapes = [(t.shape, t.dtype, t.device) for t in (phase.start, *phase.inputs)]
         key = (self.key, solver, phase.stall_floor, _precision(phase.start.device.type), *shapes, *facts)
         found: Graphs = vars(self.module).setdefault(_NAME, Graphs())

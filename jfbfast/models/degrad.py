@@ -137,8 +137,9 @@ class DEGrad(ImplicitNetwork):
     ) -> D:
         """Load a model by its name, or from a file, a directory or the Hugging Face hub, in eval().
 
-        Those with names (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size, which
-        were blurred with zeros (mid-grey) beyond the edge. The model cards in ``weights/`` have the details.
+        Those with names (`jfbfast.pretrained_names`) restore colour images (B, 3, H, W) in [−1, 1] of any size.
+        "universal" takes what lies beyond the edge for unknown, and the others for zeros (mid-grey). The model cards in
+        ``weights/`` have the details.
 
         Args:
             name: one of `jfbfast.pretrained_names`; a file that `jfbfast train` wrote, or its directory; a directory

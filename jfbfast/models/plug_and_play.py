@@ -143,9 +143,8 @@ class PlugAndPlay(Shared, nn.Module):
         image, b = F.pad(d, (x, x, y, y), mode="replicate"), self.blur.adjoint(d)
         if not len(d):
             return b
-        for step, level in enumerate(
-            self.levels(), 1
-        ):  # each step runs in the form that is prepared for solves, which is faster
+        for step, level in enumerate(self.levels(), 1):
+            # Each step runs in the form that is prepared for solves, which is faster.
             inputs = (image, b, image.new_full((len(d),), level))
             image = fixed_point(self._step, image, inputs=inputs, solver=_ONCE, gradient=Unrolled(1))
             if callback is not None:

@@ -22,7 +22,6 @@ class ToldNoise(nn.Module):
     """A module with a denoiser D that may be told a noise level σ, as D(x, σ)."""
 
     denoiser: Any
-    _noise: float | None = None  # of modules pickled before there was this option
     log_noise: nn.Parameter | None
 
     def set_noise(self, noise: float | None, learn_noise: bool) -> None:
@@ -41,8 +40,7 @@ class ToldNoise(nn.Module):
     @property
     def noise(self) -> float | Tensor | None:
         """The σ that D is told, a number, or a tensor of shape () if it is learnt; None for a D that is told none."""
-        learnt = getattr(self, "log_noise", None)
-        return self._noise if learnt is None else learnt.exp()
+        return self._noise if self.log_noise is None else self.log_noise.exp()
 
     def told(self, x: Tensor) -> tuple[Any, ...]:
         """What D takes besides the images x (B, …): (σ,), or ()."""

@@ -206,6 +206,12 @@ def test_a_hostile_point_spread_function_is_refused_in_a_sentence(client):
         assert download is None or number >= 9, told  # the first are too large, or not finite
 
 
+def test_an_upload_that_is_an_address_is_refused_and_not_fetched(client, server):
+    path = "https://jfbfast.invalid/x.png"
+    assert client.call("look", {"path": path, "meta": {"_type": "gradio.FileData"}}) is None
+    assert f"an upload is {path}; it takes a file" in server.errors.read_text("utf-8")
+
+
 def test_only_uploads_are_read_and_no_upload_is_served_as_a_page(client, server):
     for path in ("/etc/passwd", "../../etc/passwd", f"{server.temporary}/../stderr", "http://127.0.0.1:1/x.png", ""):
         assert client.restore(path) is None or client.restore(path)[0].startswith("Error: ")

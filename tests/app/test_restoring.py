@@ -157,6 +157,6 @@ def test_responses_forbid_other_hosts_and_no_file_is_a_page():
 
 def test_a_missing_gradio_is_reported_with_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    result = run("app", "--no-browser")
+    result = run("app", "--no-browser", "--port", 0)
     assert result.exit_code == 1 and "pip install 'jfbfast[app]'" in result.stderr, result.output
     assert "--megapixels is -1.0" in run("app", "--megapixels", -1).stderr

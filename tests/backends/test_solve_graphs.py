@@ -285,6 +285,14 @@ class Scales(nn.Module):
         return x * self.weight * self.listed["scales"][0] * float(self.array[0]) * self.held.scale + d
 
 
+def test_a_layer_with_an_attribute_that_is_nested_too_deeply_is_solved_eagerly(made: list[Recorded]) -> None:
+    layer, d = Scales(), torch.ones(1, 3)
+    for _ in range(3000):
+        layer.held = SimpleNamespace(scale=1.0, next=layer.held)
+    torch.testing.assert_close(solved(layer, d), 2 * d, rtol=1e-2, atol=1e-2)
+    assert made == [] and "nested too deeply" in graphs.describe()
+
+
 def test_an_attribute_that_is_changed_in_place_is_seen(made: list[Recorded]) -> None:
     layer, d = Scales(), torch.ones(1, 3)
     solved(layer, d)

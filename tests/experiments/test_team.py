@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 from torch.distributed.run import get_args_parser
 
-from jfbfast.experiments import team
+from helpers.small_runs import TINY, rows, write_photographs
+from jfbfast.experiments import runs, team
 
 own = threading.local()
 
@@ -92,6 +94,22 @@ def test_each_process_on_a_machine_takes_a_gpu_of_its_own(monkeypatch):
         monkeypatch.setenv(name, value)
     assert [team.local_device(name) for name in ("cuda", "cpu", "cuda:0")] == ["cuda:2", "cpu", "cuda:0"]
     assert team.restarted()
+
+
+def test_a_restart_goes_on_with_its_own_run_and_refuses_an_older_one(tmp_path, monkeypatch, one_thread):
+    folder, out = write_photographs(tmp_path / "photographs", 3), tmp_path / "out"
+    settings = {**TINY, "data": str(folder), "pretraining_steps": 0, "steps": 1}
+    monkeypatch.setattr(runs, "restarted", lambda: True)
+    monkeypatch.setattr(runs, "launch", lambda: "first")
+    runs.start_run(settings, out, Console(quiet=True), progress=False)
+    assert rows(out)[-1]["step"] == "1"
+    longer = {**settings, "steps": 2}
+    monkeypatch.setattr(runs, "launch", lambda: "second")
+    with pytest.raises(ValueError, match="holds a run already"):
+        runs.start_run(longer, out, Console(quiet=True), progress=False)
+    monkeypatch.setattr(runs, "launch", lambda: "first")
+    runs.start_run(longer, out, Console(quiet=True), progress=False)
+    assert rows(out)[-1]["step"] == "2"
 
 
 def test_the_script_for_slurm_starts_torchrun_and_resumes(tmp_path):

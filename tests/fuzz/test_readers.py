@@ -13,12 +13,13 @@ from fuzz import mutations, seeds
 from fuzz.readers import READERS, Harness
 from helpers import photographs
 from jfbfast.imaging.images import read_image
+from jfbfast.imaging.photographs import ImageError, read_photograph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def harness(request, tmp_path, monkeypatch):
+def harness(request, tmp_path):
     return Harness(request.param, tmp_path)
 
 
@@ -48,6 +49,13 @@ def test_a_small_tiff_with_thousands_of_channels_is_refused_before_it_is_decoded
     (tmp_path / "many.tif").write_bytes(many)
     with pytest.raises(ValueError, match="samples in its 50000 channels; it takes 1000000000"):
         read_image(tmp_path / "many.tif")
+
+
+def test_the_channels_of_a_tiff_count_against_a_smaller_limit_too(tmp_path):
+    many = photographs.samples("uint8", 50, (10, 10))
+    (tmp_path / "many.tif").write_bytes(photographs.tiff(many, planarconfig="contig", photometric="minisblack"))
+    with pytest.raises(ImageError, match="has 5000 samples in its 50 channels; it takes 4000"):
+        read_photograph(tmp_path / "many.tif", most_pixels=1000)
 
 
 def test_a_compressed_checkpoint_of_a_run_is_refused_before_it_is_expanded(tmp_path):

@@ -29,7 +29,7 @@ _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6  # photometric int
 _CHANNELS: dict[float, int] = {_WHITE_IS_ZERO: 1, _GREY: 1, _RGB: 3, _PALETTE: 1, _YCBCR: 3}
 _JPEG = 7  # the compression that turns YCbCr into RGB when it decodes
 _UNSPECIFIED, _STRAIGHT_ALPHA = 0, 2  # kinds of extra samples
-_MOST_SAMPLES = 4 * MOST_PIXELS  # in an image
+_MOST_SAMPLES = 4  # for each pixel of the largest image
 _PLANES = 2  # the planar configuration of channels that are stored one after the other
 # The tags that say how samples are stored: tifffile leaves out one that is damaged, and takes its default.
 _STORAGE = frozenset((*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347))
@@ -75,8 +75,9 @@ def _only_page(file: tifffile.TiffFile, content: bytes, most: int = MOST_PIXELS)
     page = file.pages.first
     check_size(page.imagewidth, page.imagelength, most)
     samples = page.imagewidth * page.imagelength * page.samplesperpixel
-    if samples > _MOST_SAMPLES:  # a small file may say that it has thousands of channels
-        raise ImageError(f"has {samples} samples in its {page.samplesperpixel} channels; it takes {_MOST_SAMPLES}")
+    if samples > _MOST_SAMPLES * most:  # a small file may say that it has thousands of channels
+        told = f"has {samples} samples in its {page.samplesperpixel} channels"
+        raise ImageError(f"{told}; it takes {_MOST_SAMPLES * most}")
     if len(file.pages) > 1:
         raise ImageError(f"has {len(file.pages)} pages; it takes one image a file")
     damaged = _STORAGE.intersection(codes(content)).difference(tag.code for tag in page.tags)
