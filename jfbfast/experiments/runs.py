@@ -45,7 +45,7 @@ from jfbfast.experiments.tasks import (
     Optimization,
     UniversalTask,
 )
-from jfbfast.experiments.team import agreed, gathered, lost_process_is_named, restarted, team
+from jfbfast.experiments.team import agreed, begin, gathered, lost_process_is_named, restarted, team
 from jfbfast.experiments.trainer import MovingAverage, TrainingError, fit
 from jfbfast.imaging.datasets import Images, RandomCrops
 from jfbfast.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -70,7 +70,7 @@ def start_run(
     Args and raises as `Run`, and its method `train`, whose value it returns.
     """
     with team(PATIENCE, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"):
-        again = restarted() and (out / "config.yaml").exists()
+        again = restarted(str(out)) and (out / "config.yaml").exists()
 
         def prepare() -> tuple[Run, Any]:
             run = Run(values, out, resume=resume or again, progress=progress, dataset=dataset)
@@ -81,7 +81,9 @@ def start_run(
             return run, (run.settings, run.resume, run.files() if run.resume else [])
 
         differing = f"the processes find different files in {out}; to go on, all machines must share it, or have copies"
-        return agreed(prepare, differing).train(console)
+        run = agreed(prepare, differing)
+        begin(str(out))
+        return run.train(console)
 
 
 class Run:

@@ -98,9 +98,19 @@ def local_device(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and distributed() else device
 
 
-def restarted() -> bool:
-    """Whether torchrun has started the processes again; its count of that can differ among machines."""
-    return any(gathered(distributed() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+def begin(work: str) -> None:
+    """Note in torchrun's store that its processes have begun this work, for `restarted`."""
+    if distributed() and _connected():
+        _store().set(f"jfbfast/begun/{work}", "")
+
+
+def restarted(work: str) -> bool:
+    """Whether torchrun has started the processes again after they began this work, and not after they refused it.
+
+    Its count of restarts can differ among machines.
+    """
+    again = any(gathered(distributed() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+    return again and any(gathered(_connected() and _store().check([f"jfbfast/begun/{work}"])))
 
 
 def gathered(value: T) -> list[T]:

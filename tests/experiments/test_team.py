@@ -87,11 +87,11 @@ def test_only_an_error_of_the_connection_is_one_of_a_lost_process():
 
 
 def test_each_process_on_a_machine_takes_a_gpu_of_its_own(monkeypatch):
-    assert team.local_device("cuda") == "cuda" and not team.restarted()
+    assert team.local_device("cuda") == "cuda" and not team.restarted("out")
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "2"), ("TORCHELASTIC_RESTART_COUNT", "1")):
         monkeypatch.setenv(name, value)
     assert [team.local_device(name) for name in ("cuda", "cpu", "cuda:0")] == ["cuda:2", "cpu", "cuda:0"]
-    assert team.restarted()
+    assert not team.restarted("out")  # it has not begun
 
 
 def test_the_script_for_slurm_starts_torchrun_and_resumes(tmp_path):
