@@ -228,7 +228,12 @@ def test_several_sigmas_are_tried_side_by_side(tmp_path, photograph):
 def test_two_photographs_never_share_a_picture(tmp_path, photograph):
     """Their restorations differ in the suffix, or are not written."""
     write_photograph("x.tif", read_photograph(photograph))
-    for options in (("--compare",), ("--compare", "--overwrite"), ("--sigma", "2"), ("--sigma", "2", "--skip-existing")):
+    for options in (
+        ("--compare",),
+        ("--compare", "--overwrite"),
+        ("--sigma", "2"),
+        ("--sigma", "2", "--skip-existing"),
+    ):
         picture = "x-compared.png" if "--compare" in options else "x-trials.png"
         told = f"x.png and x.tif would both become {picture}; restore them into two directories"
         refused(tmp_path, told, photograph, "x.tif", *options)
