@@ -208,7 +208,7 @@ def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, tra
     """`conv3x3` on the CPU, by as few calls as possible."""
     if not observed(x, weight, bias):
         return native.conv3x3(x, weight, bias, relu, transformed)
-    compute: Callable[..., Tensor] = conv3x3 if traced(x, weight) else _Conv3x3.apply
+    compute: Callable[..., Tensor] = conv3x3 if traced(x, weight, bias) else _Conv3x3.apply
     return compute(x, weight, bias, relu, transformed)
 
 
@@ -266,7 +266,7 @@ def convolution(
     needed = relu or addend is not None
     if needed and fused.serves(input, weight, bias, geometry, addend) and not transformed_by_functorch():
         return fused.convolution(input, weight, bias, geometry, relu, addend)
-    if relu and _onednn_fuses_relu(input, weight, bias, geometry):
+    if relu and _onednn_fuses_relu(input, weight, bias, geometry) and not transformed_by_functorch():
         stride, padding, dilation, groups = geometry
         arguments = (padding, stride, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *arguments, "relu", [], "")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -48,7 +48,7 @@ def observed(*tensors: Tensor | None) -> bool:
     return traced(*given) or (torch.is_grad_enabled() and any([t.requires_grad for t in given]))
 
 
-def traced(*tensors: Tensor) -> bool:
+def traced(*tensors: Tensor | None) -> bool:
     """The same, but for autograd."""
     return (
         torch.compiler.is_compiling()

@@ -126,10 +126,12 @@ def plan_jobs(
             target = out
         else:
             target = (Path() if out is None else out) / place.parent / f"{source.stem}{RESTORED}{suffix}"
-        if (other := owners.setdefault(target, source)) is not source:
-            raise ValueError(f"{other} and {source} would both become {target}; restore them into two directories")
         beside = target.with_name(f"{target.stem.removesuffix(RESTORED)}{picture}.png") if picture else None
-        jobs.append(Job(source, target, beside, (target,) * restores + (() if beside is None else (beside,))))
+        job = Job(source, target, beside, (target,) * restores + (() if beside is None else (beside,)))
+        for path in (target, *job.written):
+            if (other := owners.setdefault(path, source)) is not source:
+                raise ValueError(f"{other} and {source} would both become {path}; restore them into two directories")
+        jobs.append(job)
     if skip_existing:  # an earlier call may have put its files among the photographs
         made = {path: job.source for job in jobs for path in job.written}
         jobs = [job for job in jobs if made.get(job.source, job.source) is job.source]
@@ -182,7 +184,8 @@ def restore_file(
         write_photograph(job.target, photograph._replace(pixels=(image + 1) / 2), overwrite=overwrite)
     values = {"restored": str(job.target), **report.values()}
     if job.picture is not None:
-        _write_picture(job.picture, job.source.name, {"before": d, "after": image}, overwrite)
+        if job.picture in missing:
+            _write_picture(job.picture, job.source.name, {"before": d, "after": image}, overwrite)
         values["compared"] = str(job.picture)
     return f"{job.target} ({report})", values
 

@@ -10,12 +10,14 @@ reads elsewhere, such as a global variable, must not change.
 
 from __future__ import annotations
 
+import copyreg
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import FunctionType, ModuleType
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -272,13 +274,23 @@ def _fact(value: Any, objects: list[Any], seen: set[int]) -> Any:
         return id(value), 0 if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()
+    return id(value), *(_fact(each, objects, seen) for each in _held(value))
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What an object consists of: the items of a collection, the parts of a method or a partial, attributes."""
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
     if isinstance(value, dict):
-        held = [(_fact(k, objects, seen), _fact(v, objects, seen)) for k, v in value.items()]
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        held = [_fact(v, objects, seen) for v in value]
-    else:
-        held = [(k, _fact(v, objects, seen)) for k, v in getattr(value, "__dict__", {}).items()]
-    return id(value), *held
+        return [each for item in value.items() for each in item]
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    slots = [name for name in copyreg._slotnames(type(value)) if hasattr(value, name)]  # type: ignore[attr-defined]
+    return [each for name in slots for each in (name, getattr(value, name))] + [
+        each for item in getattr(value, "__dict__", {}).items() for each in item
+    ]
 
 
 def _precision(device: str) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ _STEPS_PER_PIXEL = 64  # points of a straight path
 _WALK = 400  # points of a random path
 _ROWS_PER_PIXEL = 64  # of the quadrature of a disc
 _LARGEST = 1001  # pixels of a side
+_LARGEST_TILE = 2048  # of a TIFF, whose decoder makes room for a whole one
 
 
 def _normalised(weights: np.ndarray) -> Tensor:
@@ -224,6 +225,8 @@ def _file_values(path: Path) -> np.ndarray:
 
             _check_picture(suffix, content)
             values = (imagecodecs.png_decode if suffix == ".png" else imagecodecs.tiff_decode)(content)
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {values.dtype}; it takes real numbers")
         return np.asarray(values).astype(np.float64)
     except ImportError:
         raise
@@ -241,6 +244,10 @@ def _check_picture(suffix: str, content: bytes) -> None:
         with tifffile.TiffFile(BytesIO(content)) as file:
             page = file.pages.first
             width, height, samples = page.imagewidth, page.imagelength, page.samplesperpixel
+        if page.is_tiled and max(page.tilewidth, page.tilelength, page.tiledepth) > _LARGEST_TILE:
+            raise ValueError(
+                f"its tiles have {page.tilewidth} × {page.tilelength} pixels; it takes {_LARGEST_TILE} a side"
+            )
     if max(width, height) > _LARGEST or samples > 4:
         raise ValueError(f"it has {width} × {height} pixels; it takes grey or RGB, with at most {_LARGEST} a side")
 

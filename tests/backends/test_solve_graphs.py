@@ -6,8 +6,10 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import jfbfast
 from jfbfast.backends import cuda, dispatch, graphs
-from jfbfast.implicit.graphs import Graphs
+from jfbfast.implicit.graphs import Graphs, _fingerprint
 
 
 class Recorded:
@@ -210,6 +212,30 @@ def test_shapes_dtypes_and_attributes_have_graphs_of_their_own(made: list[Record
     model.set_measurement(jfbfast.GaussianBlur(3, 0.7), 0.0)
     assert_same(model, images(2))
     assert len(made) == 12
+
+
+class Slotted:
+    """An object whose attribute is in a slot."""
+
+    __slots__ = ("gain",)
+
+    def __init__(self) -> None:
+        self.gain = 1.0
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+
+@pytest.mark.parametrize(
+    "hold", (lambda s: s, lambda s: s.times, lambda s: partial(Slotted.times, s), lambda s: deque([s]))
+)
+def test_a_change_of_what_an_attribute_holds_is_noticed(hold: Callable[[Slotted], Any]) -> None:
+    module, slotted = nn.Module(), Slotted()
+    module.held = hold(slotted)
+    before = _fingerprint(module)[0]
+    assert _fingerprint(module)[0] == before
+    slotted.gain = 2.0
+    assert _fingerprint(module)[0] != before
 
 
 def test_two_phases_have_graphs_of_their_own(made: list[Recorded]) -> None:

@@ -12,6 +12,7 @@ from helpers import processes
 from jfbfast import backend
 from jfbfast.backends import conv3x3 as winograd
 from jfbfast.backends import native, reference
+from jfbfast.backends.fused import Geometry
 
 pytestmark = pytest.mark.compiled
 
@@ -251,6 +252,16 @@ def test_gradients_of_every_order_are_those_of_torch(biased: bool, relu: bool) -
     found, exact = gradients(winograd.conv3x3, torch.float32), gradients(reference.conv3x3, torch.float64)
     for g, e in zip(found, exact, strict=True):
         assert (g - e).norm() <= 1e-5 * e.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch itself calls it
+def test_a_relu_has_the_tangent_of_torch() -> None:
+    """oneDNN's convolution with a ReLU has none, and would return zeros."""
+    x, weight, bias = problem(2, (16, 17), (9, 6))
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    found = torch.func.jvp(lambda x: winograd.convolution(x, weight, bias, geometry, relu=True), (x,), (x,))
+    expected = torch.func.jvp(lambda x: torch.conv2d(x, weight, bias, padding=1).relu(), (x,), (x,))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("channels", ((16, 17), (64, 96)))

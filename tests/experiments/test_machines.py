@@ -150,6 +150,16 @@ def test_a_training_that_torchrun_restarts_goes_on_by_itself(tmp_path, program):
         torch.testing.assert_close(weights(out)[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_run_that_is_refused_is_not_resumed_when_torchrun_restarts(tmp_path, program):
+    folder, out = write_photographs(tmp_path / "photographs", 5), tmp_path / "out"
+    train(folder, out, **SETTINGS)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    more = {**SETTINGS, "steps": SETTINGS["steps"] + 2}
+    status, told = alone(program, "train", folder, "--out", out, *flags(more))
+    assert status == 1 and told.count("holds a run already") == 2 and "Trained: " not in told, told
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
 def test_each_photograph_is_written_once_though_a_process_is_killed(tmp_path):
     write_photographs(tmp_path / "trip", 6)
     (tmp_path / "trip" / "bad.png").write_bytes(b"")

@@ -225,6 +225,34 @@ def test_several_sigmas_are_tried_side_by_side(tmp_path, photograph):
     assert result.exit_code == 1 and "--compare is given; it takes one --sigma" in result.stderr
 
 
+def test_two_photographs_never_share_a_picture(tmp_path, photograph):
+    """Their restorations differ in the suffix, or are not written."""
+    write_photograph("x.tif", read_photograph(photograph))
+    for options in (
+        ("--compare",),
+        ("--compare", "--overwrite"),
+        ("--sigma", "2"),
+        ("--sigma", "2", "--skip-existing"),
+    ):
+        picture = "x-compared.png" if "--compare" in options else "x-trials.png"
+        told = f"x.png and x.tif would both become {picture}; restore them into two directories"
+        refused(tmp_path, told, photograph, "x.tif", *options)
+    (tmp_path / "y.png").write_bytes((tmp_path / photograph).read_bytes())
+    (tmp_path / photograph).rename("y-compared.png")
+    told = "y.png and y-compared.png would both become out/y-compared.png"
+    refused(tmp_path, told, "y.png", "y-compared.png", "--compare", "--out", "out/{name}.png")
+
+
+def test_a_missing_restoration_is_written_beside_a_picture_that_stays(tmp_path, photograph):
+    options = (photograph, "--compare", "--skip-existing")
+    assert restore(*options).exit_code == 0
+    (tmp_path / "x-restored.png").unlink()
+    made = (tmp_path / "x-compared.png").stat().st_mtime_ns
+    result = restore(*options)
+    assert result.exit_code == 0 and (tmp_path / "x-restored.png").is_file(), result.output
+    assert (tmp_path / "x-compared.png").stat().st_mtime_ns == made
+
+
 def test_a_blur_is_given_in_one_way(tmp_path, photograph):
     write_photograph("psf.png", Photograph(torch.ones(1, 3, 5), None, np.dtype("uint8")))
     for number, given in enumerate((("--psf", "psf.png"), ("--motion", "4,-30"), ("--defocus", "1.5"))):

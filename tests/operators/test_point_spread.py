@@ -5,6 +5,7 @@ import math
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 import jfbfast
@@ -134,6 +135,14 @@ def test_files_of_other_kinds_or_broken_ones_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"1002 .*pixels; it takes grey or RGB, with at most 1001 a side"):
             point_spread.read(tmp_path / name)
+    tifffile.imwrite(tmp_path / "tile.tif", np.ones((3, 3), np.uint8), tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "tile.tif", mode="r+b") as file:
+        file.pages.first.tags["TileLength"].overwrite(60000)  # its decoder would make room for all of it
+    with pytest.raises(ValueError, match=r"its tiles have 16 × 60000 pixels; it takes 2048 a side"):
+        point_spread.read(tmp_path / "tile.tif")
+    np.save(tmp_path / "spectrum.npy", np.ones((3, 3), complex))
+    with pytest.raises(ValueError, match=r"it holds complex128; it takes real numbers"):
+        point_spread.read(tmp_path / "spectrum.npy")
     with pytest.raises(ValueError, match=r"ends in '\.jpg'; it takes \.npy"):
         point_spread.read(tmp_path / "psf.jpg")
     with pytest.raises(FileNotFoundError):
