@@ -182,6 +182,8 @@ def restore(
                 for choice in choices
             ]
             picture = TRIALS if trials else COMPARISON if compare else ""
+            if picture:
+                import jfbfast.imaging.plots  # noqa: F401  # says which extra it lacks, before anything is restored
             jobs = plan_jobs(images, out, overwrite, not trials, picture, skip_existing)
             if report is not None:
                 check_writable(report)

@@ -232,8 +232,11 @@ class Restoration:
             check_tiles: also restore in one piece, and report the `tiling_error`.
 
         Raises:
+            TypeError: no tensor.
             ValueError: another shape; ``tile`` or ``overlap`` out of its range.
         """
+        if not isinstance(photo, Tensor):
+            raise TypeError(f"photo is a {type(photo).__name__}; it takes a tensor (C, H, W)")
         if photo.dim() != 3:
             raise ValueError(f"photo has shape {tuple(photo.shape)}; it takes one image (C, H, W)")
         started, d = time.perf_counter(), photo.detach().float().cpu()

@@ -324,6 +324,8 @@ def test_an_impossible_restoration_is_refused_in_words(tmp_path):
             jfbfast.restore(d, **given)
     with pytest.raises(ValueError, match=re.escape("photo has shape (1, 3, 20, 20); it takes one image")):
         jfbfast.restore(d[None], sigma=1.0)
+    with pytest.raises(TypeError, match="photo is a ndarray; it takes a tensor"):
+        jfbfast.restore(d.numpy(), sigma=1.0)
     with pytest.warns(UserWarning, match="sharper or noisier than a Gaussian"):
         jfbfast.restore(scene(side=96), sigma=2.0, tolerance=0, noise=0.01)
 
