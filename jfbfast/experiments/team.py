@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  # imported later, its defaults would keep a group and its threads for good
 
 from jfbfast import checks
 from jfbfast.experiments.processes import distributed, rank, world
