@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import os, pkgutil, signal, sys
-import deepinv, lightning, matplotlib.pyplot, skimage.metrics, torch, torchmetrics, torchvision, typer  # as they are
+import deepinv, gradio, lightning, matplotlib.pyplot, skimage.metrics, torch, torchmetrics, torchvision, typer  # as they are
 
 for name in ("fcntl", "grp", "posix", "pwd", "resource", "termios"):
     sys.modules[name] = None
