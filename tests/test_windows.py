@@ -7,7 +7,8 @@ import pytest
 
 PROGRAM = """
 import os, pkgutil, signal, sys
-import deepinv, gradio, lightning, matplotlib.pyplot, skimage.metrics, torch, torchmetrics, torchvision, typer  # as they are
+# As they are:
+import deepinv, gradio, lightning, matplotlib.pyplot, skimage.metrics, torch, torchmetrics, torchvision, typer
 
 for name in ("fcntl", "grp", "posix", "pwd", "resource", "termios"):
     sys.modules[name] = None
