@@ -44,12 +44,12 @@ def observed(*tensors: Tensor | None) -> bool:
 
     Otherwise its implementation may be called itself: the calls in between cost more than a small image does.
     """
-    given = [t for t in tensors if t is not None]
-    return traced(*given) or (torch.is_grad_enabled() and any([t.requires_grad for t in given]))
+    differentiated = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    return differentiated or traced(*tensors)
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """The same, but for autograd."""
+    """Whether tracing, a transform or a dispatch mode observes an op called with these tensors, besides autograd."""
     return (
         torch.compiler.is_compiling()
         or any([type(t) not in _PLAIN for t in tensors])  # a subclass may have its own dispatch
